@@ -1,0 +1,138 @@
+"""Where each model family keeps its feed-forward layers: in the module tree, in the checkpoint, in the config.
+
+Supporting another family means another [`Adapter`] here, and nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .errors import StoreFormatError, UnsupportedModelError
+from .ffn import DownBias, FlashFFN
+
+_EXACT_ZEROS: Final = frozenset({"relu"})  # activations that leave most neurons exactly zero
+
+
+@dataclass(frozen=True)
+class FFNNames:
+    """Names of one layer's FFN in a checkpoint."""
+
+    index: int
+    up: str
+    down: str
+
+    @property
+    def bundles(self) -> str:
+        return self.up.removesuffix(".weight") + ".bundles"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One family. The default values of the names are those of OPT.
+
+    Attributes:
+        model_type: as in config.json.
+        up, down: module names inside a decoder layer.
+        activation: the layer's activation module, and `activation_key` its name in the config.
+    """
+
+    model_type: str
+    up: str = "fc1"
+    down: str = "fc2"
+    activation: str = "activation_fn"
+    activation_key: str = "activation_function"
+    d_ff_key: str = "ffn_dim"
+    bias_key: str = "enable_bias"
+
+    def names(self, tensors: Iterable[str]) -> list[FFNNames]:
+        """The FFN matrices among the tensors of a plain checkpoint, by layer.
+
+        Raises:
+            StoreFormatError: a layer without both matrices, or none at all.
+        """
+        known = set(tensors)
+        pattern = re.compile(rf"(?:.*\.)?layers\.(\d+)\.{self.up}\.weight")
+        found = {int(match[1]): match[0] for name in known if (match := pattern.fullmatch(name))}
+        layers = [
+            FFNNames(i, found[i], found[i].removesuffix(f"{self.up}.weight") + f"{self.down}.weight") for i in sorted(found)
+        ]
+        broken = [layer.down for layer in layers if layer.down not in known]
+        if not layers or sorted(found) != list(range(len(layers))) or broken:
+            raise StoreFormatError(
+                "the checkpoint lacks FFN matrices of this architecture",
+                where=self.model_type,
+                expected=f"layers.N.{self.up}.weight and layers.N.{self.down}.weight for every layer N",
+                got=f"layers {sorted(found)}, without {broken}",
+            )
+        return layers
+
+    def sparse(self, config: Any) -> bool:
+        """Whether the activation leaves exact zeros, so that skipping neurons changes nothing."""
+        return self.activation_name(config) in _EXACT_ZEROS
+
+    def activation_name(self, config: Any) -> str:
+        """The activation function's name; an error if transformers does not know it."""
+        name = _get(config, self.activation_key)
+        if name not in ACT2FN:
+            raise UnsupportedModelError(
+                "unknown activation function",
+                where=self.activation_key,
+                expected=f"one of {', '.join(ACT2FN)}",
+                got=repr(name),
+            )
+        return str(name)
+
+    def dims(self, config: Any) -> tuple[int, int, int]:
+        """layers, d_ff and d_model."""
+        return config.num_hidden_layers, getattr(config, self.d_ff_key), config.hidden_size
+
+    def swap(self, model: nn.Module, dtype: torch.dtype) -> list[FlashFFN]:
+        """Replace every FFN in a model whose parameters are still on the meta device. Returns the new modules, by layer."""
+        config: Any = model.config
+        _, d_ff, d_model = self.dims(config)
+        bias = bool(getattr(config, self.bias_key))
+        layers: Any = model.get_decoder().layers  # type: ignore[operator]
+        ffns = []
+        for index, layer in enumerate(layers):
+            ffn = FlashFFN(index, d_ff, d_model, bias, getattr(layer, self.activation))
+            setattr(layer, self.up, ffn)
+            setattr(layer, self.activation, nn.Identity())
+            setattr(layer, self.down, DownBias(d_model, bias, dtype))
+            ffns.append(ffn)
+        return ffns
+
+    @property
+    def store_keys(self) -> list[str]:
+        """Patterns of the checkpoint names that are not for transformers' loader."""
+        return [rf"layers\.\d+\.({self.up}|{self.down})\.weight$", rf"layers\.\d+\.{self.up}\.(bundles|predictor\..+)$"]
+
+
+_ADAPTERS: Final = {adapter.model_type: adapter for adapter in [Adapter("opt")]}
+
+
+def adapter_for(config: Any) -> Adapter:
+    """The adapter of a model, from its config (an object or the dictionary in config.json).
+
+    Raises:
+        UnsupportedModelError: no adapter for this architecture.
+    """
+    model_type = _get(config, "model_type")
+    if model_type not in _ADAPTERS:
+        raise UnsupportedModelError(
+            "this architecture is not supported",
+            where="model_type in config.json",
+            expected=f"one of {', '.join(sorted(_ADAPTERS))}",
+            got=repr(model_type),
+        )
+    return _ADAPTERS[model_type]
+
+
+def _get(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, dict) else getattr(config, key, None)

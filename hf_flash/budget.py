@@ -1,0 +1,161 @@
+"""From a number of bytes to what stays in DRAM (contract C5).
+
+`memory_budget` is a ceiling on every *weight* byte the process holds, counted in the dtype of compute:
+
+    resident   embeddings, attention, norms, biases: everything that is not an FFN matrix
+  + predictor  the packed predictor of every layer
+  + scratch    block buffers shared by all layers (`ffn.Scratch`) and bounce buffers of the reader
+  + windows    layers x capacity x bundle_bytes: whatever the budget leaves, divided evenly, at most d_ff neurons a layer
+
+The first three are the minimum; a budget below it is an error before anything is loaded. Interpreter, libraries,
+activations and the KV cache come on top: about 0.3 GB plus the KV cache.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from .errors import BudgetError, ConfigError
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+_HEADROOM = 0.9  # share of the free memory that a budget of None takes: activations and the KV cache need the rest
+
+
+def parse_bytes(value: int | str) -> int:
+    """`6_000_000`, `"6GB"` (decimal) or `"6GiB"` (binary) as a number of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise ConfigError("not a size", got=repr(value), expected='a positive number of bytes, or text such as "6GiB"')
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_bytes(n: float) -> str:
+    """A size for people: `format_bytes(1536)` is `"1.5 KiB"`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: the machine's free memory, or less where a cgroup says so."""
+    free = int(psutil.virtual_memory().available)
+    return max(0, min([free, *_cgroup_free()]))
+
+
+def _cgroup_free(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """What every memory cgroup above this process still allows (v1 and v2); page cache counts as free."""
+    try:
+        lines = proc.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            top, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file "
+        elif "memory" in controllers.split(","):
+            top, limit, usage, cache = (
+                root / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file ",
+            )
+        else:
+            continue
+        here = top / name.lstrip("/")
+        for folder in [here, *here.parents]:
+            try:
+                ceiling = (folder / limit).read_text().strip()
+                if ceiling != "max":
+                    stat = (folder / "memory.stat").read_text()
+                    reclaimable = next((int(row.split()[1]) for row in stat.splitlines() if row.startswith(cache)), 0)
+                    yield int(ceiling) - int((folder / usage).read_text()) + reclaimable
+            except OSError:  # the root group has no such files; inside a container the path may not exist
+                pass
+            if folder == top:
+                break
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a budget holds, in bytes. Made by [`plan_memory`]."""
+
+    budget_bytes: int
+    resident_bytes: int
+    predictor_bytes: int
+    scratch_bytes: int
+    layers: int
+    d_ff: int
+    bundle_bytes: int  # one neuron in the dtype of compute
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The smallest budget this model runs in: nothing kept in windows."""
+        return self.resident_bytes + self.predictor_bytes + self.scratch_bytes
+
+    @property
+    def capacity(self) -> int:
+        """Neurons that each layer's window can hold."""
+        left = self.budget_bytes - self.minimum_bytes
+        return max(0, min(self.d_ff, left // (self.layers * self.bundle_bytes)))
+
+    @property
+    def window_bytes(self) -> int:
+        return self.layers * self.capacity * self.bundle_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """The whole model in DRAM, as stock transformers would hold it."""
+        return self.resident_bytes + self.layers * self.d_ff * self.bundle_bytes
+
+    def describe(self) -> str:
+        """The parts, one a line."""
+        rows = [
+            ("embeddings, attention, norms, biases", self.resident_bytes),
+            ("predictor", self.predictor_bytes),
+            ("scratch buffers", self.scratch_bytes),
+            (f"windows, {self.capacity} of {self.d_ff} neurons a layer", self.window_bytes),
+        ]
+        return "\n".join(f"{name:<44}{format_bytes(size):>12}" for name, size in rows)
+
+
+def plan_memory(
+    budget: int | str | None,
+    *,
+    resident_bytes: int,
+    predictor_bytes: int,
+    scratch_bytes: int,
+    layers: int,
+    d_ff: int,
+    bundle_bytes: int,
+) -> MemoryPlan:
+    """Divide a budget; `None` takes most of what is free on this machine.
+
+    Raises:
+        BudgetError: the budget is below the minimum; the message lists what takes it.
+    """
+    free = available_memory()
+    ceiling = int(free * _HEADROOM) if budget is None else parse_bytes(budget)
+    plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, layers, d_ff, bundle_bytes)
+    if ceiling < plan.minimum_bytes:
+        parts = plan.describe().rsplit("\n", 1)[0].replace("\n", "\n    ")
+        raise BudgetError(
+            "the memory budget is too small for this model",
+            where="memory_budget" if budget is not None else f"memory_budget unset: {format_bytes(free)} are free",
+            expected=f"at least {format_bytes(plan.minimum_bytes)} ({plan.minimum_bytes} bytes):\n    {parts}",
+            got=f"{format_bytes(ceiling)} ({ceiling} bytes)",
+            hint='raise memory_budget, load in a smaller dtype, or take a smaller predictor (predictor="none" needs none)',
+        )
+    return plan

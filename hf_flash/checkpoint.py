@@ -1,0 +1,161 @@
+"""Plain checkpoints: a folder, a Hub repository or a list of files, seen as named tensors that stay on disk until used.
+
+Reads what transformers reads: `model.safetensors` or `pytorch_model.bin`, single or sharded. Pickles are opened with
+`weights_only`, and memory-mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import huggingface_hub
+import torch
+from safetensors import safe_open
+
+from .errors import ConfigError, StoreFormatError, StoreMissingError
+from .store import FORMAT_VERSION, TensorSpec, read_header, read_json
+
+logger = logging.getLogger("hf_flash")
+
+_WEIGHTS: Final = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_SNAPSHOT: Final = re.compile(r".*models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{7,64})(?:[/\\].*)?")
+
+
+@dataclass
+class Checkpoint:
+    """Tensors by name over one or more files."""
+
+    files: list[Path]
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    _where: dict[str, Path] = field(default_factory=dict)
+    _pickled: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, files: list[Path]) -> Checkpoint:
+        """Open weight files: all safetensors or all pickles.
+
+        Raises:
+            StoreMissingError, StoreFormatError: with the file and what is wrong with it.
+        """
+        self = cls(files)
+        for path in files:
+            if path.suffix == ".safetensors":
+                for name, (spec, _) in read_header(path)[0].items():
+                    self.specs[name], self._where[name] = spec, path
+            else:
+                for name, tensor in _load_pickle(path).items():
+                    self._pickled[name], self.specs[name] = tensor, (tensor.dtype, tuple(tensor.shape))
+        return self
+
+    @classmethod
+    def open_folder(cls, folder: Path) -> Checkpoint:
+        """Open the weights in a folder as transformers would choose them."""
+        return cls.open(weight_files(folder))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, memory-mapped."""
+        if name in self._pickled:
+            return self._pickled[name]
+        with safe_open(self._where[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def tensors(self, names: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+        return (self.tensor(name) for name in names)
+
+    def origin(self) -> dict[str, str]:
+        """Where it comes from, and a fingerprint that changes whenever the weights may have changed.
+
+        A Hub snapshot is named by its commit; a local one by path, sizes, times and headers.
+        """
+        folder = self.files[0].parent
+        match = _SNAPSHOT.match(str(self.files[0]))
+        source, revision = (match["repo"].replace("--", "/"), match["commit"]) if match else (folder.name, "")
+        digest = hashlib.sha256(f"{FORMAT_VERSION}\n{source}\n{revision or folder.resolve()}\n".encode())
+        for path in sorted(self.files):
+            state = path.stat()
+            digest.update(f"{path.name} {state.st_size} {0 if revision else state.st_mtime_ns}\n".encode())
+        digest.update(json.dumps([(n, str(d), list(s)) for n, (d, s) in sorted(self.specs.items())]).encode())
+        return {"source": source, "revision": revision, "fingerprint": digest.hexdigest()[:32]}
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        mapped = zipfile.is_zipfile(path)
+        if not mapped:
+            logger.warning("hf_flash: %s is an old pickle that cannot be memory-mapped: it is read into memory whole", path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except FileNotFoundError as error:
+        raise StoreMissingError("a file of the checkpoint is not there", where=path, hint="download it again") from error
+    except Exception as error:
+        raise StoreFormatError(
+            "not a readable PyTorch checkpoint",
+            where=path,
+            got=str(error).splitlines()[0],
+            hint="the file is damaged or incomplete: download it again",
+        ) from error
+    tensors = (
+        {name: value for name, value in state.items() if isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
+    )
+    if not tensors:
+        raise StoreFormatError("no tensors in a PyTorch checkpoint", where=path, expected="a dictionary of tensors")
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint folder, in the order of preference that transformers has."""
+    for name in _WEIGHTS:
+        path = folder / name
+        if path.exists():
+            if not name.endswith(".json"):
+                return [path]
+            shards = [folder / shard for shard in sorted(set(read_json(path).get("weight_map", {}).values()))]
+            missing = [shard.name for shard in shards if not shard.exists()]
+            if missing or not shards:
+                raise StoreMissingError(
+                    "shards that the index lists are not there",
+                    where=path,
+                    got=", ".join(missing),
+                    hint="download the checkpoint again",
+                )
+            return shards
+    raise StoreMissingError("no weights in the folder", where=folder, expected=" or ".join(_WEIGHTS))
+
+
+def resolve_folder(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local folder of a checkpoint, downloaded from the Hub if `source` is a repository's name.
+
+    Safetensors weights are preferred; pickles are downloaded only where there are none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise ConfigError("neither a folder nor the name of a Hub repository", got=str(source))
+    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    small = ["*.json", "*.txt", "*.model", "*.md", "*.jinja", "LICENSE*"]
+    found = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[*small, "*.safetensors"], **where))
+    if not any((found / name).exists() for name in _WEIGHTS[:1]) and not list(found.glob("*.safetensors")):
+        found = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[*small, "pytorch_model*.bin"], **where))
+    return found

@@ -1,0 +1,330 @@
+"""`FlashFFN`: one feed-forward layer whose weights stay on flash.
+
+How a token flows through it (paper: section 3; the stock layer is `down(act(up(x) + b))`):
+
+    1. predict   the predictor names the neurons this token uses; with several tokens in a call, each its own
+    2. evict     neurons that left the window make room
+    3. read      named neurons that are not in DRAM are read from flash into the window's free rows
+    4. compute   up, activation and down over exactly the named neurons, in the order of their ids
+    5. count     bytes, hits, seconds
+
+What is computed depends on the weights, the predictor and the tokens alone (contract C3): the window decides how bytes
+arrive, never the arithmetic. To keep results bit-identical whatever is resident, a call's neurons are worked off in *blocks*
+of fixed length (`block_rows`, a function of the layer's shape), and the rows of a block are always brought into id order
+first, in the same scratch buffer, before a matrix product sees them.
+
+When a call's neurons do not all fit into the window (prefill, a tight budget), blocks are streamed: what is resident is
+copied, what is missing is read straight into the block, and what is worth keeping goes on to the window.
+
+One token (decode) and several tokens use different arithmetic, each the fastest that rounds like the stock model:
+
+    one      up: gather rows, `F.linear` in the dtype of compute. down: `embedding_bag`, which reads only the rows of neurons
+             that are really non-zero and accumulates in fp32. Each row is viewed as two half rows in two bags, so that two
+             threads share the work while every output element is one sum in id order, rounded once.
+    several  rows are widened to fp32 and both products are fp32 GEMMs that accumulate over blocks; the hidden activations are
+             rounded to the dtype of compute in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
+             on CPUs, and bf16 would round every partial sum.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import UsageError
+from .memory import aligned_empty
+from .predictor import Predictor
+from .reader import BundleReader
+from .stats import Counters
+from .window import Ids, ResidentWindow
+
+_HALVES = 2
+
+
+def block_rows(d_ff: int) -> int:
+    """Neurons worked on at a time. A function of the shape alone, because it fixes the order of summation."""
+    return min(512, max(64, d_ff // 4), d_ff)
+
+
+class Scratch:
+    """Buffers for one block, allocated once and shared by all layers of a model.
+
+    rows     [block, 2 * d_model] a streamed block in id order, dtype of compute; page-aligned, a target of reads
+    gathered [block, 2 * d_model] rows picked from a window, dtype of compute; also lent to the window for moving rows
+    wide     [block, 2 * d_model] float32 for several tokens; the same memory as `gathered` when computing in float32
+    """
+
+    def __init__(self, d_ff: int, d_model: int, dtype: torch.dtype) -> None:
+        shape = (block_rows(d_ff), 2 * d_model)
+        self.rows = aligned_empty(shape, dtype)
+        self.gathered = aligned_empty(shape, dtype)
+        self.wide = self.gathered if dtype == torch.float32 else aligned_empty(shape, torch.float32)
+
+    @staticmethod
+    def nbytes(d_ff: int, d_model: int, dtype: torch.dtype) -> int:
+        """What the buffers take, in bytes."""
+        wide = 0 if dtype == torch.float32 else 4
+        return block_rows(d_ff) * 2 * d_model * (2 * dtype.itemsize + wide)
+
+
+class Engine:
+    """What the layers of one model share: the reader, the scratch buffers, the counters, and the lock around them."""
+
+    def __init__(self, reader: BundleReader, scratch: Scratch, dtype: torch.dtype) -> None:
+        self.reader, self.scratch, self.dtype = reader, scratch, dtype
+        self.counters = Counters()
+        self.lock = threading.RLock()
+        self.closed = False
+        self.runtime: Any = None  # the `FlashRuntime` this belongs to, for `hf_flash.stats(model)`
+
+    def close(self) -> None:
+        with self.lock:
+            if not self.closed:
+                self.closed = True
+                self.reader.close()
+
+
+class FlashFFN(nn.Module):
+    """Stands where the up projection stood and does the whole FFN but the down projection's bias.
+
+    Input [tokens, d_model] in the dtype of compute, output [tokens, d_model] float32: the sum before bias and rounding,
+    which [`DownBias`] adds. Keeps the parameter name `bias` of the module it replaces.
+
+    Args:
+        d_ff: neurons.
+        d_model: width.
+        bias: whether the up projection has a bias.
+        activation: elementwise function on [tokens, d_ff].
+    """
+
+    def __init__(
+        self, index: int, d_ff: int, d_model: int, bias: bool, activation: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self.index, self.d_ff, self.d_model, self.activation = index, d_ff, d_model, activation
+        self.bias = nn.Parameter(torch.empty(d_ff), requires_grad=False) if bias else None
+        self.engine: Engine | None = None
+
+    def attach(self, engine: Engine, window: ResidentWindow, predictor: Predictor) -> None:
+        """Give the layer what it runs on. Called once the rest of the model is loaded."""
+        self.engine, self.window, self.predictor = engine, window, predictor
+        self._all_ids: Ids = np.arange(self.d_ff)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        engine = self._usable(x)
+        with engine.lock, torch.no_grad():
+            out = self._run(engine, x.detach())
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return out
+        tracked: torch.Tensor = _NoBackward.apply(x, out)  # type: ignore[no-untyped-call]
+        return tracked
+
+    def _run(self, engine: Engine, x: torch.Tensor) -> torch.Tensor:
+        """The main path: predict, make room, read, compute, count."""
+        count, window, tokens = engine.counters, self.window, x.shape[0]
+        start = perf_counter()
+        selected = self.predictor.select(x)
+        ids = self._all_ids if selected is None else _union(selected)
+        predicted = perf_counter()
+        window.note_use(None if selected is None else selected.numpy(), tokens, ids)
+        missing = window.missing(ids)
+        managed, waited, out = perf_counter(), 0.0, torch.zeros(tokens, self.d_model)
+        if len(ids) <= window.capacity:
+            window.evict_for(ids)
+            managed = perf_counter()
+            waited = self._read(engine, missing, window.matrix, window.reserve(len(missing)))
+            window.commit(missing)
+            for block in self._blocks(ids):
+                self._compute(engine, x, selected, block, window.matrix, window.slot_of[block], out)
+        else:
+            keep = window.worth_keeping(ids)
+            window.evict(np.setdiff1d(window.resident, np.union1d(keep, ids)))
+            for block in self._blocks(ids):
+                waited += self._stream(engine, block, keep)
+                self._compute(engine, x, selected, block, engine.scratch.rows, None, out)
+        done = perf_counter()
+        count.calls += 1
+        count.tokens += tokens
+        count.selected += len(ids)
+        count.hits += len(ids) - len(missing)
+        count.missing_bytes += len(missing) * engine.reader.layers[self.index].bundle_bytes
+        count.predict_s += predicted - start
+        count.manage_s += managed - predicted
+        count.io_s += waited
+        count.compute_s += done - managed - waited
+        return out
+
+    def _blocks(self, ids: Ids) -> Iterator[Ids]:
+        step = block_rows(self.d_ff)
+        return (ids[at : at + step] for at in range(0, len(ids), step))
+
+    def _read(self, engine: Engine, ids: Ids, out: torch.Tensor, rows: Ids) -> float:
+        """Read bundles and count them; returns the seconds it took."""
+        if not len(ids):
+            return 0.0
+        start = perf_counter()
+        count = engine.reader.read(self.index, ids, out, rows)
+        engine.counters.read_bytes += count.nbytes
+        engine.counters.reads += count.chunks
+        return perf_counter() - start
+
+    def _stream(self, engine: Engine, block: Ids, keep: Ids) -> float:
+        """Bring one block into `scratch.rows` in id order, and what is worth keeping of it into the window."""
+        window, rows = self.window, engine.scratch.rows
+        slots = window.slot_of[block]
+        there, away = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        if len(there):
+            picked = torch.index_select(
+                window.matrix, 0, torch.from_numpy(slots[there]), out=engine.scratch.gathered[: len(there)]
+            )
+            rows.index_copy_(0, torch.from_numpy(there), picked)
+        waited = self._read(engine, block[away], rows, away)
+        window.evict(np.setdiff1d(block[there], keep, assume_unique=True))
+        staying = away[np.isin(block[away], keep, assume_unique=True)][: window.free]
+        if len(staying):
+            target = torch.from_numpy(window.reserve(len(staying)))
+            picked = torch.index_select(rows, 0, torch.from_numpy(staying), out=engine.scratch.gathered[: len(staying)])
+            window.matrix.index_copy_(0, target, picked)
+            window.commit(block[staying])
+        return waited
+
+    def _compute(
+        self,
+        engine: Engine,
+        x: torch.Tensor,
+        selected: torch.Tensor | None,
+        block: Ids,
+        matrix: torch.Tensor,
+        slots: Ids | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Add one block's share to `out` [tokens, d_model] float32.
+
+        Args:
+            block: sorted neuron ids.
+            matrix: [any, 2 * d_model], where their rows are.
+            slots: the row of each, or `None`: rows 0, 1, 2, ... of `matrix`.
+        """
+        rows = torch.arange(len(block)) if slots is None else torch.from_numpy(slots)
+        ids = torch.from_numpy(block)
+        bias = None if self.bias is None else self.bias[ids]
+        if x.shape[0] == 1:
+            self._compute_one(engine.scratch, x, bias, matrix, rows, out)
+        else:
+            self._compute_several(engine.scratch, x, None if selected is None else selected[:, ids], bias, matrix, rows, out)
+
+    def _compute_one(
+        self,
+        scratch: Scratch,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        matrix: torch.Tensor,
+        rows: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        n, d = len(rows), self.d_model
+        up = scratch.gathered.view(-1)[: n * d].view(n, d)
+        torch.index_select(matrix.view(-1, d), 0, 2 * rows, out=up)
+        hidden = self.activation(F.linear(x, up, bias))[0]  # [n]
+        active = hidden.nonzero()[:, 0]
+        if len(active) == 0:
+            return
+        first_half = (2 * rows[active] + 1) * _HALVES  # of a down row, when `matrix` is seen as rows of d / 2
+        if d % _HALVES:
+            down, where, weights = matrix.view(-1, d), (2 * rows[active] + 1)[None], hidden[active][None]
+        else:
+            down = matrix.view(-1, d // _HALVES)
+            where = torch.stack([first_half, first_half + 1])
+            weights = hidden[active].expand(_HALVES, -1).contiguous()
+        out += F.embedding_bag(where, down, per_sample_weights=weights, mode="sum").view(1, d)
+
+    def _compute_several(
+        self,
+        scratch: Scratch,
+        x: torch.Tensor,
+        selected: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        matrix: torch.Tensor,
+        rows: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        n, d = len(rows), self.d_model
+        wide = scratch.wide[:n]
+        gathered = torch.index_select(matrix, 0, rows, out=scratch.gathered[:n])
+        if wide.data_ptr() != gathered.data_ptr():
+            wide.copy_(gathered)
+        hidden = F.linear(x.float(), wide[:, :d], None if bias is None else bias.float()).to(x.dtype)
+        hidden = self.activation(hidden).float()  # [tokens, n]
+        if selected is not None:
+            hidden.masked_fill_(~selected, 0.0)
+        out.addmm_(hidden, wide[:, d:])
+
+    def _usable(self, x: torch.Tensor) -> Engine:
+        """The engine, if this input can be computed; a clear error otherwise."""
+        where = f"FFN of layer {self.index}"
+        if self.training:
+            raise UsageError("a flash model is for inference only", where=where, got="model.train()", hint="call model.eval()")
+        if self.engine is None or self.engine.closed:
+            raise UsageError("the model's store is closed", where=where, hint="load the model again")
+        if x.device.type != "cpu":
+            raise UsageError(
+                "the FFN computes on the CPU",
+                where=where,
+                expected="input on cpu",
+                got=x.device,
+                hint='move the model back with model.to("cpu"), or load it with device_map="cpu"',
+            )
+        if x.dtype != self.engine.dtype:
+            raise UsageError(
+                "the dtype of the model was changed after loading",
+                where=where,
+                expected=self.engine.dtype,
+                got=x.dtype,
+                hint=f"load it with from_pretrained(..., dtype={x.dtype})",
+            )
+        return self.engine
+
+    def extra_repr(self) -> str:
+        return f"layer={self.index}, d_model={self.d_model}, d_ff={self.d_ff}, on flash"
+
+
+class DownBias(nn.Module):
+    """Stands where the down projection stood: adds its bias to the fp32 sum and rounds once to the dtype of compute.
+
+    Keeps the parameter name `bias` of the module it replaces.
+    """
+
+    def __init__(self, d_model: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(d_model), requires_grad=False) if bias else None
+        self.dtype = dtype
+
+    def forward(self, total: torch.Tensor) -> torch.Tensor:
+        return (total if self.bias is None else total + self.bias.float()).to(self.dtype)
+
+
+class _NoBackward(torch.autograd.Function):
+    """Lets a forward run with gradients enabled, and refuses a backward that would silently skip the FFN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UsageError(
+            "a flash model has no gradients: its FFN weights are on flash", hint="use the plain checkpoint to train"
+        )
+
+
+def _union(selected: torch.Tensor) -> Ids:
+    """Sorted ids of the neurons that any token selected."""
+    used = selected[0] if selected.shape[0] == 1 else selected.any(0)
+    return np.flatnonzero(used.numpy())

@@ -1,0 +1,180 @@
+"""The transformers seam: an `HfQuantizer` that says when things happen; what happens is in the other modules.
+
+before weights are loaded   open or make the store, divide the budget, replace the FFNs (still on the meta device)
+after                       put the other weights into memory, load predictors, allocate windows, open the reader
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers.quantizers.auto as auto
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+
+from .adapters import Adapter, adapter_for
+from .budget import MemoryPlan, available_memory, format_bytes, plan_memory
+from .checkpoint import Checkpoint
+from .config import FlashOffloadConfig
+from .errors import BudgetError, ConfigError, UnsupportedModelError
+from .ffn import Scratch
+from .predictor import QuantizedFormat, find_predictor
+from .reader import reader_buffer_bytes
+from .repack import cached_store, chosen_form
+from .runtime import attach
+from .store import FlashStore
+
+logger = logging.getLogger("hf_flash")
+
+_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class FlashHfQuantizer(HfQuantizer):
+    """Loads a model with its FFN weights on flash. Registered as quantization method `"flash"`."""
+
+    quantization_config: FlashOffloadConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse device maps that make no sense here."""
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if "disk" in {str(place) for place in places}:
+            raise ConfigError(
+                "hf_flash already keeps the FFN weights on disk",
+                where="device_map",
+                got=device_map,
+                hint='remove "disk" from device_map; memory_budget says how much may stay in DRAM',
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """`"auto"` means the CPU, where the FFN computes."""
+        return {"": "cpu"} if isinstance(device_map, str) and device_map in ("auto", "balanced", "sequential") else device_map
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config, dtype = self.quantization_config, model.config.dtype
+        adapter = adapter_for(model.config)
+        if dtype not in _DTYPES:
+            raise UnsupportedModelError("no such dtype of compute", where="dtype", expected=_DTYPES, got=dtype)
+        if not checkpoint_files:
+            raise ConfigError(
+                "hf_flash needs checkpoint files: there is nothing on disk to read neurons from",
+                where="from_pretrained",
+                got="a state_dict",
+                hint="save the checkpoint and load the folder",
+            )
+        files = [Path(file) for file in checkpoint_files]
+        self._checkpoint = Checkpoint.open(files)
+        store = FlashStore.open(files) if self.pre_quantized else None
+        self._ffns = adapter.swap(model, dtype)
+        self._plan, self._form = self._divide(model, adapter, dtype, store)
+        if store is None:
+            store = cached_store(self._checkpoint, adapter, self._form, config.cache_dir)
+        elif self._form is not None:
+            find_predictor(store, self._form)
+        self._check_dims(adapter, model, store)
+        self._store, self._dtype = store, dtype
+        config.remember(predictor="none" if self._form is None else "quantized")
+        if self._form is not None:
+            config.remember(predictor_bits=self._form.bits, predictor_group_size=self._form.group_size)
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *adapter.store_keys,
+        }
+
+    def _divide(
+        self,
+        model: Any,
+        adapter: Adapter,
+        dtype: torch.dtype,
+        store: FlashStore | None,
+    ) -> tuple[MemoryPlan, QuantizedFormat | None]:
+        """Divide the memory budget. On a plain checkpoint whose predictor nobody named, one that does not fit is left out."""
+        config = self.quantization_config
+        layers, d_ff, d_model = adapter.dims(model.config)
+        stored = store.layers[0].dtype if store else self._checkpoint.specs[adapter.names(self._checkpoint.specs)[0].up][0]
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        weights = {id(p): p for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
+        resident = sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in weights.values())
+        scratch = Scratch.nbytes(d_ff, d_model, dtype) + reader_buffer_bytes(
+            d_model, stored, dtype, config.reader, config.io_threads
+        )
+
+        def plan(form: QuantizedFormat | None) -> MemoryPlan:
+            return plan_memory(
+                config.memory_budget,
+                resident_bytes=resident,
+                scratch_bytes=scratch,
+                layers=layers,
+                d_ff=d_ff,
+                predictor_bytes=layers * form.dram_bytes(d_ff, d_model) if form else 0,
+                bundle_bytes=2 * d_model * dtype.itemsize,
+            )
+
+        form = chosen_form(config, adapter, model.config)
+        try:
+            return plan(form), form
+        except BudgetError:
+            if form is None or config.predictor is not None:
+                raise
+            logger.warning(
+                "hf_flash: the quantized predictor does not fit into the memory budget; loading with predictor='none'"
+            )
+            return plan(None), None
+
+    @staticmethod
+    def _check_dims(adapter: Adapter, model: Any, store: FlashStore) -> None:
+        wanted = adapter.dims(model.config)
+        found = len(store.layers), store.layers[0].d_ff, store.layers[0].d_model
+        if wanted != found or any((layer.d_ff, layer.d_model) != found[1:] for layer in store.layers):
+            raise UnsupportedModelError(
+                "the store does not fit the model's config",
+                where=store.layers[0].path.parent,
+                expected=f"layers, d_ff, d_model = {wanted}",
+                got=found,
+                hint="repack the checkpoint",
+            )
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        plan = self._plan
+        spare = max(0, available_memory() - max(0, plan.predictor_bytes + plan.scratch_bytes + plan.window_bytes))
+        attach(
+            model,
+            self.quantization_config,
+            plan,
+            self._store,
+            self._checkpoint,
+            self._form,
+            self._ffns,
+            self._dtype,
+            spare,
+        )
+        logger.info(
+            "hf_flash: memory budget %s%s\n%s",
+            format_bytes(plan.budget_bytes),
+            "" if self.quantization_config.memory_budget else " (most of what is free)",
+            plan.describe(),
+        )
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make transformers know `quant_method: flash`. Called once, by `import hf_flash`."""
+    register_quantization_config("flash")(FlashOffloadConfig)
+    register_quantizer("flash")(FlashHfQuantizer)
+    # Only classes in this tuple may bring arguments for a model that has a quantization_config already; there is no
+    # registration for it, so it is bound again with ours in it. A contract test watches this.
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, FlashOffloadConfig)

@@ -1,0 +1,438 @@
+"""Repack a plain checkpoint for flash, and back.
+
+`repack`        plain checkpoint -> folder with bundles, predictor and everything else (store.py has the layout)
+`restore`       such a folder -> the plain checkpoint, every tensor bit for bit
+`cached_store`  plain checkpoint -> bundles and predictor only, in the flash cache: what `from_pretrained` uses
+`save_folder`   a loaded model -> such a folder; the store is copied as it is
+
+All of them stream: one layer's bundles in memory at most. All write into a folder beside the target, `.<name>.partial`,
+and rename it at the end, so a run that dies leaves the source whole and nothing that looks finished; the next run takes
+the layers that are complete from there and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from filelock import FileLock, Timeout
+from huggingface_hub import constants
+from huggingface_hub.utils import tqdm
+
+from .adapters import Adapter, FFNNames, adapter_for
+from .budget import format_bytes
+from .checkpoint import Checkpoint, resolve_folder
+from .config import FlashOffloadConfig
+from .errors import DiskSpaceError, HfFlashError, StoreError, StoreFormatError, TargetExistsError, UnsupportedModelError
+from .predictor import QuantizedFormat, write_predictor
+from .store import (
+    INDEX_NAME,
+    LAYER_FILE,
+    PREDICTOR_FILE,
+    FlashStore,
+    TensorSpec,
+    layer_spec,
+    read_header,
+    read_json,
+    unbundle,
+    write_json,
+    write_layer,
+    write_safetensors,
+    writing,
+)
+
+logger = logging.getLogger("hf_flash")
+
+_SHARD_BYTES: Final = 5_000_000_000
+_NOT_COPIED: Final = re.compile(
+    r"(.*\.(safetensors|bin|pt|pth|h5|msgpack|ot|onnx|gguf|tmp|lock)|.*\.index\.json|config\.json|\..*)", re.IGNORECASE
+)
+
+
+def repack(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    predictor: Literal["quantized", "none"] | None = None,
+    predictor_bits: Literal[4, 8] | None = None,
+    predictor_group_size: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Write a checkpoint again with its FFN bundled for flash. Paper: section 3.2.
+
+    Args:
+        source: a folder or a Hub repository with a plain checkpoint, safetensors or `pytorch_model.bin`.
+        target: the folder to make; it must not exist or be empty.
+        predictor: which one to store; unset: `"quantized"` for ReLU models, `"none"` for others.
+        predictor_bits, predictor_group_size: as in [`FlashOffloadConfig`].
+        revision, token, cache_dir, local_files_only: for the Hub, as in `from_pretrained`.
+
+    Returns:
+        The target folder.
+
+    Raises:
+        TargetExistsError, DiskSpaceError, InvalidWeightsError, RepackError: nothing is left at `target`.
+        StoreError, UnsupportedModelError, ConfigError: the source cannot be repacked.
+    """
+    target = Path(target)
+    wish = FlashOffloadConfig(predictor=predictor, predictor_bits=predictor_bits, predictor_group_size=predictor_group_size)
+    folder = resolve_folder(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise UnsupportedModelError(
+            "the source is already quantized or repacked",
+            where=folder,
+            got=config["quantization_config"].get("quant_method"),
+            hint="repack the plain checkpoint",
+        )
+    adapter = adapter_for(config)
+    form = chosen_form(wish, adapter, config)
+    _check_target(target)
+    checkpoint = Checkpoint.open_folder(folder)
+    with _partial_folder(target) as partial:
+        store = build_store(partial, checkpoint, adapter, form, rest=True)
+        wish.remember(predictor="none" if form is None else "quantized")
+        if form is not None:
+            wish.remember(predictor_bits=form.bits, predictor_group_size=form.group_size)
+        config["quantization_config"] = wish.to_dict()
+        _finish_folder(partial, checkpoint, store, config, {})
+        _copy_small_files(folder, partial)
+    return target
+
+
+def chosen_form(wish: FlashOffloadConfig, adapter: Adapter, config: Any) -> QuantizedFormat | None:
+    """The predictor that a wish means for a model; `None` for none.
+
+    Raises:
+        UnsupportedModelError: a predictor was asked for and the activation leaves no exact zeros.
+    """
+    name, sparse = adapter.activation_name(config), adapter.sparse(config)
+    if wish.predictor == "none" or (wish.predictor is None and not sparse):
+        return None
+    if not sparse:
+        raise UnsupportedModelError(
+            "a predictor needs an activation that leaves exact zeros",
+            where=adapter.activation_key,
+            expected="relu",
+            got=name,
+            hint='use predictor="none"',
+        )
+    return QuantizedFormat(wish.predictor_bits, wish.predictor_group_size)
+
+
+def build_store(
+    folder: Path, checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat | None, *, rest: bool
+) -> FlashStore:
+    """Write the layer files and the predictor into `folder`, passing over what is there already and complete.
+
+    Args:
+        rest: whether room for the other tensors is needed in `folder` too.
+    """
+    names, origin = adapter.names(checkpoint.specs), checkpoint.origin()
+    todo = [layer for layer in names if not _complete(folder / LAYER_FILE.format(layer.index), origin)]
+    _check_room(folder, checkpoint, names, todo, form, rest)
+    total = sum(_nbytes(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", disable=not todo) as bar:
+        for layer in todo:
+            up, down = checkpoint.tensor(layer.up), checkpoint.tensor(layer.down)
+            write_layer(
+                folder / LAYER_FILE.format(layer.index),
+                layer.index,
+                len(names),
+                layer.bundles,
+                (layer.up, layer.down),
+                up,
+                down,
+                origin,
+            )
+            bar.update(up.nbytes + down.nbytes)
+    return add_predictor(folder, form)
+
+
+def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
+    """Make a predictor from the layer files in `folder`, unless it is there."""
+    store = FlashStore.open_folder(folder)
+    if form is None or form.variant in store.predictors:
+        return store
+    write_predictor(
+        folder / PREDICTOR_FILE.format(form.variant),
+        store,
+        form,
+        lambda layers: tqdm(layers, desc="Making predictors", unit="layer"),
+    )
+    return FlashStore.open_folder(folder)
+
+
+def _complete(path: Path, origin: Mapping[str, str]) -> bool:
+    """Whether an earlier run finished this layer file from the same source."""
+    try:
+        meta = read_header(path)[1]
+    except StoreError:
+        return False
+    return all(meta.get(f"hf_flash.{key}") == value for key, value in origin.items())
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    return spec[0].itemsize * torch.Size(spec[1]).numel()
+
+
+def _check_room(
+    folder: Path,
+    checkpoint: Checkpoint,
+    names: list[FFNNames],
+    todo: list[FFNNames],
+    form: QuantizedFormat | None,
+    rest: bool,
+) -> None:
+    """Refuse to start when the disk cannot hold what will be written."""
+    ffn = {n for layer in names for n in (layer.up, layer.down)}
+    needed = sum(_nbytes(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
+    for layer in names if form else []:
+        _, d_ff, d_model = layer_spec(checkpoint.specs[layer.up], checkpoint.specs[layer.down], layer.up, layer.down)
+        needed += sum(map(_nbytes, form.specs("", d_ff, d_model).values())) if form else 0
+    if rest:
+        needed += sum(_nbytes(spec) for name, spec in checkpoint.specs.items() if name not in ffn)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskSpaceError(
+            "not enough room to repack",
+            where=folder,
+            expected=f"{format_bytes(needed)} ({needed} bytes) free",
+            got=f"{format_bytes(free)} ({free} bytes)",
+            hint="free some space or choose another disk",
+        )
+
+
+# --- the flash cache -----------------------------------------------------------------------------------------------
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where plain checkpoints are repacked to: `cache_dir`, else `$HF_FLASH_CACHE`, else `flash` in the Hugging Face home."""
+    return Path(cache_dir or os.environ.get("HF_FLASH_CACHE") or Path(constants.HF_HOME) / "flash").expanduser()
+
+
+def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat | None, cache_dir: str | None) -> FlashStore:
+    """The bundles and predictor of a plain checkpoint, made once per source, revision and format.
+
+    Several processes may ask at once: one works, the others wait for it.
+    """
+    origin = checkpoint.origin()
+    name = "--".join(filter(None, [origin["source"].replace("/", "--"), origin["revision"][:12], origin["fingerprint"][:16]]))
+    target = cache_folder(cache_dir) / name
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(target):
+        if target.is_dir():
+            _check_room(target, checkpoint, [], [], None, rest=False)
+            return add_predictor(target, form)
+        with _partial_folder(target, lock=False) as partial:
+            build_store(partial, checkpoint, adapter, form, rest=False)
+        return FlashStore.open_folder(target)
+
+
+# --- folders that appear whole or not at all ------------------------------------------------------------------------
+
+
+def _lock(target: Path) -> FileLock:
+    """A lock beside the target; says so when it has to wait."""
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    with writing(target):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("hf_flash: another process is writing %s; waiting for it", target)
+            lock.acquire()
+    return lock
+
+
+class _partial_folder:
+    """A folder beside `target` that becomes it when the block ends well, and stays for the next run when it does not."""
+
+    def __init__(self, target: Path, lock: bool = True) -> None:
+        self.target = target
+        self.partial = target.with_name(f".{target.name}.partial")
+        self._wants_lock = lock
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> Path:
+        with writing(self.partial):
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.target) if self._wants_lock else None
+            self.partial.mkdir(exist_ok=True)
+        return self.partial
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                with writing(self.target):
+                    if self.target.is_dir():
+                        self.target.rmdir()
+                    os.rename(self.partial, self.target)
+                    _sync(self.target.parent)
+            elif isinstance(error, HfFlashError) and not any(self.partial.iterdir()):
+                self.partial.rmdir()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system lets us."""
+    if hasattr(os, "O_DIRECTORY"):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise TargetExistsError("the target is not an empty folder", where=target, hint="choose another one, or remove it")
+
+
+def _finish_folder(
+    folder: Path,
+    checkpoint: Checkpoint,
+    store: FlashStore,
+    config: Mapping[str, Any],
+    changed: Mapping[str, torch.Tensor],
+) -> None:
+    """Write what makes a folder with a store a checkpoint: the other tensors with tombstones, the index, config.json.
+
+    Args:
+        checkpoint: where the other tensors come from: the plain checkpoint, or a repacked one.
+        changed: tensors whose values differ from the checkpoint's by now.
+    """
+    ffn = {name for layer in store.layers for name in (layer.up_name, layer.down_name)}
+    own = {layer.key for layer in store.layers}
+    rest = {
+        name: (changed[name].dtype, tuple(changed[name].shape)) if name in changed else spec
+        for name, spec in checkpoint.specs.items()
+        if name not in ffn | own and ".predictor." not in name
+    }
+    tombstones: dict[str, TensorSpec] = {}
+    for layer in store.layers:
+        tombstones |= {
+            layer.up_name: (layer.dtype, (0, layer.d_model)),
+            layer.down_name: (layer.dtype, (layer.d_model, 0)),
+        }
+    shards = _shards(tombstones | rest)
+    weight_map: dict[str, str] = {}
+    for number, specs in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        pieces = (changed[n] if n in changed else checkpoint.tensor(n) for n in specs if n not in tombstones)
+        write_safetensors(folder / name, specs, pieces, {})
+        weight_map |= dict.fromkeys(specs, name)
+    for path in store.files:
+        weight_map |= dict.fromkeys(read_header(folder / path.name)[0], path.name)
+    size = sum(map(_nbytes, rest.values())) + sum((folder / path.name).stat().st_size for path in store.files)
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(folder / "config.json", config)
+
+
+def _shards(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
+    """Specs divided into files of at most `_SHARD_BYTES`, or one tensor."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + _nbytes(spec) > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += _nbytes(spec)
+    return shards
+
+
+def _copy_small_files(source: Path, target: Path) -> None:
+    """Tokenizer, generation config, licence, model card: everything that is not weights."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
+            with writing(target / path.name):
+                shutil.copyfile(path, target / path.name)
+
+
+# --- back, and save -------------------------------------------------------------------------------------------------
+
+
+def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+    """Undo [`repack`]: every tensor of the plain checkpoint with its name, dtype, shape and bytes, in safetensors files.
+
+    Args:
+        folder: a repacked checkpoint.
+        target: the folder to make; it must not exist or be empty.
+
+    Returns:
+        The target folder.
+    """
+    folder, target = Path(folder), Path(target)
+    _check_target(target)
+    store = FlashStore.open_folder(folder)
+    checkpoint = Checkpoint.open_folder(folder)
+    ffn: dict[str, TensorSpec] = {}
+    for layer in store.layers:
+        ffn |= {
+            layer.up_name: (layer.dtype, (layer.d_ff, layer.d_model)),
+            layer.down_name: (layer.dtype, (layer.d_model, layer.d_ff)),
+        }
+    own = {layer.key for layer in store.layers}
+    rest = {n: s for n, s in checkpoint.specs.items() if n not in own and ".predictor." not in n and n not in ffn}
+    config = read_json(folder / "config.json")
+    if config.pop("quantization_config", {}).get("quant_method") != "flash":
+        raise StoreFormatError("not a repacked checkpoint", where=folder / "config.json", expected="quant_method: flash")
+    with _partial_folder(target) as partial:
+        shards = _shards(rest | ffn)
+        pieces = _restored(checkpoint, store, rest)
+        weight_map: dict[str, str] = {}
+        for number, specs in enumerate(tqdm(shards, desc="Restoring", unit="shard"), start=1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(partial / name, specs, (next(pieces) for _ in specs), {})
+            weight_map |= dict.fromkeys(specs, name)
+        if len(shards) > 1:
+            size = sum(map(_nbytes, (rest | ffn).values()))
+            write_json(partial / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(partial / "config.json", config)
+        _copy_small_files(folder, partial)
+    return target
+
+
+def _restored(checkpoint: Checkpoint, store: FlashStore, rest: Mapping[str, TensorSpec]) -> Iterator[torch.Tensor]:
+    yield from checkpoint.tensors(rest)
+    for layer in store.layers:
+        yield from unbundle(layer)
+
+
+def save_folder(
+    target: Path,
+    checkpoint: Checkpoint,
+    store: FlashStore,
+    config: Mapping[str, Any],
+    changed: Mapping[str, torch.Tensor],
+) -> None:
+    """Write a loaded model as a repacked checkpoint; the store's files are copied byte for byte.
+
+    `target` may be the folder the model was loaded from; its store is then left alone.
+    """
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        stale = target / "model.safetensors"
+        for path in tqdm(store.files, desc="Copying the store", unit="file"):
+            copy = target / path.name
+            if copy.exists() and os.path.samefile(path, copy):
+                continue
+            temporary = copy.with_name(copy.name + ".tmp")
+            shutil.copyfile(path, temporary)
+            os.replace(temporary, copy)
+    _finish_folder(target, checkpoint, store, json.loads(json.dumps(config)), changed)
+    stale.unlink(missing_ok=True)  # it would be loaded instead of the index

@@ -1,0 +1,96 @@
+"""What a flash model did and holds: counters, bytes and milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .budget import format_bytes
+
+
+@dataclass
+class Counters:
+    """Running totals over all FFN layers since loading, or since the last reset."""
+
+    calls: int = 0  # forwards of one FFN layer
+    tokens: int = 0  # tokens through one FFN layer, summed over the layers
+    selected: int = 0  # neurons computed, union over the tokens of a call
+    hits: int = 0  # of these, already in the window
+    missing_bytes: int = 0  # bundles that were missing, times their size on flash
+    read_bytes: int = 0  # what was asked of the disk: missing_bytes plus page and sector rounding
+    reads: int = 0  # chunks: contiguous requests to the disk
+    predict_s: float = 0.0
+    manage_s: float = 0.0
+    io_s: float = 0.0
+    compute_s: float = 0.0
+
+    def reset(self) -> None:
+        for item in fields(self):
+            setattr(self, item.name, item.default)
+
+
+@dataclass(frozen=True)
+class FlashStats:
+    """A snapshot, as [`hf_flash.stats`] returns it. Sizes in bytes, times in seconds, rates per generated token."""
+
+    layers: int
+    d_ff: int
+    window: int  # tokens
+    capacity: int  # neurons a layer's window can hold
+    predictor: str
+    reader: str
+    budget_bytes: int
+    minimum_bytes: int
+    resident_bytes: int  # embeddings, attention, norms, biases
+    predictor_bytes: int
+    scratch_bytes: int
+    window_bytes: int  # rows of the windows that have been used so far: memory really held
+    window_limit_bytes: int  # what the windows may grow to within the budget
+    dense_bytes: int  # what the stock model would hold
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def dram_bytes(self) -> int:
+        """All weight bytes held in DRAM now; never more than `budget_bytes`."""
+        return self.resident_bytes + self.predictor_bytes + self.scratch_bytes + self.window_bytes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the model."""
+        return self.counters.tokens // self.layers
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the computed neurons that were already in DRAM."""
+        return self.counters.hits / max(1, self.counters.selected)
+
+    @property
+    def read_bytes_per_token(self) -> float:
+        return self.counters.read_bytes / max(1, self.tokens)
+
+    @property
+    def read_gb_per_s(self) -> float:
+        return self.counters.read_bytes / 1e9 / self.counters.io_s if self.counters.io_s else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, derived ones included, for JSON."""
+        derived = ("dram_bytes", "tokens", "hit_rate", "read_bytes_per_token", "read_gb_per_s")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+    def __str__(self) -> str:
+        c, tokens = self.counters, max(1, self.tokens)
+        per_token = {name: 1e3 * getattr(c, name + "_s") / tokens for name in ("predict", "manage", "io", "compute")}
+        rows = [
+            ("tokens", f"{self.tokens}"),
+            ("read per token", f"{format_bytes(self.read_bytes_per_token)} in {c.reads / tokens:.1f} reads"),
+            (
+                "window hit rate",
+                f"{self.hit_rate:.1%} (window of {self.window} tokens, {self.capacity} neurons a layer)",
+            ),
+            ("neurons computed", f"{c.selected / max(1, c.calls) / self.d_ff:.1%} of each layer, per call"),
+            ("weights in DRAM", f"{format_bytes(self.dram_bytes)} of a budget of {format_bytes(self.budget_bytes)}"),
+            ("the dense model", format_bytes(self.dense_bytes)),
+            ("FFN ms per token", ", ".join(f"{name} {ms:.2f}" for name, ms in per_token.items())),
+            ("predictor, reader", f"{self.predictor}, {self.reader}"),
+        ]
+        return "\n".join(f"{name:<20}{value}" for name, value in rows)

@@ -1,0 +1,350 @@
+"""Train a byte-level BPE tokenizer and a small ReLU OPT from scratch, with few active FFN neurons.
+
+    python scripts/get_corpus.py corpus
+    python scripts/train_tiny_opt.py --corpus corpus/bible.train.txt corpus/sotu.train.txt \\
+        --valid corpus/bible.valid.txt corpus/sotu.valid.txt --out tiny-opt
+
+Sparse inference lives off FFN hidden layers that are mostly zero, as those of large ReLU models are. A small
+model needs a push in that direction, so the loss carries a penalty on the hidden activations. The defaults are
+the recipe of the model in examples/tiny-opt, which saw 12.9 M tokens (about 3150 steps) in 56 minutes on two
+threads. The clock drives the schedule, so two runs agree closely, not to the bit.
+
+The output folder holds fp16 safetensors, the tokenizer and train_log.json. Needs torch >= 2.9 (for Muon).
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+# OPT's own ids. Its texts begin with </s>, which is also what ends them; <s> exists and is never used.
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
+PAD_ID, END_ID = 1, 2
+
+WARMUP_STEPS = 30
+HOLD_UNTIL = 0.4  # share of the run after which the learning rate falls
+FLOOR = 0.02  # share of the learning rate that is left at the end
+PENALTY_FULL_AT = 0.5  # share of the run over which the penalty grows; at once it would kill neurons for good
+QUICK_WINDOWS = 32
+EVAL_BATCH = 16
+
+
+@dataclass
+class TextSet:
+    """A tokenized text, with the size it had in bytes so that losses can be compared across tokenizers."""
+
+    name: str
+    tokens: Tensor
+    bytes: int
+
+
+class HiddenMonitor:
+    """Watches what enters the second FFN matrix of every layer, that is the hidden layer after ReLU.
+
+    In training mode it collects the activation penalty, in evaluation mode it counts zeros.
+    """
+
+    def __init__(self, model: OPTForCausalLM) -> None:
+        layers = model.model.decoder.layers
+        self.costs: list[Tensor] = []
+        self.zeros = [0] * len(layers)
+        self.seen = [0] * len(layers)
+        for index, layer in enumerate(layers):
+            layer.fc2.register_forward_pre_hook(self._hook(index))
+
+    def _hook(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def observe(fc2: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            hidden = inputs[0]
+            if fc2.training:
+                # A plain L1 norm falls when activations shrink and fc2 grows, and nothing becomes zero. With each
+                # neuron priced at the length of the column it multiplies, that trade gains nothing.
+                price = fc2.weight.detach().norm(dim=0)
+                self.costs.append((hidden.float() * price).sum(dim=-1).mean())
+            else:
+                self.zeros[index] += int((hidden == 0).sum())
+                self.seen[index] += hidden.numel()
+
+        return observe
+
+    def take_cost(self) -> Tensor:
+        """Return the penalty of the last forward pass, averaged over layers, and forget it."""
+        cost = torch.stack(self.costs).mean()
+        self.costs.clear()
+        return cost
+
+    def take_zero_shares(self) -> list[float]:
+        """Return the share of zeros in each layer since the last call and start counting anew."""
+        shares = [round(zeros / max(1, seen), 4) for zeros, seen in zip(self.zeros, self.seen, strict=True)]
+        self.zeros, self.seen = [0] * len(shares), [0] * len(shares)
+        return shares
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level BPE tokenizer and a small, sparse ReLU OPT from scratch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    text_help = "documents separated by a form feed"
+    add("--corpus", nargs="+", type=Path, required=True, metavar="FILE", help=f"training text, {text_help}")
+    add("--valid", nargs="+", type=Path, required=True, metavar="FILE", help=f"held-out text, {text_help}")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for model, tokenizer and log")
+    add("--minutes", type=float, default=56.0, help="wall time for the training steps")
+    add("--max-steps", type=int, default=None, help="end after this many steps if the time has not run out")
+    add("--vocab", type=int, default=4096, help="size of the vocabulary")
+    add("--hidden", type=int, default=256, help="width of the model")
+    add("--ffn", type=int, default=1024, help="width of the FFN hidden layer")
+    add("--layers", type=int, default=6, help="number of decoder layers")
+    add("--heads", type=int, default=4, help="attention heads per layer")
+    add("--context", type=int, default=256, help="tokens per training window, and the model's longest input")
+    add("--batch", type=int, default=16, help="windows per step")
+    add("--lr", type=float, default=3e-3, help="peak learning rate, for both optimizers")
+    add("--l1", type=float, default=0.002, help="weight of the activation penalty; 0 trains a denser model")
+    add("--precision", choices=["bf16", "fp32"], default="bf16", help="arithmetic of the training steps")
+    add("--threads", type=int, default=1, help="CPU threads")
+    add("--device", default="cpu", help="torch device to train on")
+    add("--seed", type=int, default=3, help="seed of the initial weights and of the order of the text")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="steps between two rows of the log")
+    add("--prompt", default="And it came to pass", help="the sample printed at the end goes on from this")
+    return parser.parse_args()
+
+
+def read_documents(path: Path) -> list[str]:
+    """Return the documents of a file whose separator is a form feed."""
+    return path.read_text(encoding="utf-8").split("\f")
+
+
+def train_tokenizer(documents: list[str], vocab: int, context: int) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE with OPT's special ids which, like OPT's, puts </s> before every text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes, so that no input is ever unknown
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(documents, trainer)
+    end = SPECIAL_TOKENS[END_ID]
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", pair=f"{end} $A $B", special_tokens=[(end, END_ID)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token="<unk>", pad_token="<pad>",
+        model_max_length=context, padding_side="left",
+    )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, documents: list[str], name: str) -> TextSet:
+    """Turn documents into one long row of ids; the </s> before each one is what separates them."""
+    encodings = tokenizer.backend_tokenizer.encode_batch(documents)
+    tokens = torch.tensor(list(chain.from_iterable(encoding.ids for encoding in encodings)), dtype=torch.long)
+    return TextSet(name, tokens, sum(len(document.encode()) for document in documents))
+
+
+def build_model(args: argparse.Namespace, vocab: int) -> OPTForCausalLM:
+    """Make an OPT with fresh weights. There is no dropout: the run sees its text only a few times."""
+    config = OPTConfig(
+        vocab_size=vocab,
+        hidden_size=args.hidden,
+        word_embed_proj_dim=args.hidden,
+        ffn_dim=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        max_position_embeddings=args.context,
+        activation_function="relu",
+        dropout=0.0,
+        attention_dropout=0.0,
+        layerdrop=0.0,
+        pad_token_id=PAD_ID,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
+    )
+    return OPTForCausalLM(config).to(args.device)
+
+
+def build_optimizers(model: OPTForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+    """Give the weight matrices to Muon and all else (embeddings, biases, norms) to AdamW.
+
+    Muon gets further in a short run. Its steps are scaled to the size of AdamW's, so one rate serves both.
+    """
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def lr_factor(step: int, progress: float) -> float:
+    """Return the share of the peak learning rate: warm-up by steps, then hold and linear decay by progress."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    decay = 1.0 if progress < HOLD_UNTIL else max(FLOOR, (1.0 - progress) / (1.0 - HOLD_UNTIL))
+    return warmup * decay
+
+
+def windows(tokens: Tensor, context: int, shift: int = 0) -> Tensor:
+    """View ``tokens`` as rows of ``context`` inputs plus one: each row ends with the next one's first token."""
+    return tokens[shift:].unfold(0, context + 1, context)
+
+
+def training_batches(tokens: Tensor, context: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Yield full batches without end. Each pass over the text cuts it elsewhere and shuffles the pieces."""
+    generator = torch.Generator().manual_seed(seed)
+    if len(windows(tokens, context, context - 1)) < batch:
+        raise SystemExit("the corpus is too small for one batch: lower --batch or --context")
+    while True:
+        rows = windows(tokens, context, int(torch.randint(context, (1,), generator=generator)))
+        for chosen in torch.randperm(len(rows), generator=generator).split(batch):
+            if len(chosen) == batch:
+                yield rows[chosen]
+
+
+def next_token_loss(model: OPTForCausalLM, rows: Tensor, precision: str) -> Tensor:
+    """Return the mean cross entropy of predicting each token of ``rows`` from those before it."""
+    rows = rows.to(model.device)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    return functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(
+    model: OPTForCausalLM, tokens: Tensor, context: int, precision: str, limit: int | None = None
+) -> float:
+    """Return the loss on held-out text, over all windows or over ``limit`` of them spread evenly."""
+    rows = windows(tokens, context)
+    if not len(rows):
+        raise SystemExit("a held-out text is shorter than one window: lower --context")
+    if limit is not None and limit < len(rows):
+        rows = rows[torch.linspace(0, len(rows) - 1, limit).long()]
+    was_training = model.training
+    model.eval()
+    total = sum(next_token_loss(model, part, precision).item() * len(part) for part in rows.split(EVAL_BATCH))
+    model.train(was_training)
+    return total / len(rows)
+
+
+def train_step(
+    model: OPTForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    loss: Tensor,
+    learning_rate: float,
+) -> None:
+    """Apply one update from ``loss`` to all parameters."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def optimize(
+    model: OPTForCausalLM, monitor: HiddenMonitor, train: TextSet, valid: TextSet, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Train until the time or the steps run out, and return the rows of the log."""
+    optimizers = build_optimizers(model, args.lr)
+    batches = training_batches(train.tokens, args.context, args.batch, args.seed)
+    limit = args.max_steps or math.inf
+    rows: list[dict[str, Any]] = []
+    steps, average, start = 0, math.nan, time.monotonic()
+    model.train()
+    while (progress := max((time.monotonic() - start) / (60 * args.minutes), steps / limit)) < 1:
+        loss = next_token_loss(model, next(batches), args.precision)
+        penalty = args.l1 * min(1.0, progress / PENALTY_FULL_AT) * monitor.take_cost()
+        train_step(model, optimizers, loss + penalty, args.lr * lr_factor(steps, progress))
+        average = loss.item() if steps == 0 else 0.95 * average + 0.05 * loss.item()
+        steps += 1
+        if steps % args.log_every == 0:
+            quick = evaluate(model, valid.tokens, args.context, args.precision, QUICK_WINDOWS)
+            rows.append({
+                "steps": steps,
+                "tokens": steps * args.batch * args.context,
+                "seconds": round(time.monotonic() - start, 1),
+                "train_loss": round(average, 4),
+                "valid_loss": round(quick, 4),
+                "zeros_by_layer": monitor.take_zero_shares(),
+            })
+            print(json.dumps(rows[-1]), flush=True)
+        if not math.isfinite(average):
+            raise SystemExit(f"the loss is no longer finite after {steps} steps: lower --lr")
+    print(f"trained {steps} steps in {time.monotonic() - start:.0f} s", flush=True)
+    return rows
+
+
+def judge(
+    model: OPTForCausalLM, monitor: HiddenMonitor, texts: list[TextSet], context: int
+) -> dict[str, dict[str, Any]]:
+    """Measure the finished model on the whole of every held-out text, in fp32."""
+    results: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        monitor.take_zero_shares()
+        loss = evaluate(model, text.tokens, context, "fp32")
+        results[text.name] = {
+            "loss": round(loss, 4),
+            "perplexity": round(math.exp(loss), 2),
+            "bits_per_byte": round(loss * len(text.tokens) / text.bytes / math.log(2), 4),
+            "zeros_by_layer": monitor.take_zero_shares(),
+        }
+        print(text.name, json.dumps(results[text.name]), flush=True)
+    return results
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options for the log, with bare file names: where they lay says nothing to others."""
+    names = {"corpus": [path.name for path in args.corpus], "valid": [path.name for path in args.valid]}
+    return {key: value for key, value in vars(args).items() if key != "out"} | names
+
+
+@torch.no_grad()
+def sample(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, context: int) -> str:
+    """Let the model go on from ``prompt``, as a glance at what it has learned."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    length = min(context, inputs["input_ids"].shape[1] + 60)
+    output = model.generate(**inputs, max_length=length, do_sample=True, temperature=0.7, top_k=40)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def main() -> None:
+    """Train tokenizer and model, round the weights to fp16, judge what will be saved, and save it."""
+    args = parse_args()
+    os.environ.setdefault("RAYON_NUM_THREADS", str(args.threads))  # the tokenizer's own threads
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    documents = [document for path in args.corpus for document in read_documents(path)]
+    tokenizer = train_tokenizer(documents, args.vocab, args.context)
+    train = tokenize(tokenizer, documents, "train")
+    valid = [tokenize(tokenizer, read_documents(path), path.name) for path in args.valid]
+    model = build_model(args, len(tokenizer))
+    size = model.num_parameters()
+    print(f"{len(train.tokens)} training tokens, {size / 1e6:.2f} M parameters", flush=True)
+
+    monitor = HiddenMonitor(model)
+    history = optimize(model, monitor, train, valid[0], args)
+    model.half().float().eval()
+    results = judge(model, monitor, valid, args.context)
+    print("sample:", sample(model, tokenizer, args.prompt, args.context))
+
+    tokenizer.save_pretrained(args.out)
+    model.half().save_pretrained(args.out)
+    log = {"settings": settings(args), "parameters": size, "train_tokens": len(train.tokens)}
+    log |= {"valid": results, "history": history}
+    (args.out / "train_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

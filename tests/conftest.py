@@ -1,0 +1,73 @@
+"""Fixtures: the shipped real model, small random OPTs of every shape the family has, and a flash cache per test run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers.utils import logging as transformers_logging
+
+ROOT = Path(__file__).parent.parent
+TINY_OPT = ROOT / "examples" / "tiny-opt"
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "pre_ln": {},
+    "post_ln": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},  # as opt-350m
+    "no_bias": {"enable_bias": False},
+    "odd": {"hidden_size": 36, "word_embed_proj_dim": 36, "ffn_dim": 100, "num_attention_heads": 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No progress bars; the flash cache in a temporary folder that the whole run shares."""
+    transformers_logging.disable_progress_bar()
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setenv("HF_FLASH_CACHE", str(tmp_path_factory.getbasetemp() / "flash-cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_opt() -> Path:
+    """The real trained OPT that the repository ships (float16)."""
+    return TINY_OPT
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(TINY_OPT)
+
+
+def make_opt(folder: Path, *, dtype: torch.dtype = torch.float32, shards: str = "1GB", seed: int = 0, **config: Any) -> Path:
+    """Save a small OPT with random weights, sparse enough to matter: `fc1.bias` is negative."""
+    settings: dict[str, Any] = {
+        "vocab_size": 96, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "dropout": 0.0, "pad_token_id": 1, "bos_token_id": 2,
+        "eos_token_id": 2, "init_std": 0.2,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = OPTForCausalLM(OPTConfig(**settings | config))
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            if layer.fc1.bias is not None:
+                layer.fc1.bias.normal_(-1.0, 0.5)
+                layer.fc2.bias.normal_(0.0, 0.1)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`opt("post_ln", dtype=..., shards=...)`: the folder of a small random OPT, made once per run."""
+    made: dict[str, Path] = {}
+
+    def get(shape: str = "pre_ln", **kwargs: Any) -> Path:
+        key = f"{shape}-{sorted(kwargs.items())!s}"
+        if key not in made:
+            made[key] = make_opt(tmp_path_factory.mktemp(shape) / "model", **SHAPES[shape], **kwargs)
+        return made[key]
+
+    return get

@@ -68,10 +68,10 @@ class Scratch:
         self.wide = self.gathered if dtype == torch.float32 else aligned_empty(shape, torch.float32)
 
     @staticmethod
-    def nbytes(d_ff: int, d_model: int, dtype: torch.dtype) -> int:
-        """What the buffers take, in bytes."""
+    def nbytes(d_model: int, rows: int, dtype: torch.dtype) -> int:
+        """What the buffers for blocks of `rows` take, in bytes."""
         wide = 0 if dtype == torch.float32 else 4
-        return block_rows(d_ff) * 2 * d_model * (2 * dtype.itemsize + wide)
+        return rows * 2 * d_model * (2 * dtype.itemsize + wide)
 
 
 class Engine:
@@ -83,6 +83,12 @@ class Engine:
         self.lock = threading.RLock()
         self.closed = False
         self.runtime: Any = None  # the `FlashRuntime` this belongs to, for `hf_flash.stats(model)`
+
+    @property
+    def scratch_bytes(self) -> int:
+        """DRAM of the buffers that all layers share."""
+        rows = self.scratch.rows
+        return Scratch.nbytes(rows.shape[1] // 2, len(rows), self.dtype) + self.reader.buffer_bytes
 
     def close(self) -> None:
         with self.lock:

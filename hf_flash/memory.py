@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
 import mmap
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+_LARGE_BYTES = 1 << 18
+
+
+def anonymous(nbytes: int) -> mmap.mmap:
+    """Page-aligned memory of this process alone: a forked worker writes to a copy, not into ours."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -19,8 +30,22 @@ def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     count = torch.Size(shape).numel()
     if count == 0:
         return torch.empty(shape, dtype=dtype)
-    buffer = mmap.mmap(-1, count * dtype.itemsize)
-    return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(anonymous(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in memory. Large ones get pages of their own, which go back to the system when the copy is freed;
+    from the heap they might not."""
+    if tensor.nbytes < _LARGE_BYTES:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return aligned_empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+
+def trim_heap() -> None:
+    """Give freed heap memory back to the system. glibc keeps what repacking and loading freed, tens of MiB or more."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # musl has none
+        trim(0)
 
 
 def load_into_memory(tensors: Iterable[torch.Tensor]) -> None:
@@ -33,7 +58,7 @@ def load_into_memory(tensors: Iterable[torch.Tensor]) -> None:
     mapped = _file_mappings()
     for tensor in tensors:
         if tensor.device.type == "cpu" and (mapped is None or _within(mapped, tensor.data_ptr())):
-            tensor.data = tensor.data.clone()
+            tensor.data = copied(tensor.data)
 
 
 def _file_mappings() -> list[tuple[int, int]] | None:

@@ -19,7 +19,7 @@ from .budget import MemoryPlan, available_memory, format_bytes, plan_memory
 from .checkpoint import Checkpoint
 from .config import FlashOffloadConfig
 from .errors import BudgetError, ConfigError, UnsupportedModelError
-from .ffn import Scratch
+from .ffn import Scratch, block_rows
 from .predictor import QuantizedFormat, find_predictor
 from .reader import reader_buffer_bytes
 from .repack import cached_store, chosen_form
@@ -98,7 +98,7 @@ class FlashHfQuantizer(HfQuantizer):
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         weights = {id(p): p for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
         resident = sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in weights.values())
-        scratch = Scratch.nbytes(d_ff, d_model, dtype) + reader_buffer_bytes(
+        scratch = Scratch.nbytes(d_model, block_rows(d_ff), dtype) + reader_buffer_bytes(
             d_model, stored, dtype, config.reader, config.io_threads
         )
 

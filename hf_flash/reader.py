@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from .errors import StoreReadError
-from .memory import aligned_empty
+from .memory import aligned_empty, anonymous
 from .store import FlashStore, LayerStore
 from .window import Ids
 
@@ -60,6 +60,7 @@ class ByteReader(Protocol):
     """The part that differs: fetch chunks of one layer's file into a byte buffer."""
 
     name: str
+    buffer_bytes: int  # DRAM that it holds itself
 
     def fetch(self, layer: int, chunks: list[Chunk], buffer: memoryview) -> ReadCount: ...
     def close(self) -> None: ...
@@ -77,11 +78,18 @@ class BundleReader:
     def __init__(self, store: FlashStore, source: ByteReader, dtype: torch.dtype) -> None:
         self.layers, self.source = store.layers, source
         first = store.layers[0]
+        self._compute_itemsize = dtype.itemsize
         self._staging = None if first.dtype == dtype else aligned_empty((_STAGING_ROWS, 2 * first.d_model), first.dtype)
 
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def buffer_bytes(self) -> int:
+        """DRAM of its own buffers: staging rows, their converted copies, bounce buffers."""
+        converted = 0 if self._staging is None else self._staging.numel() * self._compute_itemsize
+        return self.source.buffer_bytes + converted + (0 if self._staging is None else self._staging.nbytes)
 
     def read(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids) -> ReadCount:
         """Fill `out[rows[j]]` with the bundle of neuron `ids[j]`.
@@ -141,6 +149,7 @@ class MmapReader:
     """Through the page cache, pages asked for before they are touched."""
 
     name = "mmap"
+    buffer_bytes = 0
 
     def __init__(self, store: FlashStore) -> None:
         self._maps: list[mmap.mmap] = []
@@ -183,6 +192,7 @@ class DirectReader:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hf_flash-read")
         self._bounce = threading.local()
+        self.buffer_bytes = self.bounce_bytes(store.layers[0].bundle_bytes, threads, align)
 
     @staticmethod
     def bounce_bytes(bundle_bytes: int, threads: int, align: int) -> int:
@@ -216,7 +226,7 @@ class DirectReader:
         """Read the aligned bytes around a chunk, a bounce buffer at a time, and copy the wanted ones."""
         bounce = getattr(self._bounce, "view", None)
         if bounce is None:
-            bounce = self._bounce.view = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
+            bounce = self._bounce.view = memoryview(anonymous(_BOUNCE_BYTES))
         offset, end, total = chunk.offset, chunk.offset + chunk.nbytes, 0
         while offset < end:
             first = offset // self._align * self._align
@@ -255,7 +265,7 @@ def direct_alignment(store: FlashStore) -> tuple[int, str]:
     except OSError as error:
         return 0, f"the file system of {path.parent} refuses O_DIRECT ({error.strerror})"
     try:
-        page = memoryview(mmap.mmap(-1, 2 * PAGE))
+        page = memoryview(anonymous(2 * PAGE))
         for align in (512, 4096):
             try:
                 if os.preadv(fd, [page[align : 2 * align]], align) == align:

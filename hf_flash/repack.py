@@ -31,6 +31,7 @@ from .budget import format_bytes
 from .checkpoint import Checkpoint, resolve_folder
 from .config import FlashOffloadConfig
 from .errors import DiskSpaceError, HfFlashError, StoreError, StoreFormatError, TargetExistsError, UnsupportedModelError
+from .memory import trim_heap
 from .predictor import QuantizedFormat, write_predictor
 from .store import (
     INDEX_NAME,
@@ -156,6 +157,7 @@ def build_store(
                 origin,
             )
             bar.update(up.nbytes + down.nbytes)
+    trim_heap()
     return add_predictor(folder, form)
 
 

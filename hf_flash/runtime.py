@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .config import FlashOffloadConfig
 from .errors import ConfigError, UsageError
 from .ffn import Engine, FlashFFN, Scratch
-from .memory import load_into_memory
+from .memory import load_into_memory, trim_heap
 from .predictor import DEFAULT_MARGIN, NoPredictor, Predictor, QuantizedFormat, find_predictor, load_quantized
 from .reader import open_reader
 from .repack import save_folder
@@ -53,7 +53,7 @@ class FlashRuntime:
             minimum_bytes=plan.minimum_bytes,
             resident_bytes=plan.resident_bytes,
             predictor_bytes=sum(ffn.predictor.nbytes for ffn in self.ffns),
-            scratch_bytes=plan.scratch_bytes,
+            scratch_bytes=self.engine.scratch_bytes,
             window_bytes=sum(ffn.window.high_water_bytes for ffn in self.ffns),
             window_limit_bytes=plan.window_bytes,
             dense_bytes=plan.dense_bytes,
@@ -89,6 +89,7 @@ def attach(
             predictor = load_quantized(path, layer, ffn.bias, form, margin)
         window = ResidentWindow(layer.d_ff, layer.d_model, plan.capacity, config.window, dtype, scratch.gathered)
         ffn.attach(engine, window, predictor)
+    trim_heap()
     engine.runtime = FlashRuntime(config, plan, store, checkpoint, form, engine, ffns)
     model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
     model.push_to_hub = MethodType(push_to_hub, model)  # type: ignore[assignment]

@@ -40,6 +40,7 @@ from .errors import (
     StoreMissingError,
     StoreVersionError,
 )
+from .memory import aligned_empty, copied
 
 FORMAT_VERSION: Final = 1
 ALIGNMENT: Final = 4096
@@ -47,6 +48,7 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 LAYER_FILE: Final = "flash-layer-{:05d}.safetensors"
 PREDICTOR_FILE: Final = "flash-predictor-{}.safetensors"
 _META: Final = "hf_flash."
+_PIECE_BYTES: Final = 4 << 20
 _NO_CRC: Final = "0" * 8
 
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -377,13 +379,20 @@ def write_layer(
 
 
 def _bundle(up: torch.Tensor, down: torch.Tensor, names: tuple[str, str]) -> Iterator[torch.Tensor]:
-    """Rows of bundles, some MiB at a time. `down` is read once, in the order of its file, then transposed in memory."""
-    down = down.clone()
-    rows = max(1, (4 << 20) // (2 * up.shape[1] * up.dtype.itemsize))
-    for start in range(0, up.shape[0], rows):
-        block = torch.cat([up[start : start + rows], down[:, start : start + rows].T], dim=1)
+    """Rows of bundles, some MiB at a time. `down` is read once, in the order of its file, then transposed in memory.
+
+    The same buffer is yielded again and again.
+    """
+    d_ff, d_model = up.shape
+    down = copied(down)
+    rows = min(d_ff, max(1, _PIECE_BYTES // (2 * d_model * up.dtype.itemsize)))
+    buffer = aligned_empty((rows, 2 * d_model), up.dtype)
+    for start in range(0, d_ff, rows):
+        block = buffer[: min(rows, d_ff - start)]
+        block[:, :d_model] = up[start : start + rows]
+        block[:, d_model:] = down[:, start : start + rows].T
         if not torch.isfinite(block).all():
-            half = 0 if not torch.isfinite(block[:, : up.shape[1]]).all() else 1
+            half = 0 if not torch.isfinite(block[:, :d_model]).all() else 1
             raise InvalidWeightsError(
                 "the source weights contain NaN or infinite values",
                 where=names[half],

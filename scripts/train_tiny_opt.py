@@ -4,12 +4,13 @@
     python scripts/train_tiny_opt.py --corpus corpus/bible.train.txt corpus/sotu.train.txt \\
         --valid corpus/bible.valid.txt corpus/sotu.valid.txt --out tiny-opt
 
-Sparse inference lives off FFN hidden layers that are mostly zero, as those of large ReLU models are. A small
-model needs a push in that direction, so the loss carries a penalty on the hidden activations. The defaults are
+Sparse inference lives off FFN hidden layers that are mostly zero, as those of large ReLU models are. A
+small model needs a push that way, so the loss carries a penalty on the hidden activations. The defaults are
 the recipe of the model in examples/tiny-opt, which saw 12.9 M tokens (about 3150 steps) in 56 minutes on two
-threads. The clock drives the schedule, so two runs agree closely, not to the bit.
+threads. A CPU without bf16 instructions gets through a fraction of that in the same time. The clock drives
+the schedule, so a run is not repeatable to the bit.
 
-The output folder holds fp16 safetensors, the tokenizer and train_log.json. Needs torch >= 2.9 (for Muon).
+The output folder holds fp16 safetensors, the tokenizer and train_log.json.
 """
 
 import argparse
@@ -36,7 +37,7 @@ PAD_ID, END_ID = 1, 2
 WARMUP_STEPS = 30
 HOLD_UNTIL = 0.4  # share of the run after which the learning rate falls
 FLOOR = 0.02  # share of the learning rate that is left at the end
-PENALTY_FULL_AT = 0.5  # share of the run over which the penalty grows; at once it would kill neurons for good
+PENALTY_FULL_AT = 0.5  # share of the run over which the penalty grows to its weight
 QUICK_WINDOWS = 32
 EVAL_BATCH = 16
 
@@ -50,8 +51,57 @@ class TextSet:
     bytes: int
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose direction is made nearly orthogonal, for weight matrices (Jordan et al. 2024).
+
+    torch has one from 2.9 on, but it computes in bf16 always, which takes many times longer where the CPU can
+    only emulate it. Steps have the size that AdamW's would have, so both optimizers can share a rate.
+    """
+
+    COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of the quintic that pulls singular values to about 1
+    ITERATIONS = 5
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        lr: float,
+        dtype: torch.dtype,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    def orthogonalize(self, matrix: Tensor) -> Tensor:
+        """Return a matrix with the singular vectors of ``matrix`` and singular values near 1."""
+        linear, cubic, quintic = self.COEFFICIENTS
+        tall = matrix.shape[0] > matrix.shape[1]
+        x = (matrix.T if tall else matrix).to(self.dtype)
+        x = x / x.norm().clamp(min=1e-7)
+        for _ in range(self.ITERATIONS):
+            gram = x @ x.T
+            x = linear * x + (cubic * gram + quintic * gram @ gram) @ x
+        return x.T if tall else x
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every matrix that has a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                if not self.state[weight]:
+                    self.state[weight]["average"] = torch.zeros_like(weight)
+                average = self.state[weight]["average"]
+                average.lerp_(weight.grad, 1 - group["momentum"])
+                direction = self.orthogonalize(weight.grad.lerp(average, group["momentum"]))
+                size = group["lr"] * 0.2 * math.sqrt(max(weight.shape))
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(direction.to(weight.dtype), alpha=-size)
+
+
 class HiddenMonitor:
-    """Watches what enters the second FFN matrix of every layer, that is the hidden layer after ReLU.
+    """Watches what enters the second FFN matrix of every layer, which is the hidden layer after ReLU.
 
     In training mode it collects the activation penalty, in evaluation mode it counts zeros.
     """
@@ -68,8 +118,8 @@ class HiddenMonitor:
         def observe(fc2: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             hidden = inputs[0]
             if fc2.training:
-                # A plain L1 norm falls when activations shrink and fc2 grows, and nothing becomes zero. With each
-                # neuron priced at the length of the column it multiplies, that trade gains nothing.
+                # A plain L1 norm falls when activations shrink and fc2 grows, and nothing becomes zero. With
+                # each neuron priced at the length of the column it multiplies, that trade gains nothing.
                 price = fc2.weight.detach().norm(dim=0)
                 self.costs.append((hidden.float() * price).sum(dim=-1).mean())
             else:
@@ -113,13 +163,28 @@ def parse_args() -> argparse.Namespace:
     add("--batch", type=int, default=16, help="windows per step")
     add("--lr", type=float, default=3e-3, help="peak learning rate, for both optimizers")
     add("--l1", type=float, default=0.002, help="weight of the activation penalty; 0 trains a denser model")
-    add("--precision", choices=["bf16", "fp32"], default="bf16", help="arithmetic of the training steps")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+        help="arithmetic of the training steps; auto is bf16 unless this CPU is slower with it")
     add("--threads", type=int, default=1, help="CPU threads")
     add("--device", default="cpu", help="torch device to train on")
     add("--seed", type=int, default=3, help="seed of the initial weights and of the order of the text")
     add("--log-every", type=int, default=50, metavar="STEPS", help="steps between two rows of the log")
     add("--prompt", default="And it came to pass", help="the sample printed at the end goes on from this")
     return parser.parse_args()
+
+
+def faster_precision(device: str) -> str:
+    """Return bf16, or fp32 on a CPU that is slower with bf16: without instructions for it, it is emulated."""
+    if torch.device(device).type != "cpu":
+        return "bf16"
+    seconds = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x = torch.ones(256, 1024, dtype=dtype)
+        x @ x.T  # the first product of a kind also sets things up
+        start = time.perf_counter()
+        x @ x.T
+        seconds[name] = time.perf_counter() - start
+    return min(seconds, key=lambda name: seconds[name])
 
 
 def read_documents(path: Path) -> list[str]:
@@ -175,27 +240,25 @@ def build_model(args: argparse.Namespace, vocab: int) -> OPTForCausalLM:
     return OPTForCausalLM(config).to(args.device)
 
 
-def build_optimizers(model: OPTForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
-    """Give the weight matrices to Muon and all else (embeddings, biases, norms) to AdamW.
-
-    Muon gets further in a short run. Its steps are scaled to the size of AdamW's, so one rate serves both.
-    """
+def build_optimizers(model: OPTForCausalLM, lr: float, precision: str) -> list[torch.optim.Optimizer]:
+    """Give the weight matrices to Muon, which gets further in a short run, and all else to AdamW."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
-    muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(matrices, lr, dtype, momentum=0.95, weight_decay=0.1)
     return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def lr_factor(step: int, progress: float) -> float:
-    """Return the share of the peak learning rate: warm-up by steps, then hold and linear decay by progress."""
+    """Return the share of the peak rate: warm-up by steps, then hold and linear decay by progress."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     decay = 1.0 if progress < HOLD_UNTIL else max(FLOOR, (1.0 - progress) / (1.0 - HOLD_UNTIL))
     return warmup * decay
 
 
 def windows(tokens: Tensor, context: int, shift: int = 0) -> Tensor:
-    """View ``tokens`` as rows of ``context`` inputs plus one: each row ends with the next one's first token."""
+    """View ``tokens`` as rows of ``context`` + 1, each of which ends with the first token of the next."""
     return tokens[shift:].unfold(0, context + 1, context)
 
 
@@ -256,7 +319,7 @@ def optimize(
     model: OPTForCausalLM, monitor: HiddenMonitor, train: TextSet, valid: TextSet, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Train until the time or the steps run out, and return the rows of the log."""
-    optimizers = build_optimizers(model, args.lr)
+    optimizers = build_optimizers(model, args.lr, args.precision)
     batches = training_batches(train.tokens, args.context, args.batch, args.seed)
     limit = args.max_steps or math.inf
     rows: list[dict[str, Any]] = []
@@ -288,7 +351,7 @@ def optimize(
 def judge(
     model: OPTForCausalLM, monitor: HiddenMonitor, texts: list[TextSet], context: int
 ) -> dict[str, dict[str, Any]]:
-    """Measure the finished model on the whole of every held-out text, in fp32."""
+    """Measure the finished model on the whole of every held-out text, in fp32 whatever the training used."""
     results: dict[str, dict[str, Any]] = {}
     for text in texts:
         monitor.take_zero_shares()
@@ -324,6 +387,8 @@ def main() -> None:
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.threads))  # the tokenizer's own threads
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    if args.precision == "auto":
+        args.precision = faster_precision(args.device)
 
     documents = [document for path in args.corpus for document in read_documents(path)]
     tokenizer = train_tokenizer(documents, args.vocab, args.context)
@@ -331,7 +396,7 @@ def main() -> None:
     valid = [tokenize(tokenizer, read_documents(path), path.name) for path in args.valid]
     model = build_model(args, len(tokenizer))
     size = model.num_parameters()
-    print(f"{len(train.tokens)} training tokens, {size / 1e6:.2f} M parameters", flush=True)
+    print(f"{len(train.tokens)} training tokens, {size / 1e6:.2f} M parameters, {args.precision}", flush=True)
 
     monitor = HiddenMonitor(model)
     history = optimize(model, monitor, train, valid[0], args)

@@ -1,0 +1,199 @@
+"""`hf-flash`: the commands. Each is a thin layer over a public function.
+
+Exit codes: 0 done, 1 an error of hf_flash (its message on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import tqdm
+
+from ._version import __version__
+from .budget import format_bytes
+from .config import FlashOffloadConfig
+from .errors import HfFlashError
+from .repack import repack, restore
+from .runtime import push, stats
+from .store import ALIGNMENT, FlashStore
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console command. Returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        return code
+    except HfFlashError as error:
+        print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        print("hf-flash: interrupted; what was finished is kept, run it again to go on", file=sys.stderr)  # noqa: T201
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-flash", description="Run language models larger than memory: FFN weights stay on flash.",
+        epilog="Start with: hf-flash repack facebook/opt-1.3b opt-1.3b-flash",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"hf-flash {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("demo", _demo, "Repack a small model, generate with its FFN on flash, compare with the stock model.")
+    sub.add_argument("model", help="folder or Hub repository of a plain OPT checkpoint")
+    sub.add_argument("--prompt", default="In the beginning God created", help="text to continue")
+    sub.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
+    sub.add_argument("--memory-budget", metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
+
+    sub = command("repack", _repack, "Write a checkpoint again with its FFN bundled for flash.")
+    sub.add_argument("source", help="folder or Hub repository of a plain checkpoint")
+    sub.add_argument("target", help="folder to make")
+    sub.add_argument("--predictor", choices=["quantized", "none"], help="default: quantized for ReLU models")
+    sub.add_argument("--predictor-bits", type=int, choices=[4, 8])
+    sub.add_argument("--predictor-group-size", type=int, metavar="N")
+    sub.add_argument("--revision", help="branch, tag or commit on the Hub")
+    sub.add_argument("--local-files-only", action="store_true", help="do not contact the Hub")
+
+    sub = command("restore", _restore, "Undo repack: the plain checkpoint, bit for bit.")
+    sub.add_argument("folder", help="a repacked checkpoint")
+    sub.add_argument("target", help="folder to make")
+
+    sub = command("inspect", _inspect, "Show what is in a repacked checkpoint.")
+    sub.add_argument("folder", help="a repacked checkpoint, or an entry of the flash cache")
+    sub.add_argument("--check", action="store_true", help="read everything and compare checksums")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("push", _push, "Upload a repacked checkpoint to the Hub, its files as they are.")
+    sub.add_argument("folder", help="a repacked checkpoint")
+    sub.add_argument("repo_id", help="me/opt-6.7b-flash")
+    sub.add_argument("--private", action="store_true", default=None)
+    sub.add_argument("--revision", help="branch to upload to")
+    sub.add_argument("--create-pr", action="store_true")
+    sub.add_argument("--commit-message")
+    return parser
+
+
+def _say(text: object = "") -> None:
+    print(text)  # noqa: T201
+
+
+def _repack(args: argparse.Namespace) -> int:
+    target = repack(
+        args.source, args.target, predictor=args.predictor, predictor_bits=args.predictor_bits,
+        predictor_group_size=args.predictor_group_size, revision=args.revision, local_files_only=args.local_files_only,
+    )  # fmt: skip
+    _say(_describe(FlashStore.open_folder(target)))
+    return 0
+
+
+def _restore(args: argparse.Namespace) -> int:
+    _say(restore(args.folder, args.target))
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    info = push(
+        args.folder, args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
+        commit_message=args.commit_message,
+    )  # fmt: skip
+    _say(info)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    store = FlashStore.open_folder(args.folder)
+    problems = store.check(lambda layers: tqdm(layers, desc="Checking", unit="layer")) if args.check else []
+    if args.json:
+        _say(json.dumps(_facts(store) | {"checked": args.check, "problems": problems}, indent=2))
+    else:
+        _say(_describe(store))
+        if args.check:
+            _say("\n".join(problems) if problems else "checksums         all right")
+    return 1 if problems else 0
+
+
+def _facts(store: FlashStore) -> dict[str, Any]:
+    first = store.layers[0]
+    return {
+        "source": store.metadata["source"],
+        "revision": store.metadata["revision"],
+        "layers": len(store.layers),
+        "d_model": first.d_model,
+        "d_ff": first.d_ff,
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "bundle_bytes": first.bundle_bytes,
+        "bundles_bytes": store.nbytes,
+        "alignment": ALIGNMENT,
+        "predictors": {variant: path.stat().st_size for variant, path in store.predictors.items()},
+        "files": [path.name for path in store.files],
+    }
+
+
+def _describe(store: FlashStore) -> str:
+    facts = _facts(store)
+    predictors = ", ".join(f"{name} ({format_bytes(size)})" for name, size in facts["predictors"].items())
+    rows = [
+        ("source", f"{facts['source']} {facts['revision']}".rstrip()),
+        ("FFN layers", f"{facts['layers']}, d_model {facts['d_model']}, d_ff {facts['d_ff']}, {facts['dtype']}"),
+        ("bundles", f"{format_bytes(facts['bundles_bytes'])}, {format_bytes(facts['bundle_bytes'])} a neuron"),
+        ("alignment", f"every layer on {ALIGNMENT} bytes"),
+        ("predictors", predictors or "none"),
+        ("files", f"{len(facts['files'])}, {facts['files'][0]} ..."),
+    ]
+    return "\n".join(f"{name:<18}{value}" for name, value in rows)
+
+
+# --- demo ----------------------------------------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> int:
+    """Repack, generate with the FFN on flash, and hold `predictor="none"` against the stock model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="hf-flash-demo-") as folder:
+        packed = repack(args.model, Path(folder) / "packed")
+        _say(f"\n{_describe(FlashStore.open_folder(packed))}\n")
+        tokenizer = AutoTokenizer.from_pretrained(packed)
+        inputs = tokenizer(args.prompt, return_tensors="pt")
+        budget = FlashOffloadConfig(memory_budget=args.memory_budget)
+
+        model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=budget)
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        stats(model, reset=True)
+        text, seconds = _generate(model, inputs, args.max_new_tokens)
+        found = stats(model)
+        _say(f"{tokenizer.decode(text, skip_special_tokens=True)}\n")
+        _say(f"{found}\n{'tokens per second':<20}{args.max_new_tokens / seconds:.0f}\n")
+
+        stock, _ = _generate(AutoModelForCausalLM.from_pretrained(args.model), inputs, args.max_new_tokens)
+        budget = FlashOffloadConfig(memory_budget=args.memory_budget, predictor="none")
+        exact, _ = _generate(
+            AutoModelForCausalLM.from_pretrained(packed, quantization_config=budget), inputs, args.max_new_tokens
+        )
+    _say(f"the same tokens as the stock model?  predictor='none': {_yes(exact == stock)}, quantized: {_yes(text == stock)}")
+    return 0 if exact == stock else 1
+
+
+def _generate(model: Any, inputs: Any, tokens: int) -> tuple[list[int], float]:
+    start = time.perf_counter()
+    output = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    return output[0].tolist(), time.perf_counter() - start
+
+
+def _yes(same: bool) -> str:
+    return "yes" if same else "NO"

@@ -156,6 +156,6 @@ def resolve_folder(
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     small = ["*.json", "*.txt", "*.model", "*.md", "*.jinja", "LICENSE*"]
     found = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[*small, "*.safetensors"], **where))
-    if not any((found / name).exists() for name in _WEIGHTS[:1]) and not list(found.glob("*.safetensors")):
+    if not any(found.glob("*.safetensors")):
         found = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[*small, "pytorch_model*.bin"], **where))
     return found

@@ -30,7 +30,8 @@ from .errors import ConfigError, StoreFormatError, StoreMissingError
 from .store import FlashStore, LayerStore, TensorSpec, predictor_metadata, read_header, write_safetensors
 
 DEFAULT_MARGIN: Final = {4: 1.5, 8: 3.0}
-_ROWS: Final = 1024  # rows quantized, packed or dequantized at a time
+_ROWS: Final = 1024  # rows packed or dequantized at a time
+_WEIGHTS: Final = 1 << 19  # weights quantized at a time: what fits into a core's cache is three times faster
 _TOKENS: Final = 256  # tokens scored at a time
 _SHRINK: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # candidate scales, as shares of the full range of a group
 
@@ -152,8 +153,8 @@ def write_predictor(path: Path, store: FlashStore, form: QuantizedFormat, progre
 
     def pieces() -> Iterator[torch.Tensor]:
         for layer in progress(store.layers):
-            bundles = layer.bundles()
-            parts = [quantize_rows(bundles[at : at + _ROWS, : layer.d_model], form) for at in range(0, layer.d_ff, _ROWS)]
+            up, rows = layer.bundles()[:, : layer.d_model], max(1, _WEIGHTS // layer.d_model)
+            parts = [quantize_rows(up[at : at + rows], form) for at in range(0, layer.d_ff, rows)]
             for name in parts[0]:
                 yield torch.cat([part[name] for part in parts])
 

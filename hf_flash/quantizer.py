@@ -28,6 +28,7 @@ from .store import FlashStore
 
 logger = logging.getLogger("hf_flash")
 
+_AUTOMATIC: Final = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that transformers works out
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,18 +39,20 @@ class FlashHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse device maps that make no sense here."""
-        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        if "disk" in {str(place) for place in places}:
+        places = {str(place) for place in (device_map.values() if isinstance(device_map, dict) else [device_map])}
+        if "disk" in places:
             raise ConfigError(
                 "hf_flash already keeps the FFN weights on disk",
                 where="device_map",
                 got=device_map,
                 hint='remove "disk" from device_map; memory_budget says how much may stay in DRAM',
             )
+        if places - {"None", "cpu", *_AUTOMATIC}:
+            raise ConfigError("the FFN computes on the CPU", where="device_map", expected='"cpu" or None', got=device_map)
 
     def update_device_map(self, device_map: Any) -> Any:
         """`"auto"` means the CPU, where the FFN computes."""
-        return {"": "cpu"} if isinstance(device_map, str) and device_map in ("auto", "balanced", "sequential") else device_map
+        return {"": "cpu"} if isinstance(device_map, str) and device_map in _AUTOMATIC else device_map
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any

@@ -428,7 +428,6 @@ def save_folder(
     """
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
-        stale = target / "model.safetensors"
         for path in tqdm(store.files, desc="Copying the store", unit="file"):
             copy = target / path.name
             if copy.exists() and os.path.samefile(path, copy):
@@ -437,4 +436,7 @@ def save_folder(
             shutil.copyfile(path, temporary)
             os.replace(temporary, copy)
     _finish_folder(target, checkpoint, store, json.loads(json.dumps(config)), changed)
-    stale.unlink(missing_ok=True)  # it would be loaded instead of the index
+    current = set(read_json(target / INDEX_NAME)["weight_map"].values())
+    for path in target.glob("model*.safetensors"):  # of an earlier save; `model.safetensors` would be loaded instead
+        if path.name not in current:
+            path.unlink()

@@ -24,7 +24,8 @@ from .errors import (
 )
 from .quantizer import register as _register
 from .repack import repack, restore
-from .runtime import close, push, stats
+from .runtime import close, stats
+from .saving import push
 from .stats import FlashStats
 
 __all__ = [

@@ -34,10 +34,13 @@ def parse_bytes(value: int | str) -> int:
     """`6_000_000`, `"6GB"` (decimal) or `"6GiB"` (binary) as a number of bytes."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError("not a size", got=repr(value), expected='a positive number of bytes, or text such as "6GiB"')
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
+        raise ConfigError(
+            "not a size", where="memory_budget", expected='a positive number of bytes, or text such as "6GiB"', got=repr(value)
+        )
+    return size
 
 
 def format_bytes(n: float) -> str:

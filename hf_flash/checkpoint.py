@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 
 from .errors import ConfigError, StoreFormatError, StoreMissingError
-from .store import FORMAT_VERSION, TensorSpec, read_header, read_json
+from .store import FORMAT_VERSION, TensorSpec, listed_files, read_header
 
 logger = logging.getLogger("hf_flash")
 
@@ -123,9 +123,9 @@ def weight_files(folder: Path) -> list[Path]:
         if path.exists():
             if not name.endswith(".json"):
                 return [path]
-            shards = [folder / shard for shard in sorted(set(read_json(path).get("weight_map", {}).values()))]
+            shards = listed_files(path)
             missing = [shard.name for shard in shards if not shard.exists()]
-            if missing or not shards:
+            if missing:
                 raise StoreMissingError(
                     "shards that the index lists are not there",
                     where=path,
@@ -143,10 +143,11 @@ def resolve_folder(
     token: str | bool | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
+    config_only: bool = False,
 ) -> Path:
     """The local folder of a checkpoint, downloaded from the Hub if `source` is a repository's name.
 
-    Safetensors weights are preferred; pickles are downloaded only where there are none.
+    Safetensors weights are preferred; pickles are downloaded only where there are none. `config_only` fetches nothing else.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -154,8 +155,13 @@ def resolve_folder(
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise ConfigError("neither a folder nor the name of a Hub repository", got=str(source))
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    if config_only:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["config.json"], **where))
     small = ["*.json", "*.txt", "*.model", "*.md", "*.jinja", "LICENSE*"]
-    found = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[*small, "*.safetensors"], **where))
-    if not any(found.glob("*.safetensors")):
-        found = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[*small, "pytorch_model*.bin"], **where))
+    others = ["*/*", "*.*.safetensors", "pytorch_model.*.bin"]  # subfolders and variants
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        wanted = {"allow_patterns": [*small, weights], "ignore_patterns": others}
+        found = Path(huggingface_hub.snapshot_download(str(source), **wanted, **where))
+        if any(found.glob(weights)):
+            break
     return found

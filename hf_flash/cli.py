@@ -1,6 +1,6 @@
 """`hf-flash`: the commands. Each is a thin layer over a public function.
 
-Exit codes: 0 done, 1 an error of hf_flash (its message on stderr), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error of hf_flash or of the Hub (its message on stderr), 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm
 
 from ._version import __version__
@@ -21,7 +22,8 @@ from .budget import format_bytes
 from .config import FlashOffloadConfig
 from .errors import HfFlashError
 from .repack import repack, restore
-from .runtime import push, stats
+from .runtime import stats
+from .saving import push
 from .store import ALIGNMENT, FlashStore
 
 
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except HfFlashError as error:
+        print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:

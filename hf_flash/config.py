@@ -13,6 +13,7 @@ What nobody named is never written to config.json, so that a better default can 
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, Final, Literal
@@ -85,6 +86,10 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
+        if quant_method != "flash":
+            raise ConfigError("not a flash config", where="quant_method", expected="'flash'", got=repr(quant_method))
+        if not isinstance(format_version, int):
+            raise ConfigError("not a version", where="format_version", expected="a number", got=repr(format_version))
         if format_version > FORMAT_VERSION:
             raise StoreVersionError(
                 "this model was written by a newer hf_flash",
@@ -104,7 +109,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
             "memory_budget": memory_budget,
             "reader": reader,
             "io_threads": io_threads,
-            "cache_dir": None if cache_dir is None else str(cache_dir),
+            "cache_dir": cache_dir,
         }
         self._passed = checked({k: v for k, v in given.items() if v is not None} | unknown)
         self._stored: dict[str, Any] = {}
@@ -181,7 +186,9 @@ def configure(**defaults: Any) -> None:
 
 
 def checked(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments themselves, if every name, type and value is valid."""
+    """The arguments, paths as text, if every name, type and value is valid."""
+    if isinstance(arguments.get("cache_dir"), os.PathLike):
+        arguments = arguments | {"cache_dir": os.fspath(arguments["cache_dir"])}
     for name, value in arguments.items():
         if name not in _DEFAULTS:
             near = difflib.get_close_matches(name, _DEFAULTS, n=1)
@@ -201,9 +208,8 @@ def _complaint(name: str, value: Any) -> str | None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     choices = {"predictor": ("quantized", "none"), "predictor_bits": (4, 8), "reader": ("auto", "mmap", "direct")}
     if name in choices:
-        return (
-            None if value in choices[name] and not isinstance(value, bool) else "one of " + ", ".join(map(repr, choices[name]))
-        )
+        fine = type(value) is type(choices[name][0]) and value in choices[name]
+        return None if fine else "one of " + ", ".join(map(repr, choices[name]))
     if name == "predictor_margin":
         fine = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 100
         return None if fine else "a number of standard deviations, 0 to 100"

@@ -141,7 +141,7 @@ class FlashFFN(nn.Module):
         predicted = perf_counter()
         window.note_use(None if selected is None else selected.numpy(), tokens, ids)
         missing = window.missing(ids)
-        managed, waited, out = perf_counter(), 0.0, torch.zeros(tokens, self.d_model)
+        managed, waited, out = perf_counter(), 0.0, torch.zeros(tokens, self.d_model, dtype=torch.float32)
         if len(ids) <= window.capacity:
             window.evict_for(ids)
             managed = perf_counter()

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from .errors import ConfigError, StoreFormatError, StoreMissingError
-from .store import FlashStore, LayerStore, TensorSpec, predictor_metadata, read_header, write_safetensors
+from .store import FlashStore, LayerStore, TensorSpec, read_header
+from .writer import predictor_metadata, write_safetensors
 
 DEFAULT_MARGIN: Final = {4: 1.5, 8: 3.0}
 _ROWS: Final = 1024  # rows packed or dequantized at a time
@@ -94,7 +95,7 @@ class QuantizedFormat:
         """What the loaded predictor of one layer holds."""
         groups = d_model // self.group(d_model)
         weights = d_ff * (d_model // 2 + 4 * groups) if self.bits == 4 else d_ff * (d_model + 2)
-        return weights + 2 * 4 * d_ff  # threshold and margin
+        return weights + 4 * d_ff  # the margins
 
 
 def quantize_rows(up: torch.Tensor, form: QuantizedFormat) -> dict[str, torch.Tensor]:
@@ -120,7 +121,7 @@ def quantize_rows(up: torch.Tensor, form: QuantizedFormat) -> dict[str, torch.Te
     best: tuple[torch.Tensor, ...] | None = None
     for shrink in _SHRINK:
         scale = _safe_scale((high - low) * shrink / 15)
-        zero = ((high + low + scale) / 2).bfloat16().float()
+        zero = ((high + low + scale * (high > low)) / 2).bfloat16().float()
         code = ((w - zero) / scale).round().clamp(-8, 7)
         loss = (code * scale + zero - w).square().sum(-1, keepdim=True)
         if best is None:
@@ -166,7 +167,7 @@ class QuantizedPredictor:
 
     Args:
         tensors: as [`quantize_rows`] returns them, for the whole layer.
-        bias: [d_ff] of the up projection, or `None`.
+        bias: [d_ff] of the up projection, or `None`. The layer's own, so that it is not held twice and may change.
         margin: standard deviations of rounding error to allow for.
     """
 
@@ -174,11 +175,10 @@ class QuantizedPredictor:
         self, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, form: QuantizedFormat, margin: float
     ) -> None:
         error = tensors["error"]
-        d_ff = error.shape[0]
         self._bits = form.bits
         self._d_model = tensors["codes"].shape[1] * (2 if form.bits == 4 else 1)
         self._group = form.group(self._d_model)
-        self._threshold = torch.zeros(d_ff) if bias is None else -bias.detach().float()
+        self._bias = torch.zeros(1, dtype=torch.float32) if bias is None else bias
         self._margin = (error * (margin / math.sqrt(self._d_model))).clone()
         if form.bits == 8:
             self._codes, self._scales = tensors["codes"].clone(), tensors["scales"].view(-1).clone()
@@ -189,7 +189,7 @@ class QuantizedPredictor:
         self._packed = self._pack()
         if not self._packed:
             self._codes = self._codes.clone()
-        self.nbytes = sum(t.nbytes for t in (self._codes, self._scales, self._threshold, self._margin))
+        self.nbytes = sum(t.nbytes for t in (self._codes, self._scales, self._margin))
 
     def _pack(self) -> bool:
         """Bring the codes into torch's packed layout; whether torch can multiply them on this machine."""
@@ -247,7 +247,7 @@ class QuantizedPredictor:
             narrow = part.bfloat16()
             score = self._multiply(narrow) if self._packed else self._multiply_plain(narrow)
             slack = torch.linalg.vector_norm(part.float(), dim=1, keepdim=True) * self._margin
-            parts.append(~(score + slack <= self._threshold))
+            parts.append(~(score + slack + self._bias <= 0))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -24,6 +24,7 @@ from .predictor import QuantizedFormat, find_predictor
 from .reader import reader_buffer_bytes
 from .repack import cached_store, chosen_form
 from .runtime import attach
+from .saving import bind
 from .store import FlashStore
 
 logger = logging.getLogger("hf_flash")
@@ -154,6 +155,7 @@ class FlashHfQuantizer(HfQuantizer):
             self._dtype,
             spare,
         )
+        bind(model)
         logger.info(
             "hf_flash: memory budget %s%s\n%s",
             format_bytes(plan.budget_bytes),
@@ -176,8 +178,12 @@ class FlashHfQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make transformers know `quant_method: flash`. Called once, by `import hf_flash`."""
+    for registry in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        if "flash" in registry and registry["flash"].__module__.startswith("hf_flash."):
+            del registry["flash"]  # the module is being imported again
     register_quantization_config("flash")(FlashOffloadConfig)
     register_quantizer("flash")(FlashHfQuantizer)
     # Only classes in this tuple may bring arguments for a model that has a quantization_config already; there is no
     # registration for it, so it is bound again with ours in it. A contract test watches this.
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, FlashOffloadConfig)
+    others = [kind for kind in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if kind is not FlashOffloadConfig]
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*others, FlashOffloadConfig)

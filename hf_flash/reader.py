@@ -14,10 +14,12 @@ When the dtype of compute differs from the store's, rows are read into a staging
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -155,15 +157,18 @@ class MmapReader:
         self._maps: list[mmap.mmap] = []
         for layer in store.layers:
             with open(layer.path, "rb") as file:
-                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                item = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps.append(item)
             if hasattr(mmap, "MADV_RANDOM"):
-                self._maps[-1].madvise(mmap.MADV_RANDOM)
+                item.madvise(mmap.MADV_RANDOM)
         self._can_advise = hasattr(mmap, "MADV_WILLNEED")
         if not self._can_advise:
             logger.warning("hf_flash: this system has no madvise; the mmap reader faults pages in one by one, which is slow")
 
     def fetch(self, layer: int, chunks: list[Chunk], buffer: memoryview) -> ReadCount:
         source, count = self._maps[layer], ReadCount(chunks=len(chunks))
+        if source.size() < len(source):  # touching the lost pages would kill the process
+            raise OSError(errno.EIO, "the file is shorter than when it was opened")
         for chunk in chunks:
             first = chunk.offset // PAGE * PAGE
             length = -(-(chunk.offset + chunk.nbytes) // PAGE) * PAGE - first
@@ -191,6 +196,7 @@ class DirectReader:
         self._fds = [os.open(layer.path, os.O_RDONLY | os.O_DIRECT) for layer in store.layers]
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hf_flash-read")
+        self._finalize = weakref.finalize(self, _release, self._pool, self._fds)  # a model that is dropped closes its files
         self._bounce = threading.local()
         self.buffer_bytes = self.bounce_bytes(store.layers[0].bundle_bytes, threads, align)
 
@@ -239,10 +245,14 @@ class DirectReader:
         return total
 
     def close(self) -> None:
-        self._pool.shutdown()
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+        self._finalize()
+
+
+def _release(pool: ThreadPoolExecutor, fds: list[int]) -> None:
+    """End the threads, then close what they read from."""
+    pool.shutdown()
+    for fd in fds:
+        os.close(fd)
 
 
 def _read_exactly(fd: int, view: memoryview, offset: int, needed: int) -> None:
@@ -251,7 +261,7 @@ def _read_exactly(fd: int, view: memoryview, offset: int, needed: int) -> None:
     while got < needed:
         more = os.preadv(fd, [view[got:]], offset + got)
         if more <= 0:
-            raise OSError(5, f"end of file after {offset + got} bytes: the file is shorter than when it was opened")
+            raise OSError(errno.EIO, f"end of file after {offset + got} bytes: the file is shorter than when it was opened")
         got += more
 
 

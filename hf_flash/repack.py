@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -33,21 +34,8 @@ from .config import FlashOffloadConfig
 from .errors import DiskSpaceError, HfFlashError, StoreError, StoreFormatError, TargetExistsError, UnsupportedModelError
 from .memory import trim_heap
 from .predictor import QuantizedFormat, write_predictor
-from .store import (
-    INDEX_NAME,
-    LAYER_FILE,
-    PREDICTOR_FILE,
-    FlashStore,
-    TensorSpec,
-    layer_spec,
-    read_header,
-    read_json,
-    unbundle,
-    write_json,
-    write_layer,
-    write_safetensors,
-    writing,
-)
+from .store import INDEX_NAME, LAYER_FILE, PREDICTOR_FILE, FlashStore, TensorSpec, read_header, read_json
+from .writer import layer_spec, unbundle, write_json, write_layer, write_safetensors, writing
 
 logger = logging.getLogger("hf_flash")
 
@@ -87,7 +75,9 @@ def repack(
     """
     target = Path(target)
     wish = FlashOffloadConfig(predictor=predictor, predictor_bits=predictor_bits, predictor_group_size=predictor_group_size)
-    folder = resolve_folder(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    _check_target(target)
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = resolve_folder(source, config_only=True, revision=revision, **hub)
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
         raise UnsupportedModelError(
@@ -98,9 +88,10 @@ def repack(
         )
     adapter = adapter_for(config)
     form = chosen_form(wish, adapter, config)
-    _check_target(target)
+    if not Path(source).is_dir():
+        folder = resolve_folder(source, revision=folder.name, **hub)  # the commit that config.json is from
     checkpoint = Checkpoint.open_folder(folder)
-    with _partial_folder(target) as partial:
+    with _lock(target), _partial_folder(target) as partial:
         store = build_store(partial, checkpoint, adapter, form, rest=True)
         wish.remember(predictor="none" if form is None else "quantized")
         if form is not None:
@@ -140,7 +131,7 @@ def build_store(
         rest: whether room for the other tensors is needed in `folder` too.
     """
     names, origin = adapter.names(checkpoint.specs), checkpoint.origin()
-    todo = [layer for layer in names if not _complete(folder / LAYER_FILE.format(layer.index), origin)]
+    todo = _forget_strangers(folder, names, origin, form)
     _check_room(folder, checkpoint, names, todo, form, rest)
     total = sum(_nbytes(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", disable=not todo) as bar:
@@ -175,13 +166,28 @@ def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
     return FlashStore.open_folder(folder)
 
 
-def _complete(path: Path, origin: Mapping[str, str]) -> bool:
-    """Whether an earlier run finished this layer file from the same source."""
+def _forget_strangers(
+    folder: Path, names: list[FFNNames], origin: Mapping[str, str], form: QuantizedFormat | None
+) -> list[FFNNames]:
+    """Remove what an earlier run left in `folder` and this one will not take over. Returns the layers still to do."""
+    done = {LAYER_FILE.format(layer.index): layer for layer in names}
+    predictor = PREDICTOR_FILE.format(form.variant) if form else ""
+    todo = []
+    for path in list(folder.iterdir()):
+        if path.name not in (*done, predictor) or not _complete(path, origin["fingerprint"]):
+            path.unlink()
+    for name, layer in done.items():
+        if not (folder / name).exists():
+            todo.append(layer)
+    return todo
+
+
+def _complete(path: Path, fingerprint: str) -> bool:
+    """Whether an earlier run finished this file, from the same source."""
     try:
-        meta = read_header(path)[1]
+        return read_header(path)[1].get("hf_flash.fingerprint") == fingerprint
     except StoreError:
         return False
-    return all(meta.get(f"hf_flash.{key}") == value for key, value in origin.items())
 
 
 def _nbytes(spec: TensorSpec) -> int:
@@ -231,13 +237,11 @@ def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat
     origin = checkpoint.origin()
     name = "--".join(filter(None, [origin["source"].replace("/", "--"), origin["revision"][:12], origin["fingerprint"][:16]]))
     target = cache_folder(cache_dir) / name
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target):
+    with _lock(target, keep=True):
         if target.is_dir():
             _check_room(target, checkpoint, [], [], None, rest=False)
             return add_predictor(target, form)
-        with _partial_folder(target, lock=False) as partial:
+        with _partial_folder(target) as partial:
             build_store(partial, checkpoint, adapter, form, rest=False)
         return FlashStore.open_folder(target)
 
@@ -245,48 +249,52 @@ def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat
 # --- folders that appear whole or not at all ------------------------------------------------------------------------
 
 
-def _lock(target: Path) -> FileLock:
-    """A lock beside the target; says so when it has to wait."""
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
+@contextmanager
+def _lock(target: Path, *, keep: bool = False) -> Iterator[None]:
+    """Hold a lock beside the target; says so when it has to wait.
+
+    Args:
+        keep: leave the lock file, where many processes come and go. Otherwise the next owner must check the target again.
+    """
+    path = target.with_name(f".{target.name}.lock")
     with writing(target):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning("hf_flash: another process is writing %s; waiting for it", target)
-            lock.acquire()
-    return lock
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # a folder that cannot be written to is an error here; a FileLock would wait for it
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("hf_flash: another process is writing %s; waiting for it", target)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if not keep:
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
-class _partial_folder:
-    """A folder beside `target` that becomes it when the block ends well, and stays for the next run when it does not."""
+@contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that becomes it when the block ends well, and stays for the next run when it does not.
 
-    def __init__(self, target: Path, lock: bool = True) -> None:
-        self.target = target
-        self.partial = target.with_name(f".{target.name}.partial")
-        self._wants_lock = lock
-        self._lock: FileLock | None = None
-
-    def __enter__(self) -> Path:
-        with writing(self.partial):
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.target) if self._wants_lock else None
-            self.partial.mkdir(exist_ok=True)
-        return self.partial
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                with writing(self.target):
-                    if self.target.is_dir():
-                        self.target.rmdir()
-                    os.rename(self.partial, self.target)
-                    _sync(self.target.parent)
-            elif isinstance(error, HfFlashError) and not any(self.partial.iterdir()):
-                self.partial.rmdir()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
-                Path(self._lock.lock_file).unlink(missing_ok=True)
+    The caller holds the target's lock.
+    """
+    _check_target(target)
+    partial = target.with_name(f".{target.name}.partial")
+    with writing(partial):
+        partial.mkdir(exist_ok=True)
+    try:
+        yield partial
+    except HfFlashError:
+        with suppress(OSError):
+            partial.rmdir()  # if nothing was finished
+        raise
+    with writing(target):
+        if target.is_dir():
+            target.rmdir()
+        os.rename(partial, target)
+        _sync(target.parent)
 
 
 def _sync(folder: Path) -> None:
@@ -315,15 +323,12 @@ def _finish_folder(
 
     Args:
         checkpoint: where the other tensors come from: the plain checkpoint, or a repacked one.
-        changed: tensors whose values differ from the checkpoint's by now.
+        changed: tensors whose values differ from the checkpoint's by now, or that it has not.
     """
     ffn = {name for layer in store.layers for name in (layer.up_name, layer.down_name)}
     own = {layer.key for layer in store.layers}
-    rest = {
-        name: (changed[name].dtype, tuple(changed[name].shape)) if name in changed else spec
-        for name, spec in checkpoint.specs.items()
-        if name not in ffn | own and ".predictor." not in name
-    }
+    rest = {n: spec for n, spec in checkpoint.specs.items() if n not in ffn | own and ".predictor." not in n}
+    rest |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in changed.items()}
     tombstones: dict[str, TensorSpec] = {}
     for layer in store.layers:
         tombstones |= {
@@ -393,7 +398,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     config = read_json(folder / "config.json")
     if config.pop("quantization_config", {}).get("quant_method") != "flash":
         raise StoreFormatError("not a repacked checkpoint", where=folder / "config.json", expected="quant_method: flash")
-    with _partial_folder(target) as partial:
+    with _lock(target), _partial_folder(target) as partial:
         shards = _shards(rest | ffn)
         pieces = _restored(checkpoint, store, rest)
         weight_map: dict[str, str] = {}
@@ -415,28 +420,42 @@ def _restored(checkpoint: Checkpoint, store: FlashStore, rest: Mapping[str, Tens
         yield from unbundle(layer)
 
 
+def _linked(path: Path, name: Path) -> bool:
+    try:
+        name.symlink_to(path.resolve())
+    except OSError:  # Windows without the right to
+        return False
+    return True
+
+
 def save_folder(
     target: Path,
     checkpoint: Checkpoint,
     store: FlashStore,
     config: Mapping[str, Any],
     changed: Mapping[str, torch.Tensor],
+    *,
+    link: bool = False,
 ) -> None:
     """Write a loaded model as a repacked checkpoint; the store's files are copied byte for byte.
 
     `target` may be the folder the model was loaded from; its store is then left alone.
+
+    Args:
+        link: link to the store's files where the system can, for a folder that does not outlive them.
     """
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
-        for path in tqdm(store.files, desc="Copying the store", unit="file"):
-            copy = target / path.name
-            if copy.exists() and os.path.samefile(path, copy):
-                continue
-            temporary = copy.with_name(copy.name + ".tmp")
-            shutil.copyfile(path, temporary)
-            os.replace(temporary, copy)
+    for path in tqdm(store.files, desc="Copying the store", unit="file"):
+        copy = target / path.name
+        temporary = copy.with_name(copy.name + ".tmp")
+        if not (copy.exists() and os.path.samefile(path, copy)):
+            with writing(copy, needed=path.stat().st_size):
+                if not (link and _linked(path, temporary)):
+                    shutil.copyfile(path, temporary)
+                os.replace(temporary, copy)
     _finish_folder(target, checkpoint, store, json.loads(json.dumps(config)), changed)
     current = set(read_json(target / INDEX_NAME)["weight_map"].values())
-    for path in target.glob("model*.safetensors"):  # of an earlier save; `model.safetensors` would be loaded instead
-        if path.name not in current:
+    for path in (*target.glob("model*.safetensors"), *target.glob("flash-*.safetensors")):
+        if path.name not in current:  # of an earlier save; transformers would prefer a `model.safetensors`
             path.unlink()

@@ -24,7 +24,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,23 +33,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import (
-    DiskSpaceError,
-    InvalidWeightsError,
-    RepackError,
     StoreFormatError,
     StoreMissingError,
     StoreVersionError,
 )
-from .memory import aligned_empty, copied
 
 FORMAT_VERSION: Final = 1
 ALIGNMENT: Final = 4096
 INDEX_NAME: Final = "model.safetensors.index.json"
 LAYER_FILE: Final = "flash-layer-{:05d}.safetensors"
 PREDICTOR_FILE: Final = "flash-predictor-{}.safetensors"
-_META: Final = "hf_flash."
-_PIECE_BYTES: Final = 4 << 20
-_NO_CRC: Final = "0" * 8
+META: Final = "hf_flash."
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -117,14 +111,15 @@ class FlashStore:
         Raises:
             StoreMissingError, StoreFormatError, StoreVersionError: with the file and what is wrong with it.
         """
+        paths = [Path(path) for path in files]
         layers: dict[int, LayerStore] = {}
         predictors: dict[str, Path] = {}
         metadata: dict[str, str] = {}
-        for path in map(Path, files):
+        for path in paths:
             if path.suffix != ".safetensors":
                 continue
             tensors, meta = read_header(path)
-            own = {k.removeprefix(_META): v for k, v in meta.items() if k.startswith(_META)}
+            own = {k.removeprefix(META): v for k, v in meta.items() if k.startswith(META)}
             if not own:
                 continue
             _check_version(path, own)
@@ -135,9 +130,19 @@ class FlashStore:
             if layer.index in layers:
                 raise StoreFormatError("two files hold the same layer", where=path, got=layers[layer.index].path)
             layers[layer.index] = layer
-            metadata = {k: own.get(k, "") for k in ("source", "revision", "fingerprint", "layers")}
+            belongs = {k: own.get(k, "") for k in ("source", "revision", "fingerprint", "layers")}
+            if metadata and metadata != belongs:
+                raise StoreFormatError(
+                    "a layer file of another checkpoint is among them", where=path, expected=metadata, got=belongs
+                )
+            metadata = belongs
         if not layers:
-            raise StoreMissingError("no flash layer files", expected=LAYER_FILE.format(0), hint="repack the checkpoint")
+            raise StoreMissingError(
+                "no flash layer files",
+                where=paths[0].parent if paths else None,
+                expected=LAYER_FILE.format(0),
+                hint="repack the checkpoint",
+            )
         count = int(metadata["layers"])
         missing = sorted(set(range(count)) - set(layers))
         if missing or max(layers) >= count:
@@ -158,8 +163,11 @@ class FlashStore:
             raise StoreMissingError("no such folder", where=folder)
         listed: set[Path] = set()
         if (folder / INDEX_NAME).exists():
-            listed = {folder / name for name in set(read_json(folder / INDEX_NAME)["weight_map"].values())}
-        return cls.open(sorted(listed | set(folder.glob("flash-*.safetensors"))))
+            listed = set(listed_files(folder / INDEX_NAME))
+        files = sorted(listed | set(folder.glob("*.safetensors")))
+        if not files:
+            raise StoreMissingError("no safetensors files", where=folder, expected=LAYER_FILE.format(0))
+        return cls.open(files)
 
     @property
     def files(self) -> list[Path]:
@@ -227,13 +235,14 @@ def _check_version(path: Path, own: Mapping[str, str]) -> None:
 def _layer_of(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], own: Mapping[str, str]) -> LayerStore:
     """Check one layer file against the format."""
     keys = [name for name in tensors if name.endswith(".bundles")]
-    lacking = [k for k in ("layer", "layers", "d_model", "d_ff", "up", "down", "crc32") if k not in own]
+    lacking = [k for k in ("up", "down", "crc32") if k not in own]
+    lacking += [k for k in ("layer", "layers", "d_model", "d_ff") if not own.get(k, "").isdecimal()]
     if len(keys) != 1 or lacking:
         raise StoreFormatError(
             "not a flash layer file",
             where=path,
             expected="one tensor `*.bundles` and its metadata",
-            got=f"tensors {sorted(tensors)}, metadata without {lacking}",
+            got=f"tensors {sorted(tensors)}; metadata {dict(own)}",
         )
     (dtype, shape), offset = tensors[keys[0]]
     d_ff, d_model = int(own["d_ff"]), int(own["d_model"])
@@ -253,167 +262,6 @@ def _layer_of(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], own: Ma
             hint="the file was rewritten by another tool: repack the model",
         )
     return LayerStore(int(own["layer"]), path, offset, keys[0], d_ff, d_model, dtype, own["up"], own["down"], own["crc32"])
-
-
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
-def write_safetensors(
-    path: Path,
-    specs: Mapping[str, TensorSpec],
-    pieces: Iterable[torch.Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Stream tensors into a safetensors file that appears under its name only when it is complete.
-
-    Args:
-        specs: dtype and shape of every tensor, in the order of the file.
-        pieces: their bytes in that order, in any pieces; only one piece is in memory at a time.
-        metadata: text; a `hf_flash.crc32` in it is filled in with the CRC-32 of all the data.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name, (dtype, shape) in specs.items():
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path, needed=end), open(temporary, "wb") as file:
-        file.write(_encode(header))
-        crc = written = 0
-        for piece in pieces:
-            data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data if piece.numel() else b""
-            file.write(data)
-            crc, written = zlib.crc32(data, crc), written + len(data)
-        if written != end:
-            raise RepackError("wrote another number of bytes than announced", where=path, expected=end, got=written)
-        if _META + "crc32" in metadata:
-            header["__metadata__"][_META + "crc32"] = f"{crc:08x}"
-            file.seek(0)
-            file.write(_encode(header))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _encode(header: dict[str, Any]) -> bytes:
-    """The header, padded with spaces so that the data begins on `ALIGNMENT`."""
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
-
-
-class writing:
-    """Turns the operating system's errors while writing `path` into ours, and removes what was half written."""
-
-    def __init__(self, path: Path, needed: int = 0) -> None:
-        self.path, self.needed = path, needed
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            return
-        self.path.with_name(self.path.name + ".tmp").unlink(missing_ok=True)
-        if not isinstance(error, OSError) or isinstance(error, RepackError):
-            return
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise DiskSpaceError(
-                "the disk is full",
-                where=self.path,
-                expected=f"room for {self.needed} bytes",
-                hint="free some space and run it again: finished layers are kept",
-            ) from error
-        raise RepackError(
-            "cannot write",
-            where=self.path,
-            got=error.strerror or str(error),
-            hint="check that the folder exists and that you may write there",
-        ) from error
-
-
-def layer_spec(up: TensorSpec, down: TensorSpec, up_name: str, down_name: str) -> tuple[torch.dtype, int, int]:
-    """dtype, d_ff and d_model of a layer, from its two matrices in the plain checkpoint."""
-    (dtype, up_shape), (down_dtype, down_shape) = up, down
-    if (
-        len(up_shape) != 2
-        or down_shape != up_shape[::-1]
-        or down_dtype != dtype
-        or dtype not in (torch.float32, torch.float16, torch.bfloat16)
-    ):
-        raise StoreFormatError(
-            "the FFN matrices do not fit together",
-            where=f"{up_name}, {down_name}",
-            expected="[d_ff, d_model] and [d_model, d_ff] in float32, float16 or bfloat16",
-            got=f"{list(up_shape)} {dtype}, {list(down_shape)} {down_dtype}",
-        )
-    return dtype, up_shape[0], up_shape[1]
-
-
-def write_layer(
-    path: Path,
-    index: int,
-    layers: int,
-    key: str,
-    names: tuple[str, str],
-    up: torch.Tensor,
-    down: torch.Tensor,
-    origin: Mapping[str, str],
-) -> None:
-    """Bundle one layer: `up` [d_ff, d_model] and `down` [d_model, d_ff] become `key` [d_ff, 2 * d_model] in `path`."""
-    dtype, d_ff, d_model = layer_spec((up.dtype, tuple(up.shape)), (down.dtype, tuple(down.shape)), *names)
-    metadata = {
-        "format_version": str(FORMAT_VERSION),
-        "layer": str(index),
-        "layers": str(layers),
-        "d_ff": str(d_ff),
-        "d_model": str(d_model),
-        "up": names[0],
-        "down": names[1],
-        "crc32": _NO_CRC,
-        **origin,
-    }
-    write_safetensors(
-        path, {key: (dtype, (d_ff, 2 * d_model))}, _bundle(up, down, names), {_META + k: v for k, v in metadata.items()}
-    )
-
-
-def _bundle(up: torch.Tensor, down: torch.Tensor, names: tuple[str, str]) -> Iterator[torch.Tensor]:
-    """Rows of bundles, some MiB at a time. `down` is read once, in the order of its file, then transposed in memory.
-
-    The same buffer is yielded again and again.
-    """
-    d_ff, d_model = up.shape
-    down = copied(down)
-    rows = min(d_ff, max(1, _PIECE_BYTES // (2 * d_model * up.dtype.itemsize)))
-    buffer = aligned_empty((rows, 2 * d_model), up.dtype)
-    for start in range(0, d_ff, rows):
-        block = buffer[: min(rows, d_ff - start)]
-        block[:, :d_model] = up[start : start + rows]
-        block[:, d_model:] = down[:, start : start + rows].T
-        if not torch.isfinite(block).all():
-            half = 0 if not torch.isfinite(block[:, :d_model]).all() else 1
-            raise InvalidWeightsError(
-                "the source weights contain NaN or infinite values",
-                where=names[half],
-                hint="the source is damaged: download it again",
-            )
-        yield block
-
-
-def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
-    """The two matrices of a plain checkpoint, `up` then `down`, as pieces for [`write_safetensors`]."""
-    bundles = layer.bundles()
-    yield bundles[:, : layer.d_model]
-    yield bundles[:, layer.d_model :].T
-
-
-def predictor_metadata(variant: str, fingerprint: str) -> dict[str, str]:
-    return {
-        _META + "format_version": str(FORMAT_VERSION),
-        _META + "predictor": variant,
-        _META + "fingerprint": fingerprint,
-    }
 
 
 def _crc_of_file(path: Path, offset: int) -> str:
@@ -438,9 +286,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object so that it appears complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+def listed_files(index: Path) -> list[Path]:
+    """The files that a checkpoint's index lists, whether they exist or not."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise StoreFormatError("not a checkpoint index", where=index, expected="a weight_map from tensors to file names")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]

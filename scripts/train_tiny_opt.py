@@ -163,8 +163,12 @@ def parse_args() -> argparse.Namespace:
     add("--batch", type=int, default=16, help="windows per step")
     add("--lr", type=float, default=3e-3, help="peak learning rate, for both optimizers")
     add("--l1", type=float, default=0.002, help="weight of the activation penalty; 0 trains a denser model")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-        help="arithmetic of the training steps; auto is bf16 unless this CPU is slower with it")
+    add(
+        "--precision",
+        choices=["auto", "bf16", "fp32"],
+        default="auto",
+        help="arithmetic of the training steps; auto is bf16 unless this CPU is slower with it",
+    )
     add("--threads", type=int, default=1, help="CPU threads")
     add("--device", default="cpu", help="torch device to train on")
     add("--seed", type=int, default=3, help="seed of the initial weights and of the order of the text")
@@ -203,12 +207,15 @@ def train_tokenizer(documents: list[str], vocab: int, context: int) -> PreTraine
     )
     bpe.train_from_iterator(documents, trainer)
     end = SPECIAL_TOKENS[END_ID]
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{end} $A", pair=f"{end} $A $B", special_tokens=[(end, END_ID)]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single=f"{end} $A", pair=f"{end} $A $B", special_tokens=[(end, END_ID)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token="<unk>", pad_token="<pad>",
-        model_max_length=context, padding_side="left",
+        tokenizer_object=bpe,
+        bos_token=end,
+        eos_token=end,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=context,
+        padding_side="left",
     )
 
 
@@ -283,9 +290,7 @@ def next_token_loss(model: OPTForCausalLM, rows: Tensor, precision: str) -> Tens
 
 
 @torch.no_grad()
-def evaluate(
-    model: OPTForCausalLM, tokens: Tensor, context: int, precision: str, limit: int | None = None
-) -> float:
+def evaluate(model: OPTForCausalLM, tokens: Tensor, context: int, precision: str, limit: int | None = None) -> float:
     """Return the loss on held-out text, over all windows or over ``limit`` of them spread evenly."""
     rows = windows(tokens, context)
     if not len(rows):
@@ -333,14 +338,16 @@ def optimize(
         steps += 1
         if steps % args.log_every == 0:
             quick = evaluate(model, valid.tokens, args.context, args.precision, QUICK_WINDOWS)
-            rows.append({
-                "steps": steps,
-                "tokens": steps * args.batch * args.context,
-                "seconds": round(time.monotonic() - start, 1),
-                "train_loss": round(average, 4),
-                "valid_loss": round(quick, 4),
-                "zeros_by_layer": monitor.take_zero_shares(),
-            })
+            rows.append(
+                {
+                    "steps": steps,
+                    "tokens": steps * args.batch * args.context,
+                    "seconds": round(time.monotonic() - start, 1),
+                    "train_loss": round(average, 4),
+                    "valid_loss": round(quick, 4),
+                    "zeros_by_layer": monitor.take_zero_shares(),
+                }
+            )
             print(json.dumps(rows[-1]), flush=True)
         if not math.isfinite(average):
             raise SystemExit(f"the loss is no longer finite after {steps} steps: lower --lr")
@@ -348,9 +355,7 @@ def optimize(
     return rows
 
 
-def judge(
-    model: OPTForCausalLM, monitor: HiddenMonitor, texts: list[TextSet], context: int
-) -> dict[str, dict[str, Any]]:
+def judge(model: OPTForCausalLM, monitor: HiddenMonitor, texts: list[TextSet], context: int) -> dict[str, dict[str, Any]]:
     """Measure the finished model on the whole of every held-out text, in fp32 whatever the training used."""
     results: dict[str, dict[str, Any]] = {}
     for text in texts:

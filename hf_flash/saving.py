@@ -1,0 +1,198 @@
+"""Saving and sharing a flash model: the store's files are copied or uploaded as they are, never rewritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from types import MethodType
+from typing import Any, Final
+
+import huggingface_hub
+import torch
+
+from .checkpoint import Checkpoint
+from .errors import ConfigError, StoreFormatError
+from .repack import cache_folder, save_folder
+from .runtime import find_runtime
+from .store import FlashStore, read_json
+
+# What an earlier checkpoint in the repository may have left: transformers would prefer it to the index.
+_REPLACED: Final = ["model*.safetensors", "flash-*.safetensors", "pytorch_model*.bin", "*.index.json"]
+
+
+def bind(model: Any) -> None:
+    """Give a loaded model its own `save_pretrained` and `push_to_hub`: the stock ones would rewrite the store, unaligned."""
+    model.save_pretrained = MethodType(save_pretrained, model)
+    model.push_to_hub = MethodType(push_to_hub, model)
+
+
+def save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Any = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    save_peft_format: bool = True,
+    save_original_format: bool = True,
+    repo_id: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Save a flash model: the store is copied as it is, tensors that were changed are written as they are now.
+
+    Takes the place of `PreTrainedModel.save_pretrained` on the instance. With a PEFT adapter on it, the adapter alone is
+    saved, as transformers does. `max_shard_size` and `save_original_format` have no say: files are as the store has them.
+
+    Args:
+        save_directory: a new folder, or the one the model was loaded from.
+        push_to_hub: upload it afterwards; `repo_id`, `token` and `kwargs` go to [`push`].
+
+    Raises:
+        ConfigError: `state_dict` or `variant` is given, for which the store has no use, or an unknown argument.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        type(model).save_pretrained(
+            model,
+            save_directory,
+            is_main_process=is_main_process,
+            push_to_hub=push_to_hub,
+            token=token,
+            save_peft_format=save_peft_format,
+            **kwargs,
+        )
+        return
+    if state_dict is not None or variant is not None:
+        raise ConfigError(
+            "a flash model is saved from its store",
+            where="save_pretrained",
+            got="state_dict or variant",
+            hint="leave them out, or `hf_flash.restore` the plain checkpoint first",
+        )
+    _known("save_pretrained", kwargs)
+    if not is_main_process:
+        return
+    _save(model, Path(save_directory))
+    if push_to_hub:
+        push(save_directory, repo_id or Path(save_directory).name, token=token, **kwargs)
+
+
+def push_to_hub(
+    model: Any, repo_id: str, *, token: str | bool | None = None, max_shard_size: int | str | None = None, **kwargs: Any
+) -> Any:
+    """Upload a flash model: store, other weights, config. Takes the place of `PreTrainedModel.push_to_hub` on the instance.
+
+    The store is uploaded from where it lies; only the other weights pass through a temporary folder in the flash cache.
+
+    Args:
+        repo_id: the repository, created if it is not there.
+        token: as in huggingface_hub.
+        max_shard_size: has no say: files are as the store has them.
+        kwargs: as in [`push`].
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return type(model).push_to_hub(model, repo_id, token=token, **kwargs)
+    _known("push_to_hub", kwargs)
+    cache = cache_folder(None)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".push-") as folder:
+        _save(model, Path(folder), link=True)
+        return push(folder, repo_id, token=token, **kwargs)
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Any:
+    """Upload a repacked folder to the Hub, its files as they are. Weights of another layout in the repository are replaced.
+
+    Args:
+        folder: as [`repack`] or `save_pretrained` made it.
+        repo_id: the repository, created if it is not there.
+        commit_message, commit_description: of the commit.
+        private: for a new repository.
+        revision: branch to upload to, created if it is not there.
+        create_pr: open a pull request instead.
+
+    Returns:
+        The Hub's `CommitInfo`.
+
+    Raises:
+        StoreError: the folder is no repacked checkpoint.
+        ConfigError: both `revision` and `create_pr`.
+    """
+    FlashStore.open_folder(folder)
+    quantization = read_json(Path(folder) / "config.json").get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "flash":
+        raise StoreFormatError(
+            "not a repacked checkpoint",
+            where=Path(folder) / "config.json",
+            expected="quant_method: flash",
+            hint="push what `hf_flash.repack` or `save_pretrained` made",
+        )
+    if create_pr and revision is not None:
+        raise ConfigError("a pull request goes to the default branch", where="push", got="create_pr and revision")
+    api = huggingface_hub.HfApi(token=token)
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(name, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=name,
+        folder_path=folder,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message or "Upload flash model",
+        commit_description=commit_description,
+        ignore_patterns=["*.tmp", ".*"],
+        delete_patterns=_REPLACED,
+    )
+
+
+def _known(where: str, kwargs: dict[str, Any]) -> None:
+    """Refuse what [`push`] would not understand before anything is written."""
+    known = {"commit_message", "commit_description", "private", "revision", "create_pr"}
+    if kwargs.keys() - known:
+        raise ConfigError(
+            "unknown arguments", where=where, expected=f"of {', '.join(sorted(known))}", got=", ".join(kwargs.keys() - known)
+        )
+
+
+def _save(model: Any, folder: Path, *, link: bool = False) -> None:
+    runtime = find_runtime(model)
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    config = json.loads(model.config.to_json_string())
+    changed = _changed(model.state_dict(), runtime.checkpoint, runtime.store)
+    save_folder(folder, runtime.checkpoint, runtime.store, config, changed, link=link)
+    if folder.resolve() == runtime.checkpoint.files[0].parent.resolve():
+        runtime.checkpoint = Checkpoint.open_folder(folder)  # its files are not the ones that were opened
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _changed(state: dict[str, torch.Tensor], checkpoint: Checkpoint, store: FlashStore) -> dict[str, torch.Tensor]:
+    """Tensors of the model that are not what its checkpoint says, under the checkpoint's names, and those it has not."""
+    ffn = {name for layer in store.layers for name in (layer.up_name, layer.down_name)}
+    seen: set[int] = set()
+    changed: dict[str, torch.Tensor] = {}
+    matched: set[str] = set()
+    for name in checkpoint.specs:
+        mine = next((n for n in (name, f"model.{name}", name.removeprefix("model.")) if n in state), None)
+        if mine is None or name in ffn:
+            continue
+        value, stored = state[mine], checkpoint.tensor(name)
+        matched.add(mine)
+        seen.add(value.data_ptr())
+        if value.shape != stored.shape or not torch.equal(value, stored.to(value.dtype)):
+            changed[name] = value
+    return changed | {n: v for n, v in state.items() if n not in matched and v.data_ptr() not in seen}

@@ -1,0 +1,190 @@
+"""Writing the files of a store (store.py has the layout): streamed, checksummed, complete or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from .errors import DiskSpaceError, HfFlashError, InvalidWeightsError, RepackError, StoreFormatError
+from .memory import aligned_empty, copied
+from .store import ALIGNMENT, DTYPE_NAMES, FORMAT_VERSION, META, LayerStore, TensorSpec
+
+_PIECE_BYTES: Final = 4 << 20
+_NO_CRC: Final = "0" * 8
+
+
+def write_safetensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    pieces: Iterable[torch.Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Stream tensors into a safetensors file that appears under its name only when it is complete.
+
+    Args:
+        specs: dtype and shape of every tensor, in the order of the file.
+        pieces: their bytes in that order, in any pieces; only one piece is in memory at a time.
+        metadata: text; a `hf_flash.crc32` in it is filled in with the CRC-32 of all the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, (dtype, shape) in specs.items():
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path, needed=end), open(temporary, "wb") as file:
+        file.write(_encode(header))
+        crc = written = 0
+        for piece in pieces:
+            data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data if piece.numel() else b""
+            file.write(data)
+            crc, written = zlib.crc32(data, crc), written + len(data)
+        if written != end:
+            raise RepackError("wrote another number of bytes than announced", where=path, expected=end, got=written)
+        if META + "crc32" in metadata:
+            header["__metadata__"][META + "crc32"] = f"{crc:08x}"
+            file.seek(0)
+            file.write(_encode(header))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _encode(header: dict[str, Any]) -> bytes:
+    """The header, padded with spaces so that the data begins on `ALIGNMENT`."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+class writing:
+    """Turns the operating system's errors while writing `path` into ours, and removes what was half written."""
+
+    def __init__(self, path: Path, needed: int = 0) -> None:
+        self.path, self.needed = path, needed
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        with suppress(OSError):  # the error at hand is the one to report
+            self.path.with_name(self.path.name + ".tmp").unlink(missing_ok=True)
+        if not isinstance(error, OSError) or isinstance(error, HfFlashError):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskSpaceError(
+                "the disk is full",
+                where=self.path,
+                expected=f"room for {self.needed} bytes",
+                hint="free some space and run it again: finished layers are kept",
+            ) from error
+        raise RepackError(
+            "cannot write",
+            where=self.path,
+            got=error.strerror or str(error),
+            hint="check that the folder exists and that you may write there",
+        ) from error
+
+
+def layer_spec(up: TensorSpec, down: TensorSpec, up_name: str, down_name: str) -> tuple[torch.dtype, int, int]:
+    """dtype, d_ff and d_model of a layer, from its two matrices in the plain checkpoint."""
+    (dtype, up_shape), (down_dtype, down_shape) = up, down
+    if (
+        len(up_shape) != 2
+        or down_shape != up_shape[::-1]
+        or down_dtype != dtype
+        or dtype not in (torch.float32, torch.float16, torch.bfloat16)
+    ):
+        raise StoreFormatError(
+            "the FFN matrices do not fit together",
+            where=f"{up_name}, {down_name}",
+            expected="[d_ff, d_model] and [d_model, d_ff] in float32, float16 or bfloat16",
+            got=f"{list(up_shape)} {dtype}, {list(down_shape)} {down_dtype}",
+        )
+    return dtype, up_shape[0], up_shape[1]
+
+
+def write_layer(
+    path: Path,
+    index: int,
+    layers: int,
+    key: str,
+    names: tuple[str, str],
+    up: torch.Tensor,
+    down: torch.Tensor,
+    origin: Mapping[str, str],
+) -> None:
+    """Bundle one layer: `up` [d_ff, d_model] and `down` [d_model, d_ff] become `key` [d_ff, 2 * d_model] in `path`."""
+    dtype, d_ff, d_model = layer_spec((up.dtype, tuple(up.shape)), (down.dtype, tuple(down.shape)), *names)
+    metadata = {
+        "format_version": str(FORMAT_VERSION),
+        "layer": str(index),
+        "layers": str(layers),
+        "d_ff": str(d_ff),
+        "d_model": str(d_model),
+        "up": names[0],
+        "down": names[1],
+        "crc32": _NO_CRC,
+        **origin,
+    }
+    write_safetensors(
+        path, {key: (dtype, (d_ff, 2 * d_model))}, _bundle(up, down, names), {META + k: v for k, v in metadata.items()}
+    )
+
+
+def _bundle(up: torch.Tensor, down: torch.Tensor, names: tuple[str, str]) -> Iterator[torch.Tensor]:
+    """Rows of bundles, some MiB at a time. `down` is read once, in the order of its file, then transposed in memory.
+
+    The same buffer is yielded again and again.
+    """
+    d_ff, d_model = up.shape
+    down = copied(down)
+    rows = min(d_ff, max(1, _PIECE_BYTES // (2 * d_model * up.dtype.itemsize)))
+    buffer = aligned_empty((rows, 2 * d_model), up.dtype)
+    for start in range(0, d_ff, rows):
+        block = buffer[: min(rows, d_ff - start)]
+        block[:, :d_model] = up[start : start + rows]
+        block[:, d_model:] = down[:, start : start + rows].T
+        if not torch.isfinite(block).all():
+            half = 0 if not torch.isfinite(block[:, :d_model]).all() else 1
+            raise InvalidWeightsError(
+                "the source weights contain NaN or infinite values",
+                where=names[half],
+                hint="the source is damaged: download it again",
+            )
+        yield block
+
+
+def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
+    """The two matrices of a plain checkpoint, `up` then `down`, as pieces for [`write_safetensors`]."""
+    bundles = layer.bundles()
+    yield bundles[:, : layer.d_model]
+    yield bundles[:, layer.d_model :].T
+
+
+def predictor_metadata(variant: str, fingerprint: str) -> dict[str, str]:
+    """Metadata of a predictor file: what it is, and the checkpoint it was made from."""
+    return {
+        META + "format_version": str(FORMAT_VERSION),
+        META + "predictor": variant,
+        META + "fingerprint": fingerprint,
+    }
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object so that it appears complete or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, path)

@@ -1,0 +1,346 @@
+"""Contract C1: what users and transformers may build on, and how the modules inside depend on one another."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import json
+import logging
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.quantizers.auto as auto
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPTQConfig, OPTForCausalLM
+from transformers.utils import logging as transformers_logging
+
+import hf_flash
+from hf_flash import FlashOffloadConfig, errors
+from tests.conftest import ROOT
+
+PACKAGE = Path(hf_flash.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+VERBS = {"close", "configure", "push", "repack", "restore", "stats"}
+CLASSES = {"FlashOffloadConfig", "FlashStats"}
+LATER = {"calibrate"}  # in the contract; public as soon as it exists
+
+
+def error_classes() -> list[type[errors.HfFlashError]]:
+    return [item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, errors.HfFlashError)]
+
+
+def test_the_public_names_are_those_of_the_contract() -> None:
+    wanted = VERBS | CLASSES | {"__version__"} | {kind.__name__ for kind in error_classes()}
+    assert wanted <= set(hf_flash.__all__) <= wanted | LATER
+    assert hf_flash.__all__ == sorted(set(hf_flash.__all__))
+    assert all(hasattr(hf_flash, name) for name in hf_flash.__all__)
+
+
+def test_the_version_is_the_one_the_package_is_built_with() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.?\w+)?", hf_flash.__version__)
+    assert "hf_flash._version.__version__" in (ROOT / "pyproject.toml").read_text()
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def undocumented(module: str) -> Iterator[str]:
+    if not ast.get_docstring(tree(module)):
+        yield module
+    for item in tree(module).body:
+        if isinstance(item, ast.FunctionDef | ast.ClassDef) and not item.name.startswith("_") and not ast.get_docstring(item):
+            yield f"{module}.{item.name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_and_what_is_public_in_it_has_a_docstring(module: str) -> None:
+    assert list(undocumented(module)) == []
+
+
+@pytest.mark.parametrize("name", sorted(VERBS | CLASSES))
+def test_what_users_call_says_what_it_takes(name: str) -> None:
+    item = getattr(hf_flash, name)
+    text = inspect.getdoc(item) or ""
+    assert len(text.splitlines()[0]) > 20
+    target = item.__init__ if isinstance(item, type) else item
+    assert inspect.signature(target).parameters
+    assert all(p.annotation is not p.empty for n, p in inspect.signature(target).parameters.items() if n != "self")
+
+
+def test_every_argument_of_the_config_is_documented_and_only_by_name() -> None:
+    parameters = inspect.signature(FlashOffloadConfig).parameters
+    own = set(parameters) - {"quant_method", "format_version", "unknown"}
+    text = inspect.getdoc(FlashOffloadConfig) or ""
+    assert {name for name in own if f"\n    {name} (" in text} == own
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters.values())
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+def drawn() -> dict[str, tuple[str, str | None]]:
+    """Name -> parent and the builtin it also is, from the drawing in the docstring of `errors.py`."""
+    path: list[str] = []
+    found: dict[str, tuple[str, str | None]] = {}
+    for line in (errors.__doc__ or "").splitlines():
+        if match := re.match(r" {4}((?:│   |    )*)(├── |└── )?([A-Z]\w+Error)\b(?:.*\(also (\w+)\))?", line):
+            depth = len(match[1]) // 4 + 1 if match[2] else 0
+            path = [*path[:depth], match[3]]
+            found[match[3]] = (path[-2] if depth else "Exception", match[4])
+    return found
+
+
+def test_the_errors_are_those_drawn_in_the_docstring() -> None:
+    real = {}
+    for kind in error_classes():
+        parent, *builtin = kind.__bases__
+        real[kind.__name__] = (parent.__name__, builtin[0].__name__ if builtin else None)
+    assert drawn() == real
+
+
+@pytest.mark.parametrize("kind", error_classes())
+def test_an_error_prints_its_parts_and_survives_a_process_boundary(kind: type[errors.HfFlashError]) -> None:
+    error = kind("it broke", where="here", expected=1, got=[2], hint="mend it")
+    text = "it broke\n  where: here\n  expected: 1\n  got: [2]\n  to do: mend it"
+    assert str(error) == text
+    assert str(kind("it broke")) == "it broke"
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (kind, text)
+
+
+# --- imports -------------------------------------------------------------------------------------------------------
+
+LAYERS = [  # a module imports only from lines above its own
+    {"_version", "errors", "memory"},
+    {"budget", "window"},
+    {"stats", "config", "store"},
+    {"checkpoint", "reader", "writer"},
+    {"predictor"},
+    {"ffn"},
+    {"adapters"},
+    {"repack"},
+    {"runtime"},
+    {"saving"},
+    {"calibrate", "quantizer"},
+    {"cli", "__init__"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MAY_IMPORT = {
+    "transformers": {"config", "adapters", "quantizer", "calibrate", "cli"},
+    "torch": set(MODULES) - {"errors", "stats", "budget", "_version"},
+    "safetensors": {"store", "checkpoint", "predictor"},
+    "huggingface_hub": {"checkpoint", "repack", "saving", "cli"},
+}
+
+
+def imports(module: str) -> Iterator[str]:
+    """Absolute names of what a module imports, anywhere in it; our own begin with a dot."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield f"{'.' * node.level}{node.module or ''}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    assert module in LEVEL, "a new module: give it a place in LAYERS"
+    own = {name[1:] for name in imports(module) if name.startswith(".")}
+    assert {name for name in own if LEVEL[name] >= LEVEL[module]} == set()
+    assert not [name for name in imports(module) if name.startswith("..") or name.split(".")[0] == "hf_flash"]
+
+
+@pytest.mark.parametrize("library", MAY_IMPORT)
+def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
+    users = {module for module in MODULES if any(name.split(".")[0] == library for name in imports(module))}
+    assert users <= MAY_IMPORT[library]
+
+
+def test_the_window_knows_neither_reader_nor_predictor() -> None:
+    assert {name for name in imports("window") if name.startswith(".")} == {".memory"}
+
+
+def in_a_fresh_process(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+
+
+def test_importing_prints_nothing_and_adds_one_entry_to_what_transformers_has() -> None:
+    done = in_a_fresh_process("""
+import logging, sys
+import transformers.quantizers.auto as auto
+types, quantizers, configs = (
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES, dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING))
+loggers = list(logging.getLogger().handlers)
+import hf_flash
+assert auto.LOADING_ATTRIBUTES_CONFIG_TYPES == (*types, hf_flash.FlashOffloadConfig)
+assert len(types) >= 8
+assert {k: v for k, v in auto.AUTO_QUANTIZER_MAPPING.items() if k != "flash"} == quantizers
+assert {k: v for k, v in auto.AUTO_QUANTIZATION_CONFIG_MAPPING.items() if k != "flash"} == configs
+assert auto.AUTO_QUANTIZER_MAPPING["flash"].__module__ == "hf_flash.quantizer"
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["flash"] is hf_flash.FlashOffloadConfig
+assert logging.getLogger().handlers == loggers and not logging.getLogger("hf_flash").handlers
+unneeded = {"hf_flash.cli", "matplotlib", "datasets", "transformers.pipelines", "transformers.models.opt.modeling_opt"}
+assert not unneeded & set(sys.modules), unneeded & set(sys.modules)
+""")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_importing_again_changes_nothing() -> None:
+    done = in_a_fresh_process("""
+import importlib, sys
+import transformers.quantizers.auto as auto
+import hf_flash
+import hf_flash
+count = len(auto.LOADING_ATTRIBUTES_CONFIG_TYPES)
+importlib.reload(hf_flash)
+assert len(auto.LOADING_ATTRIBUTES_CONFIG_TYPES) == count
+for name in [name for name in sys.modules if name.partition(".")[0] == "hf_flash"]:
+    del sys.modules[name]
+import hf_flash
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["flash"] is hf_flash.FlashOffloadConfig
+assert hf_flash.FlashOffloadConfig in auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+""")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+# --- the seam to transformers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(opt: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf_flash.repack(opt(), tmp_path_factory.mktemp("packed") / "opt-flash")
+
+
+def test_transformers_knows_the_method() -> None:
+    assert FlashOffloadConfig in auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    assert auto.AUTO_QUANTIZER_MAPPING["flash"].__name__ == "FlashHfQuantizer"
+    assert type(auto.AutoQuantizationConfig.from_dict({"quant_method": "flash"})) is FlashOffloadConfig
+
+
+def test_what_is_passed_reaches_a_model_that_has_a_config_without_a_warning(packed: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=FlashOffloadConfig(window=3))
+    assert [str(item.message) for item in caught if "quantization_config" in str(item.message)] == []
+    assert hf_flash.stats(model).window == 3
+
+
+def test_only_our_own_warning_is_silenced() -> None:
+    stored = {"quant_method": "gptq", "bits": 4}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        FlashOffloadConfig(window=3).get_loading_attributes()
+        auto.AutoHfQuantizer.merge_quantization_configs({"quant_method": "flash"}, FlashOffloadConfig(window=3))
+        assert caught == []
+        auto.AutoHfQuantizer.merge_quantization_configs(stored, GPTQConfig(bits=4))
+        warnings.warn("loading attributes", UserWarning, stacklevel=1)
+    assert len(caught) == 2
+    assert "loading attributes (e.g. [" in str(caught[0].message)
+
+
+def test_loading_again_and_again_leaves_one_filter() -> None:
+    with warnings.catch_warnings():
+        FlashOffloadConfig().get_loading_attributes()
+        filters = list(warnings.filters)
+        for _ in range(5):
+            FlashOffloadConfig(window=3).get_loading_attributes()
+        assert list(warnings.filters) == filters
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_the_loading_report_has_nothing_to_say(
+    request: pytest.FixtureRequest, opt: Callable[..., Path], caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    before = OPTForCausalLM._keys_to_ignore_on_load_unexpected
+    folder = opt() if kind == "plain" else request.getfixturevalue("packed")
+    transformers_logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING):
+            _, info = AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=FlashOffloadConfig(), output_loading_info=True
+            )
+    finally:
+        transformers_logging.disable_propagation()
+    assert {name: set(keys) for name, keys in info.items() if keys} == {}
+    assert caplog.text == ""
+    assert before == OPTForCausalLM._keys_to_ignore_on_load_unexpected
+
+
+def test_another_tensor_is_still_reported(packed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(packed, tmp_path / "more"))
+    (file,) = folder.glob("model-*.safetensors")
+    save_file(load_file(file) | {"model.decoder.surprise": torch.zeros(2)}, file, metadata={"format": "pt"})
+    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {"model.decoder.surprise"}
+
+
+# --- the config ----------------------------------------------------------------------------------------------------
+
+NAMED: dict[str, Any] = {
+    "predictor": "quantized", "predictor_bits": 8, "predictor_group_size": 32, "predictor_margin": 2.5, "window": 7,
+    "memory_budget": "6GiB", "reader": "mmap", "io_threads": 4,
+}  # fmt: skip
+HEAD = {"quant_method": "flash", "format_version": 1}
+
+
+@pytest.mark.parametrize("named", [{}, {"window": 7}, {"memory_budget": 123456, "reader": "direct"}, NAMED])
+def test_a_config_writes_what_was_named_and_reads_it_back(named: dict[str, Any]) -> None:
+    config = FlashOffloadConfig(**named)
+    assert config.to_dict() == HEAD | named
+    text = json.dumps(config.to_dict())
+    again = FlashOffloadConfig.from_dict(json.loads(text))
+    assert again.to_dict() == config.to_dict()
+    assert {name: getattr(again, name) for name in NAMED} == {name: getattr(config, name) for name in NAMED}
+    assert json.loads(config.to_json_string(use_diff=False)) == config.to_dict()
+    assert dict(iter(config)) == config.to_dict()
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_config_can_be_copied(again: Callable[[Any], Any]) -> None:
+    config = FlashOffloadConfig(**NAMED, cache_dir="/somewhere")
+    other = again(config)
+    assert other.to_dict() == config.to_dict()
+    assert other.cache_dir == "/somewhere"
+
+
+def test_where_the_cache_lies_is_never_written() -> None:
+    config = FlashOffloadConfig(cache_dir="/somewhere", window=2)
+    assert config.to_dict() == HEAD | {"window": 2}
+    config.cache_dir = "/elsewhere"
+    config.remember(cache_dir="/nowhere")
+    assert "cache_dir" not in config.to_dict()
+    assert "where" not in repr(config)
+    assert FlashOffloadConfig.from_dict(HEAD | {"cache_dir": "/stored"}).to_dict() == HEAD
+
+
+def test_what_is_passed_wins_over_the_process_over_the_stored_over_the_default() -> None:
+    stored = FlashOffloadConfig.from_dict(HEAD | {"window": 2, "io_threads": 2, "reader": "mmap"})
+    hf_flash.configure(window=3, io_threads=3)
+    try:
+        stored.flash_arguments = FlashOffloadConfig(window=4).get_loading_attributes()["flash_arguments"]
+        assert (stored.window, stored.io_threads, stored.reader, stored.predictor_bits) == (4, 3, "mmap", 4)
+        assert stored.to_dict() == HEAD | {"window": 4, "io_threads": 2, "reader": "mmap"}
+    finally:
+        hf_flash.configure(window=None, io_threads=None)
+    assert (stored.window, stored.io_threads) == (4, 2)
+
+
+def test_none_is_unset_and_not_a_value() -> None:
+    config = FlashOffloadConfig(**dict.fromkeys([*NAMED, "cache_dir"]))
+    assert config.to_dict() == HEAD
+    assert (config.window, config.reader, config.io_threads) == (5, "auto", 16)

@@ -1,0 +1,591 @@
+"""The resident window and the reads it causes, against a model in plain sets and dictionaries; and the arithmetic around them.
+
+The layer under test is put together by hand, below transformers, on a real store with real readers; only the predictor is
+scripted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hf_flash import BudgetError, ConfigError, StoreReadError
+from hf_flash.budget import _cgroup_free, available_memory, format_bytes, parse_bytes, plan_memory
+from hf_flash.ffn import Engine, FlashFFN, Scratch, block_rows
+from hf_flash.predictor import QuantizedFormat, QuantizedPredictor, quantize_rows
+from hf_flash.reader import PAGE, coalesce, direct_alignment, open_reader
+from hf_flash.store import FlashStore
+from hf_flash.window import ResidentWindow
+from hf_flash.writer import write_layer
+
+D_FF = 160  # three blocks
+STAGED = 128  # rows that are converted at a time when the dtypes differ
+LAYER = 1
+
+
+# --- what a window is, in plain Python -----------------------------------------------------------------------------
+
+
+@dataclass
+class PlainWindow:
+    """Which neurons are in DRAM, from the rules in the docstrings of `window.py` and `ffn.py`."""
+
+    capacity: int
+    window: int
+    block: int
+    clock: int = 0
+    resident: set[int] = field(default_factory=set)
+    last_use: dict[int, int] = field(default_factory=dict)
+
+    def call(self, uses: list[set[int]]) -> list[list[int]]:
+        """Take one call, the neurons of each of its tokens; returns the groups of neurons it reads."""
+        for use in uses:
+            self.clock += 1
+            self.last_use |= dict.fromkeys(use, self.clock)
+        needed = set().union(*uses)
+        return [self._fit(needed)] if len(needed) <= self.capacity else self._stream(needed)
+
+    def _recent(self, neurons: set[int]) -> set[int]:
+        return {n for n in neurons if self.last_use[n] > self.clock - self.window}
+
+    def _fit(self, needed: set[int]) -> list[int]:
+        missing = sorted(needed - self.resident)
+        idle = sorted(self._recent(self.resident - needed), key=lambda n: (self.last_use[n], n))
+        too_many = max(0, len(idle) + len(needed) - self.capacity)
+        self.resident = needed | set(idle[too_many:])
+        return missing
+
+    def _stream(self, needed: set[int]) -> list[list[int]]:
+        newest = sorted(self._recent(self.resident | needed), key=lambda n: (-self.last_use[n], n not in self.resident, n))
+        keep = set(newest[: self.capacity])
+        self.resident &= keep | needed
+        order, reads = sorted(needed), []
+        for at in range(0, len(order), self.block):
+            block = order[at : at + self.block]
+            away = [n for n in block if n not in self.resident]
+            reads.append(away)
+            self.resident -= set(block) - keep
+            room = self.capacity - len(self.resident)
+            self.resident |= set([n for n in away if n in keep][:room])
+        return reads
+
+
+def runs(ids: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last of every stretch of neighbours."""
+    start = 0
+    for i, number in enumerate(ids):
+        if i + 1 == len(ids) or ids[i + 1] != number + 1:
+            yield ids[start], number
+            start = i + 1
+
+
+def asked_of_the_disk(groups: list[list[int]], offset: int, size: int, unit: int) -> tuple[int, int]:
+    """Bytes, rounded outwards to `unit`, and the number of reads."""
+    hulls = [
+        -(-(offset + (last + 1) * size) // unit) * unit - (offset + first * size) // unit * unit
+        for group in groups
+        for first, last in runs(group)
+    ]
+    return sum(hulls), len(hulls)
+
+
+# --- the real one --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    d_model: int
+    stored: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        return 2 * self.d_model * self.stored.itemsize
+
+
+FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+LAYOUTS = [
+    Layout(512, FULL, FULL),  # a page a bundle
+    Layout(64, FULL, FULL),  # a sector a bundle
+    Layout(36, FULL, FULL),  # neither
+    Layout(27, BRAIN, BRAIN),  # odd
+    Layout(64, HALF, FULL),  # converted on the way
+    Layout(40, FULL, BRAIN),
+]
+
+
+def make_store(folder: Path, layout: Layout) -> FlashStore:
+    torch.manual_seed(layout.d_model)
+    for index in range(2):
+        up, down = torch.randn(D_FF, layout.d_model), torch.randn(layout.d_model, D_FF)
+        names = f"layers.{index}.fc1.weight", f"layers.{index}.fc2.weight"
+        origin = {"source": "test", "revision": "", "fingerprint": "0"}
+        up, down = up.to(layout.stored), down.to(layout.stored)
+        write_layer(
+            folder / f"flash-layer-{index:05d}.safetensors", index, 2, names[0][:-7] + ".bundles", names, up, down, origin
+        )
+    return FlashStore.open_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, FlashStore]:
+    return {layout: make_store(tmp_path_factory.mktemp("store"), layout) for layout in LAYOUTS}
+
+
+class Scripted:
+    """A predictor that says what it was told to say."""
+
+    nbytes = 0
+
+    def __init__(self) -> None:
+        self.next: torch.Tensor | None = None
+
+    def select(self, x: torch.Tensor) -> torch.Tensor | None:
+        assert self.next is None or self.next.shape == (x.shape[0], D_FF)
+        return self.next
+
+
+class Rig:
+    """One layer of a store, ready to run."""
+
+    def __init__(self, store: FlashStore, dtype: torch.dtype, reader: str, capacity: int, window: int) -> None:
+        self.store, self.dtype = store.layers[LAYER], dtype
+        self.unit = PAGE
+        if reader == "direct":
+            self.unit, reason = direct_alignment(store)
+            if not self.unit:
+                pytest.skip(f"no direct reads here: {reason}")
+        d_model = self.store.d_model
+        scratch = Scratch(D_FF, d_model, dtype)
+        self.engine = Engine(open_reader(store, reader, 3, dtype, 0), scratch, dtype)
+        self.window = ResidentWindow(D_FF, d_model, capacity, window, dtype, scratch.gathered)
+        self.predictor = Scripted()
+        self.ffn = FlashFFN(LAYER, D_FF, d_model, True, torch.nn.ReLU()).eval()
+        self.ffn.attach(self.engine, self.window, self.predictor)
+        self.bundles = self.store.bundles().clone()
+        with torch.no_grad():
+            self.ffn.bias.copy_(torch.linspace(-1, 1, D_FF))  # type: ignore[union-attr]
+        self.ffn.bias.data = self.ffn.bias.data.to(dtype)  # type: ignore[union-attr]
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.engine.close()
+
+    def call(self, mask: torch.Tensor | None, tokens: int) -> None:
+        """Run a call and check its answer."""
+        self.predictor.next = mask
+        x = torch.randn(tokens, self.store.d_model, generator=torch.Generator().manual_seed(tokens)).to(self.dtype)
+        out = self.ffn(x)
+        weights = self.bundles.to(self.dtype).double()
+        up, down = weights[:, : self.store.d_model], weights[:, self.store.d_model :]
+        hidden = (x.double() @ up.T + self.ffn.bias.double()).relu()  # type: ignore[union-attr]
+        if mask is not None:
+            hidden = hidden * mask
+        rounding = {FULL: 1e-4, BRAIN: 3e-2}[self.dtype]
+        bound = rounding * ((x.double().abs() @ up.abs().T + 1) @ down.abs()).max() / D_FF**0.5
+        torch.testing.assert_close(out.double(), hidden @ down, atol=float(bound), rtol=0.0)
+
+    def resident(self) -> set[int]:
+        """The neurons in DRAM, after checking that the window agrees with itself and with the store."""
+        w = self.window
+        ids = w.resident.tolist()
+        assert len(set(ids)) == len(ids) == w.num_used <= w.capacity
+        assert w.slot_of[ids].tolist() == list(range(len(ids)))
+        assert int((w.slot_of >= 0).sum()) == len(ids)
+        assert torch.equal(w.matrix[: len(ids)], self.bundles[ids].to(self.dtype))
+        return set(ids)
+
+
+def some_neurons(kind: str, share: float, tokens: int, seed: int) -> torch.Tensor | None:
+    """Masks [tokens, d_ff] of several looks: scattered, in stretches, drifting from token to token, empty, or all."""
+    random = np.random.default_rng(seed)
+    if kind == "all":
+        return None
+    if kind == "scattered":
+        return torch.from_numpy(random.random((tokens, D_FF)) < share)
+    mask = torch.zeros(tokens, D_FF, dtype=torch.bool)
+    start = random.integers(0, D_FF)
+    for token in range(tokens):
+        start = start + 1 if kind == "drifting" else random.integers(0, D_FF)
+        if kind != "nobody":
+            mask[token, (start + np.arange(int(share * D_FF))) % D_FF] = True
+    return mask
+
+
+KINDS = ("scattered", "stretch", "drifting", "all", "nobody")
+a_call = st.tuples(st.sampled_from(KINDS), st.floats(0, 1), st.one_of(st.just(1), st.integers(1, 9)), st.integers(0, 1 << 16))
+a_capacity = st.one_of(st.sampled_from([0, 1, D_FF - 1, D_FF]), st.integers(0, D_FF))
+
+
+@pytest.mark.parametrize("reader", ["mmap", "direct"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda lay: f"{lay.d_model} {lay.stored} to {lay.dtype}".replace("torch.", ""))
+@settings(max_examples=15, deadline=None)
+@given(capacity=a_capacity, window=st.integers(1, 7), calls=st.lists(a_call, min_size=1, max_size=8))
+def test_the_window_holds_what_its_rules_say_and_every_byte_is_counted(
+    stores: dict[Layout, FlashStore],
+    layout: Layout,
+    reader: str,
+    capacity: int,
+    window: int,
+    calls: list[tuple[str, float, int, int]],
+) -> None:
+    plain = PlainWindow(capacity, window, block_rows(D_FF))
+    with Rig(stores[layout], layout.dtype, reader, capacity, window) as rig:
+        missing = asked = reads = selected = total = 0
+        for kind, share, tokens, seed in calls:
+            mask = some_neurons(kind, share, tokens, seed)
+            uses = [set(range(D_FF))] * tokens if mask is None else [set(row.nonzero()[:, 0].tolist()) for row in mask]
+            rig.call(mask, tokens)
+
+            groups = plain.call(uses)
+            assert rig.resident() == plain.resident
+            if layout.stored != layout.dtype:
+                groups = [group[at : at + STAGED] for group in groups for at in range(0, len(group), STAGED)]
+            nbytes, count = asked_of_the_disk(groups, rig.store.offset, layout.size, rig.unit)
+            asked, reads, total = asked + nbytes, reads + count, total + tokens
+            missing += sum(map(len, groups))
+            selected += len(set().union(*uses))
+        counters = rig.engine.counters
+        assert (counters.calls, counters.tokens, counters.selected) == (len(calls), total, selected)
+        assert counters.hits == selected - missing
+        assert counters.missing_bytes == missing * layout.size
+        assert (counters.read_bytes, counters.reads) == (asked, reads)
+        if reader == "direct" and layout.size % rig.unit == 0:
+            assert counters.read_bytes == counters.missing_bytes
+        assert rig.window.high_water <= capacity
+
+
+def test_a_window_that_holds_everything_reads_everything_once(stores: dict[Layout, FlashStore]) -> None:
+    with Rig(stores[LAYOUTS[1]], FULL, "mmap", D_FF, 5) as rig:
+        for _ in range(6):
+            rig.call(None, 1)
+        assert rig.engine.counters.missing_bytes == rig.store.nbytes
+        assert rig.engine.counters.hits == 5 * D_FF
+
+
+def test_a_window_without_room_keeps_nothing(stores: dict[Layout, FlashStore]) -> None:
+    with Rig(stores[LAYOUTS[1]], FULL, "mmap", 0, 5) as rig:
+        for _ in range(3):
+            rig.call(None, 1)
+        assert rig.resident() == set()
+        assert rig.engine.counters.missing_bytes == 3 * rig.store.nbytes
+
+
+# --- a disk that does not deliver ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [0, 40, D_FF], ids=["nothing fits", "some fit", "all fit"])
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[4]], ids=["aligned", "not aligned", "converted"])
+def test_a_failed_read_is_an_error_and_leaves_the_window_usable(tmp_path: Path, layout: Layout, capacity: int) -> None:
+    store = make_store(tmp_path, layout)
+    path, whole = store.layers[LAYER].path, store.layers[LAYER].path.read_bytes()
+    low, everything = torch.zeros(1, D_FF, dtype=torch.bool), torch.ones(1, D_FF, dtype=torch.bool)
+    low[0, :30] = True
+    with Rig(store, layout.dtype, "direct", capacity, 5) as rig:
+        rig.call(low, 1)
+        with open(path, "r+b") as file:
+            file.truncate(len(whole) - D_FF // 2 * layout.size)
+        for mask in (everything, everything):
+            with pytest.raises(StoreReadError, match="reading neurons from flash failed") as caught:
+                rig.call(mask, 1)
+            for part in (str(path), "expected", f"bundles of {layout.size} bytes", "got", "to do"):
+                assert part in str(caught.value)
+            assert rig.resident() <= set(range(D_FF // 2))
+        rig.call(low, 1)  # what is still there is still served
+        with open(path, "r+b") as file:
+            file.write(whole)
+        for mask in (everything, low, everything):
+            rig.call(mask, 1)
+            assert len(rig.resident()) <= capacity
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["mmap", "direct"])
+@pytest.mark.parametrize("layout", [Layout(64, HALF, FULL), Layout(40, FULL, BRAIN), Layout(36, FULL, FULL)])
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_rows_arrive_where_they_were_asked_for_exactly_converted(
+    stores: dict[Layout, FlashStore], layout: Layout, reader: str, data: st.DataObject
+) -> None:
+    ids = sorted(data.draw(st.sets(st.integers(0, D_FF - 1))))
+    gaps = data.draw(st.lists(st.sampled_from([1, 1, 1, 2, 5]), min_size=len(ids), max_size=len(ids)))
+    rows = np.cumsum([0, *gaps])[: len(ids)]
+    with Rig(stores[layout], layout.dtype, reader, 0, 1) as rig:
+        out = torch.full((5 * D_FF, 2 * layout.d_model), 7.0, dtype=layout.dtype)
+        rig.engine.reader.read(LAYER, np.array(ids, dtype=np.int64), out, rows)
+        wanted = torch.full_like(out, 7.0)
+        wanted[rows] = rig.bundles[ids].to(layout.dtype)
+        assert torch.equal(out, wanted)
+
+
+MEBIBYTE = 1 << 20
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    ids=st.sets(st.integers(0, 60)).map(sorted),
+    gaps=st.lists(st.sampled_from([1, 1, 1, 1, 3]), min_size=61, max_size=61),
+    size=st.sampled_from([96, 4096, 100_000, 400_000, MEBIBYTE, MEBIBYTE + 8, 3 * MEBIBYTE]),
+    offset=st.sampled_from([0, 4096, 8192]),
+)
+def test_chunks_cover_exactly_what_was_asked_for(ids: list[int], gaps: list[int], size: int, offset: int) -> None:
+    rows = np.cumsum(gaps)[: len(ids)]
+    chunks = list(coalesce(np.array(ids, dtype=np.int64), rows, offset, size))
+    pieces = [(c.offset + at, c.target + at) for c in chunks for at in range(0, c.nbytes, size)]
+    assert pieces == [(offset + i * size, int(row) * size) for i, row in zip(ids, rows, strict=True)]
+    assert all(c.nbytes % size == 0 and 0 < c.nbytes <= max(MEBIBYTE, size) for c in chunks)
+    for left, right in pairwise(chunks):
+        assert left.offset + left.nbytes <= right.offset
+        assert left.target + left.nbytes <= right.target
+        neighbours = left.offset + left.nbytes == right.offset and left.target + left.nbytes == right.target
+        assert not neighbours or left.nbytes + size > MEBIBYTE  # no chunk could be longer
+
+
+# --- the quantized predictor ---------------------------------------------------------------------------------------
+
+FORMATS = [QuantizedFormat(4, 64), QuantizedFormat(4, 32), QuantizedFormat(4, 7), QuantizedFormat(8, 64)]
+
+
+def dequantized(parts: dict[str, torch.Tensor], form: QuantizedFormat) -> torch.Tensor:
+    """Back to numbers, from what the docstrings say about the codes."""
+    if form.bits == 8:
+        return parts["codes"].double() * parts["scales"].double()
+    codes = parts["codes"].long()
+    rows, half = codes.shape
+    values = torch.empty(rows, 2 * half, dtype=torch.float64)
+    values[:, 0::2], values[:, 1::2] = (codes % 16).double() - 8, (codes // 16).double() - 8
+    width = 2 * half // parts["scales"].shape[1]
+    scales, zeros = (parts[name].double().repeat_interleave(width, 1) for name in ("scales", "zeros"))
+    return values * scales + zeros
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    form=st.sampled_from(FORMATS),
+    d_model=st.sampled_from([2, 36, 64, 96, 128]),
+    size=st.sampled_from([1e-6, 0.02, 1.0, 3e3]),
+    dtype=st.sampled_from([FULL, HALF, BRAIN]),
+    seed=st.integers(0, 1 << 16),
+)
+def test_the_stored_error_is_the_norm_of_what_rounding_changed(
+    form: QuantizedFormat, d_model: int, size: float, dtype: torch.dtype, seed: int
+) -> None:
+    up = (size * torch.randn(6, d_model, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    up[0], up[1] = 0.0, size  # constant rows have no range
+    parts = quantize_rows(up, form)
+    for name, (kind, shape) in form.specs("", 6, d_model).items():
+        assert (parts[name.rpartition(".")[2]].dtype, tuple(parts[name.rpartition(".")[2]].shape)) == (kind, shape)
+    wanted = (dequantized(parts, form) - up.double()).norm(dim=1)
+    torch.testing.assert_close(parts["error"].double(), wanted, rtol=1e-3, atol=1e-6 * size * d_model**0.5)
+    assert (wanted <= 0.3 * size * d_model**0.5 * (1 if form.bits == 4 else 0.2) + 1e-6).all()
+
+
+class PlainPredictor(QuantizedPredictor):
+    """As on a machine where torch has no packed layout."""
+
+    def _pack(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("form", FORMATS[:2] + FORMATS[3:], ids=lambda form: form.variant)
+@settings(max_examples=15, deadline=None)
+@given(tokens=st.integers(1, 5), seed=st.integers(0, 1 << 16))
+def test_the_fast_path_scores_as_the_plain_one_up_to_rounding(form: QuantizedFormat, tokens: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    up, x = torch.randn(96, 128, generator=random), torch.randn(tokens, 128, generator=random).bfloat16()
+    bias = torch.randn(96, generator=random)
+    parts = quantize_rows(up, form)
+    fast, plain = QuantizedPredictor(parts, bias, form, 1.5), PlainPredictor(parts, bias, form, 1.5)
+    if not fast._packed:
+        pytest.skip("torch has no packed layout on this machine")
+    weights = dequantized(parts, form)
+    exact = x.double() @ weights.T
+    rounding = 2**-7 * (x.double().abs() @ weights.abs().T)
+    assert ((fast._multiply(x) - exact).abs() <= rounding).all()
+    assert ((plain._multiply_plain(x) - exact).abs() <= 1e-3 * rounding).all()  # 128 roundings to float32
+    slack = 1.5 / 128**0.5 * x.double().norm(dim=1, keepdim=True) * parts["error"].double()
+    clear = (exact + bias.double() + slack).abs() > rounding
+    assert clear.float().mean() > 0.8
+    wanted = exact + bias.double() + slack > 0
+    for predictor in (fast, plain):
+        assert torch.equal(predictor.select(x)[clear], wanted[clear])
+
+
+@pytest.mark.parametrize("kind", [QuantizedPredictor, PlainPredictor])
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.variant}, {form.group_size}")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_a_number_selects_every_neuron_of_its_token_alone(
+    kind: type[QuantizedPredictor], form: QuantizedFormat, value: float
+) -> None:
+    torch.manual_seed(0)
+    predictor = kind(quantize_rows(torch.randn(64, 64), form), torch.full((64,), -50.0), form, 1.5)
+    x = torch.randn(3, 64)
+    x[1, 5] = value
+    assert predictor.select(x).all(1).tolist() == [False, True, False]
+    assert not predictor.select(x)[[0, 2]].any()
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.variant}, {form.group_size}")
+def test_a_predictor_holds_what_its_format_announces(form: QuantizedFormat) -> None:
+    for kind in (QuantizedPredictor, PlainPredictor):
+        predictor: Any = kind(quantize_rows(torch.randn(64, 64), form), None, form, 1.5)
+        assert predictor.nbytes == form.dram_bytes(64, 64)
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    "K": 10**3,
+    "kB": 10**3,
+    "KiB": 2**10,
+    "MB": 10**6,
+    "MiB": 2**20,
+    "g": 10**9,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+
+
+@given(number=st.integers(1, 1 << 40), unit=st.sampled_from(sorted(UNITS)), space=st.sampled_from(["", " "]))
+def test_sizes_are_read_as_people_write_them(number: int, unit: str, space: str) -> None:
+    assert parse_bytes(number) == number
+    assert parse_bytes(f"{space}{number % 100000 + 1}{space}{unit}{space}") == (number % 100000 + 1) * UNITS[unit]
+
+
+@given(number=st.integers(1, 1 << 45))
+def test_a_printed_size_is_read_back_up_to_its_digits(number: int) -> None:
+    assert parse_bytes(format_bytes(number)) == pytest.approx(number, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 20, "3.0 MiB"), (5 << 29, "2.50 GiB")]
+)
+def test_sizes_are_printed_in_binary_units(number: int, text: str) -> None:
+    assert format_bytes(number) == text
+
+
+def test_a_fraction_of_a_unit_is_a_size() -> None:
+    assert parse_bytes("1.5GiB") == 3 << 29
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, True, 1.5, None, "", "GiB", "-1", "1e9", "1 parsec", "0", "0.4", "0.0001 kB", "9" * 400]
+)
+def test_what_is_not_a_size_is_a_config_error(value: Any) -> None:
+    with pytest.raises(ConfigError):
+        parse_bytes(value)
+
+
+a_size = st.integers(0, 1 << 36)
+
+
+@given(
+    budget=st.integers(1, 1 << 38),
+    resident=a_size,
+    predictor=a_size,
+    scratch=a_size,
+    layers=st.integers(1, 96),
+    d_ff=st.integers(1, 1 << 16),
+    bundle=st.integers(1, 1 << 17),
+)
+def test_a_plan_never_exceeds_its_budget_and_wastes_none(
+    budget: int, resident: int, predictor: int, scratch: int, layers: int, d_ff: int, bundle: int
+) -> None:
+    parts = {"resident_bytes": resident, "predictor_bytes": predictor, "scratch_bytes": scratch}
+    shape = {"layers": layers, "d_ff": d_ff, "bundle_bytes": bundle}
+    minimum = resident + predictor + scratch
+    if budget < minimum:
+        with pytest.raises(BudgetError, match=str(minimum)):
+            plan_memory(budget, **parts, **shape)
+        assume(minimum > 0)
+        budget = minimum
+    plan = plan_memory(budget, **parts, **shape)
+    assert plan.minimum_bytes == minimum
+    assert 0 <= plan.capacity <= d_ff
+    assert minimum + plan.window_bytes <= budget
+    assert plan.capacity == d_ff or minimum + plan.window_bytes + layers * bundle > budget
+    assert plan.dense_bytes == resident + layers * d_ff * bundle
+
+
+@given(free=st.integers(0, 1 << 34))
+def test_an_unset_budget_stays_below_what_is_free(free: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_flash.budget.available_memory", lambda: free)
+        plan = plan_memory(None, resident_bytes=0, predictor_bytes=0, scratch_bytes=0, layers=2, d_ff=8, bundle_bytes=64)
+    assert plan.window_bytes <= plan.budget_bytes <= free
+
+
+# --- cgroups -------------------------------------------------------------------------------------------------------
+
+GIB = 1 << 30
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def group(folder: Path, names: tuple[str, str, str], limit: int | str, usage: int, cache: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"anon 1\nactive_file 99\n{names[2]} {cache}\nslab 5\n")
+
+
+def free_in(folder: Path, proc: str) -> list[int]:
+    (folder / "proc").write_text(proc)
+    return list(_cgroup_free(folder / "proc", folder / "sys"))
+
+
+def test_every_group_of_version_2_above_a_process_counts(tmp_path: Path) -> None:
+    top = tmp_path / "sys"
+    group(top / "a" / "b" / "c", V2, "max", 3 * GIB, 0)
+    group(top / "a" / "b", V2, 8 * GIB, 3 * GIB, GIB)
+    group(top / "a", V2, 6 * GIB, 5 * GIB, 0)
+    group(top / "other", V2, 1, 1, 0)
+    assert free_in(tmp_path, "0::/a/b/c\n") == [6 * GIB, GIB]
+
+
+def test_every_group_of_version_1_above_a_process_counts(tmp_path: Path) -> None:
+    top = tmp_path / "sys" / "memory"
+    group(top / "a" / "b", V1, 4 * GIB, GIB, GIB // 2)
+    group(top / "a", V1, 2 * GIB, GIB, 0)
+    group(top, V1, 9223372036854771712, 7 * GIB, 0)
+    proc = "5:cpu,cpuacct:/a/b\n4:hugetlb,memory:/a/b\n1:name=systemd:/x\n0::/x\n"
+    assert free_in(tmp_path, proc)[:2] == [4 * GIB - GIB // 2, GIB]
+    assert len(free_in(tmp_path, proc)) == 3
+
+
+def test_a_container_that_sees_its_own_group_as_the_root_counts(tmp_path: Path) -> None:
+    group(tmp_path / "sys", V2, 2 * GIB, GIB, 0)
+    assert free_in(tmp_path, "0::/\n") == [GIB]
+    assert free_in(tmp_path, "0::/not/seen/from/inside\n") == [GIB]
+    group(tmp_path / "sys" / "memory", V1, 3 * GIB, GIB, 0)
+    assert free_in(tmp_path, "2:memory:/docker/0123\n") == [2 * GIB]
+
+
+def test_groups_that_say_nothing_limit_nothing(tmp_path: Path) -> None:
+    (tmp_path / "sys" / "a").mkdir(parents=True)
+    assert free_in(tmp_path, "0::/a\n3:cpuset:/a\n") == []
+    assert list(_cgroup_free(tmp_path / "no such file", tmp_path)) == []
+
+
+@pytest.mark.parametrize(("limits", "wanted"), [([], 10), ([7, 4], 4), ([20], 10), ([-5], 0)])
+def test_the_tightest_limit_counts_and_is_never_negative(
+    monkeypatch: pytest.MonkeyPatch, limits: list[int], wanted: int
+) -> None:
+    monkeypatch.setattr("hf_flash.budget.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10})())
+    monkeypatch.setattr("hf_flash.budget._cgroup_free", lambda: iter(limits))
+    assert available_memory() == wanted

@@ -30,10 +30,10 @@ _UNITS = {"": 1, "B": 1} | {
 _HEADROOM = 0.9  # share of the free memory that a budget of None takes: activations and the KV cache need the rest
 
 
-def parse_bytes(value: int | str) -> int:
+def parse_bytes(value: float | str) -> int:
     """`6_000_000`, `"6GB"` (decimal) or `"6GiB"` (binary) as a number of bytes."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 1e18 and value == int(value):
+        return int(value)
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
     size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if size < 1:
@@ -159,6 +159,6 @@ def plan_memory(
             where="memory_budget" if budget is not None else f"memory_budget unset: {format_bytes(free)} are free",
             expected=f"at least {format_bytes(plan.minimum_bytes)} ({plan.minimum_bytes} bytes):\n    {parts}",
             got=f"{format_bytes(ceiling)} ({ceiling} bytes)",
-            hint='raise memory_budget, load in a smaller dtype, or take a smaller predictor (predictor="none" needs none)',
+            hint="raise memory_budget, or load in a smaller dtype" + (", or without a predictor" if predictor_bytes else ""),
         )
     return plan

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 
 from .errors import ConfigError, StoreFormatError, StoreMissingError
@@ -155,13 +156,21 @@ def resolve_folder(
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise ConfigError("neither a folder nor the name of a Hub repository", got=str(source))
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    if config_only:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["config.json"], **where))
-    small = ["*.json", "*.txt", "*.model", "*.md", "*.jinja", "LICENSE*"]
-    others = ["*/*", "*.*.safetensors", "pytorch_model.*.bin"]  # subfolders and variants
-    for weights in ("model*.safetensors", "pytorch_model*.bin"):
-        wanted = {"allow_patterns": [*small, weights], "ignore_patterns": others}
-        found = Path(huggingface_hub.snapshot_download(str(source), **wanted, **where))
-        if any(found.glob(weights)):
-            break
-    return found
+    try:
+        if config_only:
+            return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["config.json"], **where))
+        small = ["*.json", "*.txt", "*.model", "*.md", "*.jinja", "LICENSE*"]
+        others = ["*/*", "*.*.safetensors", "pytorch_model.*.bin"]  # subfolders and variants
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            wanted = {"allow_patterns": [*small, weights], "ignore_patterns": others}
+            found = Path(huggingface_hub.snapshot_download(str(source), **wanted, **where))
+            if any(found.glob(weights)):
+                break
+        return found
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, ConnectionError) as error:
+        raise StoreMissingError(
+            "no such folder, and no such repository on the Hub, or the Hub cannot be reached",
+            where=source,
+            got=str(error).splitlines()[0],
+            hint="check the name, the connection, and `token` for a private repository",
+        ) from error

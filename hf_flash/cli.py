@@ -18,9 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import tqdm
 
 from ._version import __version__
-from .budget import format_bytes
+from .budget import format_bytes, parse_bytes
 from .config import FlashOffloadConfig
-from .errors import HfFlashError
+from .errors import ConfigError, HfFlashError
 from .repack import repack, restore
 from .runtime import stats
 from .saving import push
@@ -60,19 +60,19 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("demo", _demo, "Repack a small model, generate with its FFN on flash, compare with the stock model.")
     sub.add_argument("model", help="folder or Hub repository of a plain OPT checkpoint")
     sub.add_argument("--prompt", default="In the beginning God created", help="text to continue")
-    sub.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
-    sub.add_argument("--memory-budget", metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
+    sub.add_argument("--max-new-tokens", type=_positive, default=48, metavar="N", help="tokens to generate (default 48)")
+    sub.add_argument("--memory-budget", type=_size, metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
 
     sub = command("repack", _repack, "Write a checkpoint again with its FFN bundled for flash.")
     sub.add_argument("source", help="folder or Hub repository of a plain checkpoint")
     sub.add_argument("target", help="folder to make")
     sub.add_argument("--predictor", choices=["quantized", "none"], help="default: quantized for ReLU models")
-    sub.add_argument("--predictor-bits", type=int, choices=[4, 8])
-    sub.add_argument("--predictor-group-size", type=int, metavar="N")
+    sub.add_argument("--predictor-bits", type=int, choices=[4, 8], help="width of the quantized predictor (default 4)")
+    sub.add_argument("--predictor-group-size", type=int, metavar="N", help="weights that share a scale (default 64)")
     sub.add_argument("--revision", help="branch, tag or commit on the Hub")
     sub.add_argument("--local-files-only", action="store_true", help="do not contact the Hub")
 
-    sub = command("restore", _restore, "Undo repack: the plain checkpoint, bit for bit.")
+    sub = command("restore", _restore, "Undo repack: the plain checkpoint, every tensor bit for bit.")
     sub.add_argument("folder", help="a repacked checkpoint")
     sub.add_argument("target", help="folder to make")
 
@@ -84,11 +84,25 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("push", _push, "Upload a repacked checkpoint to the Hub, its files as they are.")
     sub.add_argument("folder", help="a repacked checkpoint")
     sub.add_argument("repo_id", help="me/opt-6.7b-flash")
-    sub.add_argument("--private", action="store_true", default=None)
+    sub.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     sub.add_argument("--revision", help="branch to upload to")
-    sub.add_argument("--create-pr", action="store_true")
-    sub.add_argument("--commit-message")
+    sub.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    sub.add_argument("--commit-message", metavar="TEXT", help="of the commit")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f'must be a number of bytes or text such as "6GiB", not {text!r}') from error
 
 
 def _say(text: object = "") -> None:
@@ -101,6 +115,7 @@ def _repack(args: argparse.Namespace) -> int:
         predictor_group_size=args.predictor_group_size, revision=args.revision, local_files_only=args.local_files_only,
     )  # fmt: skip
     _say(_describe(FlashStore.open_folder(target)))
+    _say(f"\nload it:  import hf_flash; pipeline('text-generation', model={str(target)!r})")
     return 0
 
 
@@ -120,7 +135,7 @@ def _push(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     store = FlashStore.open_folder(args.folder)
-    problems = store.check(lambda layers: tqdm(layers, desc="Checking", unit="layer")) if args.check else []
+    problems = store.check(lambda layers: tqdm(layers, desc="Checking", unit="layer", delay=1)) if args.check else []
     if args.json:
         _say(json.dumps(_facts(store) | {"checked": args.check, "problems": problems}, indent=2))
     else:
@@ -183,9 +198,12 @@ def _demo(args: argparse.Namespace) -> int:
         text, seconds = _generate(model, inputs, args.max_new_tokens)
         found = stats(model)
         _say(f"{tokenizer.decode(text, skip_special_tokens=True)}\n")
-        _say(f"{found}\n{'tokens per second':<20}{args.max_new_tokens / seconds:.0f}\n")
+        dense = AutoModelForCausalLM.from_pretrained(args.model)
+        dense.generate(**inputs, max_new_tokens=2, do_sample=False)
+        stock, stock_seconds = _generate(dense, inputs, args.max_new_tokens)
+        speed = f"{args.max_new_tokens / seconds:.0f}, the stock model in memory {args.max_new_tokens / stock_seconds:.0f}"
+        _say(f"{found}\n{'tokens per second':<20}{speed}\n")
 
-        stock, _ = _generate(AutoModelForCausalLM.from_pretrained(args.model), inputs, args.max_new_tokens)
         budget = FlashOffloadConfig(memory_budget=args.memory_budget, predictor="none")
         exact, _ = _generate(
             AutoModelForCausalLM.from_pretrained(packed, quantization_config=budget), inputs, args.max_new_tokens

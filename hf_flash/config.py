@@ -218,5 +218,5 @@ def _complaint(name: str, value: Any) -> str | None:
         return None
     if name == "cache_dir":
         return None if isinstance(value, str) else "a path"
-    low = 2 if name == "predictor_group_size" else 1
-    return None if whole and value >= low else f"a whole number, at least {low}"
+    low, high = {"predictor_group_size": (2, 1 << 16), "io_threads": (1, 256)}.get(name, (1, 1 << 31))
+    return None if whole and low <= value <= high else f"a whole number, {low} to {high}"

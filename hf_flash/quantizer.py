@@ -18,7 +18,7 @@ from .adapters import Adapter, adapter_for
 from .budget import MemoryPlan, available_memory, format_bytes, plan_memory
 from .checkpoint import Checkpoint
 from .config import FlashOffloadConfig
-from .errors import BudgetError, ConfigError, UnsupportedModelError
+from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
 from .ffn import Scratch, block_rows
 from .predictor import QuantizedFormat, find_predictor
 from .reader import reader_buffer_bytes
@@ -123,10 +123,13 @@ class FlashHfQuantizer(HfQuantizer):
         except BudgetError:
             if form is None or config.predictor is not None:
                 raise
+            without = plan(None)
             logger.warning(
-                "hf_flash: the quantized predictor does not fit into the memory budget; loading with predictor='none'"
+                "hf_flash: the memory budget is too small for the quantized predictor, which needs %s in all; loading with "
+                "predictor='none': every neuron is read for every token, which is much slower",
+                format_bytes(without.minimum_bytes + layers * form.dram_bytes(d_ff, d_model)),
             )
-            return plan(None), None
+            return without, None
 
     @staticmethod
     def _check_dims(adapter: Adapter, model: Any, store: FlashStore) -> None:
@@ -163,6 +166,11 @@ class FlashHfQuantizer(HfQuantizer):
             plan.describe(),
         )
         return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        raise UsageError(
+            "the FFN weights are on flash", where="dequantize", hint="hf_flash.restore(folder, target), then load that"
+        )
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

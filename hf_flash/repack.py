@@ -134,7 +134,7 @@ def build_store(
     todo = _forget_strangers(folder, names, origin, form)
     _check_room(folder, checkpoint, names, todo, form, rest)
     total = sum(_nbytes(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", disable=not todo) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", delay=1) as bar:
         for layer in todo:
             up, down = checkpoint.tensor(layer.up), checkpoint.tensor(layer.down)
             write_layer(
@@ -161,7 +161,7 @@ def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
         folder / PREDICTOR_FILE.format(form.variant),
         store,
         form,
-        lambda layers: tqdm(layers, desc="Making predictors", unit="layer"),
+        lambda layers: tqdm(layers, desc="Making predictors", unit="layer", delay=1),
     )
     return FlashStore.open_folder(folder)
 
@@ -241,6 +241,7 @@ def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat
         if target.is_dir():
             _check_room(target, checkpoint, [], [], None, rest=False)
             return add_predictor(target, form)
+        logger.info("hf_flash: repacking the FFN of %s into %s, once", origin["source"], target)
         with _partial_folder(target) as partial:
             build_store(partial, checkpoint, adapter, form, rest=False)
         return FlashStore.open_folder(target)
@@ -402,7 +403,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
         shards = _shards(rest | ffn)
         pieces = _restored(checkpoint, store, rest)
         weight_map: dict[str, str] = {}
-        for number, specs in enumerate(tqdm(shards, desc="Restoring", unit="shard"), start=1):
+        for number, specs in enumerate(tqdm(shards, desc="Restoring", unit="shard", delay=1), start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             write_safetensors(partial / name, specs, (next(pieces) for _ in specs), {})
             weight_map |= dict.fromkeys(specs, name)
@@ -446,7 +447,7 @@ def save_folder(
     """
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(store.files, desc="Copying the store", unit="file"):
+    for path in tqdm(store.files, desc="Copying the store", unit="file", delay=1):
         copy = target / path.name
         temporary = copy.with_name(copy.name + ".tmp")
         if not (copy.exists() and os.path.samefile(path, copy)):

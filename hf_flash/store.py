@@ -141,7 +141,7 @@ class FlashStore:
                 "no flash layer files",
                 where=paths[0].parent if paths else None,
                 expected=LAYER_FILE.format(0),
-                hint="repack the checkpoint",
+                hint="a plain checkpoint is made one with `hf-flash repack FOLDER TARGET`",
             )
         count = int(metadata["layers"])
         missing = sorted(set(range(count)) - set(layers))
@@ -160,7 +160,7 @@ class FlashStore:
         """Open the store in a folder, a repacked checkpoint or an entry of the flash cache."""
         folder = Path(folder)
         if not folder.is_dir():
-            raise StoreMissingError("no such folder", where=folder)
+            raise StoreMissingError("not a folder", where=folder)
         listed: set[Path] = set()
         if (folder / INDEX_NAME).exists():
             listed = set(listed_files(folder / INDEX_NAME))

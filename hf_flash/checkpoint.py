@@ -23,7 +23,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from safetensors import safe_open
 
 from .errors import ConfigError, StoreFormatError, StoreMissingError
-from .store import FORMAT_VERSION, TensorSpec, listed_files, read_header
+from .store import DTYPE_NAMES, FORMAT_VERSION, TensorSpec, listed_files, read_header
 
 logger = logging.getLogger("hf_flash")
 
@@ -33,6 +33,7 @@ _WEIGHTS: Final = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_SAMPLES: Final = 256
 _SNAPSHOT: Final = re.compile(r".*models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{7,64})(?:[/\\].*)?")
 
 
@@ -43,7 +44,7 @@ class Checkpoint:
     files: list[Path]
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     _where: dict[str, Path] = field(default_factory=dict)
-    _pickled: dict[str, torch.Tensor] = field(default_factory=dict)
+    _pickles: dict[Path, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, files: list[Path]) -> Checkpoint:
@@ -58,8 +59,11 @@ class Checkpoint:
                 for name, (spec, _) in read_header(path)[0].items():
                     self.specs[name], self._where[name] = spec, path
             else:
-                for name, tensor in _load_pickle(path).items():
-                    self._pickled[name], self.specs[name] = tensor, (tensor.dtype, tuple(tensor.shape))
+                for name, tensor in self._unpickled(path).items():
+                    self.specs[name], self._where[name] = (tensor.dtype, tuple(tensor.shape)), path
+        strange = {str(dtype) for dtype, _ in self.specs.values()} - {str(dtype) for dtype in DTYPE_NAMES}
+        if strange:
+            raise StoreFormatError("tensors of a dtype that hf_flash cannot carry", where=files[0].parent, got=sorted(strange))
         return self
 
     @classmethod
@@ -69,11 +73,21 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, memory-mapped."""
-        if name in self._pickled:
-            return self._pickled[name]
-        with safe_open(self._where[name], framework="pt") as file:
+        path = self._where[name]
+        if path.suffix != ".safetensors":
+            return self._unpickled(path)[name]
+        with safe_open(path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
+
+    def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
+        if path not in self._pickles:
+            self._pickles[path] = _load_pickle(path)
+        return self._pickles[path]
+
+    def release(self) -> None:
+        """Let go of open pickles, of which old ones lie in memory whole. They are opened again when a tensor is asked for."""
+        self._pickles.clear()
 
     def tensors(self, names: Mapping[str, Any]) -> Iterator[torch.Tensor]:
         return (self.tensor(name) for name in names)
@@ -81,7 +95,7 @@ class Checkpoint:
     def origin(self) -> dict[str, str]:
         """Where it comes from, and a fingerprint that changes whenever the weights may have changed.
 
-        A Hub snapshot is named by its commit; a local one by path, sizes, times and headers.
+        A Hub snapshot is named by its commit; a local one by path, sizes, times, headers and samples of the contents.
         """
         folder = self.files[0].parent
         match = _SNAPSHOT.match(str(self.files[0]))
@@ -90,8 +104,19 @@ class Checkpoint:
         for path in sorted(self.files):
             state = path.stat()
             digest.update(f"{path.name} {state.st_size} {0 if revision else state.st_mtime_ns}\n".encode())
+            digest.update(b"" if revision else _samples(path, state.st_size))
         digest.update(json.dumps([(n, str(d), list(s)) for n, (d, s) in sorted(self.specs.items())]).encode())
         return {"source": source, "revision": revision, "fingerprint": digest.hexdigest()[:32]}
+
+
+def _samples(path: Path, size: int) -> bytes:
+    """Some KiB from all over a file: other weights differ there, even under the same size and time."""
+    with open(path, "rb") as file:
+        parts = []
+        for i in range(_SAMPLES):
+            file.seek(size * i // _SAMPLES)
+            parts.append(file.read(256))
+    return b"".join(parts)
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -15,15 +15,6 @@ first, in the same scratch buffer, before a matrix product sees them.
 
 When a call's neurons do not all fit into the window (prefill, a tight budget), blocks are streamed: what is resident is
 copied, what is missing is read straight into the block, and what is worth keeping goes on to the window.
-
-One token (decode) and several tokens use different arithmetic, each the fastest that rounds like the stock model:
-
-    one      up: gather rows, `F.linear` in the dtype of compute. down: `embedding_bag`, which reads only the rows of neurons
-             that are really non-zero and accumulates in fp32. Each row is viewed as two half rows in two bags, so that two
-             threads share the work while every output element is one sum in id order, rounded once.
-    several  rows are widened to fp32 and both products are fp32 GEMMs that accumulate over blocks; the hidden activations are
-             rounded to the dtype of compute in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
-             on CPUs, and bf16 would round every partial sum.)
 """
 
 from __future__ import annotations
@@ -35,43 +26,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .errors import UsageError
-from .memory import aligned_empty
+from .compute import Scratch, add_one_token, add_several_tokens, block_rows
+from .errors import HfFlashError, UsageError
 from .predictor import Predictor
 from .reader import BundleReader
 from .stats import Counters
 from .window import Ids, ResidentWindow
-
-_HALVES = 2
-
-
-def block_rows(d_ff: int) -> int:
-    """Neurons worked on at a time. A function of the shape alone, because it fixes the order of summation."""
-    return min(512, max(64, d_ff // 4), d_ff)
-
-
-class Scratch:
-    """Buffers for one block, allocated once and shared by all layers of a model.
-
-    rows     [block, 2 * d_model] a streamed block in id order, dtype of compute; page-aligned, a target of reads
-    gathered [block, 2 * d_model] rows picked from a window, dtype of compute; also lent to the window for moving rows
-    wide     [block, 2 * d_model] float32 for several tokens; the same memory as `gathered` when computing in float32
-    """
-
-    def __init__(self, d_ff: int, d_model: int, dtype: torch.dtype) -> None:
-        shape = (block_rows(d_ff), 2 * d_model)
-        self.rows = aligned_empty(shape, dtype)
-        self.gathered = aligned_empty(shape, dtype)
-        self.wide = self.gathered if dtype == torch.float32 else aligned_empty(shape, torch.float32)
-
-    @staticmethod
-    def nbytes(d_model: int, rows: int, dtype: torch.dtype) -> int:
-        """What the buffers for blocks of `rows` take, in bytes."""
-        wide = 0 if dtype == torch.float32 else 4
-        return rows * 2 * d_model * (2 * dtype.itemsize + wide)
 
 
 class Engine:
@@ -82,13 +44,22 @@ class Engine:
         self.counters = Counters()
         self.lock = threading.RLock()
         self.closed = False
-        self.runtime: Any = None  # the `FlashRuntime` this belongs to, for `hf_flash.stats(model)`
+        self.runtime: Callable[[], Any] = lambda: None  # weak reference to the `FlashRuntime`, for `hf_flash.stats(model)`
 
     @property
     def scratch_bytes(self) -> int:
         """DRAM of the buffers that all layers share."""
         rows = self.scratch.rows
         return Scratch.nbytes(rows.shape[1] // 2, len(rows), self.dtype) + self.reader.buffer_bytes
+
+    def check_open(self) -> None:
+        """Refuse to run on a closed store. Call with the lock held."""
+        if self.closed:
+            where = self.reader.layers[0].path.parent
+            raise UsageError("the model's store is closed", where=where, hint="load the model again")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError("a loaded flash model cannot be copied or pickled", hint="load it again in the other process")
 
     def close(self) -> None:
         with self.lock:
@@ -125,8 +96,15 @@ class FlashFFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         engine = self._usable(x)
-        with engine.lock, torch.no_grad():
-            out = self._run(engine, x.detach())
+        with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
+            engine.check_open()
+            try:
+                out = self._run(engine, x.detach().to(engine.dtype))
+            except HfFlashError:
+                raise  # nothing was committed that is not whole
+            except BaseException:
+                self.window.forget()  # an interrupted move or read leaves rows of unknown content
+                raise
         if not (x.requires_grad and torch.is_grad_enabled()):
             return out
         tracked: torch.Tensor = _NoBackward.apply(x, out)  # type: ignore[no-untyped-call]
@@ -142,19 +120,20 @@ class FlashFFN(nn.Module):
         window.note_use(None if selected is None else selected.numpy(), tokens, ids)
         missing = window.missing(ids)
         managed, waited, out = perf_counter(), 0.0, torch.zeros(tokens, self.d_model, dtype=torch.float32)
+        one_block = len(ids) <= block_rows(self.d_ff)
         if len(ids) <= window.capacity:
             window.evict_for(ids)
             managed = perf_counter()
             waited = self._read(engine, missing, window.matrix, window.reserve(len(missing)))
             window.commit(missing)
             for block in self._blocks(ids):
-                self._compute(engine, x, selected, block, window.matrix, window.slot_of[block], out)
+                self._compute(engine, x, selected, block, window.matrix, window.slot_of[block], out, one_block)
         else:
             keep = window.worth_keeping(ids)
             window.evict(np.setdiff1d(window.resident, np.union1d(keep, ids)))
             for block in self._blocks(ids):
                 waited += self._stream(engine, block, keep)
-                self._compute(engine, x, selected, block, engine.scratch.rows, None, out)
+                self._compute(engine, x, selected, block, engine.scratch.rows, None, out, one_block)
         done = perf_counter()
         count.calls += 1
         count.tokens += tokens
@@ -210,6 +189,7 @@ class FlashFFN(nn.Module):
         matrix: torch.Tensor,
         slots: Ids | None,
         out: torch.Tensor,
+        one_block: bool,
     ) -> None:
         """Add one block's share to `out` [tokens, d_model] float32.
 
@@ -217,68 +197,24 @@ class FlashFFN(nn.Module):
             block: sorted neuron ids.
             matrix: [any, 2 * d_model], where their rows are.
             slots: the row of each, or `None`: rows 0, 1, 2, ... of `matrix`.
+            one_block: whether the call has no other block.
         """
         rows = torch.arange(len(block)) if slots is None else torch.from_numpy(slots)
         ids = torch.from_numpy(block)
         bias = None if self.bias is None else self.bias[ids]
         if x.shape[0] == 1:
-            self._compute_one(engine.scratch, x, bias, matrix, rows, out)
+            add_one_token(engine.scratch, self.activation, x, bias, matrix, rows, out, one_block=one_block)
         else:
-            self._compute_several(engine.scratch, x, None if selected is None else selected[:, ids], bias, matrix, rows, out)
-
-    def _compute_one(
-        self,
-        scratch: Scratch,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        matrix: torch.Tensor,
-        rows: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        n, d = len(rows), self.d_model
-        up = scratch.gathered.view(-1)[: n * d].view(n, d)
-        torch.index_select(matrix.view(-1, d), 0, 2 * rows, out=up)
-        hidden = self.activation(F.linear(x, up, bias))[0]  # [n]
-        active = hidden.nonzero()[:, 0]
-        if len(active) == 0:
-            return
-        first_half = (2 * rows[active] + 1) * _HALVES  # of a down row, when `matrix` is seen as rows of d / 2
-        if d % _HALVES:
-            down, where, weights = matrix.view(-1, d), (2 * rows[active] + 1)[None], hidden[active][None]
-        else:
-            down = matrix.view(-1, d // _HALVES)
-            where = torch.stack([first_half, first_half + 1])
-            weights = hidden[active].expand(_HALVES, -1).contiguous()
-        out += F.embedding_bag(where, down, per_sample_weights=weights, mode="sum").view(1, d)
-
-    def _compute_several(
-        self,
-        scratch: Scratch,
-        x: torch.Tensor,
-        selected: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        matrix: torch.Tensor,
-        rows: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        n, d = len(rows), self.d_model
-        wide = scratch.wide[:n]
-        gathered = torch.index_select(matrix, 0, rows, out=scratch.gathered[:n])
-        if wide.data_ptr() != gathered.data_ptr():
-            wide.copy_(gathered)
-        hidden = F.linear(x.float(), wide[:, :d], None if bias is None else bias.float()).to(x.dtype)
-        hidden = self.activation(hidden).float()  # [tokens, n]
-        if selected is not None:
-            hidden.masked_fill_(~selected, 0.0)
-        out.addmm_(hidden, wide[:, d:])
+            mask = None if selected is None else selected[:, ids]
+            add_several_tokens(engine.scratch, self.activation, x, mask, bias, matrix, rows, out)
 
     def _usable(self, x: torch.Tensor) -> Engine:
         """The engine, if this input can be computed; a clear error otherwise."""
         where = f"FFN of layer {self.index}"
         if self.training:
             raise UsageError("a flash model is for inference only", where=where, got="model.train()", hint="call model.eval()")
-        if self.engine is None or self.engine.closed:
-            raise UsageError("the model's store is closed", where=where, hint="load the model again")
+        if self.engine is None:
+            raise UsageError("the layer has no store", where=where, hint="load the model with from_pretrained")
         if x.device.type != "cpu":
             raise UsageError(
                 "the FFN computes on the CPU",
@@ -287,7 +223,7 @@ class FlashFFN(nn.Module):
                 got=x.device,
                 hint='move the model back with model.to("cpu"), or load it with device_map="cpu"',
             )
-        if x.dtype != self.engine.dtype:
+        if x.dtype != self.engine.dtype and not torch.is_autocast_enabled("cpu"):
             raise UsageError(
                 "the dtype of the model was changed after loading",
                 where=where,

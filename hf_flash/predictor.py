@@ -16,9 +16,11 @@ The store keeps plain codes, so that a file made on one machine serves on every 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -29,6 +31,8 @@ from safetensors import safe_open
 from .errors import ConfigError, StoreFormatError, StoreMissingError
 from .store import FlashStore, LayerStore, TensorSpec, read_header
 from .writer import predictor_metadata, write_safetensors
+
+logger = logging.getLogger("hf_flash")
 
 DEFAULT_MARGIN: Final = {4: 1.5, 8: 3.0}
 _ROWS: Final = 1024  # rows packed or dequantized at a time
@@ -188,6 +192,7 @@ class QuantizedPredictor:
             self._codes = tensors["codes"]
         self._packed = self._pack()
         if not self._packed:
+            _warn_slow(form.variant, self._d_model)
             self._codes = self._codes.clone()
         self.nbytes = sum(t.nbytes for t in (self._codes, self._scales, self._margin))
 
@@ -249,6 +254,16 @@ class QuantizedPredictor:
             slack = torch.linalg.vector_norm(part.float(), dim=1, keepdim=True) * self._margin
             parts.append(~(score + slack + self._bias <= 0))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@lru_cache
+def _warn_slow(variant: str, d_model: int) -> None:
+    """Say once that torch's fast product is not to be had."""
+    logger.warning(
+        "hf_flash: torch has no packed %s product for d_model %d on this machine; predicting takes the slow path",
+        variant,
+        d_model,
+    )
 
 
 def _nibbles(codes: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,11 @@ import transformers.quantizers.auto as auto
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from .adapters import Adapter, adapter_for
-from .budget import MemoryPlan, available_memory, format_bytes, plan_memory
+from .budget import MemoryPlan, format_bytes, plan_memory
 from .checkpoint import Checkpoint
+from .compute import Scratch, block_rows
 from .config import FlashOffloadConfig
 from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
-from .ffn import Scratch, block_rows
 from .predictor import QuantizedFormat, find_predictor
 from .reader import reader_buffer_bytes
 from .repack import cached_store, chosen_form
@@ -146,7 +146,6 @@ class FlashHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         plan = self._plan
-        spare = max(0, available_memory() - max(0, plan.predictor_bytes + plan.scratch_bytes + plan.window_bytes))
         attach(
             model,
             self.quantization_config,
@@ -156,7 +155,6 @@ class FlashHfQuantizer(HfQuantizer):
             self._form,
             self._ffns,
             self._dtype,
-            spare,
         )
         bind(model)
         logger.info(

@@ -21,7 +21,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -195,9 +195,7 @@ class DirectReader:
         self._align = align
         self._fds = [os.open(layer.path, os.O_RDONLY | os.O_DIRECT) for layer in store.layers]
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hf_flash-read")
-        self._finalize = weakref.finalize(self, _release, self._pool, self._fds)  # a model that is dropped closes its files
-        self._bounce = threading.local()
+        self._start_threads()
         self.buffer_bytes = self.bounce_bytes(store.layers[0].bundle_bytes, threads, align)
 
     @staticmethod
@@ -206,15 +204,20 @@ class DirectReader:
         return (threads + 1) * _BOUNCE_BYTES if bundle_bytes % align else 0
 
     def fetch(self, layer: int, chunks: list[Chunk], buffer: memoryview) -> ReadCount:
+        if os.getpid() != self._pid:  # a forked worker: threads do not survive a fork
+            self._finalize.detach()
+            self._start_threads()
         fd, base = self._fds[layer], np.frombuffer(buffer, dtype=np.uint8).ctypes.data
         lanes = min(self._threads, -(-len(chunks) // 2))
         if lanes <= 1:
             nbytes = self._fetch_lane(fd, chunks, buffer, base)
         else:
-            jobs = [self._pool.submit(self._fetch_lane, fd, chunks[i::lanes], buffer, base) for i in range(lanes)]
-            errors = [error for job in jobs if (error := job.exception())]  # waits for every one: they write to `buffer`
-            if errors:
-                raise errors[0]
+            jobs: list[Future[int]] = []
+            try:
+                for i in range(lanes):
+                    jobs.append(self._pool.submit(self._fetch_lane, fd, chunks[i::lanes], buffer, base))
+            finally:
+                _wait_for_all(jobs)
             nbytes = sum(job.result() for job in jobs)
         return ReadCount(nbytes, len(chunks))
 
@@ -247,12 +250,32 @@ class DirectReader:
     def close(self) -> None:
         self._finalize()
 
+    def _start_threads(self) -> None:
+        self._pid = os.getpid()
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="hf_flash-read")
+        self._bounce = threading.local()
+        # A model that is dropped closes its files. In a forked worker that is a copy of the list and of the descriptors.
+        self._finalize = weakref.finalize(self, _release, self._pool, self._fds)
+
+
+def _wait_for_all(jobs: list[Future[int]]) -> None:
+    """Wait until no job writes to its buffer any more, however often the user interrupts."""
+    interrupted: BaseException | None = None
+    while True:
+        try:
+            wait(jobs)
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+
 
 def _release(pool: ThreadPoolExecutor, fds: list[int]) -> None:
     """End the threads, then close what they read from."""
     pool.shutdown()
-    for fd in fds:
-        os.close(fd)
+    while fds:
+        os.close(fds.pop())
 
 
 def _read_exactly(fd: int, view: memoryview, offset: int, needed: int) -> None:

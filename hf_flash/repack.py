@@ -35,11 +35,12 @@ from .errors import DiskSpaceError, HfFlashError, StoreError, StoreFormatError, 
 from .memory import trim_heap
 from .predictor import QuantizedFormat, write_predictor
 from .store import INDEX_NAME, LAYER_FILE, PREDICTOR_FILE, FlashStore, TensorSpec, read_header, read_json
-from .writer import layer_spec, unbundle, write_json, write_layer, write_safetensors, writing
+from .writer import layer_spec, rest_metadata, unbundle, write_json, write_layer, write_safetensors, writing
 
 logger = logging.getLogger("hf_flash")
 
 _SHARD_BYTES: Final = 5_000_000_000
+_OURS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|flash-(layer|predictor)-.+\.safetensors")
 _NOT_COPIED: Final = re.compile(
     r"(.*\.(safetensors|bin|pt|pth|h5|msgpack|ot|onnx|gguf|tmp|lock)|.*\.index\.json|config\.json|\..*)", re.IGNORECASE
 )
@@ -73,7 +74,7 @@ def repack(
         TargetExistsError, DiskSpaceError, InvalidWeightsError, RepackError: nothing is left at `target`.
         StoreError, UnsupportedModelError, ConfigError: the source cannot be repacked.
     """
-    target = Path(target)
+    target = Path(target).resolve()
     wish = FlashOffloadConfig(predictor=predictor, predictor_bits=predictor_bits, predictor_group_size=predictor_group_size)
     _check_target(target)
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -132,8 +133,14 @@ def build_store(
     """
     names, origin = adapter.names(checkpoint.specs), checkpoint.origin()
     todo = _forget_strangers(folder, names, origin, form)
-    _check_room(folder, checkpoint, names, todo, form, rest)
+    shapes = {layer_spec(checkpoint.specs[n.up], checkpoint.specs[n.down], n.up, n.down) for n in names}
+    if len(shapes) > 1:
+        raise StoreFormatError("FFN layers of different dtypes or shapes", where=origin["source"], got=sorted(map(str, shapes)))
+    ((_, d_ff, d_model),) = shapes
+    ffn = {name for layer in names for name in (layer.up, layer.down)}
     total = sum(_nbytes(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
+    needed = total + len(names) * _predictor_bytes(form, d_ff, d_model)
+    _check_room(folder, needed + sum(_nbytes(s) for n, s in checkpoint.specs.items() if rest and n not in ffn))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", delay=1) as bar:
         for layer in todo:
             up, down = checkpoint.tensor(layer.up), checkpoint.tensor(layer.down)
@@ -152,17 +159,25 @@ def build_store(
     return add_predictor(folder, form)
 
 
+def _predictor_bytes(form: QuantizedFormat | None, d_ff: int, d_model: int) -> int:
+    """What a layer's predictor takes on disk."""
+    return sum(map(_nbytes, form.specs("", d_ff, d_model).values())) if form else 0
+
+
 def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
     """Make a predictor from the layer files in `folder`, unless it is there."""
     store = FlashStore.open_folder(folder)
     if form is None or form.variant in store.predictors:
         return store
+    first = store.layers[0]
+    _check_room(folder, len(store.layers) * _predictor_bytes(form, first.d_ff, first.d_model))
     write_predictor(
         folder / PREDICTOR_FILE.format(form.variant),
         store,
         form,
         lambda layers: tqdm(layers, desc="Making predictors", unit="layer", delay=1),
     )
+    trim_heap()
     return FlashStore.open_folder(folder)
 
 
@@ -194,22 +209,8 @@ def _nbytes(spec: TensorSpec) -> int:
     return spec[0].itemsize * torch.Size(spec[1]).numel()
 
 
-def _check_room(
-    folder: Path,
-    checkpoint: Checkpoint,
-    names: list[FFNNames],
-    todo: list[FFNNames],
-    form: QuantizedFormat | None,
-    rest: bool,
-) -> None:
+def _check_room(folder: Path, needed: int) -> None:
     """Refuse to start when the disk cannot hold what will be written."""
-    ffn = {n for layer in names for n in (layer.up, layer.down)}
-    needed = sum(_nbytes(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
-    for layer in names if form else []:
-        _, d_ff, d_model = layer_spec(checkpoint.specs[layer.up], checkpoint.specs[layer.down], layer.up, layer.down)
-        needed += sum(map(_nbytes, form.specs("", d_ff, d_model).values())) if form else 0
-    if rest:
-        needed += sum(_nbytes(spec) for name, spec in checkpoint.specs.items() if name not in ffn)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskSpaceError(
@@ -239,8 +240,11 @@ def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat
     target = cache_folder(cache_dir) / name
     with _lock(target, keep=True):
         if target.is_dir():
-            _check_room(target, checkpoint, [], [], None, rest=False)
-            return add_predictor(target, form)
+            try:
+                return add_predictor(target, form)
+            except StoreError as error:
+                logger.warning("hf_flash: a damaged entry of the flash cache is made again: %s", error)
+                shutil.rmtree(target)
         logger.info("hf_flash: repacking the FFN of %s into %s, once", origin["source"], target)
         with _partial_folder(target) as partial:
             build_store(partial, checkpoint, adapter, form, rest=False)
@@ -311,6 +315,8 @@ def _sync(folder: Path) -> None:
 def _check_target(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TargetExistsError("the target is not an empty folder", where=target, hint="choose another one, or remove it")
+    if target.exists() and os.path.ismount(target):
+        raise TargetExistsError("the target is a mount point", where=target, hint="name a new folder inside it")
 
 
 def _finish_folder(
@@ -327,8 +333,8 @@ def _finish_folder(
         changed: tensors whose values differ from the checkpoint's by now, or that it has not.
     """
     ffn = {name for layer in store.layers for name in (layer.up_name, layer.down_name)}
-    own = {layer.key for layer in store.layers}
-    rest = {n: spec for n, spec in checkpoint.specs.items() if n not in ffn | own and ".predictor." not in n}
+    passed_over = ffn | store.keys
+    rest = {name: spec for name, spec in checkpoint.specs.items() if name not in passed_over}
     rest |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in changed.items()}
     tombstones: dict[str, TensorSpec] = {}
     for layer in store.layers:
@@ -336,18 +342,39 @@ def _finish_folder(
             layer.up_name: (layer.dtype, (0, layer.d_model)),
             layer.down_name: (layer.dtype, (layer.d_model, 0)),
         }
-    shards = _shards(tombstones | rest)
-    weight_map: dict[str, str] = {}
-    for number, specs in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        pieces = (changed[n] if n in changed else checkpoint.tensor(n) for n in specs if n not in tombstones)
-        write_safetensors(folder / name, specs, pieces, {})
-        weight_map |= dict.fromkeys(specs, name)
+    weight_map = _write_rest(folder, tombstones | rest, checkpoint, changed)
     for path in store.files:
         weight_map |= dict.fromkeys(read_header(folder / path.name)[0], path.name)
     size = sum(map(_nbytes, rest.values())) + sum((folder / path.name).stat().st_size for path in store.files)
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
     write_json(folder / "config.json", config)
+
+
+def _write_rest(
+    folder: Path, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint, changed: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Write the weights that are not FFN matrices; returns which file has which tensor.
+
+    All files are complete before the first gets its name: they may take the places of the files they are copied from.
+    """
+    weight_map: dict[str, str] = {}
+    shards = _shards(specs)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    new = [folder / f"{name}.new" for name in names]
+    try:
+        for path, name, shard in zip(new, names, shards, strict=True):
+            real = (n for n, (_, shape) in shard.items() if 0 not in shape)
+            write_safetensors(
+                path, shard, (changed[n] if n in changed else checkpoint.tensor(n) for n in real), rest_metadata()
+            )
+            weight_map |= dict.fromkeys(shard, name)
+        for path, name in zip(new, names, strict=True):
+            with writing(folder / name):
+                os.replace(path, folder / name)
+    finally:
+        for path in new:
+            path.unlink(missing_ok=True)
+    return weight_map
 
 
 def _shards(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
@@ -384,7 +411,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     Returns:
         The target folder.
     """
-    folder, target = Path(folder), Path(target)
+    folder, target = Path(folder), Path(target).resolve()
     _check_target(target)
     store = FlashStore.open_folder(folder)
     checkpoint = Checkpoint.open_folder(folder)
@@ -394,8 +421,8 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
             layer.up_name: (layer.dtype, (layer.d_ff, layer.d_model)),
             layer.down_name: (layer.dtype, (layer.d_model, layer.d_ff)),
         }
-    own = {layer.key for layer in store.layers}
-    rest = {n: s for n, s in checkpoint.specs.items() if n not in own and ".predictor." not in n and n not in ffn}
+    passed_over = ffn.keys() | store.keys
+    rest = {name: spec for name, spec in checkpoint.specs.items() if name not in passed_over}
     config = read_json(folder / "config.json")
     if config.pop("quantization_config", {}).get("quant_method") != "flash":
         raise StoreFormatError("not a repacked checkpoint", where=folder / "config.json", expected="quant_method: flash")
@@ -457,6 +484,6 @@ def save_folder(
                 os.replace(temporary, copy)
     _finish_folder(target, checkpoint, store, json.loads(json.dumps(config)), changed)
     current = set(read_json(target / INDEX_NAME)["weight_map"].values())
-    for path in (*target.glob("model*.safetensors"), *target.glob("flash-*.safetensors")):
-        if path.name not in current:  # of an earlier save; transformers would prefer a `model.safetensors`
+    for path in target.iterdir():  # of an earlier save; transformers would prefer a `model.safetensors`
+        if _OURS.fullmatch(path.name) and path.name not in current:
             path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import MemoryPlan
+from .budget import MemoryPlan, available_memory
 from .checkpoint import Checkpoint
+from .compute import Scratch
 from .config import FlashOffloadConfig
 from .errors import UsageError
-from .ffn import Engine, FlashFFN, Scratch
+from .ffn import Engine, FlashFFN
 from .memory import load_into_memory, trim_heap
 from .predictor import DEFAULT_MARGIN, NoPredictor, Predictor, QuantizedFormat, find_predictor, load_quantized
 from .reader import open_reader
@@ -64,14 +66,10 @@ def attach(
     form: QuantizedFormat | None,
     ffns: Sequence[FlashFFN],
     dtype: torch.dtype,
-    spare_bytes: int,
 ) -> None:
-    """Bring a model whose other weights are loaded to life: weights into memory, predictors, windows, reader.
-
-    Args:
-        spare_bytes: memory beyond the budget that the page cache may use.
-    """
+    """Bring a model whose other weights are loaded to life: weights into memory, predictors, windows, reader."""
     load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+    spare_bytes = available_memory() - plan.predictor_bytes - plan.scratch_bytes - plan.window_bytes  # for the page cache
     first = store.layers[0]
     scratch = Scratch(first.d_ff, first.d_model, dtype)
     engine = Engine(open_reader(store, config.reader, config.io_threads, dtype, spare_bytes), scratch, dtype)
@@ -84,7 +82,10 @@ def attach(
         window = ResidentWindow(layer.d_ff, layer.d_model, plan.capacity, config.window, dtype, scratch.gathered)
         ffn.attach(engine, window, predictor)
     trim_heap()
-    engine.runtime = FlashRuntime(config, plan, store, checkpoint, form, engine, ffns)
+    checkpoint.release()
+    runtime = FlashRuntime(config, plan, store, checkpoint, form, engine, ffns)
+    model.flash_runtime = runtime  # type: ignore[assignment]
+    engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle
 
 
 def find_runtime(model: Any) -> FlashRuntime:
@@ -95,9 +96,10 @@ def find_runtime(model: Any) -> FlashRuntime:
     """
     module = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
     for part in module.modules() if isinstance(module, nn.Module) else ():
-        if isinstance(part, FlashFFN) and part.engine is not None and part.engine.runtime is not None:
-            runtime: FlashRuntime = part.engine.runtime
-            return runtime
+        if isinstance(part, FlashFFN) and part.engine is not None:
+            runtime = part.engine.runtime()
+            if isinstance(runtime, FlashRuntime):
+                return runtime
     raise UsageError(
         "not a flash model",
         got=type(model).__name__,
@@ -126,6 +128,7 @@ def stats(model: Any, *, reset: bool = False) -> FlashStats:
 def close(model: Any) -> None:
     """Close the store's files and give the windows' memory back. The model cannot run afterwards. May be called twice."""
     runtime = find_runtime(model)
-    runtime.engine.close()
-    for ffn in runtime.ffns:
-        ffn.window.release()
+    with runtime.engine.lock:
+        runtime.engine.close()
+        for ffn in runtime.ffns:
+            ffn.window.release()

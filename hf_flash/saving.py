@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from types import MethodType
 from typing import Any, Final
 
 import huggingface_hub
@@ -19,13 +18,27 @@ from .runtime import find_runtime
 from .store import FlashStore, read_json
 
 # What an earlier checkpoint in the repository may have left: transformers would prefer it to the index.
-_REPLACED: Final = ["model*.safetensors", "flash-*.safetensors", "pytorch_model*.bin", "*.index.json"]
+_REPLACED: Final = [
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "flash-layer-*.safetensors",
+    "flash-predictor-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-?????-of-?????.bin",
+    "pytorch_model.bin.index.json",
+]
 
 
 def bind(model: Any) -> None:
-    """Give a loaded model its own `save_pretrained` and `push_to_hub`: the stock ones would rewrite the store, unaligned."""
-    model.save_pretrained = MethodType(save_pretrained, model)
-    model.push_to_hub = MethodType(push_to_hub, model)
+    """Give a loaded model its own `save_pretrained` and `push_to_hub`: the stock ones would rewrite the store, unaligned.
+
+    By a subclass of its class for this one model, under the same name: methods on the instance would be a reference cycle,
+    and a model that is dropped would keep its memory until the next garbage collection.
+    """
+    stock = type(model)
+    own = {"save_pretrained": save_pretrained, "push_to_hub": push_to_hub}
+    model.__class__ = type(stock.__name__, (stock,), {"__module__": stock.__module__, "__doc__": stock.__doc__, **own})
 
 
 def save_pretrained(
@@ -55,8 +68,7 @@ def save_pretrained(
         ConfigError: `state_dict` or `variant` is given, for which the store has no use, or an unknown argument.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
-        type(model).save_pretrained(
-            model,
+        super(type(model), model).save_pretrained(
             save_directory,
             is_main_process=is_main_process,
             push_to_hub=push_to_hub,
@@ -94,7 +106,7 @@ def push_to_hub(
         kwargs: as in [`push`].
     """
     if getattr(model, "_hf_peft_config_loaded", False):
-        return type(model).push_to_hub(model, repo_id, token=token, **kwargs)
+        return super(type(model), model).push_to_hub(repo_id, token=token, **kwargs)
     _known("push_to_hub", kwargs)
     cache = cache_folder(None)
     cache.mkdir(parents=True, exist_ok=True)
@@ -193,6 +205,14 @@ def _changed(state: dict[str, torch.Tensor], checkpoint: Checkpoint, store: Flas
         value, stored = state[mine], checkpoint.tensor(name)
         matched.add(mine)
         seen.add(value.data_ptr())
-        if value.shape != stored.shape or not torch.equal(value, stored.to(value.dtype)):
+        if value.shape != stored.shape or not _same(value, stored):
             changed[name] = value
     return changed | {n: v for n, v in state.items() if n not in matched and v.data_ptr() not in seen}
+
+
+def _same(value: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether `value` is `stored` in its own dtype; compared in parts, since embeddings are large."""
+    mine, theirs = value.reshape(-1), stored.reshape(-1)
+    step = 1 << 22
+    parts = (slice(at, at + step) for at in range(0, len(mine), step))
+    return all(torch.equal(mine[part], theirs[part].to(value.dtype)) for part in parts)

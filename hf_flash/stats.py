@@ -31,7 +31,11 @@ class Counters:
 
 @dataclass(frozen=True)
 class FlashStats:
-    """A snapshot, as [`hf_flash.stats`] returns it. Sizes in bytes, times in seconds, rates per generated token."""
+    """A snapshot, as [`hf_flash.stats`] returns it. Sizes in bytes, times in seconds.
+
+    Rates are per token that went through the model, prompts and padding included; use `reset` to look at decoding alone.
+    `read_bytes` is what readers asked for; under mmap the page cache may have had it already.
+    """
 
     layers: int
     d_ff: int

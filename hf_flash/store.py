@@ -14,8 +14,8 @@ A *bundle* is what one neuron needs, side by side, so that one read fetches it (
 
 One file a layer, because the safetensors format allows no holes between tensors and every bundle tensor has to start on
 4 KiB for direct I/O: the header is padded with spaces, which the format does allow. It also makes writing resumable.
-The metadata of a layer file says which format version it is, where it came from, the names and shapes that `restore`
-needs, and a CRC-32 of the data for `check`.
+The metadata of every file says which format version it is and has a CRC-32 of the data for `check`; that of a layer file
+also says where it came from, and the names and shapes that `restore` needs.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class FlashStore:
 
     layers: tuple[LayerStore, ...]
     predictors: Mapping[str, Path]  # variant, such as "int4-g64" -> file
+    others: tuple[Path, ...]  # files with the other weights of the checkpoint
     metadata: Mapping[str, str]  # source, revision, fingerprint
 
     @classmethod
@@ -114,6 +115,7 @@ class FlashStore:
         paths = [Path(path) for path in files]
         layers: dict[int, LayerStore] = {}
         predictors: dict[str, Path] = {}
+        others: list[Path] = []
         metadata: dict[str, str] = {}
         for path in paths:
             if path.suffix != ".safetensors":
@@ -123,6 +125,9 @@ class FlashStore:
             if not own:
                 continue
             _check_version(path, own)
+            if "rest" in own:
+                others.append(path)
+                continue
             if "predictor" in own:
                 predictors[own["predictor"]] = path
                 continue
@@ -144,16 +149,19 @@ class FlashStore:
                 hint="a plain checkpoint is made one with `hf-flash repack FOLDER TARGET`",
             )
         count = int(metadata["layers"])
-        missing = sorted(set(range(count)) - set(layers))
+        missing = [i for i in range(min(count, len(layers) + 5)) if i not in layers]
         if missing or max(layers) >= count:
             raise StoreMissingError(
                 "layer files are missing from the store",
                 where=layers[min(layers)].path.parent,
                 expected=f"{count} layers",
-                got=f"{len(layers)}, without {missing}",
+                got=f"{len(layers)}, without layers {missing} ...",
                 hint="download or repack the model again",
             )
-        return cls(tuple(layers[i] for i in range(count)), predictors, metadata)
+        shapes = {(layer.dtype, layer.d_ff, layer.d_model): layer.path.name for layer in layers.values()}
+        if len(shapes) > 1:
+            raise StoreFormatError("layers of different dtypes or shapes", where=layers[0].path.parent, got=shapes)
+        return cls(tuple(layers[i] for i in range(count)), predictors, tuple(others), metadata)
 
     @classmethod
     def open_folder(cls, folder: str | os.PathLike[str]) -> FlashStore:
@@ -177,13 +185,19 @@ class FlashStore:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def keys(self) -> set[str]:
+        """Names of all tensors in the store's files."""
+        return {name for path in self.files for name in read_header(path)[0]}
+
     def check(self, progress: Any = iter) -> list[str]:
-        """Read every layer and compare its checksum; returns the problems found, one sentence each."""
-        return [
-            f"{layer.path.name}: CRC-32 of the data is {found}, the header says {layer.crc32}"
-            for layer in progress(self.layers)
-            if (found := _crc_of_file(layer.path, layer.offset)) != layer.crc32
-        ]
+        """Read every file and compare its checksum; returns the problems found, one sentence each."""
+        problems = []
+        for path in progress([*self.files, *self.others]):
+            expected, found = read_header(path)[1].get(META + "crc32"), _crc_of_file(path)
+            if found != expected:
+                problems.append(f"{path.name}: CRC-32 of the data is {found}, the header says {expected}")
+        return problems
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[TensorSpec, int]], dict[str, str]]:
@@ -264,10 +278,11 @@ def _layer_of(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], own: Ma
     return LayerStore(int(own["layer"]), path, offset, keys[0], d_ff, d_model, dtype, own["up"], own["down"], own["crc32"])
 
 
-def _crc_of_file(path: Path, offset: int) -> str:
+def _crc_of_file(path: Path) -> str:
+    """CRC-32 of everything behind the header."""
     crc = 0
     with open(path, "rb") as file:
-        file.seek(offset)
+        file.seek(8 + struct.unpack("<Q", file.read(8))[0])
         while data := file.read(1 << 22):
             crc = zlib.crc32(data, crc)
     return f"{crc:08x}"

@@ -9,8 +9,9 @@ A neuron belongs in the window while one of the last `window` tokens used it. De
 into the holes, O(c * d_model); inserting appends, so that neighbours on flash can arrive in one read. Nothing of the size
 of a row is allocated after construction.
 
-One forward is `note_use` -> `evict` -> `reserve` -> (the caller reads) -> `commit`. A read that fails leaves reserved rows
-uncommitted, that is: free. The window knows neither the reader nor the predictor, and never decides what is computed.
+One forward is `note_use` -> `evict_for` -> `reserve` -> (the caller reads) -> `commit`. A read that fails leaves reserved
+rows uncommitted, that is: free; a caller that is interrupted anywhere in between calls `forget`. The window knows neither the
+reader nor the predictor, and never decides what is computed.
 """
 
 from __future__ import annotations
@@ -144,8 +145,14 @@ class ResidentWindow:
     def free(self) -> int:
         return self.capacity - self.num_used
 
+    def forget(self) -> None:
+        """Drop every neuron: after an interruption nobody knows which rows are whole."""
+        self.slot_of[:] = -1
+        self.pointer[:] = -1
+        self.num_used = 0
+
     def release(self) -> None:
         """Forget every neuron and give the memory back."""
-        self.slot_of[:] = -1
-        self.num_used = self.high_water = self.capacity = 0
+        self.forget()
+        self.high_water = self.capacity = 0
         self.matrix = self.matrix.new_empty((0, self.matrix.shape[1]))

@@ -127,20 +127,9 @@ def write_layer(
 ) -> None:
     """Bundle one layer: `up` [d_ff, d_model] and `down` [d_model, d_ff] become `key` [d_ff, 2 * d_model] in `path`."""
     dtype, d_ff, d_model = layer_spec((up.dtype, tuple(up.shape)), (down.dtype, tuple(down.shape)), *names)
-    metadata = {
-        "format_version": str(FORMAT_VERSION),
-        "layer": str(index),
-        "layers": str(layers),
-        "d_ff": str(d_ff),
-        "d_model": str(d_model),
-        "up": names[0],
-        "down": names[1],
-        "crc32": _NO_CRC,
-        **origin,
-    }
-    write_safetensors(
-        path, {key: (dtype, (d_ff, 2 * d_model))}, _bundle(up, down, names), {META + k: v for k, v in metadata.items()}
-    )
+    numbers = {"layer": index, "layers": layers, "d_ff": d_ff, "d_model": d_model}
+    metadata = _metadata(up=names[0], down=names[1], **origin, **{k: str(v) for k, v in numbers.items()})
+    write_safetensors(path, {key: (dtype, (d_ff, 2 * d_model))}, _bundle(up, down, names), metadata)
 
 
 def _bundle(up: torch.Tensor, down: torch.Tensor, names: tuple[str, str]) -> Iterator[torch.Tensor]:
@@ -175,11 +164,16 @@ def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
 
 def predictor_metadata(variant: str, fingerprint: str) -> dict[str, str]:
     """Metadata of a predictor file: what it is, and the checkpoint it was made from."""
-    return {
-        META + "format_version": str(FORMAT_VERSION),
-        META + "predictor": variant,
-        META + "fingerprint": fingerprint,
-    }
+    return _metadata(predictor=variant, fingerprint=fingerprint)
+
+
+def rest_metadata() -> dict[str, str]:
+    """Metadata of a file with the weights that are not FFN matrices."""
+    return _metadata(rest="1")
+
+
+def _metadata(**values: str) -> dict[str, str]:
+    return {META + k: v for k, v in {"format_version": str(FORMAT_VERSION), "crc32": _NO_CRC, **values}.items()}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -126,7 +126,7 @@ def test_an_error_prints_its_parts_and_survives_a_process_boundary(kind: type[er
 
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "errors", "memory"},
-    {"budget", "window"},
+    {"budget", "compute", "window"},
     {"stats", "config", "store"},
     {"checkpoint", "reader", "writer"},
     {"predictor"},

@@ -1,0 +1,126 @@
+"""The arithmetic of a block of neurons: up, activation, down (the order of blocks is in ffn.py).
+
+One token (decode) and several tokens are computed differently, each the fastest way that rounds as the stock model does.
+Neither depends on where the rows of a block lie, so that results are bit-identical whatever is resident.
+
+    one      up: gather rows in id order, `F.linear` in the dtype of compute. down: `embedding_bag`, which reads only the rows
+             of neurons that are really non-zero and accumulates in fp32. Each row is viewed as two half rows in two bags, so
+             that two threads share the work while every output element is one sum in id order, rounded once. A call of
+             several blocks in 16 bits would be rounded once a block: there the rows of non-zero neurons are widened and the
+             sum over all blocks is kept in fp32.
+    several  rows are widened to fp32 and both products are fp32 GEMMs that accumulate over blocks; the hidden activations are
+             rounded to the dtype of compute in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
+             on CPUs, and bf16 would round every partial sum.)
+
+n = neurons in the block, d = d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .memory import aligned_empty
+
+_HALVES = 2
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def block_rows(d_ff: int) -> int:
+    """Neurons worked on at a time. A function of the shape alone, because it fixes the order of summation."""
+    return min(1024, max(64, d_ff // 4), d_ff)
+
+
+class Scratch:
+    """Buffers for one block, allocated once and shared by all layers of a model.
+
+    rows     [block, 2 * d_model] a streamed block in id order, dtype of compute; page-aligned, a target of reads
+    gathered [block, 2 * d_model] rows picked from a window, dtype of compute; also lent to the window for moving rows
+    wide     [block, 2 * d_model] float32 for several tokens; the same memory as `gathered` when computing in float32
+    """
+
+    def __init__(self, d_ff: int, d_model: int, dtype: torch.dtype) -> None:
+        shape = (block_rows(d_ff), 2 * d_model)
+        self.rows = aligned_empty(shape, dtype)
+        self.gathered = aligned_empty(shape, dtype)
+        self.wide = self.gathered if dtype == torch.float32 else aligned_empty(shape, torch.float32)
+
+    @staticmethod
+    def nbytes(d_model: int, rows: int, dtype: torch.dtype) -> int:
+        """What the buffers for blocks of `rows` take, in bytes."""
+        wide = 0 if dtype == torch.float32 else 4
+        return rows * 2 * d_model * (2 * dtype.itemsize + wide)
+
+
+def add_one_token(
+    scratch: Scratch,
+    activation: Activation,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    matrix: torch.Tensor,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    one_block: bool,
+) -> None:
+    """Add a block's share of one token to `out`.
+
+    Args:
+        x: [1, d] in the dtype of compute.
+        bias: [n] of the up projection.
+        matrix: [any, 2 * d], contiguous; `rows` [n] says where the block's bundles are in it.
+        out: [1, d] float32.
+        one_block: whether this block is the whole call.
+    """
+    n, d = len(rows), x.shape[1]
+    gathered = scratch.gathered.view(-1, d)  # [2 * block, d]
+    up = torch.index_select(matrix.view(-1, d), 0, 2 * rows, out=gathered[:n])
+    hidden = activation(F.linear(x, up, bias))[0]  # [n]
+    active = hidden.nonzero()[:, 0]
+    if len(active) == 0:
+        return
+    weights, down_rows = hidden[active], 2 * rows[active] + 1  # of `matrix` seen as rows of d
+    if not one_block and x.dtype != torch.float32:
+        down = torch.index_select(matrix.view(-1, d), 0, down_rows, out=gathered[n : n + len(active)])
+        wide = scratch.wide.view(-1, d)[: len(active)].copy_(down)
+        out.addmm_(weights.float()[None], wide)
+    elif d % _HALVES:
+        out += F.embedding_bag(down_rows[None], matrix.view(-1, d), per_sample_weights=weights[None], mode="sum")
+    else:
+        halves = torch.stack([_HALVES * down_rows, _HALVES * down_rows + 1])
+        weights = weights.expand(_HALVES, -1).contiguous()
+        bags = F.embedding_bag(halves, matrix.view(-1, d // _HALVES), per_sample_weights=weights, mode="sum")
+        out += bags.view(1, d)
+
+
+def add_several_tokens(
+    scratch: Scratch,
+    activation: Activation,
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    matrix: torch.Tensor,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Add a block's share of several tokens to `out`.
+
+    Args:
+        x: [tokens, d] in the dtype of compute.
+        mask: bool [tokens, n]: which neurons each token uses; `None` for all.
+        bias: [n] of the up projection.
+        matrix: [any, 2 * d], contiguous; `rows` [n] says where the block's bundles are in it.
+        out: [tokens, d] float32.
+    """
+    n, d = len(rows), x.shape[1]
+    wide = scratch.wide[:n]
+    gathered = torch.index_select(matrix, 0, rows, out=scratch.gathered[:n])
+    if wide.data_ptr() != gathered.data_ptr():
+        wide.copy_(gathered)
+    hidden = F.linear(x.float(), wide[:, :d], None if bias is None else bias.float()).to(x.dtype)
+    hidden = activation(hidden).float()  # [tokens, n]
+    if mask is not None:
+        hidden.masked_fill_(~mask, 0.0)
+    out.addmm_(hidden, wide[:, d:])

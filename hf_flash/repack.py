@@ -5,9 +5,10 @@
 `cached_store`  plain checkpoint -> bundles and predictor only, in the flash cache: what `from_pretrained` uses
 `save_folder`   a loaded model -> such a folder; the store is copied as it is
 
-All of them stream: one layer's bundles in memory at most. All write into a folder beside the target, `.<name>.partial`,
-and rename it at the end, so a run that dies leaves the source whole and nothing that looks finished; the next run takes
-the layers that are complete from there and goes on.
+All of them stream: one layer's bundles in memory at most. The first three write into a folder beside the target,
+`.<name>.partial`, and rename it at the end, so a run that dies leaves the source whole and nothing that looks finished; the
+next run takes the layers that are complete from there and goes on. Saving may go into the model's own folder, so it completes
+every file beside the old one before it takes its place.
 """
 
 from __future__ import annotations
@@ -18,20 +19,18 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from huggingface_hub.utils import tqdm
 
 from .adapters import Adapter, FFNNames, adapter_for
-from .budget import format_bytes
 from .checkpoint import Checkpoint, resolve_folder
 from .config import FlashOffloadConfig
-from .errors import DiskSpaceError, HfFlashError, StoreError, StoreFormatError, TargetExistsError, UnsupportedModelError
+from .errors import StoreError, StoreFormatError, UnsupportedModelError
+from .folders import check_room, check_target, copy_small_files, locked, partial_folder
 from .memory import trim_heap
 from .predictor import QuantizedFormat, write_predictor
 from .store import INDEX_NAME, LAYER_FILE, PREDICTOR_FILE, FlashStore, TensorSpec, read_header, read_json
@@ -41,9 +40,6 @@ logger = logging.getLogger("hf_flash")
 
 _SHARD_BYTES: Final = 5_000_000_000
 _OURS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|flash-(layer|predictor)-.+\.safetensors")
-_NOT_COPIED: Final = re.compile(
-    r"(.*\.(safetensors|bin|pt|pth|h5|msgpack|ot|onnx|gguf|tmp|lock)|.*\.index\.json|config\.json|\..*)", re.IGNORECASE
-)
 
 
 def repack(
@@ -76,7 +72,7 @@ def repack(
     """
     target = Path(target).resolve()
     wish = FlashOffloadConfig(predictor=predictor, predictor_bits=predictor_bits, predictor_group_size=predictor_group_size)
-    _check_target(target)
+    check_target(target)
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = resolve_folder(source, config_only=True, revision=revision, **hub)
     config = read_json(folder / "config.json")
@@ -92,14 +88,14 @@ def repack(
     if not Path(source).is_dir():
         folder = resolve_folder(source, revision=folder.name, **hub)  # the commit that config.json is from
     checkpoint = Checkpoint.open_folder(folder)
-    with _lock(target), _partial_folder(target) as partial:
+    with locked(target), partial_folder(target) as partial:
         store = build_store(partial, checkpoint, adapter, form, rest=True)
         wish.remember(predictor="none" if form is None else "quantized")
         if form is not None:
             wish.remember(predictor_bits=form.bits, predictor_group_size=form.group_size)
         config["quantization_config"] = wish.to_dict()
         _finish_folder(partial, checkpoint, store, config, {})
-        _copy_small_files(folder, partial)
+        copy_small_files(folder, partial)
     return target
 
 
@@ -140,7 +136,7 @@ def build_store(
     ffn = {name for layer in names for name in (layer.up, layer.down)}
     total = sum(_nbytes(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
     needed = total + len(names) * _predictor_bytes(form, d_ff, d_model)
-    _check_room(folder, needed + sum(_nbytes(s) for n, s in checkpoint.specs.items() if rest and n not in ffn))
+    check_room(folder, needed + sum(_nbytes(s) for n, s in checkpoint.specs.items() if rest and n not in ffn))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", delay=1) as bar:
         for layer in todo:
             up, down = checkpoint.tensor(layer.up), checkpoint.tensor(layer.down)
@@ -170,7 +166,7 @@ def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
     if form is None or form.variant in store.predictors:
         return store
     first = store.layers[0]
-    _check_room(folder, len(store.layers) * _predictor_bytes(form, first.d_ff, first.d_model))
+    check_room(folder, len(store.layers) * _predictor_bytes(form, first.d_ff, first.d_model))
     write_predictor(
         folder / PREDICTOR_FILE.format(form.variant),
         store,
@@ -209,19 +205,6 @@ def _nbytes(spec: TensorSpec) -> int:
     return spec[0].itemsize * torch.Size(spec[1]).numel()
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    """Refuse to start when the disk cannot hold what will be written."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskSpaceError(
-            "not enough room to repack",
-            where=folder,
-            expected=f"{format_bytes(needed)} ({needed} bytes) free",
-            got=f"{format_bytes(free)} ({free} bytes)",
-            hint="free some space or choose another disk",
-        )
-
-
 # --- the flash cache -----------------------------------------------------------------------------------------------
 
 
@@ -238,7 +221,7 @@ def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat
     origin = checkpoint.origin()
     name = "--".join(filter(None, [origin["source"].replace("/", "--"), origin["revision"][:12], origin["fingerprint"][:16]]))
     target = cache_folder(cache_dir) / name
-    with _lock(target, keep=True):
+    with locked(target, keep=True):
         if target.is_dir():
             try:
                 return add_predictor(target, form)
@@ -246,77 +229,9 @@ def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat
                 logger.warning("hf_flash: a damaged entry of the flash cache is made again: %s", error)
                 shutil.rmtree(target)
         logger.info("hf_flash: repacking the FFN of %s into %s, once", origin["source"], target)
-        with _partial_folder(target) as partial:
+        with partial_folder(target) as partial:
             build_store(partial, checkpoint, adapter, form, rest=False)
         return FlashStore.open_folder(target)
-
-
-# --- folders that appear whole or not at all ------------------------------------------------------------------------
-
-
-@contextmanager
-def _lock(target: Path, *, keep: bool = False) -> Iterator[None]:
-    """Hold a lock beside the target; says so when it has to wait.
-
-    Args:
-        keep: leave the lock file, where many processes come and go. Otherwise the next owner must check the target again.
-    """
-    path = target.with_name(f".{target.name}.lock")
-    with writing(target):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()  # a folder that cannot be written to is an error here; a FileLock would wait for it
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("hf_flash: another process is writing %s; waiting for it", target)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        if not keep:
-            path.unlink(missing_ok=True)
-        lock.release()
-
-
-@contextmanager
-def _partial_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that becomes it when the block ends well, and stays for the next run when it does not.
-
-    The caller holds the target's lock.
-    """
-    _check_target(target)
-    partial = target.with_name(f".{target.name}.partial")
-    with writing(partial):
-        partial.mkdir(exist_ok=True)
-    try:
-        yield partial
-    except HfFlashError:
-        with suppress(OSError):
-            partial.rmdir()  # if nothing was finished
-        raise
-    with writing(target):
-        if target.is_dir():
-            target.rmdir()
-        os.rename(partial, target)
-        _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system lets us."""
-    if hasattr(os, "O_DIRECTORY"):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _check_target(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise TargetExistsError("the target is not an empty folder", where=target, hint="choose another one, or remove it")
-    if target.exists() and os.path.ismount(target):
-        raise TargetExistsError("the target is a mount point", where=target, hint="name a new folder inside it")
 
 
 def _finish_folder(
@@ -390,14 +305,6 @@ def _shards(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
     return shards
 
 
-def _copy_small_files(source: Path, target: Path) -> None:
-    """Tokenizer, generation config, licence, model card: everything that is not weights."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
-            with writing(target / path.name):
-                shutil.copyfile(path, target / path.name)
-
-
 # --- back, and save -------------------------------------------------------------------------------------------------
 
 
@@ -412,7 +319,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
         The target folder.
     """
     folder, target = Path(folder), Path(target).resolve()
-    _check_target(target)
+    check_target(target)
     store = FlashStore.open_folder(folder)
     checkpoint = Checkpoint.open_folder(folder)
     ffn: dict[str, TensorSpec] = {}
@@ -426,7 +333,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     config = read_json(folder / "config.json")
     if config.pop("quantization_config", {}).get("quant_method") != "flash":
         raise StoreFormatError("not a repacked checkpoint", where=folder / "config.json", expected="quant_method: flash")
-    with _lock(target), _partial_folder(target) as partial:
+    with locked(target), partial_folder(target) as partial:
         shards = _shards(rest | ffn)
         pieces = _restored(checkpoint, store, rest)
         weight_map: dict[str, str] = {}
@@ -438,7 +345,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
             size = sum(map(_nbytes, (rest | ffn).values()))
             write_json(partial / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_json(partial / "config.json", config)
-        _copy_small_files(folder, partial)
+        copy_small_files(folder, partial)
     return target
 
 

@@ -129,7 +129,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"budget", "compute", "window"},
     {"stats", "config", "store"},
     {"checkpoint", "reader", "writer"},
-    {"predictor"},
+    {"folders", "predictor"},
     {"ffn"},
     {"adapters"},
     {"repack"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import threading
 import weakref
@@ -266,3 +267,18 @@ def test_check_finds_a_flipped_bit_in_every_file(tmp_path: Path, opt: Load) -> N
             assert [path.name in problem for problem in FlashStore.open_folder(folder).check()] == [True]
         data[-5] ^= 1
         path.write_bytes(data)
+
+
+@pytest.mark.parametrize("reader", ["mmap", "direct", "auto"])
+def test_a_system_without_direct_io_and_madvise_works_and_says_so(
+    opt: Load, load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reader: str
+) -> None:
+    wanted = logits(load(opt()))
+    for module, names in ((os, ["O_DIRECT", "preadv"]), (mmap, [name for name in dir(mmap) if name.startswith("MADV_")])):
+        for name in names:
+            monkeypatch.delattr(module, name, raising=False)
+    model = load(opt(), reader=reader)
+    assert torch.equal(logits(model), wanted)
+    assert hf_flash.stats(model).reader == "mmap"
+    assert "no madvise" in caplog.text
+    assert ("falls back to 'mmap': this system has no O_DIRECT" in caplog.text) == (reader == "direct")

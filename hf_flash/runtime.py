@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -53,6 +54,8 @@ class FlashRuntime:
             window_bytes=sum(ffn.window.high_water_bytes for ffn in self.ffns),
             window_limit_bytes=plan.window_bytes,
             dense_bytes=plan.dense_bytes,
+            process_bytes=int(psutil.Process().memory_info().rss),
+            kv_cache_bytes_per_token=2 * plan.layers * self.ffns[0].d_model * self.engine.dtype.itemsize,
             counters=replace(self.engine.counters),
         )
 

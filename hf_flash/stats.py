@@ -51,6 +51,8 @@ class FlashStats:
     window_bytes: int  # rows of the windows that have been used so far: memory really held
     window_limit_bytes: int  # what the windows may grow to within the budget
     dense_bytes: int  # what the stock model would hold
+    process_bytes: int  # what the whole process has in memory: weights, interpreter, libraries, activations, KV cache
+    kv_cache_bytes_per_token: int  # per sequence; comes on top of the budget
     counters: Counters = field(default_factory=Counters)
 
     @property
@@ -82,7 +84,7 @@ class FlashStats:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
     def __str__(self) -> str:
-        c, tokens = self.counters, max(1, self.tokens)
+        c, tokens, kv = self.counters, max(1, self.tokens), self.kv_cache_bytes_per_token
         per_token = {name: 1e3 * getattr(c, name + "_s") / tokens for name in ("predict", "manage", "io", "compute")}
         rows = [
             ("tokens", f"{self.tokens}"),
@@ -94,6 +96,10 @@ class FlashStats:
             ("neurons computed", f"{c.selected / max(1, c.calls) / self.d_ff:.1%} of each layer, per call"),
             ("weights in DRAM", f"{format_bytes(self.dram_bytes)} of a budget of {format_bytes(self.budget_bytes)}"),
             ("the dense model", format_bytes(self.dense_bytes)),
+            (
+                "whole process",
+                f"{format_bytes(self.process_bytes)}; KV cache {format_bytes(kv)} a token",
+            ),
             ("FFN ms per token", ", ".join(f"{name} {ms:.2f}" for name, ms in per_token.items())),
             ("predictor, reader", f"{self.predictor}, {self.reader}"),
         ]

@@ -12,10 +12,9 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import huggingface_hub
 import torch
@@ -88,9 +87,6 @@ class Checkpoint:
     def release(self) -> None:
         """Let go of open pickles, of which old ones lie in memory whole. They are opened again when a tensor is asked for."""
         self._pickles.clear()
-
-    def tensors(self, names: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-        return (self.tensor(name) for name in names)
 
     def origin(self) -> dict[str, str]:
         """Where it comes from, and a fingerprint that changes whenever the weights may have changed.

@@ -108,7 +108,7 @@ def add_several_tokens(
     """Add a block's share of several tokens to `out`.
 
     Args:
-        x: [tokens, d] in the dtype of compute.
+        x: [tokens, d] float32: the input in the dtype of compute, widened once for all blocks.
         mask: bool [tokens, n]: which neurons each token uses; `None` for all.
         bias: [n] of the up projection.
         matrix: [any, 2 * d], contiguous; `rows` [n] says where the block's bundles are in it.
@@ -119,7 +119,7 @@ def add_several_tokens(
     gathered = torch.index_select(matrix, 0, rows, out=scratch.gathered[:n])
     if wide.data_ptr() != gathered.data_ptr():
         wide.copy_(gathered)
-    hidden = F.linear(x.float(), wide[:, :d], None if bias is None else bias.float()).to(x.dtype)
+    hidden = F.linear(x, wide[:, :d], None if bias is None else bias.float()).to(matrix.dtype)
     hidden = activation(hidden).float()  # [tokens, n]
     if mask is not None:
         hidden.masked_fill_(~mask, 0.0)

@@ -120,6 +120,7 @@ class FlashFFN(nn.Module):
         window.note_use(None if selected is None else selected.numpy(), tokens, ids)
         missing = window.missing(ids)
         managed, waited, out = perf_counter(), 0.0, torch.zeros(tokens, self.d_model, dtype=torch.float32)
+        x = x if tokens == 1 else x.float()  # what compute.py wants
         one_block = len(ids) <= block_rows(self.d_ff)
         if len(ids) <= window.capacity:
             window.evict_for(ids)

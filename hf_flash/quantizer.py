@@ -22,7 +22,7 @@ from .config import FlashOffloadConfig
 from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
 from .predictor import QuantizedFormat, find_predictor
 from .reader import reader_buffer_bytes
-from .repack import cached_store, chosen_form
+from .repack import cached_store, chosen_form, stored_choice
 from .runtime import attach
 from .saving import bind
 from .store import FlashStore
@@ -76,13 +76,10 @@ class FlashHfQuantizer(HfQuantizer):
         self._plan, self._form = self._divide(model, adapter, dtype, store)
         if store is None:
             store = cached_store(self._checkpoint, adapter, self._form, config.cache_dir)
-        elif self._form is not None:
-            find_predictor(store, self._form)
+        self._predictor_file = find_predictor(store, self._form) if self._form else None
         self._check_dims(adapter, model, store)
         self._store, self._dtype = store, dtype
-        config.remember(predictor="none" if self._form is None else "quantized")
-        if self._form is not None:
-            config.remember(predictor_bits=self._form.bits, predictor_group_size=self._form.group_size)
+        config.remember(**stored_choice(self._form))
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             *adapter.store_keys,
@@ -135,7 +132,7 @@ class FlashHfQuantizer(HfQuantizer):
     def _check_dims(adapter: Adapter, model: Any, store: FlashStore) -> None:
         wanted = adapter.dims(model.config)
         found = len(store.layers), store.layers[0].d_ff, store.layers[0].d_model
-        if wanted != found or any((layer.d_ff, layer.d_model) != found[1:] for layer in store.layers):
+        if wanted != found:  # the store's layers are all alike
             raise UnsupportedModelError(
                 "the store does not fit the model's config",
                 where=store.layers[0].path.parent,
@@ -153,6 +150,7 @@ class FlashHfQuantizer(HfQuantizer):
             self._store,
             self._checkpoint,
             self._form,
+            self._predictor_file,
             self._ffns,
             self._dtype,
         )

@@ -80,18 +80,12 @@ class BundleReader:
     def __init__(self, store: FlashStore, source: ByteReader, dtype: torch.dtype) -> None:
         self.layers, self.source = store.layers, source
         first = store.layers[0]
-        self._compute_itemsize = dtype.itemsize
         self._staging = None if first.dtype == dtype else aligned_empty((_STAGING_ROWS, 2 * first.d_model), first.dtype)
+        self.buffer_bytes = source.buffer_bytes + _staging_bytes(first.d_model, first.dtype, dtype)  # DRAM of its own
 
     @property
     def name(self) -> str:
         return self.source.name
-
-    @property
-    def buffer_bytes(self) -> int:
-        """DRAM of its own buffers: staging rows, their converted copies, bounce buffers."""
-        converted = 0 if self._staging is None else self._staging.numel() * self._compute_itemsize
-        return self.source.buffer_bytes + converted + (0 if self._staging is None else self._staging.nbytes)
 
     def read(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids) -> ReadCount:
         """Fill `out[rows[j]]` with the bundle of neuron `ids[j]`.
@@ -132,6 +126,11 @@ class BundleReader:
 
     def close(self) -> None:
         self.source.close()
+
+
+def _staging_bytes(d_model: int, stored: torch.dtype, dtype: torch.dtype) -> int:
+    """DRAM that converting on the way takes: the staging rows, and as many converted ones."""
+    return 0 if stored == dtype else _STAGING_ROWS * 2 * d_model * (stored.itemsize + dtype.itemsize)
 
 
 def coalesce(ids: Ids, rows: Ids, offset: int, bundle_bytes: int) -> Iterator[Chunk]:
@@ -318,7 +317,7 @@ def reader_buffer_bytes(d_model: int, stored: torch.dtype, dtype: torch.dtype, n
         stored: dtype on flash. `dtype`: of compute.
         name, threads: as in [`open_reader`].
     """
-    staging = 0 if stored == dtype else _STAGING_ROWS * 2 * d_model * (stored.itemsize + dtype.itemsize)
+    staging = _staging_bytes(d_model, stored, dtype)
     can_be_direct = name != "mmap" and hasattr(os, "O_DIRECT")
     return staging + (DirectReader.bounce_bytes(2 * d_model * stored.itemsize, threads, PAGE) if can_be_direct else 0)
 

@@ -13,7 +13,6 @@ every file beside the old one before it takes its place.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -33,7 +32,7 @@ from .errors import StoreError, StoreFormatError, UnsupportedModelError
 from .folders import check_room, check_target, copy_small_files, locked, partial_folder
 from .memory import trim_heap
 from .predictor import QuantizedFormat, write_predictor
-from .store import INDEX_NAME, LAYER_FILE, PREDICTOR_FILE, FlashStore, TensorSpec, read_header, read_json
+from .store import INDEX_NAME, LAYER_FILE, PREDICTOR_FILE, FlashStore, TensorSpec, listed_files, read_header, read_json
 from .writer import layer_spec, rest_metadata, unbundle, write_json, write_layer, write_safetensors, writing
 
 logger = logging.getLogger("hf_flash")
@@ -90,9 +89,7 @@ def repack(
     checkpoint = Checkpoint.open_folder(folder)
     with locked(target), partial_folder(target) as partial:
         store = build_store(partial, checkpoint, adapter, form, rest=True)
-        wish.remember(predictor="none" if form is None else "quantized")
-        if form is not None:
-            wish.remember(predictor_bits=form.bits, predictor_group_size=form.group_size)
+        wish.remember(**stored_choice(form))
         config["quantization_config"] = wish.to_dict()
         _finish_folder(partial, checkpoint, store, config, {})
         copy_small_files(folder, partial)
@@ -117,6 +114,13 @@ def chosen_form(wish: FlashOffloadConfig, adapter: Adapter, config: Any) -> Quan
             hint='use predictor="none"',
         )
     return QuantizedFormat(wish.predictor_bits, wish.predictor_group_size)
+
+
+def stored_choice(form: QuantizedFormat | None) -> dict[str, Any]:
+    """The arguments of `FlashOffloadConfig` that find a predictor again."""
+    if form is None:
+        return {"predictor": "none"}
+    return {"predictor": "quantized", "predictor_bits": form.bits, "predictor_group_size": form.group_size}
 
 
 def build_store(
@@ -183,14 +187,10 @@ def _forget_strangers(
     """Remove what an earlier run left in `folder` and this one will not take over. Returns the layers still to do."""
     done = {LAYER_FILE.format(layer.index): layer for layer in names}
     predictor = PREDICTOR_FILE.format(form.variant) if form else ""
-    todo = []
     for path in list(folder.iterdir()):
         if path.name not in (*done, predictor) or not _complete(path, origin["fingerprint"]):
             path.unlink()
-    for name, layer in done.items():
-        if not (folder / name).exists():
-            todo.append(layer)
-    return todo
+    return [layer for name, layer in done.items() if not (folder / name).exists()]
 
 
 def _complete(path: Path, fingerprint: str) -> bool:
@@ -247,9 +247,7 @@ def _finish_folder(
         checkpoint: where the other tensors come from: the plain checkpoint, or a repacked one.
         changed: tensors whose values differ from the checkpoint's by now, or that it has not.
     """
-    ffn = {name for layer in store.layers for name in (layer.up_name, layer.down_name)}
-    passed_over = ffn | store.keys
-    rest = {name: spec for name, spec in checkpoint.specs.items() if name not in passed_over}
+    rest = _rest(checkpoint, store)
     rest |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in changed.items()}
     tombstones: dict[str, TensorSpec] = {}
     for layer in store.layers:
@@ -263,6 +261,12 @@ def _finish_folder(
     size = sum(map(_nbytes, rest.values())) + sum((folder / path.name).stat().st_size for path in store.files)
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
     write_json(folder / "config.json", config)
+
+
+def _rest(checkpoint: Checkpoint, store: FlashStore) -> dict[str, TensorSpec]:
+    """The tensors of a checkpoint, plain or repacked, that are neither FFN matrices nor the store's."""
+    passed_over = store.keys | store.ffn_names
+    return {name: spec for name, spec in checkpoint.specs.items() if name not in passed_over}
 
 
 def _write_rest(
@@ -328,11 +332,9 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
             layer.up_name: (layer.dtype, (layer.d_ff, layer.d_model)),
             layer.down_name: (layer.dtype, (layer.d_model, layer.d_ff)),
         }
-    passed_over = ffn.keys() | store.keys
-    rest = {name: spec for name, spec in checkpoint.specs.items() if name not in passed_over}
-    config = read_json(folder / "config.json")
-    if config.pop("quantization_config", {}).get("quant_method") != "flash":
-        raise StoreFormatError("not a repacked checkpoint", where=folder / "config.json", expected="quant_method: flash")
+    rest = _rest(checkpoint, store)
+    config = repacked_config(folder)
+    del config["quantization_config"]
     with locked(target), partial_folder(target) as partial:
         shards = _shards(rest | ffn)
         pieces = _restored(checkpoint, store, rest)
@@ -349,8 +351,23 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     return target
 
 
+def repacked_config(folder: Path) -> dict[str, Any]:
+    """config.json of a repacked checkpoint; an error if the folder is something else."""
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "flash":
+        raise StoreFormatError(
+            "not a repacked checkpoint",
+            where=folder / "config.json",
+            expected="quant_method: flash",
+            hint="take what `hf_flash.repack` or `save_pretrained` made",
+        )
+    return config
+
+
 def _restored(checkpoint: Checkpoint, store: FlashStore, rest: Mapping[str, TensorSpec]) -> Iterator[torch.Tensor]:
-    yield from checkpoint.tensors(rest)
+    for name in rest:
+        yield checkpoint.tensor(name)
     for layer in store.layers:
         yield from unbundle(layer)
 
@@ -389,8 +406,8 @@ def save_folder(
                 if not (link and _linked(path, temporary)):
                     shutil.copyfile(path, temporary)
                 os.replace(temporary, copy)
-    _finish_folder(target, checkpoint, store, json.loads(json.dumps(config)), changed)
-    current = set(read_json(target / INDEX_NAME)["weight_map"].values())
+    _finish_folder(target, checkpoint, store, config, changed)
+    current = {path.name for path in listed_files(target / INDEX_NAME)}
     for path in target.iterdir():  # of an earlier save; transformers would prefer a `model.safetensors`
         if _OURS.fullmatch(path.name) and path.name not in current:
             path.unlink()

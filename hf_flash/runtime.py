@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,7 +19,7 @@ from .config import FlashOffloadConfig
 from .errors import UsageError
 from .ffn import Engine, FlashFFN
 from .memory import load_into_memory, trim_heap
-from .predictor import DEFAULT_MARGIN, NoPredictor, Predictor, QuantizedFormat, find_predictor, load_quantized
+from .predictor import DEFAULT_MARGIN, NoPredictor, Predictor, QuantizedFormat, load_quantized
 from .reader import open_reader
 from .stats import FlashStats
 from .store import FlashStore
@@ -67,6 +68,7 @@ def attach(
     store: FlashStore,
     checkpoint: Checkpoint,
     form: QuantizedFormat | None,
+    predictor_file: Path | None,
     ffns: Sequence[FlashFFN],
     dtype: torch.dtype,
 ) -> None:
@@ -76,12 +78,11 @@ def attach(
     first = store.layers[0]
     scratch = Scratch(first.d_ff, first.d_model, dtype)
     engine = Engine(open_reader(store, config.reader, config.io_threads, dtype, spare_bytes), scratch, dtype)
-    path = find_predictor(store, form) if form else None
     margin = config.predictor_margin if config.predictor_margin is not None else DEFAULT_MARGIN[config.predictor_bits]
     for ffn, layer in zip(ffns, store.layers, strict=True):
         predictor: Predictor = NoPredictor()
-        if path is not None and form is not None:
-            predictor = load_quantized(path, layer, ffn.bias, form, margin)
+        if predictor_file is not None and form is not None:
+            predictor = load_quantized(predictor_file, layer, ffn.bias, form, margin)
         window = ResidentWindow(layer.d_ff, layer.d_model, plan.capacity, config.window, dtype, scratch.gathered)
         ffn.attach(engine, window, predictor)
     trim_heap()

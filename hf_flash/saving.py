@@ -12,10 +12,10 @@ import huggingface_hub
 import torch
 
 from .checkpoint import Checkpoint
-from .errors import ConfigError, StoreFormatError
-from .repack import cache_folder, save_folder
+from .errors import ConfigError
+from .repack import cache_folder, repacked_config, save_folder
 from .runtime import find_runtime
-from .store import FlashStore, read_json
+from .store import FlashStore
 
 # What an earlier checkpoint in the repository may have left: transformers would prefer it to the index.
 _REPLACED: Final = [
@@ -144,14 +144,7 @@ def push(
         ConfigError: both `revision` and `create_pr`.
     """
     FlashStore.open_folder(folder)
-    quantization = read_json(Path(folder) / "config.json").get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "flash":
-        raise StoreFormatError(
-            "not a repacked checkpoint",
-            where=Path(folder) / "config.json",
-            expected="quant_method: flash",
-            hint="push what `hf_flash.repack` or `save_pretrained` made",
-        )
+    repacked_config(Path(folder))
     if create_pr and revision is not None:
         raise ConfigError("a pull request goes to the default branch", where="push", got="create_pr and revision")
     api = huggingface_hub.HfApi(token=token)
@@ -194,8 +187,7 @@ def _save(model: Any, folder: Path, *, link: bool = False) -> None:
 
 def _changed(state: dict[str, torch.Tensor], checkpoint: Checkpoint, store: FlashStore) -> dict[str, torch.Tensor]:
     """Tensors of the model that are not what its checkpoint says, under the checkpoint's names, and those it has not."""
-    ffn = {name for layer in store.layers for name in (layer.up_name, layer.down_name)}
-    seen: set[int] = set()
+    ffn, seen = store.ffn_names, set[int]()
     changed: dict[str, torch.Tensor] = {}
     matched: set[str] = set()
     for name in checkpoint.specs:

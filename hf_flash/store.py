@@ -186,6 +186,11 @@ class FlashStore:
         return sum(layer.nbytes for layer in self.layers)
 
     @property
+    def ffn_names(self) -> set[str]:
+        """Names of the FFN matrices in the plain checkpoint."""
+        return {name for layer in self.layers for name in (layer.up_name, layer.down_name)}
+
+    @property
     def keys(self) -> set[str]:
         """Names of all tensors in the store's files."""
         return {name for path in self.files for name in read_header(path)[0]}

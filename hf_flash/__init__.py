@@ -4,10 +4,13 @@ Importing this package registers quantization method `"flash"` with transformers
 The method is that of "LLM in a flash" (arXiv 2312.11514).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .config import FlashOffloadConfig, configure
 from .errors import (
     BudgetError,
+    CalibrationError,
     ConfigError,
     DiskSpaceError,
     HfFlashError,
@@ -30,6 +33,7 @@ from .stats import FlashStats
 
 __all__ = [
     "BudgetError",
+    "CalibrationError",
     "ConfigError",
     "DiskSpaceError",
     "FlashOffloadConfig",
@@ -46,6 +50,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "calibrate",
     "close",
     "configure",
     "push",
@@ -53,5 +58,17 @@ __all__ = [
     "restore",
     "stats",
 ]
+
+if TYPE_CHECKING:
+    from .calibration import calibrate
+
+
+def __getattr__(name: str) -> Any:
+    if name == "calibrate":  # brings transformers' model classes: not needed to load a model
+        from .calibration import calibrate
+
+        return calibrate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 _register()

@@ -111,7 +111,11 @@ class Adapter:
     @property
     def store_keys(self) -> list[str]:
         """Patterns of the checkpoint names that are not for transformers' loader."""
-        return [rf"layers\.\d+\.({self.up}|{self.down})\.weight$", rf"layers\.\d+\.{self.up}\.(bundles|predictor\..+)$"]
+        return [
+            rf"layers\.\d+\.({self.up}|{self.down})\.weight$",
+            rf"layers\.\d+\.{self.up}\.(bundles|predictor\..+|calibration\..+)$",
+            r"^calibration\.",
+        ]
 
 
 _ADAPTERS: Final = {adapter.model_type: adapter for adapter in [Adapter("opt")]}

@@ -91,6 +91,11 @@ def _cgroup_free(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys
                 break
 
 
+def ceiling_bytes(budget: int | str | None) -> int:
+    """A budget in bytes; `None` takes most of what is free on this machine."""
+    return int(available_memory() * _HEADROOM) if budget is None else parse_bytes(budget)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What a budget holds, in bytes. Made by [`plan_memory`]."""
@@ -149,8 +154,7 @@ def plan_memory(
     Raises:
         BudgetError: the budget is below the minimum; the message lists what takes it.
     """
-    free = available_memory()
-    ceiling = int(free * _HEADROOM) if budget is None else parse_bytes(budget)
+    free, ceiling = available_memory(), ceiling_bytes(budget)
     plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, layers, d_ff, bundle_bytes)
     if ceiling < plan.minimum_bytes:
         parts = plan.describe().rsplit("\n", 1)[0].replace("\n", "\n    ")

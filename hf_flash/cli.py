@@ -17,14 +17,21 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm
 
+from . import calibration, evaluation
 from ._version import __version__
 from .budget import format_bytes, parse_bytes
 from .config import FlashOffloadConfig
 from .errors import ConfigError, HfFlashError
+from .plots import plot
 from .repack import repack, restore
 from .runtime import stats
 from .saving import push
 from .store import ALIGNMENT, FlashStore
+from .writer import write_json
+
+_TRAIN_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:train"
+_TEST_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
+_TASKS = "arc_easy,arc_challenge,hellaswag"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +79,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit on the Hub")
     sub.add_argument("--local-files-only", action="store_true", help="do not contact the Hub")
 
+    sub = command("calibrate", _calibrate, "Train predictors on text and measure what the neurons do; goes on if interrupted.")
+    calibration.add_arguments(sub)
+
+    sub = command("eval", _eval, "Compare predictors with the dense model, on text and on tasks.")
+    sub.add_argument("folder", help="a repacked checkpoint, with its tokenizer")
+    sub.add_argument("--stock", metavar="MODEL", help="plain checkpoint to run the tasks with, too; needs the memory for it")
+    _evaluation_arguments(sub)
+
+    sub = command("verify", _verify, "Repack, calibrate and evaluate a model: does sparsity keep its answers?")
+    sub.add_argument("model", help="folder or Hub repository of a plain checkpoint")
+    sub.add_argument("folder", nargs="?", help="where to repack it to, or where it was (default: MODEL-flash here)")
+    sub.add_argument("--calibration-text", default=_TRAIN_TEXT, metavar="TEXT", help=f"to train on (default {_TRAIN_TEXT})")
+    sub.add_argument("--samples", type=_positive, default=256, metavar="N", help="windows to train on (default 256)")
+    sub.add_argument("--with-stock", action="store_true", help="run the tasks on the stock model too; needs the memory for it")
+    _evaluation_arguments(sub, text=_TEST_TEXT, tasks=_TASKS)
+
     sub = command("restore", _restore, "Undo repack: the plain checkpoint, every tensor bit for bit.")
     sub.add_argument("folder", help="a repacked checkpoint")
     sub.add_argument("target", help="folder to make")
@@ -89,6 +112,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     sub.add_argument("--commit-message", metavar="TEXT", help="of the commit")
     return parser
+
+
+def _evaluation_arguments(sub: argparse.ArgumentParser, text: str | None = None, tasks: str = "") -> None:
+    def default(value: str) -> str:
+        return f" (default {value})" if value else ""
+
+    about = "a UTF-8 file, or a dataset as name[:config[:split]]" + default(text or "")
+    sub.add_argument("--text", required=text is None, default=text, help=about)
+    sub.add_argument("--tokens", type=_positive, default=40_960, metavar="N", help="of the text (default 40960)")
+    sub.add_argument("--context", type=_positive, metavar="N", help="tokens in a window (default 256)")
+    sub.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of compute")
+    sub.add_argument("--memory-budget", type=_size, metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
+    sub.add_argument("--tasks", default=tasks, metavar="A,B", help="lm-evaluation-harness tasks to run" + default(tasks))
+    sub.add_argument("--include-path", metavar="DIR", help="a folder with further tasks")
+    sub.add_argument("--limit", type=_positive, metavar="N", help="questions per task")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    sub.add_argument("--plots", type=Path, metavar="DIR", help="draw them there")
 
 
 def _positive(text: str) -> int:
@@ -117,6 +157,43 @@ def _repack(args: argparse.Namespace) -> int:
     _say(_describe(FlashStore.open_folder(target)))
     _say(f"\nload it:  import hf_flash; pipeline('text-generation', model={str(target)!r})")
     return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    _say(calibration.run(args))
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    report = evaluation.evaluate(
+        args.folder, args.text, tokens=args.tokens, context=args.context, memory_budget=args.memory_budget, dtype=args.dtype,
+    )  # fmt: skip
+    _say(evaluation.describe(report))
+    tasks = [task for task in args.tasks.split(",") if task]
+    if tasks:
+        report["tasks"] = evaluation.evaluate_tasks(
+            args.folder, tasks, stock=args.stock, limit=args.limit, include_path=args.include_path, dtype=args.dtype,
+            memory_budget=args.memory_budget,
+        )  # fmt: skip
+        _say("\n" + evaluation.describe_tasks(report["tasks"]))
+    if args.json:
+        write_json(args.json, report)
+    if args.plots:
+        _say("\n".join(map(str, plot(report, args.plots))))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    folder = Path(args.folder or f"{Path(args.model).name}-flash")
+    if not folder.exists():
+        repack(args.model, folder)
+    if FlashStore.open_folder(folder).calibration is None:
+        found = calibration.calibrate(
+            folder, args.calibration_text, samples=args.samples, memory_budget=args.memory_budget, context=args.context,
+        )  # fmt: skip
+        _say(calibration.describe(found) + "\n")
+    args.folder, args.stock = folder, args.model if args.with_stock else None
+    return _eval(args)
 
 
 def _restore(args: argparse.Namespace) -> int:

@@ -104,8 +104,8 @@ def add_several_tokens(
     matrix: torch.Tensor,
     rows: torch.Tensor,
     out: torch.Tensor,
-) -> None:
-    """Add a block's share of several tokens to `out`.
+) -> torch.Tensor:
+    """Add a block's share of several tokens to `out`; returns the pre-activations [tokens, n], in the dtype of compute.
 
     Args:
         x: [tokens, d] float32: the input in the dtype of compute, widened once for all blocks.
@@ -119,8 +119,9 @@ def add_several_tokens(
     gathered = torch.index_select(matrix, 0, rows, out=scratch.gathered[:n])
     if wide.data_ptr() != gathered.data_ptr():
         wide.copy_(gathered)
-    hidden = F.linear(x, wide[:, :d], None if bias is None else bias.float()).to(matrix.dtype)
-    hidden = activation(hidden).float()  # [tokens, n]
+    before = F.linear(x, wide[:, :d], None if bias is None else bias.float()).to(matrix.dtype)
+    hidden = activation(before).float()  # [tokens, n]
     if mask is not None:
         hidden.masked_fill_(~mask, 0.0)
     out.addmm_(hidden, wide[:, d:])
+    return before

@@ -27,14 +27,14 @@ from .errors import ConfigError, StoreVersionError
 FORMAT_VERSION: Final = 1
 UNSET: Final[Any] = None  # every argument left out
 
-PredictorName = Literal["quantized", "none"]
+PredictorName = Literal["quantized", "lowrank", "none"]
 ReaderName = Literal["auto", "mmap", "direct"]
 
 _DEFAULTS: Final[dict[str, Any]] = {
     "predictor": None,  # decided at load time: "quantized" where the activation gives exact zeros, else "none"
     "predictor_bits": 4,
     "predictor_group_size": 64,
-    "predictor_margin": None,  # decided by predictor_bits
+    "predictor_margin": None,  # as calibrated, else decided by predictor_bits
     "window": 5,
     "memory_budget": None,  # what is really free
     "reader": "auto",
@@ -50,13 +50,15 @@ class FlashOffloadConfig(QuantizationConfigMixin):
     """Run a model with its FFN weights on flash. Every argument is optional; left out means unset, not "default".
 
     Args:
-        predictor (`"quantized"` or `"none"`): names the neurons each token needs. `"quantized"`, a low-bit copy of the
-            up projection in DRAM, needs exact zeros (ReLU). `"none"` computes every neuron and equals the stock model.
-            Unset: the stored one, else `"quantized"` for ReLU models and `"none"` for others. Paper: section 3.1.
+        predictor (`"quantized"`, `"lowrank"` or `"none"`): names the neurons each token needs. `"quantized"`, a low-bit copy
+            of the up projection in DRAM, and `"lowrank"`, the paper's, which `hf_flash.calibrate` trains, need exact zeros
+            (ReLU). `"none"` computes every neuron and equals the stock model. Unset: the stored one, else `"quantized"` for
+            ReLU models and `"none"` for others. Paper: section 3.1.
         predictor_bits (`4` or `8`): width of the quantized predictor. Default 4.
         predictor_group_size (`int`): weights that share a scale in 4 bits. Default 64; 8 bits use one scale a neuron.
         predictor_margin (`float`): how many standard deviations of its own rounding error the quantized predictor adds
-            before it calls a neuron inactive. Default 1.5 in 4 bits, 3.0 in 8 bits. More reads, fewer misses.
+            before it calls a neuron inactive. More reads, fewer misses. Default: as measured by `hf_flash.calibrate`, else
+            1.5 in 4 bits, 3.0 in 8 bits.
         window (`int`): neurons used in this many recent tokens stay in DRAM. Default 5. Paper: section 3.1.
         memory_budget (`int` or `str`): ceiling on all weight bytes in DRAM, as bytes or text such as `"6GiB"`. Unset: what
             is free on this machine or in its cgroup.
@@ -207,7 +209,7 @@ def checked(arguments: dict[str, Any]) -> dict[str, Any]:
 def _complaint(name: str, value: Any) -> str | None:
     """What `value` should have been, or `None` if it is fine."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    choices = {"predictor": ("quantized", "none"), "predictor_bits": (4, 8), "reader": ("auto", "mmap", "direct")}
+    choices = {"predictor": ("quantized", "lowrank", "none"), "predictor_bits": (4, 8), "reader": ("auto", "mmap", "direct")}
     if name in choices:
         fine = type(value) is type(choices[name][0]) and value in choices[name]
         return None if fine else "one of " + ", ".join(map(repr, choices[name]))

@@ -5,6 +5,7 @@
     ├── UnsupportedModelError    architecture, activation or checkpoint that cannot be offloaded (also ValueError)
     ├── BudgetError              the memory budget is too small for this model                  (also ValueError)
     ├── UsageError               a call the loaded model cannot serve: training, device, closed (also RuntimeError)
+    ├── CalibrationError         text or activations that nothing can be learnt from            (also ValueError)
     ├── StoreError               something is wrong with files on flash                         (also OSError)
     │   ├── StoreFormatError     not valid safetensors, or not what the store format says
     │   ├── StoreVersionError    written by a newer hf_flash
@@ -67,6 +68,10 @@ class BudgetError(HfFlashError, ValueError):
 
 class UsageError(HfFlashError, RuntimeError):
     """The loaded model is used in a way it does not support."""
+
+
+class CalibrationError(HfFlashError, ValueError):
+    """The text is too short or does not fit the model, or the activations are not numbers."""
 
 
 class StoreError(HfFlashError, OSError):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -34,6 +35,9 @@ from .predictor import Predictor
 from .reader import BundleReader
 from .stats import Counters
 from .window import Ids, ResidentWindow
+
+Observer = Callable[[torch.Tensor, Ids, torch.Tensor], None]
+"""Called with a layer's input x [tokens, d_model], the ids of a block and their pre-activations [tokens, ids]."""
 
 
 class Engine:
@@ -88,6 +92,7 @@ class FlashFFN(nn.Module):
         self.index, self.d_ff, self.d_model, self.activation = index, d_ff, d_model, activation
         self.bias = nn.Parameter(torch.empty(d_ff), requires_grad=False) if bias else None
         self.engine: Engine | None = None
+        self.observer: Observer | None = None
 
     def attach(self, engine: Engine, window: ResidentWindow, predictor: Predictor) -> None:
         """Give the layer what it runs on. Called once the rest of the model is loaded."""
@@ -207,7 +212,9 @@ class FlashFFN(nn.Module):
             add_one_token(engine.scratch, self.activation, x, bias, matrix, rows, out, one_block=one_block)
         else:
             mask = None if selected is None else selected[:, ids]
-            add_several_tokens(engine.scratch, self.activation, x, mask, bias, matrix, rows, out)
+            hidden = add_several_tokens(engine.scratch, self.activation, x, mask, bias, matrix, rows, out)
+            if self.observer is not None:
+                self.observer(x, block, hidden)
 
     def _usable(self, x: torch.Tensor) -> Engine:
         """The engine, if this input can be computed; a clear error otherwise."""
@@ -265,6 +272,29 @@ class _NoBackward(torch.autograd.Function):
         raise UsageError(
             "a flash model has no gradients: its FFN weights are on flash", hint="use the plain checkpoint to train"
         )
+
+
+@contextmanager
+def observed(ffn: FlashFFN, record: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Hand every forward's input x [tokens, d_model] and pre-activations [tokens, d_ff] to `record`.
+
+    For a layer without a predictor, and for several tokens: the two ways of computing that see every neuron's.
+    """
+    whole = torch.empty(0, ffn.d_ff)
+
+    def observe(x: torch.Tensor, ids: Ids, before: torch.Tensor) -> None:
+        nonlocal whole
+        if ids[0] == 0:
+            whole = torch.empty(len(x), ffn.d_ff, dtype=before.dtype)
+        whole[:, ids[0] : ids[-1] + 1] = before
+        if ids[-1] == ffn.d_ff - 1:
+            record(x, whole)
+
+    ffn.observer = observe
+    try:
+        yield
+    finally:
+        ffn.observer = None
 
 
 def _union(selected: torch.Tensor) -> Ids:

@@ -20,9 +20,10 @@ from .checkpoint import Checkpoint
 from .compute import Scratch, block_rows
 from .config import FlashOffloadConfig
 from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
-from .predictor import QuantizedFormat, find_predictor
+from .predictor import PredictorForm, find_predictor
+from .quantized import QuantizedFormat
 from .reader import reader_buffer_bytes
-from .repack import cached_store, chosen_form, stored_choice
+from .repack import cached_store, fresh_form, stored_choice, stored_form
 from .runtime import attach
 from .saving import bind
 from .store import FlashStore
@@ -75,8 +76,10 @@ class FlashHfQuantizer(HfQuantizer):
         self._ffns = adapter.swap(model, dtype)
         self._plan, self._form = self._divide(model, adapter, dtype, store)
         if store is None:
-            store = cached_store(self._checkpoint, adapter, self._form, config.cache_dir)
-        self._predictor_file = find_predictor(store, self._form) if self._form else None
+            form = self._form if isinstance(self._form, QuantizedFormat) else None
+            store = cached_store(self._checkpoint, adapter, form, config.cache_dir)
+        if self._form is not None:
+            find_predictor(store, self._form)
         self._check_dims(adapter, model, store)
         self._store, self._dtype = store, dtype
         config.remember(**stored_choice(self._form))
@@ -91,7 +94,7 @@ class FlashHfQuantizer(HfQuantizer):
         adapter: Adapter,
         dtype: torch.dtype,
         store: FlashStore | None,
-    ) -> tuple[MemoryPlan, QuantizedFormat | None]:
+    ) -> tuple[MemoryPlan, PredictorForm | None]:
         """Divide the memory budget. On a plain checkpoint whose predictor nobody named, one that does not fit is left out."""
         config = self.quantization_config
         layers, d_ff, d_model = adapter.dims(model.config)
@@ -103,18 +106,18 @@ class FlashHfQuantizer(HfQuantizer):
             d_model, stored, dtype, config.reader, config.io_threads
         )
 
-        def plan(form: QuantizedFormat | None) -> MemoryPlan:
+        def plan(form: PredictorForm | None) -> MemoryPlan:
             return plan_memory(
                 config.memory_budget,
                 resident_bytes=resident,
                 scratch_bytes=scratch,
                 layers=layers,
                 d_ff=d_ff,
-                predictor_bytes=layers * form.dram_bytes(d_ff, d_model) if form else 0,
+                predictor_bytes=form.dram_bytes(layers, d_ff, d_model) if form else 0,
                 bundle_bytes=2 * d_model * dtype.itemsize,
             )
 
-        form = chosen_form(config, adapter, model.config)
+        form = stored_form(config, adapter, model.config, store) if store else fresh_form(config, adapter, model.config)
         try:
             return plan(form), form
         except BudgetError:
@@ -124,7 +127,7 @@ class FlashHfQuantizer(HfQuantizer):
             logger.warning(
                 "hf_flash: the memory budget is too small for the quantized predictor, which needs %s in all; loading with "
                 "predictor='none': every neuron is read for every token, which is much slower",
-                format_bytes(without.minimum_bytes + layers * form.dram_bytes(d_ff, d_model)),
+                format_bytes(without.minimum_bytes + form.dram_bytes(layers, d_ff, d_model)),
             )
             return without, None
 
@@ -150,7 +153,6 @@ class FlashHfQuantizer(HfQuantizer):
             self._store,
             self._checkpoint,
             self._form,
-            self._predictor_file,
             self._ffns,
             self._dtype,
         )

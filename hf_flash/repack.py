@@ -28,17 +28,19 @@ from huggingface_hub.utils import tqdm
 from .adapters import Adapter, FFNNames, adapter_for
 from .checkpoint import Checkpoint, resolve_folder
 from .config import FlashOffloadConfig
-from .errors import StoreError, StoreFormatError, UnsupportedModelError
+from .errors import StoreError, StoreFormatError, StoreMissingError, UnsupportedModelError
 from .folders import check_room, check_target, copy_small_files, locked, partial_folder
+from .lowrank import LowRankFormat
 from .memory import trim_heap
-from .predictor import QuantizedFormat, write_predictor
+from .predictor import PredictorForm
+from .quantized import QuantizedFormat, write_quantized
 from .store import INDEX_NAME, LAYER_FILE, PREDICTOR_FILE, FlashStore, TensorSpec, listed_files, read_header, read_json
 from .writer import layer_spec, rest_metadata, unbundle, write_json, write_layer, write_safetensors, writing
 
 logger = logging.getLogger("hf_flash")
 
 _SHARD_BYTES: Final = 5_000_000_000
-_OURS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|flash-(layer|predictor)-.+\.safetensors")
+_OURS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|flash-(layer-.+|predictor-.+|calibration)\.safetensors")
 
 
 def repack(
@@ -83,7 +85,7 @@ def repack(
             hint="repack the plain checkpoint",
         )
     adapter = adapter_for(config)
-    form = chosen_form(wish, adapter, config)
+    form = fresh_form(wish, adapter, config)
     if not Path(source).is_dir():
         folder = resolve_folder(source, revision=folder.name, **hub)  # the commit that config.json is from
     checkpoint = Checkpoint.open_folder(folder)
@@ -96,12 +98,33 @@ def repack(
     return target
 
 
-def chosen_form(wish: FlashOffloadConfig, adapter: Adapter, config: Any) -> QuantizedFormat | None:
-    """The predictor that a wish means for a model; `None` for none.
+def stored_form(wish: FlashOffloadConfig, adapter: Adapter, config: Any, store: FlashStore) -> PredictorForm | None:
+    """The predictor of a store that a wish means; `None` for none."""
+    if wish.predictor != "lowrank":
+        return fresh_form(wish, adapter, config)
+    form = LowRankFormat.of(store)
+    if form is None:
+        raise _uncalibrated()
+    return form
+
+
+def _uncalibrated() -> StoreMissingError:
+    return StoreMissingError(
+        "the low-rank predictor is trained on text, and that has not been done for this model",
+        where="predictor='lowrank'",
+        hint="repack the model into a folder, run `hf-flash calibrate FOLDER --text FILE`, then load that folder",
+    )
+
+
+def fresh_form(wish: FlashOffloadConfig, adapter: Adapter, config: Any) -> QuantizedFormat | None:
+    """The predictor to make from a plain checkpoint; `None` for none.
 
     Raises:
         UnsupportedModelError: a predictor was asked for and the activation leaves no exact zeros.
+        StoreMissingError: a predictor that has to be trained was asked for.
     """
+    if wish.predictor == "lowrank":
+        raise _uncalibrated()
     name, sparse = adapter.activation_name(config), adapter.sparse(config)
     if wish.predictor == "none" or (wish.predictor is None and not sparse):
         return None
@@ -113,14 +136,14 @@ def chosen_form(wish: FlashOffloadConfig, adapter: Adapter, config: Any) -> Quan
             got=name,
             hint='use predictor="none"',
         )
-    return QuantizedFormat(wish.predictor_bits, wish.predictor_group_size)
+    return QuantizedFormat(wish.predictor_bits, wish.predictor_group_size, wish.predictor_margin)
 
 
-def stored_choice(form: QuantizedFormat | None) -> dict[str, Any]:
+def stored_choice(form: PredictorForm | None) -> dict[str, Any]:
     """The arguments of `FlashOffloadConfig` that find a predictor again."""
-    if form is None:
-        return {"predictor": "none"}
-    return {"predictor": "quantized", "predictor_bits": form.bits, "predictor_group_size": form.group_size}
+    if isinstance(form, QuantizedFormat):
+        return {"predictor": "quantized", "predictor_bits": form.bits, "predictor_group_size": form.group_size}
+    return {"predictor": "none" if form is None else form.variant}
 
 
 def build_store(
@@ -161,7 +184,7 @@ def build_store(
 
 def _predictor_bytes(form: QuantizedFormat | None, d_ff: int, d_model: int) -> int:
     """What a layer's predictor takes on disk."""
-    return sum(map(_nbytes, form.specs("", d_ff, d_model).values())) if form else 0
+    return sum(map(_nbytes, form.shapes("", d_ff, d_model).values())) if form else 0
 
 
 def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
@@ -171,7 +194,7 @@ def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
         return store
     first = store.layers[0]
     check_room(folder, len(store.layers) * _predictor_bytes(form, first.d_ff, first.d_model))
-    write_predictor(
+    write_quantized(
         folder / PREDICTOR_FILE.format(form.variant),
         store,
         form,
@@ -255,12 +278,25 @@ def _finish_folder(
             layer.up_name: (layer.dtype, (0, layer.d_model)),
             layer.down_name: (layer.dtype, (layer.d_model, 0)),
         }
-    weight_map = _write_rest(folder, tombstones | rest, checkpoint, changed)
+    _write_index(folder, store, _write_rest(folder, tombstones | rest, checkpoint, changed))
+    write_json(folder / "config.json", config)
+
+
+def _write_index(folder: Path, store: FlashStore, weight_map: dict[str, str]) -> None:
+    """List the store's files in `folder` beside the other weights, `weight_map`."""
+    files = {folder / name for name in weight_map.values()} | {folder / path.name for path in store.files}
     for path in store.files:
         weight_map |= dict.fromkeys(read_header(folder / path.name)[0], path.name)
-    size = sum(map(_nbytes, rest.values())) + sum((folder / path.name).stat().st_size for path in store.files)
+    size = sum(path.stat().st_size for path in files)
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    write_json(folder / "config.json", config)
+
+
+def list_store(folder: Path) -> None:
+    """Bring the index of a repacked folder up to date after files of its store were added or replaced."""
+    store = FlashStore.open_folder(folder)
+    ours = {path.name for path in store.files}
+    weight_map: dict[str, str] = read_json(folder / INDEX_NAME)["weight_map"]
+    _write_index(folder, store, {tensor: name for tensor, name in weight_map.items() if name not in ours})
 
 
 def _rest(checkpoint: Checkpoint, store: FlashStore) -> dict[str, TensorSpec]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,7 +18,7 @@ from .config import FlashOffloadConfig
 from .errors import UsageError
 from .ffn import Engine, FlashFFN
 from .memory import load_into_memory, trim_heap
-from .predictor import DEFAULT_MARGIN, NoPredictor, Predictor, QuantizedFormat, load_quantized
+from .predictor import NoPredictor, PredictorForm
 from .reader import open_reader
 from .stats import FlashStats
 from .store import FlashStore
@@ -34,7 +33,7 @@ class FlashRuntime:
     plan: MemoryPlan
     store: FlashStore
     checkpoint: Checkpoint
-    form: QuantizedFormat | None
+    form: PredictorForm | None
     engine: Engine
     ffns: Sequence[FlashFFN]
 
@@ -67,8 +66,7 @@ def attach(
     plan: MemoryPlan,
     store: FlashStore,
     checkpoint: Checkpoint,
-    form: QuantizedFormat | None,
-    predictor_file: Path | None,
+    form: PredictorForm | None,
     ffns: Sequence[FlashFFN],
     dtype: torch.dtype,
 ) -> None:
@@ -78,11 +76,8 @@ def attach(
     first = store.layers[0]
     scratch = Scratch(first.d_ff, first.d_model, dtype)
     engine = Engine(open_reader(store, config.reader, config.io_threads, dtype, spare_bytes), scratch, dtype)
-    margin = config.predictor_margin if config.predictor_margin is not None else DEFAULT_MARGIN[config.predictor_bits]
     for ffn, layer in zip(ffns, store.layers, strict=True):
-        predictor: Predictor = NoPredictor()
-        if predictor_file is not None and form is not None:
-            predictor = load_quantized(predictor_file, layer, ffn.bias, form, margin)
+        predictor = NoPredictor() if form is None else form.load(store, layer, ffn.bias)
         window = ResidentWindow(layer.d_ff, layer.d_model, plan.capacity, config.window, dtype, scratch.gathered)
         ffn.attach(engine, window, predictor)
     trim_heap()

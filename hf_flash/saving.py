@@ -24,6 +24,7 @@ _REPLACED: Final = [
     "model.safetensors.index.json",
     "flash-layer-*.safetensors",
     "flash-predictor-*.safetensors",
+    "flash-calibration.safetensors",
     "pytorch_model.bin",
     "pytorch_model-?????-of-?????.bin",
     "pytorch_model.bin.index.json",

@@ -7,6 +7,7 @@ A repacked checkpoint is an ordinary folder of safetensors files, all of them li
                                             know hf_flash then fails on the shape instead of making up random weights
     flash-layer-00000.safetensors           one file a layer with one tensor, `<prefix>.fc1.bundles`
     flash-predictor-int4-g64.safetensors    what a predictor needs, per layer
+    flash-calibration.safetensors           what was measured on text, per layer (calibrate.py); only after calibration
 
 A *bundle* is what one neuron needs, side by side, so that one read fetches it (paper: section 3.2):
 
@@ -43,6 +44,7 @@ ALIGNMENT: Final = 4096
 INDEX_NAME: Final = "model.safetensors.index.json"
 LAYER_FILE: Final = "flash-layer-{:05d}.safetensors"
 PREDICTOR_FILE: Final = "flash-predictor-{}.safetensors"
+CALIBRATION_FILE: Final = "flash-calibration.safetensors"
 META: Final = "hf_flash."
 
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -102,6 +104,7 @@ class FlashStore:
 
     layers: tuple[LayerStore, ...]
     predictors: Mapping[str, Path]  # variant, such as "int4-g64" -> file
+    calibration: Path | None
     others: tuple[Path, ...]  # files with the other weights of the checkpoint
     metadata: Mapping[str, str]  # source, revision, fingerprint
 
@@ -115,6 +118,7 @@ class FlashStore:
         paths = [Path(path) for path in files]
         layers: dict[int, LayerStore] = {}
         predictors: dict[str, Path] = {}
+        calibration: Path | None = None
         others: list[Path] = []
         metadata: dict[str, str] = {}
         for path in paths:
@@ -130,6 +134,9 @@ class FlashStore:
                 continue
             if "predictor" in own:
                 predictors[own["predictor"]] = path
+                continue
+            if "calibration" in own:
+                calibration = path
                 continue
             layer = _layer_of(path, tensors, own)
             if layer.index in layers:
@@ -161,7 +168,7 @@ class FlashStore:
         shapes = {(layer.dtype, layer.d_ff, layer.d_model): layer.path.name for layer in layers.values()}
         if len(shapes) > 1:
             raise StoreFormatError("layers of different dtypes or shapes", where=layers[0].path.parent, got=shapes)
-        return cls(tuple(layers[i] for i in range(count)), predictors, tuple(others), metadata)
+        return cls(tuple(layers[i] for i in range(count)), predictors, calibration, tuple(others), metadata)
 
     @classmethod
     def open_folder(cls, folder: str | os.PathLike[str]) -> FlashStore:
@@ -179,7 +186,8 @@ class FlashStore:
 
     @property
     def files(self) -> list[Path]:
-        return [layer.path for layer in self.layers] + list(self.predictors.values())
+        calibration = [] if self.calibration is None else [self.calibration]
+        return [layer.path for layer in self.layers] + list(self.predictors.values()) + calibration
 
     @property
     def nbytes(self) -> int:

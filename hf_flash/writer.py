@@ -162,9 +162,14 @@ def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
     yield bundles[:, layer.d_model :].T
 
 
-def predictor_metadata(variant: str, fingerprint: str) -> dict[str, str]:
-    """Metadata of a predictor file: what it is, and the checkpoint it was made from."""
-    return _metadata(predictor=variant, fingerprint=fingerprint)
+def predictor_metadata(variant: str, store: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a predictor file: what it is, and the checkpoint it was made from, as the store's metadata has it."""
+    return _metadata(predictor=variant, fingerprint=store["fingerprint"], revision=store["revision"])
+
+
+def calibration_metadata(report: str, store: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a calibration file: what was measured, as JSON, and the checkpoint it was measured on."""
+    return _metadata(calibration=report, fingerprint=store["fingerprint"], revision=store["revision"])
 
 
 def rest_metadata() -> dict[str, str]:

@@ -18,10 +18,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hf_flash import BudgetError, ConfigError, StoreReadError
+from hf_flash import BudgetError, ConfigError, StoreReadError, lowbit
 from hf_flash.budget import _cgroup_free, available_memory, format_bytes, parse_bytes, plan_memory
 from hf_flash.ffn import Engine, FlashFFN, Scratch, block_rows
-from hf_flash.predictor import QuantizedFormat, QuantizedPredictor, quantize_rows
+from hf_flash.lowbit import quantize_rows
+from hf_flash.quantized import QuantizedFormat, QuantizedPredictor
 from hf_flash.reader import PAGE, coalesce, direct_alignment, open_reader
 from hf_flash.store import FlashStore
 from hf_flash.window import ResidentWindow
@@ -385,19 +386,21 @@ def test_the_stored_error_is_the_norm_of_what_rounding_changed(
 ) -> None:
     up = (size * torch.randn(6, d_model, generator=torch.Generator().manual_seed(seed))).to(dtype)
     up[0], up[1] = 0.0, size  # constant rows have no range
-    parts = quantize_rows(up, form)
-    for name, (kind, shape) in form.specs("", 6, d_model).items():
+    parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
+    for name, (kind, shape) in form.shapes("", 6, d_model).items():
         assert (parts[name.rpartition(".")[2]].dtype, tuple(parts[name.rpartition(".")[2]].shape)) == (kind, shape)
     wanted = (dequantized(parts, form) - up.double()).norm(dim=1)
     torch.testing.assert_close(parts["error"].double(), wanted, rtol=1e-3, atol=1e-6 * size * d_model**0.5)
     assert (wanted <= 0.3 * size * d_model**0.5 * (1 if form.bits == 4 else 0.2) + 1e-6).all()
 
 
-class PlainPredictor(QuantizedPredictor):
-    """As on a machine where torch has no packed layout."""
-
-    def _pack(self) -> bool:
-        return False
+def make(form: QuantizedFormat, up: torch.Tensor, bias: torch.Tensor | None, *, packed: bool = True) -> QuantizedPredictor:
+    """A predictor with a margin of 1.5; `packed=False`: as on a machine where torch has no packed layout."""
+    parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
+    with pytest.MonkeyPatch.context() as patch:
+        if not packed:
+            patch.setattr(lowbit, "_works", lambda call: False)
+        return QuantizedPredictor(parts, bias, form, parts["error"] * (1.5 / up.shape[1] ** 0.5))
 
 
 @pytest.mark.parametrize("form", FORMATS[:2] + FORMATS[3:], ids=lambda form: form.variant)
@@ -407,15 +410,16 @@ def test_the_fast_path_scores_as_the_plain_one_up_to_rounding(form: QuantizedFor
     random = torch.Generator().manual_seed(seed)
     up, x = torch.randn(96, 128, generator=random), torch.randn(tokens, 128, generator=random).bfloat16()
     bias = torch.randn(96, generator=random)
-    parts = quantize_rows(up, form)
-    fast, plain = QuantizedPredictor(parts, bias, form, 1.5), PlainPredictor(parts, bias, form, 1.5)
-    if not fast._packed:
+    parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
+    fast, plain = (make(form, up, bias, packed=packed) for packed in (True, False))
+    assert not plain._product.packed
+    if not fast._product.packed:
         pytest.skip("torch has no packed layout on this machine")
     weights = dequantized(parts, form)
     exact = x.double() @ weights.T
     rounding = 2**-7 * (x.double().abs() @ weights.abs().T)
-    assert ((fast._multiply(x) - exact).abs() <= rounding).all()
-    assert ((plain._multiply_plain(x) - exact).abs() <= 1e-3 * rounding).all()  # 128 roundings to float32
+    assert ((fast._product(x) - exact).abs() <= rounding).all()
+    assert ((plain._product(x) - exact).abs() <= 1e-3 * rounding).all()  # 128 roundings to float32
     slack = 1.5 / 128**0.5 * x.double().norm(dim=1, keepdim=True) * parts["error"].double()
     clear = (exact + bias.double() + slack).abs() > rounding
     assert clear.float().mean() > 0.8
@@ -424,14 +428,14 @@ def test_the_fast_path_scores_as_the_plain_one_up_to_rounding(form: QuantizedFor
         assert torch.equal(predictor.select(x)[clear], wanted[clear])
 
 
-@pytest.mark.parametrize("kind", [QuantizedPredictor, PlainPredictor])
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.variant}, {form.group_size}")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_a_number_selects_every_neuron_of_its_token_alone(
-    kind: type[QuantizedPredictor], form: QuantizedFormat, value: float
+    packed: bool, form: QuantizedFormat, value: float
 ) -> None:
     torch.manual_seed(0)
-    predictor = kind(quantize_rows(torch.randn(64, 64), form), torch.full((64,), -50.0), form, 1.5)
+    predictor = make(form, torch.randn(64, 64), torch.full((64,), -50.0), packed=packed)
     x = torch.randn(3, 64)
     x[1, 5] = value
     assert predictor.select(x).all(1).tolist() == [False, True, False]
@@ -440,9 +444,8 @@ def test_a_value_that_is_not_a_number_selects_every_neuron_of_its_token_alone(
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.variant}, {form.group_size}")
 def test_a_predictor_holds_what_its_format_announces(form: QuantizedFormat) -> None:
-    for kind in (QuantizedPredictor, PlainPredictor):
-        predictor: Any = kind(quantize_rows(torch.randn(64, 64), form), None, form, 1.5)
-        assert predictor.nbytes == form.dram_bytes(64, 64)
+    for packed in (True, False):
+        assert make(form, torch.randn(64, 64), None, packed=packed).nbytes == form.dram_bytes(1, 64, 64)
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,554 @@
+"""Calibration: what a model's neurons do on text, and predictors trained on it (paper: section 3.1, appendix B).
+
+A model that does not fit into memory does not fit its activations on disk either (OPT-6.7B: 330 KB a token). So calibration
+goes through the model layer by layer, all tokens at each, as post-training quantization does:
+
+    forward   hidden states of all tokens from disk, through one decoder layer (its FFN streamed from flash, every neuron),
+              and back to disk; the FFN's inputs and a bit per active neuron are recorded on the way
+    measure   mean and covariance of the inputs; which neurons are used how often, by how many tokens in a row, together with
+              which others (activity.py); what rounding really does to the quantized predictors (quantized.py)
+    train     the layer's low-rank predictor (training.py)
+    keep      what came out, in one file a layer; recorded activations and old hidden states are removed
+
+Disk: `tokens * (2 * itemsize * d_model + layers at once * (2 * d_model + d_ff / 8))`. Memory: the budget holds the weights
+outside the FFN, the stream's buffers and the training. All of it lies in `.calibration` in the model's folder until the end;
+a run that was killed goes on after the last finished layer and ends with the same bytes.
+
+Several processes (`accelerate launch -m hf_flash.calibrate FOLDER --text FILE`, on one machine or on several that share the
+folder) take as many layers at once: each runs a part of the tokens through them, then trains one. Their number changes nothing
+in the result: batches are cut by position, and a layer's training depends on its recorded data and the seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from huggingface_hub.utils import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .activity import Use, frequency, partners
+from .adapters import adapter_for
+from .budget import ceiling_bytes, format_bytes, parse_bytes
+from .config import FlashOffloadConfig
+from .errors import CalibrationError, ConfigError, HfFlashError, UnsupportedModelError
+from .ffn import observed
+from .folders import check_room, locked
+from .lowrank import VARIANT
+from .predictor import read_tensors
+from .quantized import QuantizedFormat, QuantizedPredictor, quantized_forms, rounding
+from .repack import list_store, repacked_config
+from .runtime import close, find_runtime
+from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
+from .text import Text, quotations, token_windows
+from .training import Activations, Targets, moments, pack_bits, train_layer, training_bytes
+from .writer import calibration_metadata, predictor_metadata, write_json, write_safetensors, writing
+
+_WORK: Final = ".calibration"
+_BATCH: Final = 2048  # tokens through a layer at a time
+_HELD_OUT: Final = 8  # one window in so many is kept from training
+_LEAST: Final = 8  # windows
+_QUANTIZED_RECALL: Final = 0.999  # what the measured margin of a quantized predictor has to find
+
+
+def calibrate(
+    folder: str | os.PathLike[str],
+    text: Text,
+    *,
+    samples: int = 256,
+    context: int | None = None,
+    recall: float = 0.96,
+    extra: float = 0.07,
+    rank: int | None = None,
+    max_rank: int | None = None,
+    epochs: int = 4,
+    seed: int = 0,
+    memory_budget: int | str | None = None,
+) -> dict[str, Any]:
+    """Train low-rank predictors for a repacked model and measure its neurons on text. Paper: section 3.1, appendix B.
+
+    Writes `flash-predictor-lowrank.safetensors` and `flash-calibration.safetensors` into the folder and lists them in its
+    index. The low-rank predictor becomes the folder's own if every layer reached its targets and it is smaller than the
+    quantized one. A run that was interrupted goes on where it was when it is started again with the same arguments.
+
+    Args:
+        folder: a repacked checkpoint, with its tokenizer.
+        text: a UTF-8 file (documents separated by form feeds), the name of a dataset (`name`, `name:config` or
+            `name:config:split`, needs the `datasets` library), or token ids.
+        samples: windows of text; one in eight is held out of the training and used to choose and to measure.
+        context: tokens in a window. Default: 256, or the model's maximum if that is less.
+        recall: share of the active neurons that must be predicted; sets each layer's threshold.
+        extra: share of the inactive neurons that may be predicted too; sets each layer's rank, the smallest that reaches it.
+        rank: take this rank in every layer instead.
+        max_rank: the largest rank to try. Default: where a 4-bit quantized predictor would be smaller.
+        epochs: passes over the text.
+        seed: of the choice of text and the order of training.
+        memory_budget: ceiling on weights and training state in DRAM. Default: most of what is free.
+
+    Returns:
+        What was measured, as stored in the folder: `text`, `targets`, `layers`, `reached`.
+
+    Raises:
+        CalibrationError: the text is empty, too short or does not fit the model, or activations are NaN.
+        ConfigError: an argument is out of range. BudgetError: the budget is too small.
+        StoreError: the folder is no repacked checkpoint. DiskSpaceError: no room for the activations.
+        UnsupportedModelError: the activation leaves no exact zeros.
+    """
+    folder = Path(folder).resolve()
+    store, config = FlashStore.open_folder(folder), repacked_config(folder)
+    model_config = AutoConfig.from_pretrained(folder)
+    if not adapter_for(config).sparse(config):
+        raise UnsupportedModelError("nothing to predict: the activation leaves no exact zeros", where=folder, expected="relu")
+    first = store.layers[0]
+    targets = Targets(recall, extra, rank, max_rank)
+    context = min(256, model_config.max_position_embeddings) if context is None else context
+    _check(targets, samples, context, epochs, first.d_model, model_config.max_position_embeddings)
+    windows = token_windows(
+        folder, text, context, model_config.vocab_size, most=samples, seed=seed, least=_LEAST
+    )  # fmt: skip
+    training = training_bytes(targets.limit(first.d_ff, first.d_model), first.d_ff, first.d_model)
+    crew = _Crew.of_environment()
+    with crew.alone(folder):
+        job = _Job(folder, store, windows, targets, epochs, seed, crew)
+        job.prepare(asdict(targets) | {"samples": samples, "context": context, "epochs": epochs, "seed": seed})
+        if len(job.finished()) < len(store.layers):
+            job.check_room()
+            budget = ceiling_bytes(memory_budget) - training
+            if budget < 1:
+                raise ConfigError(
+                    "the memory budget does not even hold the training of one layer",
+                    where="memory_budget",
+                    expected=f"more than {format_bytes(training)}",
+                    got=format_bytes(budget + training),
+                    hint="raise it, or lower max_rank",
+                )
+            job.run(budget)
+        return job.publish(config)
+
+
+def _check(targets: Targets, samples: int, context: int, epochs: int, d_model: int, longest: int) -> None:
+    """Refuse arguments that are out of range."""
+    ranges: dict[str, tuple[Any, float, float]] = {
+        "recall": (targets.recall, 0.0, 1.0),
+        "extra": (targets.extra, 0.0, 1.0),
+        "rank": (1 if targets.rank is None else targets.rank, 1, d_model),
+        "max_rank": (1 if targets.max_rank is None else targets.max_rank, 1, d_model),
+        "samples": (samples, _LEAST, 1 << 31),
+        "context": (context, 2, longest),
+        "epochs": (epochs, 0, 1 << 31),
+    }
+    for name, (value, low, high) in ranges.items():
+        kind = float | int if name in ("recall", "extra") else int
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            raise ConfigError(f"{name} is not valid", where="calibrate", expected=f"{low} to {high}", got=repr(value))
+
+
+@dataclass
+class _Crew:
+    """The processes at work: this one's number, how many there are, and a barrier."""
+
+    index: int
+    count: int
+    wait: Callable[[], None]
+
+    @classmethod
+    def of_environment(cls) -> _Crew:
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls(0, 1, lambda: None)
+        from accelerate import PartialState
+
+        state = PartialState(cpu=True)
+        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
+
+    @contextmanager
+    def alone(self, folder: Path) -> Iterator[None]:
+        """Keep other calibrations out of the folder; the first process holds the lock for all."""
+        if self.index:
+            yield
+            return
+        with locked(folder):
+            yield
+
+
+class _Job:
+    """One calibration: its files in `.calibration` and the steps through them.
+
+    hidden-N.bin    what goes into layer N, [tokens, d_model] in the dtype of compute; hidden-N.done says it is whole
+    x-N.bin         the FFN's inputs in layer N, bfloat16 [tokens, d_model]
+    bits-N.bin      its active neurons, [tokens, d_ff / 8]
+    layer-N.safetensors   what was measured and trained
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: FlashStore,
+        windows: torch.Tensor,
+        targets: Targets,
+        epochs: int,
+        seed: int,
+        crew: _Crew,
+    ) -> None:
+        self.folder, self.store, self.windows, self.crew = folder, store, windows, crew
+        self.targets, self.epochs, self.seed = targets, epochs, seed
+        self.work = folder / _WORK
+        self.context = windows.shape[1]
+        self.tokens = windows.numel()
+        self.held_out = max(1, len(windows) // _HELD_OUT) * self.context
+
+    # --- files
+
+    def prepare(self, arguments: dict[str, Any]) -> None:
+        """Make the working folder; throw away one that was made for another job."""
+        wanted = arguments | {
+            "text": hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),
+            "fingerprint": self.store.metadata["fingerprint"],
+            "quantized": sorted(form.variant for form in quantized_forms(self.store)),
+        }
+        self.arguments = wanted
+        if self.crew.index == 0:
+            path = self.work / "job.json"
+            if self.work.exists() and (not path.exists() or json.loads(path.read_text()) != wanted):
+                shutil.rmtree(self.work)
+            with writing(self.work):
+                self.work.mkdir(exist_ok=True)
+            write_json(path, wanted)
+        self.crew.wait()
+
+    def _path(self, kind: str, layer: int) -> Path:
+        suffix = "safetensors" if kind == "layer" else "bin"
+        return self.work / f"{kind}-{layer:05d}.{suffix}"
+
+    def finished(self) -> set[int]:
+        """Layers whose result is there."""
+        return {layer.index for layer in self.store.layers if self._path("layer", layer.index).exists()}
+
+    def check_room(self) -> None:
+        first = self.store.layers[0]
+        recorded = 2 * first.d_model + (first.d_ff + 7) // 8
+        with writing(self.work):
+            check_room(self.work, self.tokens * (2 * 4 * first.d_model + self.crew.count * recorded))
+
+    # --- the way through the layers
+
+    def run(self, budget: int) -> None:
+        """Everything up to one result file a layer."""
+        quantization = FlashOffloadConfig(predictor="none", memory_budget=budget)
+        model = AutoModelForCausalLM.from_pretrained(self.folder, quantization_config=quantization, dtype="auto").eval()
+        layers, count = self.store.layers, self.crew.count
+        begin = self._begin()
+        with tqdm(total=2 * self.tokens * len(layers), initial=2 * self.tokens * begin, unit="token", unit_scale=True,
+                  desc="Calibrating", disable=self.crew.index > 0 or None) as bar:  # fmt: skip
+            for start in range(begin, len(layers), count):
+                group = range(start, min(start + count, len(layers)))
+                bar.set_postfix_str(f"layer {start} of {len(layers)}: forward")
+                self._forward(model, group, bar.update)
+                self.crew.wait()
+                if self.crew.index == 0 and group.stop < len(layers):
+                    self._path("hidden", group.stop).with_suffix(".done").touch()
+                bar.set_postfix_str(f"layer {start} of {len(layers)}: training")
+                mine = start + self.crew.index
+                if mine in group and mine not in self.finished():
+                    self._train(model, layers[mine])
+                self.crew.wait()
+                if self.crew.index == 0:
+                    self._clear(group)
+                bar.update(self.tokens * len(group))
+        close(model)
+
+    def _begin(self) -> int:
+        """The layer to go on with: the last whose hidden states are whole, with all layers before it finished."""
+        done = self.finished()
+        able = [0] + [
+            n for n in range(1, len(self.store.layers)) if self._path("hidden", n).with_suffix(".done").exists()
+        ]  # fmt: skip
+        begin = max(n for n in able if done >= set(range(n)))
+        self.crew.wait()  # before anyone changes what the others look at
+        return begin
+
+    def _clear(self, group: range) -> None:
+        for layer in group:
+            for kind in ("x", "bits"):
+                self._path(kind, layer).unlink(missing_ok=True)
+        for layer in range(group.start, group.stop):
+            self._path("hidden", layer).with_suffix(".done").unlink(missing_ok=True)
+            self._path("hidden", layer).unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def _forward(self, model: Any, group: range, progress: Callable[[int], Any]) -> None:
+        """Run this process's share of the windows through the layers of `group`, recording inputs and active neurons."""
+        layers = model.get_decoder().layers
+        ffns = find_runtime(model).ffns
+        step = max(1, _BATCH // self.context)
+        files = [_Rows(self._path(kind, n)) for n in group for kind in ("x", "bits")]
+        hidden_out = _Rows(self._path("hidden", group.stop))
+        mapped = None
+        if group.start:
+            mapped = _mapped(self._path("hidden", group.start), model.dtype, (self.tokens, self.store.layers[0].d_model))
+        for at in range(self.crew.index * step, len(self.windows), self.crew.count * step):
+            batch = self.windows[at : at + step]
+            hidden, arguments = _enter(model, batch)
+            if mapped is not None:
+                rows = slice(at * self.context, (at + len(batch)) * self.context)
+                hidden = mapped[rows].view(hidden.shape).clone()
+            for number, n in enumerate(group):
+                with observed(ffns[n], partial(self._record, files[2 * number : 2 * number + 2], at * self.context)):
+                    out = layers[n](hidden, **arguments)
+                hidden = out[0] if isinstance(out, tuple) else out
+                progress(batch.numel() * self.crew.count)
+            if group.stop < len(layers):
+                hidden_out.write(at * self.context, hidden.reshape(batch.numel(), -1))
+        for file in (*files, hidden_out):
+            file.close()
+
+    @staticmethod
+    def _record(files: list[_Rows], row: int, x: torch.Tensor, before: torch.Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise CalibrationError(
+                "the activations contain NaN or infinite values",
+                where=f"{files[0].path.stem}: the FFN's input",
+                hint="load a checkpoint of another dtype, or check this one with `hf-flash inspect --check`",
+            )
+        files[0].write(row, x.bfloat16())
+        files[1].write(row, pack_bits(before > 0))
+
+    def _train(self, model: Any, layer: LayerStore) -> None:
+        """Measure and train one layer, and write its result."""
+        shape = (self.tokens, layer.d_model), (self.tokens, (layer.d_ff + 7) // 8)
+        data = Activations(
+            _mapped(self._path("x", layer.index), torch.bfloat16, shape[0]),
+            _mapped(self._path("bits", layer.index), torch.uint8, shape[1]),
+            layer.d_ff,
+            self.held_out,
+        )
+        own = find_runtime(model).ffns[layer.index].bias
+        bias = None if own is None else own.detach()
+        mean, covariance = moments(data)
+        up = layer.bundles()[:, : layer.d_model]
+        result, packed = train_layer(data, up, bias, mean, covariance, self.targets, self.epochs, self.seed)
+        tensors = {f"{layer.prefix}.predictor.{name}": tensor for name, tensor in packed.items()}
+        report: dict[str, Any] = {"lowrank": result.to_dict(), "reached": result.extra <= self.targets.extra}
+        for form in quantized_forms(self.store):
+            report[form.variant], found = self._margin(data, layer, form, bias, mean, covariance)
+            tensors |= {f"{layer.prefix}.calibration.{form.variant}.{name}": tensor for name, tensor in found.items()}
+        masks = partial(map, data.active, data.chunks(0, self.tokens))
+        used, ids, together = frequency(masks()), *partners(masks(), layer.d_ff)
+        names = {"frequency": used, "partners": ids, "together": together}
+        tensors |= {f"{layer.prefix}.calibration.{name}": tensor for name, tensor in names.items()}
+        report["active"] = int(used.sum()) / self.tokens
+        report["use"] = self._use(data, data.active)
+        report["mean_norm"] = float(mean.norm())
+        write_safetensors(
+            self._path("layer", layer.index),
+            {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
+            tensors.values(),
+            {"report": json.dumps(report)},
+        )
+
+    def _margin(
+        self,
+        data: Activations,
+        layer: LayerStore,
+        form: QuantizedFormat,
+        bias: torch.Tensor | None,
+        mean: torch.Tensor,
+        covariance: torch.Tensor,
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What rounding does to a quantized predictor here, and the margin that finds nearly all active neurons."""
+        shift, spread = rounding(self.store, layer, form, mean, covariance)
+        stored = read_tensors(self.store.predictors[form.variant], f"{layer.prefix}.predictor")
+        predictor = QuantizedPredictor(stored, bias, form, -shift, measured=True)
+        spread = spread.clamp_(min=float(spread.mean()) * 1e-3 + 1e-12)
+        chunks = list(data.chunks(data.trained_on, self.tokens))
+        needed = torch.cat([(-predictor.score(data.x[rows]) / spread)[data.active(rows)] for rows in chunks])
+        wanted = max(1, round(_QUANTIZED_RECALL * len(needed)))
+        margin = max(0.0, float(needed.kthvalue(wanted).values)) if len(needed) else 3.0
+        selected = sum(int((predictor.score(data.x[rows]) + margin * spread > 0).sum()) for rows in chunks)
+        assumed = stored["error"] * float(torch.sqrt((covariance.trace() + mean @ mean) / layer.d_model))
+        report = {
+            "margin": margin,
+            "recall": float((needed <= margin).float().mean()) if len(needed) else 1.0,
+            "selected": selected / max(1, len(needed)),
+            "shift_in_spreads": float((shift.abs() / spread).mean()),  # how constant the error is
+            "real_over_assumed": float((spread.square() + shift.square()).mean().sqrt() / assumed.square().mean().sqrt()),
+            "largest_input_over_typical": float((covariance.diagonal() + mean.square()).sqrt().max()
+                                                / (covariance.diagonal() + mean.square()).sqrt().median()),
+        }  # fmt: skip
+        return report, {"shift": shift, "spread": spread, "margin": torch.tensor([margin])}
+
+    def _use(self, data: Activations, masks: Callable[[slice], torch.Tensor]) -> dict[str, list[float]]:
+        """Aggregated use, over the windows that are held out and as many others, 64 at most."""
+        use = Use()
+        for window in range(max(0, len(self.windows) - 64), len(self.windows)):
+            use.add(masks(slice(window * self.context, (window + 1) * self.context)))
+        return use.to_dict()
+
+    # --- the end
+
+    def publish(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Put the results of all layers into the model's folder. The index comes last: until then nothing has changed."""
+        report = self._report()
+        if self.crew.index == 0:
+            quantized = min((self.store.predictors[f.variant].stat().st_size for f in quantized_forms(self.store)), default=0)
+            smaller = not quantized or sum(layer["lowrank"]["nbytes"] for layer in report["layers"]) < quantized
+            report["default"] = VARIANT if report["reached"] and smaller else config["quantization_config"].get("predictor")
+            self._write(PREDICTOR_FILE.format(VARIANT), "predictor", predictor_metadata(VARIANT, self.store.metadata))
+            described = calibration_metadata(json.dumps(report), self.store.metadata)
+            self._write(CALIBRATION_FILE, "calibration", described, quotations(self.windows))
+            list_store(self.folder)
+            config["quantization_config"]["predictor"] = report["default"]
+            write_json(self.folder / "config.json", config)
+            shutil.rmtree(self.work)
+        self.crew.wait()
+        return report
+
+    def _report(self) -> dict[str, Any]:
+        layers = [json.loads(read_header(self._path("layer", n.index))[1]["report"]) for n in self.store.layers]
+        self.crew.wait()  # all have read before the first clears up
+        return {
+            "text": {"tokens": self.tokens, "held_out": self.held_out, "context": self.context}
+            | {"sha256": self.arguments["text"]},
+            "targets": asdict(self.targets) | {"epochs": self.epochs, "seed": self.seed, "quantized_recall": _QUANTIZED_RECALL},
+            "reached": all(layer["reached"] for layer in layers),
+            "layers": layers,
+        }
+
+    def _write(self, name: str, kind: str, metadata: dict[str, str], text: torch.Tensor | None = None) -> None:
+        """Gather the tensors of one kind from all layers into one file of the store."""
+        specs: dict[str, TensorSpec] = {}
+        sources: list[tuple[Path, str]] = []
+        for layer in self.store.layers:
+            path = self._path("layer", layer.index)
+            for full, (spec, _) in read_header(path)[0].items():
+                if full.startswith(f"{layer.prefix}.{kind}."):
+                    specs[full] = spec
+                    sources.append((path, full))
+        if text is not None:
+            specs["calibration.text"] = (text.dtype, tuple(text.shape))
+
+        def pieces() -> Iterator[torch.Tensor]:
+            for path, full in sources:
+                prefix, _, last = full.rpartition(".")
+                yield read_tensors(path, prefix)[last]
+            if text is not None:
+                yield text
+
+        write_safetensors(self.folder / name, specs, pieces(), metadata)
+
+
+class _Rows:
+    """A file of rows that several processes write at different places."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with writing(path):
+            path.touch()
+            self._file = open(path, "r+b")
+
+    def write(self, row: int, rows: torch.Tensor) -> None:
+        """Write `rows` [n, columns], the first of which is row number `row` of the file."""
+        data = rows.contiguous().view(torch.uint8).numpy()
+        with writing(self.path):
+            self._file.seek(row * data.shape[1])
+            self._file.write(data.data)
+
+    def close(self) -> None:
+        with writing(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def _mapped(path: Path, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    """A file as a tensor whose pages the kernel may drop."""
+    raw = np.memmap(path, dtype=np.uint8, mode="c")
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+class _Entered(Exception):
+    """Ends a forward at the door of the first decoder layer."""
+
+
+def _enter(model: Any, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """What the first decoder layer is given for `batch` [windows, context]: hidden states and other arguments."""
+    seen: list[Any] = []
+
+    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.extend([*args, kwargs])
+        raise _Entered
+
+    handle = model.get_decoder().layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(batch, use_cache=False)
+    except _Entered:
+        pass
+    finally:
+        handle.remove()
+    hidden = seen[0] if len(seen) > 1 else seen[-1].pop("hidden_states")
+    return hidden, seen[-1]
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hf-flash calibrate` and `python -m hf_flash.calibrate`."""
+    parser.add_argument("folder", help="a repacked checkpoint, with its tokenizer")
+    parser.add_argument("--text", required=True, help="a UTF-8 file, or a dataset as name[:config[:split]]")
+    parser.add_argument("--samples", type=int, default=256, metavar="N", help="windows of text (default 256)")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens in a window (default 256)")
+    parser.add_argument("--recall", type=float, default=0.96, metavar="X", help="active neurons to find (default 0.96)")
+    parser.add_argument("--extra", type=float, default=0.07, metavar="X", help="inactive neurons allowed (default 0.07)")
+    parser.add_argument("--rank", type=int, metavar="N", help="this rank in every layer; default: the smallest that will do")
+    parser.add_argument("--max-rank", type=int, metavar="N", help="largest rank to try")
+    parser.add_argument("--epochs", type=int, default=4, metavar="N", help="passes over the text (default 4)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of text and training (default 0)")
+    parser.add_argument("--memory-budget", metavar="SIZE", help='weights and training in DRAM at most, such as "6GiB"')
+
+
+def run(args: argparse.Namespace) -> str:
+    """Calibrate as the command line says; returns a table of what came out."""
+    keywords = {k: v for k, v in vars(args).items() if k not in ("folder", "text", "run", "memory_budget")}
+    budget = None if args.memory_budget is None else parse_bytes(args.memory_budget)
+    return describe(calibrate(args.folder, args.text, memory_budget=budget, **keywords))
+
+
+def describe(report: dict[str, Any]) -> str:
+    """A calibration report as a table, one layer a row."""
+    rows = ["layer   active   rank   recall    extra  untrained  predicted/active   bytes"]
+    for index, layer in enumerate(report["layers"]):
+        low = layer["lowrank"]
+        rows.append(
+            f"{index:5d} {layer['active']:8.1f} {low['rank']:6d} {low['recall']:8.2%} {low['extra']:8.2%} "
+            f"{low['extra_untrained']:10.2%} {low['selected']:17.2f}   {format_bytes(low['nbytes'])}"
+        )
+    reached = "in every layer" if report["reached"] else "NOT in every layer"
+    rows.append(f"\nmeasured on {report['text']['held_out']} held-out tokens; targets reached {reached}")
+    rows.append(f"the folder's predictor is now: {report['default']}")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """`python -m hf_flash.calibrate`, which `accelerate launch -m` runs in several processes."""
+    parser = argparse.ArgumentParser(prog="python -m hf_flash.calibrate", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    try:
+        table = run(parser.parse_args())
+    except HfFlashError as error:
+        print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(table)  # noqa: T201
+    return 0

@@ -1,0 +1,197 @@
+"""The quantized predictor: a low-bit copy q of the up projection w stays in DRAM.
+
+As it is made from weights alone, neuron i is called active when
+
+    q_i . x + b_i + margin * ||w_i - q_i|| * ||x|| / sqrt(d_model)  >  0
+
+The last term is `margin` standard deviations of what rounding does to the sum, *if* rounding errors and inputs are
+independent and inputs spread evenly over the columns. It needs no training and no data.
+
+Large OPTs have outlier features: a few columns of x that are always large and never change sign. Then the error is mostly a
+constant, which the margin has to cover although it is known. After `hf-flash calibrate` it is not assumed but measured: with
+e_i = q_i - w_i and the mean m and covariance C of the layer's real inputs,
+
+    q_i . x + b_i - e_i . m + margin * sqrt(e_i' C e_i)  >  0
+
+and the margin of each layer is the one that finds the wanted share of the active neurons on text that was held out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from .errors import ConfigError
+from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, by_tokens, quantize_rows, whole_groups, widen
+from .predictor import belonging, check_specs, find_predictor, read_tensors
+from .store import FlashStore, LayerStore, TensorSpec
+from .writer import predictor_metadata, write_safetensors
+
+DEFAULT_MARGIN: Final = {4: 1.5, 8: 3.0}
+_WEIGHTS: Final = 1 << 19  # weights quantized at a time: what fits into a core's cache is three times faster
+
+
+@dataclass(frozen=True)
+class QuantizedFormat:
+    """Bits and group size of a quantized predictor, and what follows from them.
+
+    Args:
+        margin: standard deviations of rounding error to allow for. Unset: the measured one where the store was calibrated,
+            else `DEFAULT_MARGIN`.
+    """
+
+    bits: int
+    group_size: int
+    margin: float | None = None
+
+    @property
+    def variant(self) -> str:
+        return f"int4-g{self.group_size}" if self.bits == 4 else "int8"
+
+    def group(self, d_model: int) -> int:
+        """Columns that share a scale: the whole row in 8 bits, else the asked group size or its part that divides."""
+        return d_model if self.bits == 8 else whole_groups(self.group_size, d_model)
+
+    def specs(self, layer: LayerStore) -> dict[str, TensorSpec]:
+        return self.shapes(layer.prefix, layer.d_ff, layer.d_model)
+
+    def shapes(self, prefix: str, d_ff: int, d_model: int) -> dict[str, TensorSpec]:
+        """The tensors of one layer, in file order."""
+        if self.bits == 4 and d_model % 2:
+            raise ConfigError(
+                "two 4-bit codes share a byte, but d_model is odd", where=prefix, got=d_model, hint="use predictor_bits=8"
+            )
+        groups = d_model // self.group(d_model)
+        codes: TensorSpec = (torch.uint8, (d_ff, d_model // 2)) if self.bits == 4 else (torch.int8, (d_ff, d_model))
+        zeros: dict[str, TensorSpec] = {f"{prefix}.predictor.zeros": (torch.bfloat16, (d_ff, groups))} if self.bits == 4 else {}
+        return {
+            f"{prefix}.predictor.codes": codes,
+            f"{prefix}.predictor.scales": (torch.bfloat16, (d_ff, groups)),
+            **zeros,
+            f"{prefix}.predictor.error": (torch.float32, (d_ff,)),
+        }
+
+    def dram_bytes(self, layers: int, d_ff: int, d_model: int) -> int:
+        groups = d_model // self.group(d_model)
+        weights = d_ff * (d_model // 2 + 4 * groups) if self.bits == 4 else d_ff * (d_model + 2)
+        return layers * (weights + 4 * d_ff)  # and the margins
+
+    def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> QuantizedPredictor:
+        tensors = read_tensors(store.predictors[self.variant], f"{layer.prefix}.predictor")
+        measured = read_measured(store, layer, self.variant)
+        if measured is None:
+            margin = DEFAULT_MARGIN[self.bits] if self.margin is None else self.margin
+            return QuantizedPredictor(tensors, bias, self, tensors["error"] * (margin / math.sqrt(layer.d_model)))
+        margin = float(measured["margin"]) if self.margin is None else self.margin
+        offset = margin * measured["spread"] - measured["shift"]
+        return QuantizedPredictor(tensors, bias, self, offset, measured=True)
+
+
+def quantized_forms(store: FlashStore) -> list[QuantizedFormat]:
+    """The quantized predictors in a store."""
+    groups = [int(name.removeprefix("int4-g")) for name in store.predictors if name.startswith("int4-g")]
+    eight = [QuantizedFormat(8, 64)] if "int8" in store.predictors else []
+    return [QuantizedFormat(4, group) for group in sorted(groups)] + eight
+
+
+class QuantizedPredictor:
+    """The loaded form.
+
+    Args:
+        tensors: as [`quantize_rows`] returns them, for the whole layer.
+        bias: [d_ff] of the up projection, or `None`. The layer's own, so that it is not held twice and may change.
+        margin: float32 [d_ff], added to the score: as it is if it was measured, else times the norm of the token.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        bias: torch.Tensor | None,
+        form: QuantizedFormat,
+        margin: torch.Tensor,
+        *,
+        measured: bool = False,
+    ) -> None:
+        codes, scales = tensors["codes"], tensors["scales"]
+        self._product: LowBitMatrix
+        if form.bits == 8:
+            self._product = Int8Matrix(codes, scales)
+        else:
+            self._product = Int4Matrix(codes, scales, tensors["zeros"], form.group(2 * codes.shape[1]))
+        self._bias = torch.zeros(1, dtype=torch.float32) if bias is None else bias
+        self._margin, self._measured = margin, measured
+        self.nbytes = self._product.nbytes + margin.nbytes
+
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        return by_tokens(x, lambda part: ~(self.score(part) <= 0))
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, d_ff]: positive for neurons called active."""
+        margin = self._margin
+        if not self._measured:
+            margin = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True) * margin
+        return self._product(x.bfloat16()) + margin + self._bias
+
+
+def write_quantized(path: Path, store: FlashStore, form: QuantizedFormat, progress: Any = iter) -> None:
+    """Make the quantized predictor of every layer from the bundles on flash, one layer in memory at a time."""
+    specs: dict[str, TensorSpec] = {}
+    for layer in store.layers:
+        specs |= form.specs(layer)
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for layer in progress(store.layers):
+            up, rows = layer.bundles()[:, : layer.d_model], max(1, _WEIGHTS // layer.d_model)
+            parts = [
+                quantize_rows(up[at : at + rows], form.bits, form.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
+            ]
+            for name in parts[0]:
+                yield torch.cat([part[name] for part in parts])
+
+    write_safetensors(path, specs, pieces(), predictor_metadata(form.variant, store.metadata))
+
+
+# --- measured on real inputs ------------------------------------------------------------------------------------------
+
+
+def read_measured(store: FlashStore, layer: LayerStore, variant: str) -> dict[str, torch.Tensor] | None:
+    """`shift` and `spread` float32 [d_ff] and `margin` float32 [1] of a quantized predictor, if the store was calibrated."""
+    if store.calibration is None:
+        return None
+    prefix = f"{layer.prefix}.calibration.{variant}"
+    specs = measured_specs(layer, variant)
+    tensors = belonging(store, store.calibration)
+    if not specs.keys() & tensors.keys():
+        return None
+    check_specs(store.calibration, tensors, specs)
+    return read_tensors(store.calibration, prefix)
+
+
+def measured_specs(layer: LayerStore, variant: str) -> dict[str, TensorSpec]:
+    """The tensors of the calibration file that [`read_measured`] reads."""
+    prefix, vector = f"{layer.prefix}.calibration.{variant}", (torch.float32, (layer.d_ff,))
+    return {f"{prefix}.shift": vector, f"{prefix}.spread": vector, f"{prefix}.margin": (torch.float32, (1,))}
+
+
+def rounding(
+    store: FlashStore, layer: LayerStore, form: QuantizedFormat, mean: torch.Tensor, covariance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rounding does to the sums of real inputs: its mean `shift` and standard deviation `spread`, float32 [d_ff].
+
+    Args:
+        mean, covariance: of the layer's inputs, [d_model] and [d_model, d_model].
+    """
+    tensors = read_tensors(find_predictor(store, form), f"{layer.prefix}.predictor")
+    up, shift, spread = layer.bundles()[:, : layer.d_model], [], []
+    rows = max(1, _WEIGHTS // layer.d_model)
+    for at in range(0, layer.d_ff, rows):
+        part = {name: tensor[at : at + rows] for name, tensor in tensors.items()}
+        error = widen(part["codes"], part["scales"], part.get("zeros")) - up[at : at + rows].float()
+        shift.append(error @ mean)
+        spread.append(((error @ covariance) * error).sum(1).clamp_(min=0).sqrt())
+    return torch.cat(shift), torch.cat(spread)

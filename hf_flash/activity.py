@@ -1,18 +1,74 @@
-"""What a layer's neurons do on real text: what windows, placement and planning are worked out from (paper: section 3.1)."""
+"""What a layer's neurons do on real text: recorded activations, and what predictors, windows, placement and planning are
+worked out from (paper: section 3.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 import torch
 
+from .errors import CalibrationError
+
 LONGEST: Final = 16  # tokens, the longest window that is measured
 PARTNERS: Final = 8  # neighbours kept per neuron
-_TOKENS: Final = 8192  # tokens that co-activation is counted on
+_TOKENS: Final = 4096  # tokens that co-activation is counted on
 _ROWS: Final = 1024
+CHUNK: Final = 1024  # tokens looked at at a time
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one layer did on text, in files that are mapped.
+
+    x [tokens, d_model] bfloat16: the FFN's input as a predictor sees it. bits [tokens, d_ff / 8] uint8: which neurons were
+    active. The last `held_out` tokens are never trained on.
+    """
+
+    x: torch.Tensor
+    bits: torch.Tensor
+    d_ff: int
+    held_out: int
+
+    def active(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """bool [rows, d_ff]."""
+        bits = np.unpackbits(self.bits[rows].numpy(), axis=-1, count=self.d_ff, bitorder="little")
+        return torch.from_numpy(bits).bool()
+
+    @property
+    def trained_on(self) -> int:
+        return len(self.x) - self.held_out
+
+    def chunks(self, start: int, stop: int) -> Iterator[slice]:
+        return (slice(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK))
+
+
+def pack_bits(active: torch.Tensor) -> torch.Tensor:
+    """bool [tokens, n] to uint8 [tokens, n / 8], rounded up."""
+    return torch.from_numpy(np.packbits(active.numpy(), axis=-1, bitorder="little"))
+
+
+def moments(data: Activations) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [d_model] and covariance [d_model, d_model] of the inputs that are trained on, float32.
+
+    Raises:
+        CalibrationError: NaN or infinite activations.
+    """
+    count, d_model = data.trained_on, data.x.shape[1]
+    total, products = torch.zeros(d_model), torch.zeros(d_model, d_model)
+    for rows in data.chunks(0, count):
+        x = data.x[rows].float()
+        total += x.sum(0)
+        products.addmm_(x.T, x)
+    mean = total / count
+    products.div_(count).addr_(mean, mean, alpha=-1)
+    if not torch.isfinite(products).all():
+        raise CalibrationError(
+            "the activations contain NaN or infinite values", hint="load in another dtype, or check the checkpoint"
+        )
+    return mean, products
 
 
 @dataclass
@@ -56,7 +112,7 @@ def partners(masks: Iterable[torch.Tensor], d_ff: int) -> tuple[torch.Tensor, to
     """The neurons that are most often active together with each one.
 
     Args:
-        masks: bool [tokens, d_ff]; only the first 8192 tokens are counted.
+        masks: bool [tokens, d_ff]; only the first 4096 tokens are counted.
 
     Returns:
         ids int32 [d_ff, 8] and in how many tokens, int16 [d_ff, 8], most first.

@@ -39,28 +39,27 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .activity import Use, frequency, partners
+from .activity import Activations, Use, frequency, moments, pack_bits, partners
 from .adapters import adapter_for
 from .budget import ceiling_bytes, format_bytes, parse_bytes
 from .config import FlashOffloadConfig
-from .errors import CalibrationError, ConfigError, HfFlashError, UnsupportedModelError
+from .errors import BudgetError, CalibrationError, ConfigError, HfFlashError, UnsupportedModelError
 from .ffn import observed
 from .folders import check_room, locked
 from .lowrank import VARIANT
 from .predictor import read_tensors
-from .quantized import QuantizedFormat, QuantizedPredictor, quantized_forms, rounding
+from .quantized import MEASURED_RECALL, measure_margin, quantized_forms
 from .repack import list_store, repacked_config
 from .runtime import close, find_runtime
 from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
 from .text import Text, quotations, token_windows
-from .training import Activations, Targets, moments, pack_bits, train_layer, training_bytes
+from .training import Targets, train_layer, training_bytes
 from .writer import calibration_metadata, predictor_metadata, write_json, write_safetensors, writing
 
 _WORK: Final = ".calibration"
-_BATCH: Final = 2048  # tokens through a layer at a time
+_BATCH: Final = 1024  # tokens through a layer at a time
 _HELD_OUT: Final = 8  # one window in so many is kept from training
 _LEAST: Final = 8  # windows
-_QUANTIZED_RECALL: Final = 0.999  # what the measured margin of a quantized predictor has to find
 
 
 def calibrate(
@@ -92,10 +91,10 @@ def calibrate(
         recall: share of the active neurons that must be predicted; sets each layer's threshold.
         extra: share of the inactive neurons that may be predicted too; sets each layer's rank, the smallest that reaches it.
         rank: take this rank in every layer instead.
-        max_rank: the largest rank to try. Default: where a 4-bit quantized predictor would be smaller.
+        max_rank: the largest rank to try. Default: half of d_model, 1024 at most.
         epochs: passes over the text.
         seed: of the choice of text and the order of training.
-        memory_budget: ceiling on weights and training state in DRAM. Default: most of what is free.
+        memory_budget: ceiling on weights and training state in DRAM, of each process. Default: most of what is free.
 
     Returns:
         What was measured, as stored in the folder: `text`, `targets`, `layers`, `reached`.
@@ -115,26 +114,15 @@ def calibrate(
     targets = Targets(recall, extra, rank, max_rank)
     context = min(256, model_config.max_position_embeddings) if context is None else context
     _check(targets, samples, context, epochs, first.d_model, model_config.max_position_embeddings)
-    windows = token_windows(
-        folder, text, context, model_config.vocab_size, most=samples, seed=seed, least=_LEAST
-    )  # fmt: skip
-    training = training_bytes(targets.limit(first.d_ff, first.d_model), first.d_ff, first.d_model)
+    windows = token_windows(folder, text, context, model_config.vocab_size, most=samples, seed=seed, least=_LEAST)
+    training = training_bytes(targets.limit(first.d_model), first.d_ff, first.d_model)
     crew = _Crew.of_environment()
     with crew.alone(folder):
         job = _Job(folder, store, windows, targets, epochs, seed, crew)
         job.prepare(asdict(targets) | {"samples": samples, "context": context, "epochs": epochs, "seed": seed})
         if len(job.finished()) < len(store.layers):
             job.check_room()
-            budget = ceiling_bytes(memory_budget) - training
-            if budget < 1:
-                raise ConfigError(
-                    "the memory budget does not even hold the training of one layer",
-                    where="memory_budget",
-                    expected=f"more than {format_bytes(training)}",
-                    got=format_bytes(budget + training),
-                    hint="raise it, or lower max_rank",
-                )
-            job.run(budget)
+            job.run(ceiling_bytes(memory_budget) // (1 if memory_budget else crew.here), training)
         return job.publish(config)
 
 
@@ -157,20 +145,22 @@ def _check(targets: Targets, samples: int, context: int, epochs: int, d_model: i
 
 @dataclass
 class _Crew:
-    """The processes at work: this one's number, how many there are, and a barrier."""
+    """The processes at work: this one's number, how many there are in all and on this machine, and a barrier."""
 
     index: int
     count: int
+    here: int
     wait: Callable[[], None]
 
     @classmethod
     def of_environment(cls) -> _Crew:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls(0, 1, lambda: None)
+            return cls(0, 1, 1, lambda: None)
         from accelerate import PartialState
 
         state = PartialState(cpu=True)
-        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(state.process_index, state.num_processes, here, state.wait_for_everyone)
 
     @contextmanager
     def alone(self, folder: Path) -> Iterator[None]:
@@ -243,10 +233,23 @@ class _Job:
 
     # --- the way through the layers
 
-    def run(self, budget: int) -> None:
-        """Everything up to one result file a layer."""
-        quantization = FlashOffloadConfig(predictor="none", memory_budget=budget)
-        model = AutoModelForCausalLM.from_pretrained(self.folder, quantization_config=quantization, dtype="auto").eval()
+    def _load(self, budget: int, training: int) -> Any:
+        """The model, in what training leaves of the budget."""
+        try:
+            quantization = FlashOffloadConfig(predictor="none", memory_budget=max(1, budget - training))
+            return AutoModelForCausalLM.from_pretrained(self.folder, quantization_config=quantization, dtype="auto").eval()
+        except BudgetError as error:
+            raise BudgetError(
+                "the memory budget is too small for calibration",
+                where="memory_budget",
+                expected=f"{format_bytes(training)} for the training of a layer, and what the model needs",
+                got=format_bytes(budget),
+                hint=f"raise it, or lower max_rank. Without the training:\n{error}",
+            ) from error
+
+    def run(self, budget: int, training: int) -> None:
+        """Everything up to one result file a layer, within `budget` bytes, of which training takes `training`."""
+        model = self._load(budget, training)
         layers, count = self.store.layers, self.crew.count
         begin = self._begin()
         with tqdm(total=2 * self.tokens * len(layers), initial=2 * self.tokens * begin, unit="token", unit_scale=True,
@@ -341,7 +344,7 @@ class _Job:
         tensors = {f"{layer.prefix}.predictor.{name}": tensor for name, tensor in packed.items()}
         report: dict[str, Any] = {"lowrank": result.to_dict(), "reached": result.extra <= self.targets.extra}
         for form in quantized_forms(self.store):
-            report[form.variant], found = self._margin(data, layer, form, bias, mean, covariance)
+            report[form.variant], found = measure_margin(self.store, layer, form, bias, data, mean, covariance)
             tensors |= {f"{layer.prefix}.calibration.{form.variant}.{name}": tensor for name, tensor in found.items()}
         masks = partial(map, data.active, data.chunks(0, self.tokens))
         used, ids, together = frequency(masks()), *partners(masks(), layer.d_ff)
@@ -357,37 +360,6 @@ class _Job:
             {"report": json.dumps(report)},
         )
 
-    def _margin(
-        self,
-        data: Activations,
-        layer: LayerStore,
-        form: QuantizedFormat,
-        bias: torch.Tensor | None,
-        mean: torch.Tensor,
-        covariance: torch.Tensor,
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """What rounding does to a quantized predictor here, and the margin that finds nearly all active neurons."""
-        shift, spread = rounding(self.store, layer, form, mean, covariance)
-        stored = read_tensors(self.store.predictors[form.variant], f"{layer.prefix}.predictor")
-        predictor = QuantizedPredictor(stored, bias, form, -shift, measured=True)
-        spread = spread.clamp_(min=float(spread.mean()) * 1e-3 + 1e-12)
-        chunks = list(data.chunks(data.trained_on, self.tokens))
-        needed = torch.cat([(-predictor.score(data.x[rows]) / spread)[data.active(rows)] for rows in chunks])
-        wanted = max(1, round(_QUANTIZED_RECALL * len(needed)))
-        margin = max(0.0, float(needed.kthvalue(wanted).values)) if len(needed) else 3.0
-        selected = sum(int((predictor.score(data.x[rows]) + margin * spread > 0).sum()) for rows in chunks)
-        assumed = stored["error"] * float(torch.sqrt((covariance.trace() + mean @ mean) / layer.d_model))
-        report = {
-            "margin": margin,
-            "recall": float((needed <= margin).float().mean()) if len(needed) else 1.0,
-            "selected": selected / max(1, len(needed)),
-            "shift_in_spreads": float((shift.abs() / spread).mean()),  # how constant the error is
-            "real_over_assumed": float((spread.square() + shift.square()).mean().sqrt() / assumed.square().mean().sqrt()),
-            "largest_input_over_typical": float((covariance.diagonal() + mean.square()).sqrt().max()
-                                                / (covariance.diagonal() + mean.square()).sqrt().median()),
-        }  # fmt: skip
-        return report, {"shift": shift, "spread": spread, "margin": torch.tensor([margin])}
-
     def _use(self, data: Activations, masks: Callable[[slice], torch.Tensor]) -> dict[str, list[float]]:
         """Aggregated use, over the windows that are held out and as many others, 64 at most."""
         use = Use()
@@ -399,11 +371,8 @@ class _Job:
 
     def publish(self, config: dict[str, Any]) -> dict[str, Any]:
         """Put the results of all layers into the model's folder. The index comes last: until then nothing has changed."""
-        report = self._report()
+        report = self._report(config["quantization_config"].get("predictor"))
         if self.crew.index == 0:
-            quantized = min((self.store.predictors[f.variant].stat().st_size for f in quantized_forms(self.store)), default=0)
-            smaller = not quantized or sum(layer["lowrank"]["nbytes"] for layer in report["layers"]) < quantized
-            report["default"] = VARIANT if report["reached"] and smaller else config["quantization_config"].get("predictor")
             self._write(PREDICTOR_FILE.format(VARIANT), "predictor", predictor_metadata(VARIANT, self.store.metadata))
             described = calibration_metadata(json.dumps(report), self.store.metadata)
             self._write(CALIBRATION_FILE, "calibration", described, quotations(self.windows))
@@ -414,14 +383,19 @@ class _Job:
         self.crew.wait()
         return report
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self, before: str | None) -> dict[str, Any]:
+        """What goes into the calibration file; `before` is the folder's predictor up to now."""
         layers = [json.loads(read_header(self._path("layer", n.index))[1]["report"]) for n in self.store.layers]
+        quantized = min((self.store.predictors[f.variant].stat().st_size for f in quantized_forms(self.store)), default=0)
+        smaller = not quantized or sum(layer["lowrank"]["nbytes"] for layer in layers) < quantized
+        reached = all(layer["reached"] for layer in layers)
         self.crew.wait()  # all have read before the first clears up
         return {
             "text": {"tokens": self.tokens, "held_out": self.held_out, "context": self.context}
             | {"sha256": self.arguments["text"]},
-            "targets": asdict(self.targets) | {"epochs": self.epochs, "seed": self.seed, "quantized_recall": _QUANTIZED_RECALL},
-            "reached": all(layer["reached"] for layer in layers),
+            "targets": asdict(self.targets) | {"epochs": self.epochs, "seed": self.seed, "quantized_recall": MEASURED_RECALL},
+            "reached": reached,
+            "default": VARIANT if reached and smaller else before,
             "layers": layers,
         }
 

@@ -33,7 +33,7 @@ from .activity import Use
 from .budget import ceiling_bytes, format_bytes
 from .config import FlashOffloadConfig
 from .ffn import observed
-from .harness import run_tasks
+from .harness import Harness
 from .lowrank import LowRankFormat
 from .predictor import NoPredictor, PredictorForm, find_predictor, read_tensors
 from .quantized import DEFAULT_MARGIN, QuantizedFormat, QuantizedPredictor, quantized_forms
@@ -60,7 +60,11 @@ class Candidate:
         """The predictor of one layer."""
         if self.form is None:
             return NoPredictor()
-        return self.form.load(store if self.measured else replace(store, calibration=None), layer, bias)
+        return self.form.load(self.store(store), layer, bias)
+
+    def store(self, store: FlashStore) -> FlashStore:
+        """The store as this candidate may see it."""
+        return store if self.measured else replace(store, calibration=None)
 
 
 def candidates(store: FlashStore) -> list[Candidate]:
@@ -189,8 +193,9 @@ def _load(
 ) -> Any:
     """The model without a predictor, with room left for all of them in the budget."""
     first = store.layers[0]
-    sizes = [c.form.dram_bytes(len(store.layers), first.d_ff, first.d_model) for c in every if c.form is not None]
-    quantization = FlashOffloadConfig(predictor="none", memory_budget=max(1, ceiling_bytes(memory_budget) - sum(sizes)))
+    forms = {c.form.variant: c.form for c in every if c.form is not None}
+    room = sum(form.dram_bytes(len(store.layers), first.d_ff, first.d_model) for form in forms.values())
+    quantization = FlashOffloadConfig(predictor="none", memory_budget=max(1, ceiling_bytes(memory_budget) - room))
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype).eval()
 
 
@@ -221,14 +226,33 @@ class _Watch:
     """Asks every predictor of one layer about the inputs of a dense forward."""
 
     def __init__(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None, every: Iterable[Candidate]) -> None:
-        self.predictors = {c.name: c.load(store, layer, bias) for c in every}
+        self.predictors: dict[str, Any] = {}
+        self.plain: dict[str, tuple[QuantizedPredictor, torch.Tensor]] = {}  # without a margin, and the errors it assumes
+        for c in every:
+            self.predictors[c.name] = self._share(store, layer, c, bias)
         self.tallies = {name: Tally() for name in self.predictors}
         bundles = layer.bundles()
         parts = (bundles[at : at + 1024, layer.d_model :].float().norm(dim=1) for at in range(0, layer.d_ff, 1024))
         self.down = torch.cat(list(parts))  # [d_ff]
         self.scale, self.counted, self.use = 0.0, 0, Use()
-        self.plain = {form.variant: _without_margin(store, layer, form, bias) for form in quantized_forms(store)}
         self.errors = {name: np.zeros(4) for name in self.plain}  # squared real, squared assumed, beyond three, count
+
+    def _share(self, store: FlashStore, layer: LayerStore, candidate: Candidate, bias: torch.Tensor | None) -> Any:
+        """A candidate's predictor; quantized ones that differ in the margin alone are loaded once."""
+        form = candidate.form
+        if not isinstance(form, QuantizedFormat):
+            return candidate.load(store, layer, bias)
+        if form.variant not in self.plain:
+            whole = form.load(store, layer, bias)
+            error = read_tensors(store.predictors[form.variant], f"{layer.prefix}.predictor")["error"]
+            self.plain[form.variant] = whole.with_margin(torch.zeros(layer.d_ff), measured=True), error
+        plain, error = self.plain[form.variant]
+        margin, measured = form.margins(candidate.store(store), layer, error)
+        return plain.with_margin(margin, measured=measured)
+
+    def release(self) -> None:
+        """Drop the predictors; the tallies stay."""
+        self.predictors, self.plain = {}, {}
 
     def __call__(self, context: int, x: torch.Tensor, before: torch.Tensor) -> None:
         before = before.float()
@@ -266,14 +290,6 @@ def _add_windows(use: Use, used: torch.Tensor, context: int) -> None:
         use.add(used[start : start + context])
 
 
-def _without_margin(
-    store: FlashStore, layer: LayerStore, form: QuantizedFormat, bias: torch.Tensor | None
-) -> tuple[QuantizedPredictor, torch.Tensor]:
-    """A quantized predictor whose score is its guess of the pre-activation, and the norms of its rounding errors."""
-    tensors = read_tensors(store.predictors[form.variant], f"{layer.prefix}.predictor")
-    return QuantizedPredictor(tensors, bias, form, torch.zeros(layer.d_ff), measured=True), tensors["error"]
-
-
 def _observe(model: Any, store: FlashStore, every: Sequence[Candidate], windows: torch.Tensor) -> tuple[list[_Watch], float]:
     """The dense pass: what every predictor would have done in every layer, and the perplexity."""
     ffns = find_runtime(model).ffns
@@ -281,7 +297,10 @@ def _observe(model: Any, store: FlashStore, every: Sequence[Candidate], windows:
     with ExitStack() as stack:
         for ffn, watch in zip(ffns, watches, strict=True):
             stack.enter_context(observed(ffn, partial(watch, windows.shape[1])))
-        return watches, _perplexity(model, windows)
+        perplexity = _perplexity(model, windows)
+    for watch in watches:
+        watch.release()
+    return watches, perplexity
 
 
 @torch.no_grad()
@@ -361,7 +380,7 @@ def evaluate_tasks(
     """Run lm-evaluation-harness tasks with every predictor of a repacked model, and with the stock model beside it.
 
     Args:
-        tasks: names, as in [`run_tasks`].
+        tasks, limit, include_path: as in [`Harness`].
         stock: the plain checkpoint; unset: the dense figures are those of predictor "none", whose logits are the same.
 
     Returns:
@@ -369,15 +388,15 @@ def evaluate_tasks(
     """
     folder = Path(folder).resolve()
     store, tokenizer = FlashStore.open_folder(folder), AutoTokenizer.from_pretrained(folder)
-    ask = partial(run_tasks, tokenizer=tokenizer, tasks=tasks, limit=limit, include_path=include_path)
+    harness = Harness(tasks, limit=limit, include_path=include_path)
     results = {}
     if stock is not None:
-        results["stock"] = ask(AutoModelForCausalLM.from_pretrained(stock, dtype=dtype).eval())
+        results["stock"] = harness.run(AutoModelForCausalLM.from_pretrained(stock, dtype=dtype).eval(), tokenizer)
     every = candidates(store)
     model = _load(folder, store, every, memory_budget, dtype)
     for candidate in every:
         _install(model, store, candidate)
-        results[candidate.name] = ask(model)
+        results[candidate.name] = harness.run(model, tokenizer)
     close(model)
     return results
 

@@ -67,7 +67,7 @@ def _preactivations(axes: Any, report: dict[str, Any]) -> None:
         xlabel="pre-activation, in standard deviations of its layer", ylabel="share of the predicted",
         title="Pre-activations of predicted and missed neurons", yscale="log", ylim=(1e-6, 1),
     )  # fmt: skip
-    axes.legend()
+    axes.legend(fontsize=8, loc="upper right")
 
 
 def _aggregated_use(axes: Any, report: dict[str, Any]) -> None:

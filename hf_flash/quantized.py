@@ -18,6 +18,7 @@ and the margin of each layer is the one that finds the wanted share of the activ
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import Any, Final
 
 import torch
 
+from .activity import Activations
 from .errors import ConfigError
 from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, by_tokens, quantize_rows, whole_groups, widen
 from .predictor import belonging, check_specs, find_predictor, read_tensors
@@ -33,6 +35,7 @@ from .store import FlashStore, LayerStore, TensorSpec
 from .writer import predictor_metadata, write_safetensors
 
 DEFAULT_MARGIN: Final = {4: 1.5, 8: 3.0}
+MEASURED_RECALL: Final = 0.999  # share of the active neurons that a measured margin has to find
 _WEIGHTS: Final = 1 << 19  # weights quantized at a time: what fits into a core's cache is three times faster
 
 
@@ -83,13 +86,17 @@ class QuantizedFormat:
 
     def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> QuantizedPredictor:
         tensors = read_tensors(store.predictors[self.variant], f"{layer.prefix}.predictor")
-        measured = read_measured(store, layer, self.variant)
-        if measured is None:
+        margin, measured = self.margins(store, layer, tensors["error"])
+        return QuantizedPredictor(tensors, bias, self, margin, measured=measured)
+
+    def margins(self, store: FlashStore, layer: LayerStore, error: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """The `margin` and `measured` of a layer's [`QuantizedPredictor`]; `error` [d_ff] is as stored with the codes."""
+        found = read_measured(store, layer, self.variant)
+        if found is None:
             margin = DEFAULT_MARGIN[self.bits] if self.margin is None else self.margin
-            return QuantizedPredictor(tensors, bias, self, tensors["error"] * (margin / math.sqrt(layer.d_model)))
-        margin = float(measured["margin"]) if self.margin is None else self.margin
-        offset = margin * measured["spread"] - measured["shift"]
-        return QuantizedPredictor(tensors, bias, self, offset, measured=True)
+            return error * (margin / math.sqrt(layer.d_model)), False
+        margin = float(found["margin"]) if self.margin is None else self.margin
+        return margin * found["spread"] - found["shift"], True
 
 
 def quantized_forms(store: FlashStore) -> list[QuantizedFormat]:
@@ -126,6 +133,12 @@ class QuantizedPredictor:
         self._bias = torch.zeros(1, dtype=torch.float32) if bias is None else bias
         self._margin, self._measured = margin, measured
         self.nbytes = self._product.nbytes + margin.nbytes
+
+    def with_margin(self, margin: torch.Tensor, *, measured: bool) -> QuantizedPredictor:
+        """The same weights, not copied, with another margin."""
+        other = copy.copy(self)
+        other._margin, other._measured = margin, measured
+        return other
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         return by_tokens(x, lambda part: ~(self.score(part) <= 0))
@@ -195,3 +208,43 @@ def rounding(
         shift.append(error @ mean)
         spread.append(((error @ covariance) * error).sum(1).clamp_(min=0).sqrt())
     return torch.cat(shift), torch.cat(spread)
+
+
+def measure_margin(
+    store: FlashStore,
+    layer: LayerStore,
+    form: QuantizedFormat,
+    bias: torch.Tensor | None,
+    data: Activations,
+    mean: torch.Tensor,
+    covariance: torch.Tensor,
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The margin that finds nearly all active neurons of held-out tokens, and how far rounding is from what was assumed.
+
+    Args:
+        data: what the layer did on text; `mean` and `covariance` are of its inputs.
+
+    Returns:
+        A report, and the tensors that [`read_measured`] gives back.
+    """
+    shift, spread = rounding(store, layer, form, mean, covariance)
+    stored = read_tensors(store.predictors[form.variant], f"{layer.prefix}.predictor")
+    predictor = QuantizedPredictor(stored, bias, form, -shift, measured=True)
+    spread = spread.clamp_(min=float(spread.mean()) * 1e-3 + 1e-12)
+    chunks = list(data.chunks(data.trained_on, len(data.x)))
+    needed = torch.cat([(-predictor.score(data.x[rows]) / spread)[data.active(rows)] for rows in chunks])
+    margin = DEFAULT_MARGIN[8]  # for a silent layer
+    if len(needed):
+        margin = max(0.0, float(needed.kthvalue(max(1, round(MEASURED_RECALL * len(needed)))).values))
+    selected = sum(int((predictor.score(data.x[rows]) + margin * spread > 0).sum()) for rows in chunks)
+    size = covariance.diagonal() + mean.square()  # mean square of each input
+    assumed = stored["error"].square().mean() * size.mean()
+    report = {
+        "margin": margin,
+        "recall": float((needed <= margin).float().mean()) if len(needed) else 1.0,
+        "selected": selected / max(1, len(needed)),
+        "shift_in_spreads": float((shift.abs() / spread).mean()),  # how constant the error is
+        "real_over_assumed": float(((spread.square() + shift.square()).mean() / assumed).sqrt()),
+        "largest_input_over_typical": float((size.max() / size.median().clamp(min=1e-12)).sqrt()),
+    }
+    return report, {"shift": shift, "spread": spread, "margin": torch.tensor([margin])}

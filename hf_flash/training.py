@@ -20,15 +20,16 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from .errors import CalibrationError
+from .activity import CHUNK, Activations
 from .lowrank import LowRankPredictor, lowrank_bytes, pack_lowrank
-from .quantized import QuantizedFormat
 
 _SEGMENT: Final = 16  # neighbouring tokens that stay together when tokens are shuffled: reads of some size
 _BATCH: Final = 512  # tokens a step
-_CHUNK: Final = 1024  # tokens scored at a time
+_HOPELESS: Final = 5.0  # training has never cut what is wrongly predicted to less than a fifth
 _LEARNING_RATE: Final = 1e-2
 _STEP: Final = 16  # ranks are multiples of it
+_EXACT: Final = 1024  # width up to which all eigenvectors are worked out
+_SPARE: Final = 32  # vectors more than asked for, for those at the end to be right
 _LOGIT: Final = 4.0  # standard deviation of the logits at the start
 
 
@@ -40,7 +41,7 @@ class Targets:
         recall: share of the active neurons that must be predicted.
         extra: share of the inactive neurons that may be predicted too.
         rank: take this rank in every layer; unset: the smallest that reaches `extra`.
-        max_rank: the largest to try; unset: where a 4-bit quantized predictor would be smaller.
+        max_rank: the largest to try; unset: half of d_model, 1024 at most.
     """
 
     recall: float = 0.96
@@ -48,50 +49,18 @@ class Targets:
     rank: int | None = None
     max_rank: int | None = None
 
-    def limit(self, d_ff: int, d_model: int) -> int:
+    def limit(self, d_model: int) -> int:
         """The largest rank that will be tried."""
         if self.rank is not None or self.max_rank is not None:
             return self.rank or self.max_rank or 0
-        smaller = QuantizedFormat(4, 64).dram_bytes(1, d_ff, d_model - d_model % 2) // (d_ff + d_model)
-        return max(1, min(d_model, smaller) // _STEP * _STEP or smaller)
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What one layer did on text, in files that are mapped.
-
-    x [tokens, d_model] bfloat16: the FFN's input as a predictor sees it. bits [tokens, d_ff / 8] uint8: which neurons were
-    active. The last `held_out` tokens are never trained on.
-    """
-
-    x: torch.Tensor
-    bits: torch.Tensor
-    d_ff: int
-    held_out: int
-
-    def active(self, rows: slice | torch.Tensor) -> torch.Tensor:
-        """bool [rows, d_ff]."""
-        bits = np.unpackbits(self.bits[rows].numpy(), axis=-1, count=self.d_ff, bitorder="little")
-        return torch.from_numpy(bits).bool()
-
-    @property
-    def trained_on(self) -> int:
-        return len(self.x) - self.held_out
-
-    def chunks(self, start: int, stop: int) -> Iterator[slice]:
-        return (slice(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK))
-
-
-def pack_bits(active: torch.Tensor) -> torch.Tensor:
-    """bool [tokens, n] to uint8 [tokens, n / 8], rounded up."""
-    return torch.from_numpy(np.packbits(active.numpy(), axis=-1, bitorder="little"))
+        return min(1024, d_model // 2 // _STEP * _STEP or max(1, d_model // 2))
 
 
 def training_bytes(rank: int, d_ff: int, d_model: int) -> int:
     """Memory that [`train_layer`] takes at most, in bytes."""
     matrices = 6 * d_model * d_model  # covariance, its factor, the eigenproblem and its workspace
     weights = 5 * (rank * (d_ff + d_model) + d_ff)  # with gradients, both moments of Adam, and the packed result
-    batch = 4 * max(_BATCH, _CHUNK) * d_ff
+    batch = 4 * max(_BATCH, CHUNK) * d_ff
     return 4 * (matrices + weights + batch)
 
 
@@ -132,85 +101,84 @@ def train_layer(
     Returns:
         What was chosen and measured, and the tensors as [`pack_lowrank`] makes them.
     """
-    start = _Start(up, bias, mean, covariance)
+    limit = targets.rank or targets.limit(up.shape[1])
+    start = _Start(up, bias, mean, covariance, limit)
     tried: dict[int, tuple[LayerResult, dict[str, torch.Tensor]]] = {}
 
     def attempt(rank: int) -> bool:
         matrices = start.matrices(rank)
-        before = _judge(data, pack_lowrank(*matrices), targets.recall)
+        plain = pack_lowrank(*matrices)
+        before = _judge(data, plain, targets.recall)
+        if before["extra"] > _HOPELESS * targets.extra and rank < limit:
+            return False
         packed = pack_lowrank(*_train(data, matrices, epochs, seed))
         after = _judge(data, packed, targets.recall)
+        if after["extra"] > before["extra"]:  # too little text to learn from
+            packed, after = plain, before
         packed["offset"] -= after["threshold"]
         size = lowrank_bytes(rank, data.d_ff, up.shape[1])
         result = LayerResult(rank, **after, extra_untrained=before["extra"], nbytes=size, tried={})
         tried[rank] = result, packed
         return result.extra <= targets.extra
 
-    limit = targets.limit(*up.shape)
     rank = targets.rank or min(limit, max(_STEP, up.shape[1] // 32 // _STEP * _STEP))
     good = attempt(rank)
     while not good and rank < limit:
         rank = min(2 * rank, limit)
         good = attempt(rank)
     between = rank * 3 // 4 // _STEP * _STEP
-    if good and len(tried) > 1 and between not in tried and attempt(between):
+    if good and rank > _STEP and targets.rank is None and between not in tried and attempt(between):
         rank = between
     result, packed = tried[rank]
     outcome = {str(r): round(found.extra, 5) for r, (found, _) in sorted(tried.items())}
     return LayerResult(**result.to_dict() | {"tried": outcome}), packed
 
 
-def moments(data: Activations) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [d_model] and covariance [d_model, d_model] of the inputs that are trained on, float32.
-
-    Raises:
-        CalibrationError: NaN or infinite activations.
-    """
-    count, d_model = data.trained_on, data.x.shape[1]
-    total, products = torch.zeros(d_model), torch.zeros(d_model, d_model)
-    for rows in data.chunks(0, count):
-        x = data.x[rows].float()
-        total += x.sum(0)
-        products.addmm_(x.T, x)
-    mean = total / count
-    products.div_(count).addr_(mean, mean, alpha=-1)
-    if not torch.isfinite(products).all():
-        raise CalibrationError(
-            "the activations contain NaN or infinite values", hint="load in another dtype, or check the checkpoint"
-        )
-    return mean, products
-
-
 class _Start:
-    """The closed form, for every rank."""
+    """The closed form, for every rank up to `limit`."""
 
-    def __init__(self, up: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor, covariance: torch.Tensor) -> None:
+    def __init__(
+        self, up: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor, covariance: torch.Tensor, limit: int
+    ) -> None:
         d_ff, d_model = up.shape
         self._up, self._mean = up, mean
         self._bias = torch.zeros(d_ff) if bias is None else bias.float()
         ridge = 1e-5 * covariance.diagonal().mean() + torch.finfo(torch.float32).tiny
         self._factor = torch.linalg.cholesky(covariance + ridge * torch.eye(d_model))  # R
-        gram = torch.zeros(d_model, d_model)
+        gram, spread = torch.zeros(d_model, d_model), []
         for rows in self._blocks():
-            part = up[rows].float()
-            gram.addmm_(part.T, part)
-        self._vectors = torch.linalg.eigh(self._factor.T @ gram @ self._factor)[1].flip(1)  # leading ones first
+            seen = up[rows].float() @ self._factor
+            gram.addmm_(seen.T, seen)  # R' W' W R
+            spread.append(seen.norm(dim=1))
+        self._scale = _LOGIT / torch.cat(spread).clamp_(min=1e-6)
+        self._vectors = _leading(gram, limit)
 
     def _blocks(self) -> Iterator[slice]:
-        return (slice(at, at + _CHUNK) for at in range(0, self._up.shape[0], _CHUNK))
+        return (slice(at, at + CHUNK) for at in range(0, self._up.shape[0], CHUNK))
 
     def matrices(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A [rank, d_model], B [d_ff, rank] and offset [d_ff], scaled so that every neuron's logits spread alike."""
         vectors = self._vectors[:, :rank]
         a = torch.linalg.solve_triangular(self._factor, vectors.T.contiguous(), upper=False, left=False)
+        through = self._factor @ vectors
         b, offset = torch.empty(self._up.shape[0], rank), torch.empty(self._up.shape[0])
         for rows in self._blocks():
-            seen = self._up[rows].float() @ self._factor
-            scale = _LOGIT / seen.norm(dim=1).clamp_(min=1e-6)
-            torch.mul(seen @ vectors, scale[:, None], out=b[rows])
-            offset[rows] = scale * (self._bias[rows] + self._up[rows].float() @ self._mean)
+            part = self._up[rows].float()
+            torch.mul(part @ through, self._scale[rows, None], out=b[rows])
+            offset[rows] = self._scale[rows] * (self._bias[rows] + part @ self._mean)
         offset -= b @ (a @ self._mean)
         return a.contiguous(), b, offset
+
+
+def _leading(gram: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` leading eigenvectors [n, count] of a symmetric matrix [n, n]: exactly, or approximately if it is large."""
+    if len(gram) <= _EXACT:
+        exact: torch.Tensor = torch.linalg.eigh(gram)[1]
+        return exact.flip(1)[:, :count]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vectors: torch.Tensor = torch.svd_lowrank(gram, q=min(len(gram), count + _SPARE), niter=4)[0]
+    return vectors[:, :count]
 
 
 def _train(
@@ -220,8 +188,9 @@ def _train(
     a, b, offset = (torch.nn.Parameter(t) for t in start)
     share = _active_share(data)
     adam = torch.optim.Adam([a, b, offset], lr=_LEARNING_RATE, fused=True)
+    weights = [0.5 / (count * _BATCH * data.d_ff) for count in (1 - share, share)]  # of inactive and active ones
     segments = data.trained_on // _SEGMENT
-    size = min(_BATCH // _SEGMENT, segments)
+    size = max(1, min(_BATCH // _SEGMENT, segments))
     steps = epochs * (segments // size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=max(1, steps))
     random = torch.Generator().manual_seed(seed)
@@ -230,10 +199,10 @@ def _train(
             order = torch.randperm(segments, generator=random)
             for at in range(0, segments - size + 1, size):
                 rows = (order[at : at + size, None] * _SEGMENT + torch.arange(_SEGMENT)).view(-1)
-                x, active = data.x[rows].float(), data.active(rows)
+                x, active = data.x[rows].float(), data.active(rows).float()
                 hidden = x @ a.T  # [tokens, rank]
-                slope = torch.addmm(offset, hidden, b.T).sigmoid_().sub_(active.float())  # of the loss, by logit
-                slope.mul_(torch.where(active, 0.5 / share, 0.5 / (1 - share))).div_(slope.numel())
+                slope = torch.addmm(offset, hidden, b.T).sigmoid_().sub_(active)  # of the loss, by logit
+                slope.mul_(active.mul_(weights[1] - weights[0]).add_(weights[0]))
                 b.grad, offset.grad = slope.T @ hidden, slope.sum(0)
                 a.grad = (slope @ b).T @ x
                 adam.step()
@@ -255,7 +224,7 @@ def _judge(data: Activations, packed: dict[str, torch.Tensor], recall: float) ->
     scores = torch.cat([predictor.score(data.x[rows])[data.active(rows)] for rows in chunks])
     positives = len(scores)
     if positives:
-        threshold = float(scores.kthvalue(int((1 - recall) * positives) + 1).values)
+        threshold = float(scores.kthvalue(min(positives, int((1 - recall) * positives) + 1)).values)
         threshold -= abs(threshold) * 1e-5 + 1e-6  # `score - threshold > 0` must hold for that one too
     else:  # a silent layer
         threshold = max(float(predictor.score(data.x[rows]).max()) for rows in chunks)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the task `next_words` of examples/tasks from the held-out text: which of four continuations is the real one?
 
-    scripts/make_next_words.py     writes examples/tasks/next_words.jsonl
+scripts/make_next_words.py     writes examples/tasks/next_words.jsonl
 """
 
 import json

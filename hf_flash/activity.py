@@ -3,7 +3,8 @@ worked out from (paper: section 3.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,7 +17,8 @@ LONGEST: Final = 16  # tokens, the longest window that is measured
 PARTNERS: Final = 8  # neighbours kept per neuron
 _TOKENS: Final = 4096  # tokens that co-activation is counted on
 _ROWS: Final = 1024
-CHUNK: Final = 1024  # tokens looked at at a time
+CHUNK: Final = 256  # tokens looked at at a time, as many as predictors take: sums are rounded alike
+_BINS: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,39 @@ def moments(data: Activations) -> tuple[torch.Tensor, torch.Tensor]:
         CalibrationError: NaN or infinite activations.
     """
     count, d_model = data.trained_on, data.x.shape[1]
-    total, products = torch.zeros(d_model), torch.zeros(d_model, d_model)
+    mean, products = torch.zeros(d_model, dtype=torch.float64), torch.zeros(d_model, d_model)
     for rows in data.chunks(0, count):
-        x = data.x[rows].float()
-        total += x.sum(0)
+        mean += data.x[rows].sum(0, dtype=torch.float64) / count
+    for rows in data.chunks(0, count):
+        x = (data.x[rows] - mean).float()  # before the products: a mean may be large beside the spread
         products.addmm_(x.T, x)
-    mean = total / count
-    products.div_(count).addr_(mean, mean, alpha=-1)
+    products.div_(count)
     if not torch.isfinite(products).all():
         raise CalibrationError(
             "the activations contain NaN or infinite values", hint="load in another dtype, or check the checkpoint"
         )
-    return mean, products
+    return mean.float(), products
+
+
+def reached_by(share: float, values: Callable[[], Iterable[torch.Tensor]]) -> float | None:
+    """The largest threshold (almost) that at least `share` of all values reach; `None` if there are none.
+
+    Args:
+        values: gives the values, in parts, as often as it is called. They are counted, not kept.
+    """
+    low, high, count = math.inf, -math.inf, 0
+    for part in values():
+        if len(part):
+            low, high, count = min(low, float(part.min())), max(high, float(part.max())), count + len(part)
+    if not count:
+        return None
+    bins = torch.zeros(_BINS, dtype=torch.float64)
+    width = max(high - low, 1e-6 * max(1.0, abs(low), abs(high))) / (_BINS - 1)
+    for part in values():
+        bins += torch.bincount(((part.double() - low) / width).long().clamp_(0, _BINS - 1), minlength=_BINS)
+    above = bins.flip(0).cumsum(0).flip(0)  # values in a bin and all higher ones
+    last = int((above >= math.ceil(share * count)).nonzero()[-1])
+    return low + (last - 0.01) * width  # a little lower: values on the edge count
 
 
 @dataclass

@@ -14,9 +14,11 @@ Disk: `tokens * (2 * itemsize * d_model + layers at once * (2 * d_model + d_ff /
 outside the FFN, the stream's buffers and the training. All of it lies in `.calibration` in the model's folder until the end;
 a run that was killed goes on after the last finished layer and ends with the same bytes.
 
-Several processes (`accelerate launch -m hf_flash.calibrate FOLDER --text FILE`, on one machine or on several that share the
-folder) take as many layers at once: each runs a part of the tokens through them, then trains one. Their number changes nothing
-in the result: batches are cut by position, and a layer's training depends on its recorded data and the seed.
+Several processes, on one machine or on several that share the folder, take as many layers at once: each runs a part of the
+tokens through them, then trains one. Their number changes nothing in the result: batches are cut by position, and a layer's
+training depends on its recorded data and the seed. accelerate starts them (its flag says GPU; none is used):
+
+    accelerate launch --multi_gpu --num_processes 4 --mixed_precision no -m hf_flash.calibrate FOLDER --text FILE
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -113,29 +115,31 @@ def calibrate(
     first = store.layers[0]
     targets = Targets(recall, extra, rank, max_rank)
     context = min(256, model_config.max_position_embeddings) if context is None else context
-    _check(targets, samples, context, epochs, first.d_model, model_config.max_position_embeddings)
+    _check(targets, samples, context, epochs, seed, first.d_model, model_config.max_position_embeddings)
     windows = token_windows(folder, text, context, model_config.vocab_size, most=samples, seed=seed, least=_LEAST)
     training = training_bytes(targets.limit(first.d_model), first.d_ff, first.d_model)
     crew = _Crew.of_environment()
+    budget = ceiling_bytes(memory_budget) // (1 if memory_budget else crew.here)
     with crew.alone(folder):
         job = _Job(folder, store, windows, targets, epochs, seed, crew)
         job.prepare(asdict(targets) | {"samples": samples, "context": context, "epochs": epochs, "seed": seed})
         if len(job.finished()) < len(store.layers):
             job.check_room()
-            job.run(ceiling_bytes(memory_budget) // (1 if memory_budget else crew.here), training)
+            job.run(budget, training)
         return job.publish(config)
 
 
-def _check(targets: Targets, samples: int, context: int, epochs: int, d_model: int, longest: int) -> None:
+def _check(targets: Targets, samples: int, context: int, epochs: int, seed: int, d_model: int, longest: int) -> None:
     """Refuse arguments that are out of range."""
     ranges: dict[str, tuple[Any, float, float]] = {
-        "recall": (targets.recall, 0.0, 1.0),
+        "recall": (targets.recall, 1e-9, 1.0),
         "extra": (targets.extra, 0.0, 1.0),
         "rank": (1 if targets.rank is None else targets.rank, 1, d_model),
         "max_rank": (1 if targets.max_rank is None else targets.max_rank, 1, d_model),
         "samples": (samples, _LEAST, 1 << 31),
         "context": (context, 2, longest),
         "epochs": (epochs, 0, 1 << 31),
+        "seed": (seed, 0, (1 << 63) - 1),
     }
     for name, (value, low, high) in ranges.items():
         kind = float | int if name in ("recall", "extra") else int
@@ -295,26 +299,25 @@ class _Job:
         layers = model.get_decoder().layers
         ffns = find_runtime(model).ffns
         step = max(1, _BATCH // self.context)
-        files = [_Rows(self._path(kind, n)) for n in group for kind in ("x", "bits")]
-        hidden_out = _Rows(self._path("hidden", group.stop))
         mapped = None
         if group.start:
             mapped = _mapped(self._path("hidden", group.start), model.dtype, (self.tokens, self.store.layers[0].d_model))
-        for at in range(self.crew.index * step, len(self.windows), self.crew.count * step):
-            batch = self.windows[at : at + step]
-            hidden, arguments = _enter(model, batch)
-            if mapped is not None:
-                rows = slice(at * self.context, (at + len(batch)) * self.context)
-                hidden = mapped[rows].view(hidden.shape).clone()
-            for number, n in enumerate(group):
-                with observed(ffns[n], partial(self._record, files[2 * number : 2 * number + 2], at * self.context)):
-                    out = layers[n](hidden, **arguments)
-                hidden = out[0] if isinstance(out, tuple) else out
-                progress(batch.numel() * self.crew.count)
-            if group.stop < len(layers):
-                hidden_out.write(at * self.context, hidden.reshape(batch.numel(), -1))
-        for file in (*files, hidden_out):
-            file.close()
+        with ExitStack() as stack:
+            files = [stack.enter_context(_Rows(self._path(kind, n))) for n in group for kind in ("x", "bits")]
+            hidden_out = stack.enter_context(_Rows(self._path("hidden", group.stop)))
+            for at in range(self.crew.index * step, len(self.windows), self.crew.count * step):
+                batch = self.windows[at : at + step]
+                hidden, arguments = _enter(model, batch)
+                if mapped is not None:
+                    rows = slice(at * self.context, (at + len(batch)) * self.context)
+                    hidden = mapped[rows].view(hidden.shape).clone()
+                for number, n in enumerate(group):
+                    with observed(ffns[n], partial(self._record, files[2 * number : 2 * number + 2], at * self.context)):
+                        out = layers[n](hidden, **arguments)
+                    hidden = out[0] if isinstance(out, tuple) else out
+                    progress(batch.numel() * self.crew.count)
+                if group.stop < len(layers):
+                    hidden_out.write(at * self.context, hidden.reshape(batch.numel(), -1))
 
     @staticmethod
     def _record(files: list[_Rows], row: int, x: torch.Tensor, before: torch.Tensor) -> None:
@@ -389,13 +392,19 @@ class _Job:
         quantized = min((self.store.predictors[f.variant].stat().st_size for f in quantized_forms(self.store)), default=0)
         smaller = not quantized or sum(layer["lowrank"]["nbytes"] for layer in layers) < quantized
         reached = all(layer["reached"] for layer in layers)
+        if before == VARIANT:  # of an earlier calibration, whose predictor is replaced
+            before = "quantized" if quantized else "none"
         self.crew.wait()  # all have read before the first clears up
         return {
             "text": {"tokens": self.tokens, "held_out": self.held_out, "context": self.context}
             | {"sha256": self.arguments["text"]},
             "targets": asdict(self.targets) | {"epochs": self.epochs, "seed": self.seed, "quantized_recall": MEASURED_RECALL},
             "reached": reached,
-            "default": VARIANT if reached and smaller else before,
+            "default": VARIANT
+            if reached and smaller
+            else ("quantized" if quantized else "none")
+            if before == VARIANT
+            else before,
             "layers": layers,
         }
 
@@ -438,11 +447,13 @@ class _Rows:
             self._file.seek(row * data.shape[1])
             self._file.write(data.data)
 
-    def close(self) -> None:
-        with writing(self.path):
+    def __enter__(self) -> _Rows:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with writing(self.path), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
 
 
 def _mapped(path: Path, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:

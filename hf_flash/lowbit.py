@@ -21,6 +21,7 @@ import torch.nn.functional as F
 logger = logging.getLogger("hf_flash")
 
 _ROWS: Final = 1024  # rows packed or widened at a time
+_INT8_COLUMNS: Final = 16  # torch's int8 product takes columns in steps of a vector register, 16 floats at most
 _TOKENS: Final = 256  # tokens multiplied at a time
 _SHRINK: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # candidate scales, as shares of the full range of a group
 
@@ -103,7 +104,8 @@ class Int8Matrix:
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         self._codes, self._scales = codes.clone(), scales.reshape(-1).clone()
         self.nbytes = self._codes.nbytes + self._scales.nbytes
-        self.packed = _works(lambda: self._packed(_probe(codes.shape[1])))
+        whole = codes.shape[1] % _INT8_COLUMNS == 0  # torch does not check, and reads beyond the matrix
+        self.packed = whole and _works(lambda: self._packed(_probe(codes.shape[1])))
         if not self.packed:
             _warn_slow("int8", codes.shape[1])
 

@@ -51,9 +51,10 @@ class LowRankFormat:
         tensors, ranks = read_header(path)[0], []
         for layer in store.layers:
             name = f"{layer.prefix}.predictor.a_codes"
-            if name not in tensors:
-                raise StoreFormatError("the predictor lacks a layer", where=path, expected=name)
-            ranks.append(tensors[name][0][1][0])
+            shape = tensors[name][0][1] if name in tensors else ()
+            if len(shape) != 2:
+                raise StoreFormatError("the predictor lacks a layer", where=path, expected=f"{name} [rank, d_model]", got=shape)
+            ranks.append(shape[0])
         return cls(tuple(ranks))
 
 
@@ -81,7 +82,7 @@ def pack_lowrank(a: torch.Tensor, b: torch.Tensor, offset: torch.Tensor) -> dict
         "a_scales": down["scales"],
         "b_codes": up["codes"],
         "b_scales": up["scales"],
-        "offset": offset.float(),
+        "offset": offset.float().clone(),
     }
 
 

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 import torch
 
-from .activity import Activations
+from .activity import Activations, reached_by
 from .errors import ConfigError
 from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, by_tokens, quantize_rows, whole_groups, widen
 from .predictor import belonging, check_specs, find_predictor, read_tensors
@@ -232,17 +232,22 @@ def measure_margin(
     predictor = QuantizedPredictor(stored, bias, form, -shift, measured=True)
     spread = spread.clamp_(min=float(spread.mean()) * 1e-3 + 1e-12)
     chunks = list(data.chunks(data.trained_on, len(data.x)))
-    needed = torch.cat([(-predictor.score(data.x[rows]) / spread)[data.active(rows)] for rows in chunks])
-    margin = DEFAULT_MARGIN[8]  # for a silent layer
-    if len(needed):
-        margin = max(0.0, float(needed.kthvalue(max(1, round(MEASURED_RECALL * len(needed)))).values))
-    selected = sum(int((predictor.score(data.x[rows]) + margin * spread > 0).sum()) for rows in chunks)
+    lacking = reached_by(
+        MEASURED_RECALL, lambda: ((predictor.score(data.x[rows]) / spread)[data.active(rows)] for rows in chunks)
+    )
+    margin = DEFAULT_MARGIN[8] if lacking is None else max(0.0, -lacking)  # the default: for a silent layer
+    found = selected = positives = 0
+    for rows in chunks:
+        chosen, active = predictor.score(data.x[rows]) + margin * spread > 0, data.active(rows)
+        positives += int(active.sum())
+        selected += int(chosen.sum())
+        found += int((chosen & active).sum())
     size = covariance.diagonal() + mean.square()  # mean square of each input
     assumed = stored["error"].square().mean() * size.mean()
     report = {
         "margin": margin,
-        "recall": float((needed <= margin).float().mean()) if len(needed) else 1.0,
-        "selected": selected / max(1, len(needed)),
+        "recall": found / positives if positives else 1.0,
+        "selected": selected / max(1, positives),
         "shift_in_spreads": float((shift.abs() / spread).mean()),  # how constant the error is
         "real_over_assumed": float(((spread.square() + shift.square()).mean() / assumed).sqrt()),
         "largest_input_over_typical": float((size.max() / size.median().clamp(min=1e-12)).sqrt()),

@@ -42,7 +42,11 @@ def token_windows(
     if isinstance(text, str | os.PathLike):
         ids = _tokenize(folder, _parts(text, random), wanted if random is None else 4 * wanted)
     else:
-        ids = np.asarray(text).reshape(-1)
+        try:
+            ids = np.asarray(text).reshape(-1)
+        except (TypeError, ValueError) as error:
+            kind = getattr(text, "dtype", error)
+            raise CalibrationError("token ids must be whole numbers", where="text", got=kind) from error
         if ids.dtype.kind not in "iu" and len(ids):
             raise CalibrationError("token ids must be whole numbers", where="text", got=ids.dtype)
     if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
@@ -68,14 +72,10 @@ def token_windows(
 
 
 def _tokenize(folder: Path, parts: Iterator[str], wanted: int) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            "there is no tokenizer for the text",
-            where=folder,
-            hint="save the model's tokenizer there, or give token ids",
-        ) from error
+    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):  # transformers would make up an empty one
+        hint = "save the model's tokenizer there, or give token ids"
+        raise CalibrationError("there is no tokenizer for the text", where=folder, hint=hint)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     ids: list[int] = []
     for part in parts:
         if part.strip():
@@ -88,6 +88,8 @@ def _tokenize(folder: Path, parts: Iterator[str], wanted: int) -> Any:
 def _parts(text: str | os.PathLike[str], random: np.random.Generator | None) -> Iterator[str]:
     """The documents of a text, long ones in parts; shuffled when `random` is given."""
     path = Path(text)
+    if path.is_dir() or not str(text):
+        raise ConfigError("not a text", where="text", expected="a file, or the name of a dataset", got=repr(str(text)))
     if not path.is_file():
         yield from _dataset(os.fspath(text))
         return
@@ -131,8 +133,8 @@ def quotations(windows: torch.Tensor) -> torch.Tensor:
     for at in range(_GRAM):  # wraps around modulo 2 ** 64, as a hash may
         sums = sums * np.uint64(0x9E3779B97F4A7C15) + ids[:, at : at + runs]
     sums ^= sums >> np.uint64(29)
-    kept = np.unique(sums[(sums >> np.uint64(7)) % np.uint64(_KEPT) == 0])
-    return torch.from_numpy(kept.view(np.int64))
+    kept = sums[(sums >> np.uint64(7)) % np.uint64(_KEPT) == 0]
+    return torch.from_numpy(np.unique(kept.view(np.int64)))
 
 
 def seen_share(windows: torch.Tensor, before: torch.Tensor) -> float:

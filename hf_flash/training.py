@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from .activity import CHUNK, Activations
+from .activity import CHUNK, Activations, reached_by
 from .lowrank import LowRankPredictor, lowrank_bytes, pack_lowrank
 
 _SEGMENT: Final = 16  # neighbouring tokens that stay together when tokens are shuffled: reads of some size
@@ -60,7 +60,7 @@ def training_bytes(rank: int, d_ff: int, d_model: int) -> int:
     """Memory that [`train_layer`] takes at most, in bytes."""
     matrices = 6 * d_model * d_model  # covariance, its factor, the eigenproblem and its workspace
     weights = 5 * (rank * (d_ff + d_model) + d_ff)  # with gradients, both moments of Adam, and the packed result
-    batch = 4 * max(_BATCH, CHUNK) * d_ff
+    batch = 4 * 1024 * d_ff  # logits, slopes and weights of a batch, or the co-activation of as many rows
     return 4 * (matrices + weights + batch)
 
 
@@ -143,8 +143,7 @@ class _Start:
         d_ff, d_model = up.shape
         self._up, self._mean = up, mean
         self._bias = torch.zeros(d_ff) if bias is None else bias.float()
-        ridge = 1e-5 * covariance.diagonal().mean() + torch.finfo(torch.float32).tiny
-        self._factor = torch.linalg.cholesky(covariance + ridge * torch.eye(d_model))  # R
+        self._factor = _root(covariance)  # R
         gram, spread = torch.zeros(d_model, d_model), []
         for rows in self._blocks():
             seen = up[rows].float() @ self._factor
@@ -168,6 +167,16 @@ class _Start:
             offset[rows] = self._scale[rows] * (self._bias[rows] + part @ self._mean)
         offset -= b @ (a @ self._mean)
         return a.contiguous(), b, offset
+
+
+def _root(covariance: torch.Tensor) -> torch.Tensor:
+    """Its Cholesky factor, with as much added to the diagonal as that takes: a few tokens do not fill all dimensions."""
+    ridge = 1e-5 * float(covariance.diagonal().mean()) + 1e-12
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(covariance + ridge * torch.eye(len(covariance)))
+        if not failed:
+            return torch.as_tensor(factor)
+        ridge *= 10
 
 
 def _leading(gram: torch.Tensor, count: int) -> torch.Tensor:
@@ -221,16 +230,13 @@ def _judge(data: Activations, packed: dict[str, torch.Tensor], recall: float) ->
     """The threshold that reaches `recall` on held-out tokens, and what comes along with it."""
     predictor = LowRankPredictor(packed)
     chunks = list(data.chunks(data.trained_on, len(data.x)))
-    scores = torch.cat([predictor.score(data.x[rows])[data.active(rows)] for rows in chunks])
-    positives = len(scores)
-    if positives:
-        threshold = float(scores.kthvalue(min(positives, int((1 - recall) * positives) + 1)).values)
-        threshold -= abs(threshold) * 1e-5 + 1e-6  # `score - threshold > 0` must hold for that one too
-    else:  # a silent layer
+    threshold = reached_by(recall, lambda: (predictor.score(data.x[rows])[data.active(rows)] for rows in chunks))
+    if threshold is None:  # a silent layer
         threshold = max(float(predictor.score(data.x[rows]).max()) for rows in chunks)
-    found = extra = 0
+    found = extra = positives = 0
     for rows in chunks:
         selected, active = predictor.score(data.x[rows]) > threshold, data.active(rows)
+        positives += int(active.sum())
         found += int((selected & active).sum())
         extra += int((selected & ~active).sum())
     return {

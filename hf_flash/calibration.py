@@ -49,11 +49,12 @@ from .errors import BudgetError, CalibrationError, ConfigError, HfFlashError, Un
 from .ffn import observed
 from .folders import check_room, locked
 from .lowrank import VARIANT
+from .memory import trim_heap
 from .predictor import read_tensors
 from .quantized import MEASURED_RECALL, measure_margin, quantized_forms
 from .repack import list_store, repacked_config
 from .runtime import close, find_runtime
-from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
+from .store import CALIBRATION_FILE, META, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
 from .text import Text, quotations, token_windows
 from .training import Targets, train_layer, training_bytes
 from .writer import calibration_metadata, predictor_metadata, write_json, write_safetensors, writing
@@ -263,12 +264,14 @@ class _Job:
                 bar.set_postfix_str(f"layer {start} of {len(layers)}: forward")
                 self._forward(model, group, bar.update)
                 self.crew.wait()
+                trim_heap()
                 if self.crew.index == 0 and group.stop < len(layers):
                     self._path("hidden", group.stop).with_suffix(".done").touch()
                 bar.set_postfix_str(f"layer {start} of {len(layers)}: training")
                 mine = start + self.crew.index
                 if mine in group and mine not in self.finished():
                     self._train(model, layers[mine])
+                    trim_heap()
                 self.crew.wait()
                 if self.crew.index == 0:
                     self._clear(group)
@@ -400,11 +403,7 @@ class _Job:
             | {"sha256": self.arguments["text"]},
             "targets": asdict(self.targets) | {"epochs": self.epochs, "seed": self.seed, "quantized_recall": MEASURED_RECALL},
             "reached": reached,
-            "default": VARIANT
-            if reached and smaller
-            else ("quantized" if quantized else "none")
-            if before == VARIANT
-            else before,
+            "default": VARIANT if reached and smaller else before,
             "layers": layers,
         }
 
@@ -508,6 +507,14 @@ def run(args: argparse.Namespace) -> str:
     keywords = {k: v for k, v in vars(args).items() if k not in ("folder", "text", "run", "memory_budget")}
     budget = None if args.memory_budget is None else parse_bytes(args.memory_budget)
     return describe(calibrate(args.folder, args.text, memory_budget=budget, **keywords))
+
+
+def stored_report(store: FlashStore) -> dict[str, Any] | None:
+    """What [`calibrate`] returned when it was run on this store, if it was."""
+    if store.calibration is None:
+        return None
+    report: dict[str, Any] = json.loads(read_header(store.calibration)[1][META + "calibration"])
+    return report
 
 
 def describe(report: dict[str, Any]) -> str:

@@ -235,6 +235,7 @@ def _facts(store: FlashStore) -> dict[str, Any]:
         "bundles_bytes": store.nbytes,
         "alignment": ALIGNMENT,
         "predictors": {variant: path.stat().st_size for variant, path in store.predictors.items()},
+        "calibration": calibration.stored_report(store),
         "files": [path.name for path in store.files],
     }
 
@@ -248,9 +249,18 @@ def _describe(store: FlashStore) -> str:
         ("bundles", f"{format_bytes(facts['bundles_bytes'])}, {format_bytes(facts['bundle_bytes'])} a neuron"),
         ("alignment", f"every layer on {ALIGNMENT} bytes"),
         ("predictors", predictors or "none"),
+        ("calibration", _describe_calibration(facts["calibration"])),
         ("files", f"{len(facts['files'])}, {facts['files'][0]} ..."),
     ]
     return "\n".join(f"{name:<18}{value}" for name, value in rows)
+
+
+def _describe_calibration(report: dict[str, Any] | None) -> str:
+    if report is None:
+        return "none"
+    ranks = [layer["lowrank"]["rank"] for layer in report["layers"]]
+    reached = "reached" if report["reached"] else "not reached"
+    return f"on {report['text']['tokens']} tokens; ranks {min(ranks)} to {max(ranks)}, targets {reached}"
 
 
 # --- demo ----------------------------------------------------------------------------------------------------------

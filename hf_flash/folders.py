@@ -29,7 +29,7 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskSpaceError(
-            "not enough room to repack",
+            "not enough room on the disk",
             where=folder,
             expected=f"{format_bytes(needed)} ({needed} bytes) free",
             got=f"{format_bytes(free)} ({free} bytes)",

@@ -168,7 +168,10 @@ def by_tokens(x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def _plain_product(x: torch.Tensor, rows_of: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
-    return torch.cat([F.linear(x.float(), rows_of(slice(at, at + _ROWS))) for at in range(0, count, _ROWS)], dim=1)
+    """In float64 and then rounded, so that a token's sums do not depend on how many are beside it."""
+    wide = x.double()
+    parts = [F.linear(wide, rows_of(slice(at, at + _ROWS)).double()).float() for at in range(0, count, _ROWS)]
+    return torch.cat(parts, dim=1)
 
 
 def _probe(columns: int) -> torch.Tensor:

@@ -126,7 +126,6 @@ def test_a_passage_has_the_same_fingerprints_wherever_it_stands(
 
 
 def test_fingerprints_are_sorted() -> None:
-    # BUG (small): they are, but as uint64; the int64 they are returned as begin with the positive ones.
     found = quotations(torch.randint(0, 50_000, (4, 500), generator=random(0)))
     assert torch.equal(found, found.sort().values)
 
@@ -258,6 +257,18 @@ def test_what_is_said_of_a_token_depends_on_that_token_alone(
     assert torch.equal(predictor.select(others)[row], whole[row])
 
 
+@pytest.mark.parametrize(("d_model", "rank"), [(96, 32), (100, 24)])
+def test_scores_are_the_same_bits_whatever_tokens_are_beside(d_model: int, rank: int) -> None:
+    # BUG: where torch has no packed product (100 columns), `_plain_product` is a GEMM, whose sums depend on the number of rows.
+    # Rounded to bfloat16 in between, scores differ by up to 0.1, and what is selected may too.
+    for seed in range(5):
+        predictor = LowRankPredictor(pack_lowrank(*lowrank(d_model, rank, 300, seed)))
+        x = torch.randn(64, d_model, generator=random(seed + 1))
+        whole = predictor.score(x)
+        assert torch.equal(torch.cat([predictor.score(token) for token in x.split(1)]), whole)
+        assert torch.equal(torch.cat([predictor.score(part) for part in x.split(7)]), whole)
+
+
 @settings(deadline=None, max_examples=30)
 @given(d_model=EIGHTS, rank=EIGHTS, tokens=st.integers(1, 40), seed=SEEDS, data=st.data())
 def test_nan_selects_every_neuron_of_its_token(d_model: int, rank: int, tokens: int, seed: int, data: st.DataObject) -> None:
@@ -328,7 +339,9 @@ def test_the_closed_form_at_full_rank_is_the_layer(d_model: int, d_ff: int, bias
     found, wanted = x @ a.T @ b.T + offset, x @ up.T + (own if bias else 0)
     scale = found.std(0) / wanted.std(0)  # a positive number for each neuron
     torch.testing.assert_close(found, wanted * scale, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(found.std(0, correction=0), torch.full((d_ff,), 4.0), rtol=1e-2, atol=1e-2)
+    spread = wanted.var(0, correction=0)
+    ridge = 1e-5 * covariance.diagonal().mean() * up.square().sum(1)  # what is added, so that there is a root
+    torch.testing.assert_close(found.std(0, correction=0), 4 * (spread / (spread + ridge)).sqrt(), rtol=1e-2, atol=1e-2)
 
 
 @settings(deadline=None, max_examples=30)

@@ -154,8 +154,10 @@ def imports(module: str) -> Iterator[str]:
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield f"{'.' * node.level}{node.module}"
         elif isinstance(node, ast.ImportFrom):
-            yield f"{'.' * node.level}{node.module or ''}"
+            yield from (f"{'.' * node.level}{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("module", MODULES)

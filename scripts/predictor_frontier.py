@@ -21,7 +21,7 @@ import torch
 import hf_flash
 from hf_flash.evaluation import evaluate
 
-RANKS = (32, 64, 96, 128)
+RANKS = (32, 64, 128)
 FORMATS = ({"predictor_bits": 4, "predictor_group_size": 64}, {"predictor_bits": 8})
 KEEP = ("bytes", "share_of_model", "selected", "missed", "lost", "extra", "perplexity", "change", "predict_ms", "ms_per_token")
 

@@ -46,6 +46,19 @@ class Activations:
     def chunks(self, start: int, stop: int) -> Iterator[slice]:
         return (slice(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK))
 
+    @property
+    def held_out_chunks(self) -> Iterator[slice]:
+        return self.chunks(self.trained_on, len(self.x))
+
+    def judge(self, select: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, int, int]:
+        """Neurons over all held-out tokens: active, selected, and both. `select` is given x [tokens, d_model]."""
+        counts = [0, 0, 0]
+        for rows in self.held_out_chunks:
+            active, selected = self.active(rows), select(self.x[rows])
+            for number, mask in enumerate((active, selected, active & selected)):
+                counts[number] += int(mask.sum())
+        return counts[0], counts[1], counts[2]
+
 
 def pack_bits(active: torch.Tensor) -> torch.Tensor:
     """bool [tokens, n] to uint8 [tokens, n / 8], rounded up."""

@@ -290,11 +290,9 @@ class _Job:
 
     def _clear(self, group: range) -> None:
         for layer in group:
-            for kind in ("x", "bits"):
-                self._path(kind, layer).unlink(missing_ok=True)
-        for layer in range(group.start, group.stop):
             self._path("hidden", layer).with_suffix(".done").unlink(missing_ok=True)
-            self._path("hidden", layer).unlink(missing_ok=True)
+            for kind in ("x", "bits", "hidden"):
+                self._path(kind, layer).unlink(missing_ok=True)
 
     @torch.no_grad()
     def _forward(self, model: Any, group: range, progress: Callable[[int], Any]) -> None:
@@ -357,7 +355,7 @@ class _Job:
         names = {"frequency": used, "partners": ids, "together": together}
         tensors |= {f"{layer.prefix}.calibration.{name}": tensor for name, tensor in names.items()}
         report["active"] = int(used.sum()) / self.tokens
-        report["use"] = self._use(data, data.active)
+        report["use"] = self._use(data)
         report["mean_norm"] = float(mean.norm())
         write_safetensors(
             self._path("layer", layer.index),
@@ -366,11 +364,11 @@ class _Job:
             {"report": json.dumps(report)},
         )
 
-    def _use(self, data: Activations, masks: Callable[[slice], torch.Tensor]) -> dict[str, list[float]]:
-        """Aggregated use, over the windows that are held out and as many others, 64 at most."""
+    def _use(self, data: Activations) -> dict[str, list[float]]:
+        """Aggregated use, over the last 64 windows."""
         use = Use()
         for window in range(max(0, len(self.windows) - 64), len(self.windows)):
-            use.add(masks(slice(window * self.context, (window + 1) * self.context)))
+            use.add(data.active(slice(window * self.context, (window + 1) * self.context)))
         return use.to_dict()
 
     # --- the end

@@ -38,7 +38,8 @@ from .lowrank import LowRankFormat
 from .predictor import NoPredictor, PredictorForm, find_predictor, read_tensors
 from .quantized import DEFAULT_MARGIN, QuantizedFormat, QuantizedPredictor, quantized_forms
 from .repack import repacked_config
-from .runtime import close, find_runtime
+from .runtime import close, find_runtime, stats
+from .stats import Counters
 from .store import FlashStore, LayerStore
 from .text import Text, seen_share, token_windows
 
@@ -319,21 +320,19 @@ def _perplexity(model: Any, windows: torch.Tensor) -> float:
 
 def _timed(model: Any, prompt: torch.Tensor, new_tokens: int) -> dict[str, float]:
     """Milliseconds and bytes per generated token; the prompt is not counted."""
-    runtime = find_runtime(model)
-    length = {"do_sample": False, "pad_token_id": 1}
-    model.generate(prompt[None], max_new_tokens=2, min_new_tokens=2, **length)
-    first, since = perf_counter(), runtime.engine.counters
-    runtime.engine.counters = type(since)()
-    model.generate(prompt[None], max_new_tokens=1, **length)
-    alone, after = perf_counter() - first, runtime.engine.counters
-    runtime.engine.counters = type(since)()
-    start = perf_counter()
-    model.generate(prompt[None], max_new_tokens=new_tokens + 1, min_new_tokens=new_tokens + 1, **length)
-    spent, count = perf_counter() - start - alone, runtime.engine.counters
+
+    def run(count: int) -> tuple[float, Counters]:
+        stats(model, reset=True)
+        start = perf_counter()
+        model.generate(prompt[None], max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=1)
+        return perf_counter() - start, stats(model).counters
+
+    run(2)  # warm up
+    (alone, before), (spent, after) = run(1), run(new_tokens + 1)
     return {
-        "ms_per_token": 1e3 * max(0.0, spent) / new_tokens,
-        "predict_ms": 1e3 * max(0.0, count.predict_s - after.predict_s) / new_tokens,
-        "read_bytes_per_token": (count.read_bytes - after.read_bytes) / new_tokens,
+        "ms_per_token": 1e3 * max(0.0, spent - alone) / new_tokens,
+        "predict_ms": 1e3 * max(0.0, after.predict_s - before.predict_s) / new_tokens,
+        "read_bytes_per_token": (after.read_bytes - before.read_bytes) / new_tokens,
     }
 
 

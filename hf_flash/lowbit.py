@@ -10,7 +10,6 @@ Where torch has no fast product for a shape or a machine, plain codes are widene
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final, Protocol
@@ -192,8 +191,3 @@ def _warn_slow(kind: str, columns: int) -> None:
     logger.warning(
         "hf_flash: torch has no packed %s product for %d columns on this machine; predicting takes the slow path", kind, columns
     )
-
-
-def whole_groups(group_size: int, columns: int) -> int:
-    """The asked group size, or its part that divides the columns."""
-    return math.gcd(group_size, columns)

@@ -29,7 +29,7 @@ import torch
 
 from .activity import Activations, reached_by
 from .errors import ConfigError
-from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, by_tokens, quantize_rows, whole_groups, widen
+from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, by_tokens, quantize_rows, widen
 from .predictor import belonging, check_specs, find_predictor, read_tensors
 from .store import FlashStore, LayerStore, TensorSpec
 from .writer import predictor_metadata, write_safetensors
@@ -58,7 +58,7 @@ class QuantizedFormat:
 
     def group(self, d_model: int) -> int:
         """Columns that share a scale: the whole row in 8 bits, else the asked group size or its part that divides."""
-        return d_model if self.bits == 8 else whole_groups(self.group_size, d_model)
+        return d_model if self.bits == 8 else math.gcd(self.group_size, d_model)
 
     def specs(self, layer: LayerStore) -> dict[str, TensorSpec]:
         return self.shapes(layer.prefix, layer.d_ff, layer.d_model)
@@ -231,17 +231,12 @@ def measure_margin(
     stored = read_tensors(store.predictors[form.variant], f"{layer.prefix}.predictor")
     predictor = QuantizedPredictor(stored, bias, form, -shift, measured=True)
     spread = spread.clamp_(min=float(spread.mean()) * 1e-3 + 1e-12)
-    chunks = list(data.chunks(data.trained_on, len(data.x)))
+    chunks = list(data.held_out_chunks)
     lacking = reached_by(
         MEASURED_RECALL, lambda: ((predictor.score(data.x[rows]) / spread)[data.active(rows)] for rows in chunks)
     )
     margin = DEFAULT_MARGIN[8] if lacking is None else max(0.0, -lacking)  # the default: for a silent layer
-    found = selected = positives = 0
-    for rows in chunks:
-        chosen, active = predictor.score(data.x[rows]) + margin * spread > 0, data.active(rows)
-        positives += int(active.sum())
-        selected += int(chosen.sum())
-        found += int((chosen & active).sum())
+    positives, selected, found = data.judge(lambda x: predictor.score(x) + margin * spread > 0)
     size = covariance.diagonal() + mean.square()  # mean square of each input
     assumed = stored["error"].square().mean() * size.mean()
     report = {

@@ -229,19 +229,14 @@ def _active_share(data: Activations) -> float:
 def _judge(data: Activations, packed: dict[str, torch.Tensor], recall: float) -> dict[str, float]:
     """The threshold that reaches `recall` on held-out tokens, and what comes along with it."""
     predictor = LowRankPredictor(packed)
-    chunks = list(data.chunks(data.trained_on, len(data.x)))
+    chunks = list(data.held_out_chunks)
     threshold = reached_by(recall, lambda: (predictor.score(data.x[rows])[data.active(rows)] for rows in chunks))
     if threshold is None:  # a silent layer
         threshold = max(float(predictor.score(data.x[rows]).max()) for rows in chunks)
-    found = extra = positives = 0
-    for rows in chunks:
-        selected, active = predictor.score(data.x[rows]) > threshold, data.active(rows)
-        positives += int(active.sum())
-        found += int((selected & active).sum())
-        extra += int((selected & ~active).sum())
+    positives, selected, found = data.judge(lambda x: predictor.score(x) > threshold)
     return {
         "threshold": threshold,
         "recall": found / positives if positives else 1.0,
-        "extra": extra / max(1, data.held_out * data.d_ff - positives),
-        "selected": (found + extra) / max(1, positives),
+        "extra": (selected - found) / max(1, data.held_out * data.d_ff - positives),
+        "selected": selected / max(1, positives),
     }

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from transformers.utils import logging as transformers_logging
 
+import hf_flash
+
 ROOT = Path(__file__).parent.parent
 TINY_OPT = ROOT / "examples" / "tiny-opt"
 
@@ -71,3 +73,15 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def plain(opt: Callable[..., Path]) -> Path:
+    """A small random OPT. Do not write to it."""
+    return opt()
+
+
+@pytest.fixture(scope="module")
+def packed(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, repacked, never calibrated. Do not write to it."""
+    return hf_flash.repack(plain, tmp_path_factory.mktemp("packed") / "opt-flash")

@@ -69,17 +69,6 @@ def tokens() -> torch.Tensor:
     return torch.randint(4, 96, (6000,), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def plain(opt: Callable[..., Path]) -> Path:
-    return opt()
-
-
-@pytest.fixture(scope="module")
-def packed(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Repacked, never calibrated. Do not write to it."""
-    return hf_flash.repack(plain, tmp_path_factory.mktemp("packed") / "opt-flash")
-
-
 @pytest.fixture
 def copy(packed: Path, tmp_path: Path) -> Path:
     """A repacked folder to calibrate."""

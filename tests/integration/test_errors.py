@@ -56,16 +56,6 @@ UP, DOWN = "model.decoder.layers.1.fc1.weight", "model.decoder.layers.2.fc2.weig
 
 
 @pytest.fixture(scope="module")
-def plain(opt: Callable[..., Path]) -> Path:
-    return opt()
-
-
-@pytest.fixture(scope="module")
-def packed(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hf_flash.repack(plain, tmp_path_factory.mktemp("packed") / "opt-flash")
-
-
-@pytest.fixture(scope="module")
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repacked model of the same shape with other weights."""
     folder = tmp_path_factory.mktemp("stranger")

@@ -41,16 +41,16 @@ def quantize_rows(w: torch.Tensor, bits: int, group: int) -> dict[str, torch.Ten
     w = w.float().reshape(rows, -1, group)
     if bits == 8:
         scale = _safe_scale(w.abs().amax(-1, keepdim=True) / 127)
-        code = (w / scale).round().clamp(-127, 127)
-        error = (code * scale - w).view(rows, -1).norm(dim=1)
+        code = (w / scale).round_().clamp_(-127, 127)
+        error = (code * scale).sub_(w).view(rows, -1).norm(dim=1)
         return {"codes": code.view(rows, columns).to(torch.int8), "scales": scale[..., 0].bfloat16(), "error": error}
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     best: tuple[torch.Tensor, ...] | None = None
     for shrink in _SHRINK:
         scale = _safe_scale((high - low) * shrink / 15)
         zero = ((high + low + scale * (high > low)) / 2).bfloat16().float()
-        code = ((w - zero) / scale).round().clamp(-8, 7)
-        loss = (code * scale + zero - w).square().sum(-1, keepdim=True)
+        code = (w - zero).div_(scale).round_().clamp_(-8, 7)
+        loss = (code * scale).add_(zero).sub_(w).square_().sum(-1, keepdim=True)
         if best is None:
             best = loss, code, scale, zero
         else:

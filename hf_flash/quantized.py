@@ -30,6 +30,7 @@ import torch
 from .activity import Activations, reached_by
 from .errors import ConfigError
 from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, by_tokens, quantize_rows, widen
+from .memory import trim_heap
 from .predictor import belonging, check_specs, find_predictor, read_tensors
 from .store import FlashStore, LayerStore, TensorSpec
 from .writer import predictor_metadata, write_safetensors
@@ -165,6 +166,8 @@ def write_quantized(path: Path, store: FlashStore, form: QuantizedFormat, progre
             ]
             for name in parts[0]:
                 yield torch.cat([part[name] for part in parts])
+            del parts
+            trim_heap()
 
     write_safetensors(path, specs, pieces(), predictor_metadata(form.variant, store.metadata))
 

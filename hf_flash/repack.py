@@ -178,7 +178,7 @@ def build_store(
                 origin,
             )
             bar.update(up.nbytes + down.nbytes)
-    trim_heap()
+            trim_heap()
     return add_predictor(folder, form)
 
 
@@ -200,7 +200,6 @@ def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
         form,
         lambda layers: tqdm(layers, desc="Making predictors", unit="layer", delay=1),
     )
-    trim_heap()
     return FlashStore.open_folder(folder)
 
 

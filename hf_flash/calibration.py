@@ -356,7 +356,6 @@ class _Job:
         tensors |= {f"{layer.prefix}.calibration.{name}": tensor for name, tensor in names.items()}
         report["active"] = int(used.sum()) / self.tokens
         report["use"] = self._use(data)
-        report["mean_norm"] = float(mean.norm())
         write_safetensors(
             self._path("layer", layer.index),
             {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},

@@ -39,7 +39,8 @@ def token_windows(
     """
     wanted = most * context
     random = None if seed is None else np.random.default_rng(seed)
-    if isinstance(text, str | os.PathLike):
+    named = isinstance(text, str | os.PathLike)
+    if named:
         ids = _tokenize(folder, _parts(text, random), wanted if random is None else 4 * wanted)
     else:
         try:
@@ -51,17 +52,17 @@ def token_windows(
             raise CalibrationError("token ids must be whole numbers", where="text", got=ids.dtype)
     if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
         raise CalibrationError(
-            "the tokenizer does not fit the model",
-            where=folder,
+            "the tokenizer does not fit the model" if named else "the token ids are not the model's",
+            where=folder if named else "text",
             expected=f"token ids from 0 to {vocab_size - 1}",
             got=f"{ids.min()} to {ids.max()}",
-            hint="put the model's own tokenizer into the folder",
+            hint="put the model's own tokenizer into the folder" if named else "tokenize with the model's own tokenizer",
         )
     count = len(ids) // context
     if count < least:
         raise CalibrationError(
             "the text is empty" if not len(ids) else "the text is too short",
-            where="text" if not isinstance(text, str | os.PathLike) else text,
+            where=text if named else "text",
             expected=f"at least {least} windows of {context} tokens, {least * context} in all",
             got=f"{len(ids)} tokens",
             hint="give more text, or a smaller context",

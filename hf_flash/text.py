@@ -39,8 +39,7 @@ def token_windows(
     """
     wanted = most * context
     random = None if seed is None else np.random.default_rng(seed)
-    named = isinstance(text, str | os.PathLike)
-    if named:
+    if named := isinstance(text, str | os.PathLike):
         ids = _tokenize(folder, _parts(text, random), wanted if random is None else 4 * wanted)
     else:
         try:

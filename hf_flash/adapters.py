@@ -6,7 +6,7 @@ Supporting another family means another [`Adapter`] here, and nothing elsewhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,6 +50,8 @@ class Adapter:
     activation_key: str = "activation_function"
     d_ff_key: str = "ffn_dim"
     bias_key: str = "enable_bias"
+    norm: str = "final_layer_norm"
+    norm_first_key: str = "do_layer_norm_before"
 
     def names(self, tensors: Iterable[str]) -> list[FFNNames]:
         """The FFN matrices among the tensors of a plain checkpoint, by layer.
@@ -108,6 +110,21 @@ class Adapter:
             ffns.append(ffn)
         return ffns
 
+    def watch(self, model: nn.Module, ffns: Sequence[FlashFFN], ahead: int) -> None:
+        """Let every layer's FFN look ahead while the attention of that layer, or of the one before it, still runs.
+
+        The residual stream as it enters a layer, through the norm in front of the FFN, is close to what the FFN will get.
+        Where the norm comes after the FFN there is nothing of the kind, and nothing is done.
+
+        Args:
+            ahead: 0 for not at all, 1 for the FFN's own layer, 2 for the layer before.
+        """
+        if not ahead or not getattr(model.config, self.norm_first_key):
+            return
+        layers: Any = model.get_decoder().layers  # type: ignore[operator]
+        for layer, target, ffn in zip(layers, layers[ahead - 1 :], ffns[ahead - 1 :], strict=False):
+            layer.register_forward_pre_hook(_Lookahead(ffn, getattr(target, self.norm)), with_kwargs=True)
+
     @property
     def store_keys(self) -> list[str]:
         """Patterns of the checkpoint names that are not for transformers' loader."""
@@ -116,6 +133,19 @@ class Adapter:
             rf"layers\.\d+\.{self.up}\.(bundles|predictor\..+|calibration\..+)$",
             r"^calibration\.",
         ]
+
+
+class _Lookahead:
+    """A hook before a decoder layer. Only for one token: several need most neurons, which no guess can spare."""
+
+    def __init__(self, ffn: FlashFFN, norm: nn.Module) -> None:
+        self.ffn, self.norm = ffn, norm
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+        if x.numel() == self.ffn.d_model and x.device.type == "cpu":
+            with torch.no_grad():
+                self.ffn.look_ahead(self.norm(x.view(1, -1)))
 
 
 _ADAPTERS: Final = {adapter.model_type: adapter for adapter in [Adapter("opt")]}

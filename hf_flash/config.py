@@ -36,6 +36,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "predictor_group_size": 64,
     "predictor_margin": None,  # as calibrated, else decided by predictor_bits
     "window": 5,
+    "lookahead": 1,
     "memory_budget": None,  # what is really free
     "reader": "auto",
     "io_threads": 16,
@@ -59,7 +60,10 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         predictor_margin (`float`): how many standard deviations of its own rounding error the quantized predictor adds
             before it calls a neuron inactive. More reads, fewer misses. Default: as measured by `hf_flash.calibrate`, else
             1.5 in 4 bits, 3.0 in 8 bits.
-        window (`int`): neurons used in this many recent tokens stay in DRAM. Default 5. Paper: section 3.1.
+        window (`int`): neurons used in this many recent tokens stay in DRAM; older ones as long as there is room, the most
+            used longest. Default 5. Paper: section 3.1.
+        lookahead (`int`): how many layers ahead reading starts, on a guess that never decides what is computed: 0 for not
+            at all, 1 while the layer's own attention runs, 2 one layer earlier. Default 1.
         memory_budget (`int` or `str`): ceiling on all weight bytes in DRAM, as bytes or text such as `"6GiB"`. Unset: what
             is free on this machine or in its cgroup.
         reader (`"auto"`, `"mmap"` or `"direct"`): how chunks get into memory: through the page cache, or past it with
@@ -81,6 +85,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         predictor_group_size: int | None = UNSET,
         predictor_margin: float | None = UNSET,
         window: int | None = UNSET,
+        lookahead: int | None = UNSET,
         memory_budget: int | str | None = UNSET,
         reader: ReaderName | None = UNSET,
         io_threads: int | None = UNSET,
@@ -109,6 +114,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
             "predictor_group_size": predictor_group_size,
             "predictor_margin": predictor_margin,
             "window": window,
+            "lookahead": lookahead,
             "memory_budget": memory_budget,
             "reader": reader,
             "io_threads": io_threads,
@@ -221,5 +227,6 @@ def _complaint(name: str, value: Any) -> str | None:
         return None
     if name == "cache_dir":
         return None if isinstance(value, str) else "a path"
-    low, high = {"predictor_group_size": (2, 1 << 16), "io_threads": (1, 256)}.get(name, (1, 1 << 31))
+    limits = {"predictor_group_size": (2, 1 << 16), "io_threads": (1, 256), "lookahead": (0, 2)}
+    low, high = limits.get(name, (1, 1 << 31))
     return None if whole and low <= value <= high else f"a whole number, {low} to {high}"

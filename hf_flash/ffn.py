@@ -3,8 +3,8 @@
 How a token flows through it (paper: section 3; the stock layer is `down(act(up(x) + b))`):
 
     1. predict   the predictor names the neurons this token uses; with several tokens in a call, each its own
-    2. evict     neurons that left the window make room
-    3. read      named neurons that are not in DRAM are read from flash into the window's free rows
+    2. evict     if room is needed: what was used least, outside the window of the last tokens
+    3. read      named neurons that are not in DRAM are read from flash into the window's free slots
     4. compute   up, activation and down over exactly the named neurons, in the order of their ids
     5. count     bytes, hits, seconds
 
@@ -12,6 +12,9 @@ What is computed depends on the weights, the predictor and the tokens alone (con
 arrive, never the arithmetic. To keep results bit-identical whatever is resident, a call's neurons are worked off in *blocks*
 of fixed length (`block_rows`, a function of the layer's shape), and the rows of a block are always brought into id order
 first, in the same scratch buffer, before a matrix product sees them.
+
+*Lookahead* starts step 3 early: while the layer's attention runs, on what the predictor says of the layer's own input
+(`look_ahead`). That brings most neurons in time; what it missed is read as ever.
 
 When a call's neurons do not all fit into the window (prefill, a tight budget), blocks are streamed: what is resident is
 copied, what is missing is read straight into the block, and what is worth keeping goes on to the window.
@@ -30,9 +33,9 @@ import torch
 from torch import nn
 
 from .compute import Scratch, add_one_token, add_several_tokens, block_rows
-from .errors import HfFlashError, UsageError
+from .errors import HfFlashError, StoreReadError, UsageError
 from .predictor import Predictor
-from .reader import BundleReader
+from .reader import BundleReader, Reading
 from .stats import Counters
 from .window import Ids, ResidentWindow
 
@@ -98,6 +101,7 @@ class FlashFFN(nn.Module):
         """Give the layer what it runs on. Called once the rest of the model is loaded."""
         self.engine, self.window, self.predictor = engine, window, predictor
         self._all_ids: Ids = np.arange(self.d_ff)
+        self._ahead: tuple[Ids, Ids, Reading] | None = None  # neurons on their way, the slots they go to
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         engine = self._usable(x)
@@ -108,7 +112,7 @@ class FlashFFN(nn.Module):
             except HfFlashError:
                 raise  # nothing was committed that is not whole
             except BaseException:
-                self.window.forget()  # an interrupted move or read leaves rows of unknown content
+                self._forget(engine)
                 raise
         if not (x.requires_grad and torch.is_grad_enabled()):
             return out
@@ -122,46 +126,118 @@ class FlashFFN(nn.Module):
         selected = self.predictor.select(x)
         ids = self._all_ids if selected is None else _union(selected)
         predicted = perf_counter()
+        waited = self._arrive(engine, selected)
         window.note_use(None if selected is None else selected.numpy(), tokens, ids)
         missing = window.missing(ids)
-        managed, waited, out = perf_counter(), 0.0, torch.zeros(tokens, self.d_model, dtype=torch.float32)
+        managed, out = perf_counter(), torch.zeros(tokens, self.d_model, dtype=torch.float32)
         x = x if tokens == 1 else x.float()  # what compute.py wants
         one_block = len(ids) <= block_rows(self.d_ff)
         if len(ids) <= window.capacity:
-            window.evict_for(ids)
-            managed = perf_counter()
-            waited = self._read(engine, missing, window.matrix, window.reserve(len(missing)))
-            window.commit(missing)
+            slots = self._reserve(missing, ids)
+            managed, before = perf_counter(), waited
+            waited += self._read(engine, missing, window.matrix, slots)
+            window.commit(missing, slots)
             for block in self._blocks(ids):
                 self._compute(engine, x, selected, block, window.matrix, window.slot_of[block], out, one_block)
         else:
-            keep = window.worth_keeping(ids)
+            before, keep = waited, window.worth_keeping(ids)
             window.evict(np.setdiff1d(window.resident, np.union1d(keep, ids)))
             for block in self._blocks(ids):
                 waited += self._stream(engine, block, keep)
                 self._compute(engine, x, selected, block, engine.scratch.rows, None, out, one_block)
-        done = perf_counter()
         count.calls += 1
         count.tokens += tokens
         count.selected += len(ids)
         count.hits += len(ids) - len(missing)
         count.missing_bytes += len(missing) * engine.reader.layers[self.index].bundle_bytes
         count.predict_s += predicted - start
-        count.manage_s += managed - predicted
+        count.manage_s += managed - predicted - before
         count.io_s += waited
-        count.compute_s += done - managed - waited
+        count.compute_s += perf_counter() - managed - (waited - before)
         return out
+
+    # --- lookahead
+
+    def look_ahead(self, x: torch.Tensor) -> None:
+        """Start to read what the next forward will probably need, as far as there is room for it.
+
+        Args:
+            x: [1, d_model] a guess at that forward's input. It decides which bytes come early, never what is computed.
+        """
+        engine = self.engine
+        if engine is None:
+            return
+        with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
+            if engine.closed or engine.reader.converts or self._ahead is not None:
+                return
+            try:
+                self._start_ahead(engine, x.to(engine.dtype))
+            except BaseException:
+                self._forget(engine)
+                raise
+
+    def _start_ahead(self, engine: Engine, x: torch.Tensor) -> None:
+        start, window = perf_counter(), self.window
+        selected = self.predictor.select(x)
+        predicted = perf_counter()
+        engine.counters.predict_s += predicted - start
+        if selected is None:
+            return
+        ids = _union(selected)
+        missing = window.missing(ids)
+        if len(missing) and len(ids) <= window.capacity:
+            slots = self._reserve(missing, ids)
+            try:
+                self._ahead = missing, slots, engine.reader.start(self.index, missing, window.matrix, slots)
+            except StoreReadError:
+                window.give_back(slots)
+        engine.counters.manage_s += perf_counter() - predicted
+
+    def _arrive(self, engine: Engine, selected: torch.Tensor | None) -> float:
+        """Take in what was read ahead; returns the seconds that had to be waited."""
+        if self._ahead is None:
+            return 0.0
+        start, (ids, slots, reading) = perf_counter(), self._ahead
+        self._ahead = None
+        try:
+            found = reading.wait()
+        except StoreReadError:  # the forward reads what it needs again, and says what is wrong
+            self.window.give_back(slots)
+            return perf_counter() - start
+        self.window.commit(ids, slots)
+        count = engine.counters
+        count.read_bytes += found.nbytes
+        count.reads += found.chunks
+        count.ahead += len(ids)
+        count.ahead_used += len(ids) if selected is None else int(selected.any(0).numpy()[ids].sum())
+        return perf_counter() - start
+
+    def _reserve(self, missing: Ids, ids: Ids) -> Ids:
+        """Slots for `missing`, without evicting any of `ids`."""
+        self.window.make_room(len(missing), ids)
+        return self.window.reserve(len(missing))
+
+    def _forget(self, engine: Engine) -> None:
+        """After an interruption: nobody knows which rows are whole."""
+        engine.reader.settle()
+        self._ahead = None
+        self.window.forget()
 
     def _blocks(self, ids: Ids) -> Iterator[Ids]:
         step = block_rows(self.d_ff)
         return (ids[at : at + step] for at in range(0, len(ids), step))
 
     def _read(self, engine: Engine, ids: Ids, out: torch.Tensor, rows: Ids) -> float:
-        """Read bundles and count them; returns the seconds it took."""
+        """Read bundles and count them; returns the seconds it took. Rows of the window are given back when it fails."""
         if not len(ids):
             return 0.0
         start = perf_counter()
-        count = engine.reader.read(self.index, ids, out, rows)
+        try:
+            count = engine.reader.read(self.index, ids, out, rows)
+        except StoreReadError:
+            if out is self.window.matrix:
+                self.window.give_back(rows)
+            raise
         engine.counters.read_bytes += count.nbytes
         engine.counters.reads += count.chunks
         return perf_counter() - start
@@ -180,10 +256,10 @@ class FlashFFN(nn.Module):
         window.evict(np.setdiff1d(block[there], keep, assume_unique=True))
         staying = away[np.isin(block[away], keep, assume_unique=True)][: window.free]
         if len(staying):
-            target = torch.from_numpy(window.reserve(len(staying)))
+            slots = window.reserve(len(staying))
             picked = torch.index_select(rows, 0, torch.from_numpy(staying), out=engine.scratch.gathered[: len(staying)])
-            window.matrix.index_copy_(0, target, picked)
-            window.commit(block[staying])
+            window.matrix.index_copy_(0, torch.from_numpy(slots), picked)
+            window.commit(block[staying], slots)
         return waited
 
     def _compute(

@@ -156,6 +156,8 @@ class FlashHfQuantizer(HfQuantizer):
             self._ffns,
             self._dtype,
         )
+        if self._form is not None:
+            adapter_for(model.config).watch(model, self._ffns, self.quantization_config.lookahead)
         bind(model)
         logger.info(
             "hf_flash: memory budget %s%s\n%s",

@@ -46,6 +46,7 @@ class FlashRuntime:
             capacity=plan.capacity,
             predictor=self.form.variant if self.form else "none",
             reader=self.engine.reader.name,
+            reads_with=self.engine.reader.source.means,
             budget_bytes=plan.budget_bytes,
             minimum_bytes=plan.minimum_bytes,
             resident_bytes=plan.resident_bytes,
@@ -78,7 +79,7 @@ def attach(
     engine = Engine(open_reader(store, config.reader, config.io_threads, dtype, spare_bytes), scratch, dtype)
     for ffn, layer in zip(ffns, store.layers, strict=True):
         predictor = NoPredictor() if form is None else form.load(store, layer, ffn.bias)
-        window = ResidentWindow(layer.d_ff, layer.d_model, plan.capacity, config.window, dtype, scratch.gathered)
+        window = ResidentWindow(layer.d_ff, layer.d_model, plan.capacity, config.window, dtype)
         ffn.attach(engine, window, predictor)
     trim_heap()
     checkpoint.release()

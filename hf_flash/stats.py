@@ -19,6 +19,8 @@ class Counters:
     missing_bytes: int = 0  # bundles that were missing, times their size on flash
     read_bytes: int = 0  # what was asked of the disk: missing_bytes plus page and sector rounding
     reads: int = 0  # chunks: contiguous requests to the disk
+    ahead: int = 0  # neurons that lookahead read
+    ahead_used: int = 0  # of these, computed by the forward they were read for
     predict_s: float = 0.0
     manage_s: float = 0.0
     io_s: float = 0.0
@@ -43,6 +45,7 @@ class FlashStats:
     capacity: int  # neurons a layer's window can hold
     predictor: str
     reader: str
+    reads_with: str  # io_uring, threads or the page cache
     budget_bytes: int
     minimum_bytes: int
     resident_bytes: int  # embeddings, attention, norms, biases
@@ -101,6 +104,6 @@ class FlashStats:
                 f"{format_bytes(self.process_bytes)}; KV cache {format_bytes(kv)} a token",
             ),
             ("FFN ms per token", ", ".join(f"{name} {ms:.2f}" for name, ms in per_token.items())),
-            ("predictor, reader", f"{self.predictor}, {self.reader}"),
+            ("predictor, reader", f"{self.predictor}, {self.reader} ({self.reads_with})"),
         ]
         return "\n".join(f"{name:<20}{value}" for name, value in rows)

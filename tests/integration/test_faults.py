@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, StoreFormatError, TargetExistsError, UsageError
-from hf_flash import reader as reader_module
+from hf_flash import sources
 from hf_flash.store import FlashStore
 from tests.conftest import make_opt
 
@@ -85,9 +85,9 @@ def test_an_interrupted_read_waits_for_its_threads(monkeypatch: pytest.MonkeyPat
         for job in some:
             job.set_result(0)
 
-    monkeypatch.setattr(reader_module, "wait", interrupted)
+    monkeypatch.setattr(sources, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reader_module._wait_for_all(jobs)
+        sources._wait_for_all(jobs)
     assert all(job.done() for job in jobs)
 
 

@@ -6,11 +6,13 @@ scripted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ from hf_flash.budget import _cgroup_free, available_memory, format_bytes, parse_
 from hf_flash.ffn import Engine, FlashFFN, Scratch, block_rows
 from hf_flash.lowbit import quantize_rows
 from hf_flash.quantized import QuantizedFormat, QuantizedPredictor
-from hf_flash.reader import PAGE, coalesce, direct_alignment, open_reader
+from hf_flash.reader import open_reader
+from hf_flash.sources import PAGE, chunked, direct_alignment
 from hf_flash.store import FlashStore
 from hf_flash.window import ResidentWindow
 from hf_flash.writer import write_layer
@@ -46,28 +49,40 @@ class PlainWindow:
     clock: int = 0
     resident: set[int] = field(default_factory=set)
     last_use: dict[int, int] = field(default_factory=dict)
+    worth: Counter[int] = field(default_factory=Counter)
 
-    def call(self, uses: list[set[int]]) -> list[list[int]]:
-        """Take one call, the neurons of each of its tokens; returns the groups of neurons it reads."""
+    def call(self, uses: list[set[int]], after: set[int]) -> list[list[int]]:
+        """Take one call, the neurons of each of its tokens, and check what was in DRAM after it; the groups that it reads."""
+        for n in self.worth:
+            self.worth[n] *= 0.99 ** len(uses)
         for use in uses:
             self.clock += 1
             self.last_use |= dict.fromkeys(use, self.clock)
+            self.worth.update(dict.fromkeys(use, 1))
         needed = set().union(*uses)
-        return [self._fit(needed)] if len(needed) <= self.capacity else self._stream(needed)
+        groups = [self._fit(needed, after)] if len(needed) <= self.capacity else self._stream(needed)
+        assert self.resident == after
+        return groups
 
-    def _recent(self, neurons: set[int]) -> set[int]:
-        return {n for n in neurons if self.last_use[n] > self.clock - self.window}
+    def _rank(self, n: int) -> tuple[bool, float]:
+        """What is evicted first has the lowest."""
+        recent = self.last_use[n] > self.clock - self.window
+        return recent, self.last_use[n] if recent else self.worth[n]
 
-    def _fit(self, needed: set[int]) -> list[int]:
-        missing = sorted(needed - self.resident)
-        idle = sorted(self._recent(self.resident - needed), key=lambda n: (self.last_use[n], n))
-        too_many = max(0, len(idle) + len(needed) - self.capacity)
-        self.resident = needed | set(idle[too_many:])
+    def _fit(self, needed: set[int], after: set[int]) -> list[int]:
+        missing, wanted = sorted(needed - self.resident), self.resident | needed
+        evicted, idle = wanted - after, after - needed
+        assert needed <= after <= wanted
+        assert len(evicted) == max(0, len(wanted) - self.capacity)
+        if evicted and idle:
+            (recent, worst), (kept_recent, best) = max(map(self._rank, evicted)), min(map(self._rank, idle))
+            assert (recent, worst) <= (kept_recent, best * (1 + 1e-9))
+        self.resident = after
         return missing
 
     def _stream(self, needed: set[int]) -> list[list[int]]:
-        newest = sorted(self._recent(self.resident | needed), key=lambda n: (-self.last_use[n], n not in self.resident, n))
-        keep = set(newest[: self.capacity])
+        best = sorted(self.resident | needed, key=lambda n: (*(-r for r in self._rank(n)), n not in self.resident, n))
+        keep = set(best[: self.capacity])
         self.resident &= keep | needed
         order, reads = sorted(needed), []
         for at in range(0, len(order), self.block):
@@ -161,14 +176,18 @@ class Rig:
     def __init__(self, store: FlashStore, dtype: torch.dtype, reader: str, capacity: int, window: int) -> None:
         self.store, self.dtype = store.layers[LAYER], dtype
         self.unit = PAGE
-        if reader == "direct":
+        if reader != "mmap":
             self.unit, reason = direct_alignment(store)
             if not self.unit:
                 pytest.skip(f"no direct reads here: {reason}")
         d_model = self.store.d_model
         scratch = Scratch(D_FF, d_model, dtype)
-        self.engine = Engine(open_reader(store, reader, 3, dtype, 0), scratch, dtype)
-        self.window = ResidentWindow(D_FF, d_model, capacity, window, dtype, scratch.gathered)
+        with pytest.MonkeyPatch.context() as patch:
+            if reader == "threads":  # a machine without io_uring
+                patch.setattr("hf_flash.sources.Ring", Mock(side_effect=OSError(38, "no io_uring")))
+            reader_there = open_reader(store, "mmap" if reader == "mmap" else "direct", 3, dtype, 0)
+        self.engine = Engine(reader_there, scratch, dtype)
+        self.window = ResidentWindow(D_FF, d_model, capacity, window, dtype)
         self.predictor = Scripted()
         self.ffn = FlashFFN(LAYER, D_FF, d_model, True, torch.nn.ReLU()).eval()
         self.ffn.attach(self.engine, self.window, self.predictor)
@@ -200,12 +219,13 @@ class Rig:
     def resident(self) -> set[int]:
         """The neurons in DRAM, after checking that the window agrees with itself and with the store."""
         w = self.window
-        ids = w.resident.tolist()
-        assert len(set(ids)) == len(ids) == w.num_used <= w.capacity
-        assert w.slot_of[ids].tolist() == list(range(len(ids)))
-        assert int((w.slot_of >= 0).sum()) == len(ids)
-        assert torch.equal(w.matrix[: len(ids)], self.bundles[ids].to(self.dtype))
-        return set(ids)
+        ids = w.resident
+        slots = w.slot_of[ids]
+        assert len(set(slots.tolist())) == len(ids) == w.capacity - w.free
+        assert w.pointer[slots].tolist() == ids.tolist()
+        assert int((w.pointer >= 0).sum()) == len(ids)
+        assert torch.equal(w.matrix[slots], self.bundles[ids].to(self.dtype))
+        return set(ids.tolist())
 
 
 def some_neurons(kind: str, share: float, tokens: int, seed: int) -> torch.Tensor | None:
@@ -229,7 +249,7 @@ a_call = st.tuples(st.sampled_from(KINDS), st.floats(0, 1), st.one_of(st.just(1)
 a_capacity = st.one_of(st.sampled_from([0, 1, D_FF - 1, D_FF]), st.integers(0, D_FF))
 
 
-@pytest.mark.parametrize("reader", ["mmap", "direct"])
+@pytest.mark.parametrize("reader", ["mmap", "direct", "threads"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda lay: f"{lay.d_model} {lay.stored} to {lay.dtype}".replace("torch.", ""))
 @settings(max_examples=15, deadline=None)
 @given(capacity=a_capacity, window=st.integers(1, 7), calls=st.lists(a_call, min_size=1, max_size=8))
@@ -249,8 +269,7 @@ def test_the_window_holds_what_its_rules_say_and_every_byte_is_counted(
             uses = [set(range(D_FF))] * tokens if mask is None else [set(row.nonzero()[:, 0].tolist()) for row in mask]
             rig.call(mask, tokens)
 
-            groups = plain.call(uses)
-            assert rig.resident() == plain.resident
+            groups = plain.call(uses, rig.resident())
             if layout.stored != layout.dtype:
                 groups = [group[at : at + STAGED] for group in groups for at in range(0, len(group), STAGED)]
             nbytes, count = asked_of_the_disk(groups, rig.store.offset, layout.size, rig.unit)
@@ -262,7 +281,7 @@ def test_the_window_holds_what_its_rules_say_and_every_byte_is_counted(
         assert counters.hits == selected - missing
         assert counters.missing_bytes == missing * layout.size
         assert (counters.read_bytes, counters.reads) == (asked, reads)
-        if reader == "direct" and layout.size % rig.unit == 0:
+        if reader != "mmap" and layout.size % rig.unit == 0:
             assert counters.read_bytes == counters.missing_bytes
         assert rig.window.high_water <= capacity
 
@@ -314,8 +333,11 @@ def test_a_failed_read_is_an_error_and_leaves_the_window_usable(tmp_path: Path, 
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reader", ["mmap", "direct"])
-@pytest.mark.parametrize("layout", [Layout(64, HALF, FULL), Layout(40, FULL, BRAIN), Layout(36, FULL, FULL)])
+@pytest.mark.parametrize("reader", ["mmap", "direct", "threads"])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(512, FULL, FULL), Layout(64, FULL, FULL), Layout(64, HALF, FULL), Layout(40, FULL, BRAIN), Layout(36, FULL, FULL)],
+)
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_rows_arrive_where_they_were_asked_for_exactly_converted(
@@ -338,21 +360,23 @@ MEBIBYTE = 1 << 20
 @settings(max_examples=300, deadline=None)
 @given(
     ids=st.sets(st.integers(0, 60)).map(sorted),
-    gaps=st.lists(st.sampled_from([1, 1, 1, 1, 3]), min_size=61, max_size=61),
+    shuffle=st.randoms(use_true_random=False),
     size=st.sampled_from([96, 4096, 100_000, 400_000, MEBIBYTE, MEBIBYTE + 8, 3 * MEBIBYTE]),
     offset=st.sampled_from([0, 4096, 8192]),
 )
-def test_chunks_cover_exactly_what_was_asked_for(ids: list[int], gaps: list[int], size: int, offset: int) -> None:
-    rows = np.cumsum(gaps)[: len(ids)]
-    chunks = list(coalesce(np.array(ids, dtype=np.int64), rows, offset, size))
-    pieces = [(c.offset + at, c.target + at) for c in chunks for at in range(0, c.nbytes, size)]
-    assert pieces == [(offset + i * size, int(row) * size) for i, row in zip(ids, rows, strict=True)]
-    assert all(c.nbytes % size == 0 and 0 < c.nbytes <= max(MEBIBYTE, size) for c in chunks)
-    for left, right in pairwise(chunks):
-        assert left.offset + left.nbytes <= right.offset
-        assert left.target + left.nbytes <= right.target
-        neighbours = left.offset + left.nbytes == right.offset and left.target + left.nbytes == right.target
-        assert not neighbours or left.nbytes + size > MEBIBYTE  # no chunk could be longer
+def test_chunks_cover_exactly_what_was_asked_for(ids: list[int], shuffle: Random, size: int, offset: int) -> None:
+    rows = list(range(3, 3 + 2 * len(ids)))
+    shuffle.shuffle(rows)
+    rows = rows[: len(ids)]
+    chunks = chunked(np.array(ids, dtype=np.int64), np.array(rows, dtype=np.int64), offset, size)
+    pieces = [piece for chunk in range(len(chunks)) for piece in chunks.pieces(chunk)]
+    found = [(at + i * size, row) for at, part in pieces for i, row in enumerate(range(part.start, part.stop))]
+    assert found == [(offset + i * size, row) for i, row in zip(ids, rows, strict=True)]
+    ends = (chunks.offset + chunks.nbytes).tolist()
+    assert all(0 < n <= max(MEBIBYTE, size) for n in chunks.nbytes.tolist())
+    for end, start, nbytes in zip(ends, chunks.offset.tolist()[1:], chunks.nbytes.tolist(), strict=False):
+        assert end <= start
+        assert end < start or nbytes + size > MEBIBYTE  # no chunk could be longer
 
 
 # --- the quantized predictor ---------------------------------------------------------------------------------------

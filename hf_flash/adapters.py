@@ -110,20 +110,17 @@ class Adapter:
             ffns.append(ffn)
         return ffns
 
-    def watch(self, model: nn.Module, ffns: Sequence[FlashFFN], ahead: int) -> None:
-        """Let every layer's FFN look ahead while the attention of that layer, or of the one before it, still runs.
+    def watch(self, model: nn.Module, ffns: Sequence[FlashFFN]) -> None:
+        """Let every layer's FFN look ahead while that layer's attention runs.
 
         The residual stream as it enters a layer, through the norm in front of the FFN, is close to what the FFN will get.
         Where the norm comes after the FFN there is nothing of the kind, and nothing is done.
-
-        Args:
-            ahead: 0 for not at all, 1 for the FFN's own layer, 2 for the layer before.
         """
-        if not ahead or not getattr(model.config, self.norm_first_key):
+        if not getattr(model.config, self.norm_first_key):
             return
         layers: Any = model.get_decoder().layers  # type: ignore[operator]
-        for layer, target, ffn in zip(layers, layers[ahead - 1 :], ffns[ahead - 1 :], strict=False):
-            layer.register_forward_pre_hook(_Lookahead(ffn, getattr(target, self.norm)), with_kwargs=True)
+        for layer, ffn in zip(layers, ffns, strict=True):
+            layer.register_forward_pre_hook(_Lookahead(ffn, getattr(layer, self.norm)), with_kwargs=True)
 
     @property
     def store_keys(self) -> list[str]:

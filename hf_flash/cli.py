@@ -10,19 +10,20 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm
 
-from . import calibration, evaluation
+from . import bench, calibration, evaluation, planner
 from ._version import __version__
+from .bench_report import describe as describe_bench
 from .budget import format_bytes, parse_bytes
 from .config import FlashOffloadConfig
 from .errors import ConfigError, HfFlashError
-from .plots import plot
+from .plots import plot, plot_bench
 from .repack import repack, restore
 from .runtime import stats
 from .saving import push
@@ -95,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--with-stock", action="store_true", help="run the tasks on the stock model too; needs the memory for it")
     _evaluation_arguments(sub, text=_TEST_TEXT, tasks=_TASKS)
 
+    sub = command("plan", _plan, "Predict how fast a model will be on this machine, and how much memory it should have.")
+    _plan_arguments(sub)
+
+    sub = command("bench", _bench, "Compare decode speed with stock transformers and accelerate, under one memory cap.")
+    sub.add_argument("model", nargs="?", help="a repacked checkpoint")
+    _bench_arguments(sub)
+
     sub = command("restore", _restore, "Undo repack: the plain checkpoint, every tensor bit for bit.")
     sub.add_argument("folder", help="a repacked checkpoint")
     sub.add_argument("target", help="folder to make")
@@ -129,6 +137,63 @@ def _evaluation_arguments(sub: argparse.ArgumentParser, text: str | None = None,
     sub.add_argument("--limit", type=_positive, metavar="N", help="questions per task")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     sub.add_argument("--plots", type=Path, metavar="DIR", help="draw them there")
+
+
+def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", help="folder or Hub repository, repacked or plain; config.json is enough")
+    sub.add_argument("--memory", metavar="SIZE", help='weights in DRAM: a size, or a share of the model such as "50%%"')
+    sub.add_argument("--predictor", choices=["quantized", "lowrank", "none"], help="default: the stored one, else quantized")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of compute (default: the checkpoint's)")
+    sub.add_argument("--disk", type=Path, metavar="FOLDER", help="whose disk to measure (default: the model's or the cache's)")
+    sub.add_argument("--active", type=float, metavar="X", help="share of the neurons that are active (default: as calibrated)")
+    sub.add_argument("--fresh", type=float, metavar="X", help="of these, not used in 4 tokens (default: as calibrated)")
+    sub.add_argument(
+        "--predicted", type=float, metavar="X", help="neurons predicted for an active one (default: as calibrated)"
+    )
+    sub.add_argument("--tokens", type=_positive, metavar="N", help="predict the mean of so many (default: in the long run)")
+    sub.add_argument("--prompt-tokens", type=_positive, metavar="N", default=16, help="before these (default 16)")
+    sub.add_argument("--revision", help="branch, tag or commit on the Hub")
+    sub.add_argument("--json", metavar="FILE", help="write all figures there, or - to print them instead of tables")
+
+
+def _bench_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--plain", type=Path, metavar="FOLDER", help="the same model as a plain checkpoint, for the others")
+    sub.add_argument("--preset", choices=["tiny"], help="a random model made for the purpose, in seconds, instead of MODEL")
+    names = ", ".join([*bench.SYSTEMS, *bench.GROUPS])
+    sub.add_argument("--systems", metavar="A,B", help=f"what to compare, of: {names.replace('%', '%%')}")
+    sub.add_argument("--system", action="append", default=[], type=_checked(bench.parse_system), metavar='"NAME: ARG=VALUE"',
+                     help="a further row of hf_flash with arguments of FlashOffloadConfig; may be repeated")  # fmt: skip
+    sub.add_argument("--flash-arg", action="append", default=[], type=_checked(bench.parse_arguments), metavar="ARG=VALUE",
+                     help="an argument of FlashOffloadConfig for all rows of hf_flash; may be repeated")  # fmt: skip
+    sub.add_argument("--tokens", type=_at_least_two, metavar="N", help="to generate; slow systems stop at 8 (default 64)")
+    sub.add_argument("--prompt-tokens", type=_positive, metavar="N", help="of the random prompt (default 16)")
+    sub.add_argument("--memory", metavar="SIZE", help='weights in DRAM: a size, or a share of the model (default "50%%")')
+    sub.add_argument("--headroom", type=_size, metavar="SIZE", help='what the cap allows beyond it (default "0.6GB")')
+    sub.add_argument("--repeats", type=_positive, metavar="N", help="rounds; a row shows its median one (default 1)")
+    sub.add_argument("--timeout", type=_positive, metavar="SECONDS", help="for each system (default 1800)")
+    sub.add_argument("--cap", action=argparse.BooleanOptionalAction, default=True, help="whether to cap memory (default yes)")
+    sub.add_argument("--check", action="store_true", help="fail if flash generates other tokens than without a cap")
+    sub.add_argument("--json", metavar="FILE", help="write all figures there, or - to print them instead of tables")
+    sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw where the time of a token goes")
+
+
+def _at_least_two(text: str) -> int:
+    number = _positive(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("must be at least 2: the first token is the prompt's")
+    return number
+
+
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """For argparse, whose errors are wrong usage."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
 
 
 def _positive(text: str) -> int:
@@ -194,6 +259,38 @@ def _verify(args: argparse.Namespace) -> int:
         _say(calibration.describe(found) + "\n")
     args.folder, args.stock = folder, args.model if args.with_stock else None
     return _eval(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    found = planner.plan(
+        args.model, memory=args.memory, predictor=args.predictor, dtype=args.dtype, disk=args.disk, active=args.active,
+        fresh=args.fresh, predicted=args.predicted, tokens=args.tokens, prompt_tokens=args.prompt_tokens,
+        revision=args.revision,
+    )  # fmt: skip
+    _say(json.dumps(found.to_dict(), indent=2) if args.json == "-" else found.describe())
+    if args.json and args.json != "-":
+        write_json(Path(args.json), found.to_dict())
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if (args.model is None) == (args.preset is None) or (args.preset and args.plain):
+        raise ConfigError("nothing to measure, or too much", expected="either a repacked MODEL or --preset tiny")
+    settings = {name: getattr(args, name) for name in ("tokens", "prompt_tokens", "memory", "headroom", "repeats", "timeout")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings |= {"cap": args.cap, "check": args.check, "arguments": {k: v for item in args.flash_arg for k, v in item.items()}}
+    names = args.systems and [name.strip() for name in args.systems.split(",") if name.strip()]
+    if args.preset:
+        report = bench.bench_tiny(systems=[*(names or bench.TINY), *args.system], **settings)
+    else:
+        systems = [*(names or bench.default_systems(args.plain)), *args.system]
+        report = bench.bench(args.model, plain=args.plain, systems=systems, **settings)
+    _say(json.dumps(report, indent=2) if args.json == "-" else describe_bench(report))
+    if args.json and args.json != "-":
+        write_json(Path(args.json), report)
+    if args.plot:
+        plot_bench(report, args.plot)
+    return 0 if report.get("same_tokens", True) else 1
 
 
 def _restore(args: argparse.Namespace) -> int:

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -28,30 +30,35 @@ _HALVES = 2
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
-def block_rows(d_ff: int) -> int:
-    """Neurons worked on at a time. A function of the shape alone, because it fixes the order of summation."""
-    return min(1024, max(64, d_ff // 4), d_ff)
+def block_rows(d_ff: int, tokens: int) -> int:
+    """Neurons worked on at a time. A function of the shape alone, because it fixes the order of summation.
+
+    One token takes twice as many, since only the up half of their rows is gathered.
+    """
+    rows = min(1024, max(64, d_ff // 4), d_ff)
+    return min(2 * rows, d_ff) if tokens == 1 else rows
 
 
 class Scratch:
     """Buffers for one block, allocated once and shared by all layers of a model.
 
-    rows     [block, 2 * d_model] a streamed block in id order, dtype of compute; page-aligned, a target of reads
-    gathered [block, 2 * d_model] rows picked from a window, dtype of compute; also lent to the window for moving rows
-    wide     [block, 2 * d_model] float32 for several tokens; the same memory as `gathered` when computing in float32
+    rows     [block of one token, 2 * d_model] a streamed block in id order, dtype of compute; page-aligned, a target of reads
+    gathered [block of several, 2 * d_model] rows picked from a window, dtype of compute
+    wide     [block of several, 2 * d_model] float32; the same memory as `gathered` when computing in float32
     """
 
     def __init__(self, d_ff: int, d_model: int, dtype: torch.dtype) -> None:
-        shape = (block_rows(d_ff), 2 * d_model)
-        self.rows = aligned_empty(shape, dtype)
+        shape = (block_rows(d_ff, 2), 2 * d_model)
+        self.rows = aligned_empty((block_rows(d_ff, 1), 2 * d_model), dtype)
         self.gathered = aligned_empty(shape, dtype)
         self.wide = self.gathered if dtype == torch.float32 else aligned_empty(shape, torch.float32)
+        self.nbytes = self.size(d_ff, d_model, dtype)
 
     @staticmethod
-    def nbytes(d_model: int, rows: int, dtype: torch.dtype) -> int:
-        """What the buffers for blocks of `rows` take, in bytes."""
+    def size(d_ff: int, d_model: int, dtype: torch.dtype) -> int:
+        """What the buffers for layers of this shape take, in bytes."""
         wide = 0 if dtype == torch.float32 else 4
-        return rows * 2 * d_model * (2 * dtype.itemsize + wide)
+        return 2 * d_model * (block_rows(d_ff, 1) * dtype.itemsize + block_rows(d_ff, 2) * (dtype.itemsize + wide))
 
 
 def add_one_token(
@@ -60,7 +67,7 @@ def add_one_token(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     matrix: torch.Tensor,
-    rows: torch.Tensor,
+    rows: npt.NDArray[np.int64],
     out: torch.Tensor,
     *,
     one_block: bool,
@@ -76,23 +83,23 @@ def add_one_token(
     """
     n, d = len(rows), x.shape[1]
     gathered = scratch.gathered.view(-1, d)  # [2 * block, d]
-    up = torch.index_select(matrix.view(-1, d), 0, 2 * rows, out=gathered[:n])
+    up = torch.index_select(matrix.view(-1, d), 0, torch.from_numpy(2 * rows), out=gathered[:n])
     hidden = activation(F.linear(x, up, bias))[0]  # [n]
-    active = hidden.nonzero()[:, 0]
+    active = hidden.nonzero()[:, 0].numpy()
     if len(active) == 0:
         return
-    weights, down_rows = hidden[active], 2 * rows[active] + 1  # of `matrix` seen as rows of d
+    bags = 1 if d % _HALVES else _HALVES
+    down = rows[active]  # in numpy: a small operator costs a tenth of one of torch when the caches are cold
     if not one_block and x.dtype != torch.float32:
-        down = torch.index_select(matrix.view(-1, d), 0, down_rows, out=gathered[n : n + len(active)])
-        wide = scratch.wide.view(-1, d)[: len(active)].copy_(down)
-        out.addmm_(weights.float()[None], wide)
-    elif d % _HALVES:
-        out += F.embedding_bag(down_rows[None], matrix.view(-1, d), per_sample_weights=weights[None], mode="sum")
+        place = torch.from_numpy(2 * down + 1)  # of `matrix` seen as rows of d
+        picked = torch.index_select(matrix.view(-1, d), 0, place, out=gathered[: len(active)])
+        wide = scratch.wide.view(-1, d)[: len(active)].copy_(picked)
+        out.addmm_(hidden[torch.from_numpy(active)].float()[None], wide)
     else:
-        halves = torch.stack([_HALVES * down_rows, _HALVES * down_rows + 1])
-        weights = weights.expand(_HALVES, -1).contiguous()
-        bags = F.embedding_bag(halves, matrix.view(-1, d // _HALVES), per_sample_weights=weights, mode="sum")
-        out += bags.view(1, d)
+        places = torch.from_numpy(2 * bags * down + bags + np.arange(bags)[:, None])  # [bags, active], of rows of d / bags
+        weights = torch.index_select(hidden, 0, torch.from_numpy(np.concatenate([active] * bags))).view(bags, -1)
+        sums = F.embedding_bag(places, matrix.view(-1, d // bags), per_sample_weights=weights, mode="sum")
+        out += sums.view(1, d)
 
 
 def add_several_tokens(
@@ -102,7 +109,7 @@ def add_several_tokens(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     matrix: torch.Tensor,
-    rows: torch.Tensor,
+    rows: npt.NDArray[np.int64],
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Add a block's share of several tokens to `out`; returns the pre-activations [tokens, n], in the dtype of compute.
@@ -116,7 +123,7 @@ def add_several_tokens(
     """
     n, d = len(rows), x.shape[1]
     wide = scratch.wide[:n]
-    gathered = torch.index_select(matrix, 0, rows, out=scratch.gathered[:n])
+    gathered = torch.index_select(matrix, 0, torch.from_numpy(rows), out=scratch.gathered[:n])
     if wide.data_ptr() != gathered.data_ptr():
         wide.copy_(gathered)
     before = F.linear(x, wide[:, :d], None if bias is None else bias.float()).to(matrix.dtype)

@@ -26,6 +26,7 @@ from .errors import ConfigError, StoreVersionError
 
 FORMAT_VERSION: Final = 1
 UNSET: Final[Any] = None  # every argument left out
+AUTO: Final = "auto"  # a memory budget that is worked out when the model is loaded
 
 PredictorName = Literal["quantized", "lowrank", "none"]
 ReaderName = Literal["auto", "mmap", "direct"]
@@ -36,7 +37,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "predictor_group_size": 64,
     "predictor_margin": None,  # as calibrated, else decided by predictor_bits
     "window": 5,
-    "lookahead": 1,
+    "lookahead": None,  # 1 where a core is free
     "memory_budget": None,  # what is really free
     "reader": "auto",
     "io_threads": 16,
@@ -62,10 +63,11 @@ class FlashOffloadConfig(QuantizationConfigMixin):
             1.5 in 4 bits, 3.0 in 8 bits.
         window (`int`): neurons used in this many recent tokens stay in DRAM; older ones as long as there is room, the most
             used longest. Default 5. Paper: section 3.1.
-        lookahead (`int`): how many layers ahead reading starts, on a guess that never decides what is computed: 0 for not
-            at all, 1 while the layer's own attention runs, 2 one layer earlier. Default 1.
-        memory_budget (`int` or `str`): ceiling on all weight bytes in DRAM, as bytes or text such as `"6GiB"`. Unset: what
-            is free on this machine or in its cgroup.
+        lookahead (`int`): layers that reading starts ahead, on a guess that never decides what is computed: 0 for not at all,
+            1 for before the layer's own attention runs. It hides reads, and costs some more of them and some computing.
+            Unset: 1 where torch leaves a core free, else 0.
+        memory_budget (`int` or `str`): ceiling on all weight bytes in DRAM, as bytes or text such as `"6GiB"`. Unset or
+            `"auto"`: what is free on this machine or in its cgroup; `"auto"` also where the model stores a budget.
         reader (`"auto"`, `"mmap"` or `"direct"`): how chunks get into memory: through the page cache, or past it with
             O_DIRECT. Default `"auto"`.
         io_threads (`int`): parallel reads of the direct reader. Default 16.
@@ -223,10 +225,11 @@ def _complaint(name: str, value: Any) -> str | None:
         fine = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 100
         return None if fine else "a number of standard deviations, 0 to 100"
     if name == "memory_budget":
-        parse_bytes(value)
+        if value != AUTO:
+            parse_bytes(value)
         return None
     if name == "cache_dir":
         return None if isinstance(value, str) else "a path"
-    limits = {"predictor_group_size": (2, 1 << 16), "io_threads": (1, 256), "lookahead": (0, 2)}
+    limits = {"predictor_group_size": (2, 1 << 16), "io_threads": (1, 256), "lookahead": (0, 1)}
     low, high = limits.get(name, (1, 1 << 31))
     return None if whole and low <= value <= high else f"a whole number, {low} to {high}"

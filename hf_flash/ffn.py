@@ -56,8 +56,7 @@ class Engine:
     @property
     def scratch_bytes(self) -> int:
         """DRAM of the buffers that all layers share."""
-        rows = self.scratch.rows
-        return Scratch.nbytes(rows.shape[1] // 2, len(rows), self.dtype) + self.reader.buffer_bytes
+        return self.scratch.nbytes + self.reader.buffer_bytes
 
     def check_open(self) -> None:
         """Refuse to run on a closed store. Call with the lock held."""
@@ -103,6 +102,7 @@ class FlashFFN(nn.Module):
         self._all_ids: Ids = np.arange(self.d_ff)
         self._ahead: tuple[Ids, Ids, Reading] | None = None  # neurons on their way, the slots they go to
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # numpy, locks, system calls: not for tracing
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         engine = self._usable(x)
         with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -131,18 +131,19 @@ class FlashFFN(nn.Module):
         missing = window.missing(ids)
         managed, out = perf_counter(), torch.zeros(tokens, self.d_model, dtype=torch.float32)
         x = x if tokens == 1 else x.float()  # what compute.py wants
-        one_block = len(ids) <= block_rows(self.d_ff)
+        step = block_rows(self.d_ff, tokens)
+        one_block, blocks = len(ids) <= step, [ids[at : at + step] for at in range(0, len(ids), step)]
         if len(ids) <= window.capacity:
             slots = self._reserve(missing, ids)
             managed, before = perf_counter(), waited
             waited += self._read(engine, missing, window.matrix, slots)
             window.commit(missing, slots)
-            for block in self._blocks(ids):
+            for block in blocks:
                 self._compute(engine, x, selected, block, window.matrix, window.slot_of[block], out, one_block)
         else:
             before, keep = waited, window.worth_keeping(ids)
             window.evict(np.setdiff1d(window.resident, np.union1d(keep, ids)))
-            for block in self._blocks(ids):
+            for block in blocks:
                 waited += self._stream(engine, block, keep)
                 self._compute(engine, x, selected, block, engine.scratch.rows, None, out, one_block)
         count.calls += 1
@@ -158,6 +159,7 @@ class FlashFFN(nn.Module):
 
     # --- lookahead
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def look_ahead(self, x: torch.Tensor) -> None:
         """Start to read what the next forward will probably need, as far as there is room for it.
 
@@ -185,10 +187,11 @@ class FlashFFN(nn.Module):
             return
         ids = _union(selected)
         missing = window.missing(ids)
-        if len(missing) and len(ids) <= window.capacity:
+        missing = missing[: window.spare(ids)]  # a guess pushes nothing out that recent tokens used
+        if len(missing):
             slots = self._reserve(missing, ids)
             try:
-                self._ahead = missing, slots, engine.reader.start(self.index, missing, window.matrix, slots)
+                self._ahead = missing, slots, engine.reader.start(self.index, missing, window.matrix, slots, background=True)
             except StoreReadError:
                 window.give_back(slots)
         engine.counters.manage_s += perf_counter() - predicted
@@ -223,10 +226,6 @@ class FlashFFN(nn.Module):
         self._ahead = None
         self.window.forget()
 
-    def _blocks(self, ids: Ids) -> Iterator[Ids]:
-        step = block_rows(self.d_ff)
-        return (ids[at : at + step] for at in range(0, len(ids), step))
-
     def _read(self, engine: Engine, ids: Ids, out: torch.Tensor, rows: Ids) -> float:
         """Read bundles and count them; returns the seconds it took. Rows of the window are given back when it fails."""
         if not len(ids):
@@ -247,18 +246,13 @@ class FlashFFN(nn.Module):
         window, rows = self.window, engine.scratch.rows
         slots = window.slot_of[block]
         there, away = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
-        if len(there):
-            picked = torch.index_select(
-                window.matrix, 0, torch.from_numpy(slots[there]), out=engine.scratch.gathered[: len(there)]
-            )
-            rows.index_copy_(0, torch.from_numpy(there), picked)
+        _copy_rows(engine.scratch, window.matrix, slots[there], rows, there)
         waited = self._read(engine, block[away], rows, away)
         window.evict(np.setdiff1d(block[there], keep, assume_unique=True))
         staying = away[np.isin(block[away], keep, assume_unique=True)][: window.free]
         if len(staying):
             slots = window.reserve(len(staying))
-            picked = torch.index_select(rows, 0, torch.from_numpy(staying), out=engine.scratch.gathered[: len(staying)])
-            window.matrix.index_copy_(0, torch.from_numpy(slots), picked)
+            _copy_rows(engine.scratch, rows, staying, window.matrix, slots)
             window.commit(block[staying], slots)
         return waited
 
@@ -281,13 +275,12 @@ class FlashFFN(nn.Module):
             slots: the row of each, or `None`: rows 0, 1, 2, ... of `matrix`.
             one_block: whether the call has no other block.
         """
-        rows = torch.arange(len(block)) if slots is None else torch.from_numpy(slots)
-        ids = torch.from_numpy(block)
-        bias = None if self.bias is None else self.bias[ids]
+        rows = self._all_ids[: len(block)] if slots is None else slots
+        bias = None if self.bias is None else torch.index_select(self.bias, 0, torch.from_numpy(block))
         if x.shape[0] == 1:
             add_one_token(engine.scratch, self.activation, x, bias, matrix, rows, out, one_block=one_block)
         else:
-            mask = None if selected is None else selected[:, ids]
+            mask = None if selected is None else selected[:, torch.from_numpy(block)]
             hidden = add_several_tokens(engine.scratch, self.activation, x, mask, bias, matrix, rows, out)
             if self.observer is not None:
                 self.observer(x, block, hidden)
@@ -371,6 +364,15 @@ def observed(ffn: FlashFFN, record: Callable[[torch.Tensor, torch.Tensor], None]
         yield
     finally:
         ffn.observer = None
+
+
+def _copy_rows(scratch: Scratch, source: torch.Tensor, those: Ids, target: torch.Tensor, places: Ids) -> None:
+    """`target[places] = source[those]`, some rows at a time through a scratch buffer."""
+    step = len(scratch.gathered)
+    for at in range(0, len(those), step):
+        part = torch.from_numpy(those[at : at + step])
+        picked = torch.index_select(source, 0, part, out=scratch.gathered[: len(part)])
+        target.index_copy_(0, torch.from_numpy(places[at : at + step]), picked)
 
 
 def _union(selected: torch.Tensor) -> Ids:

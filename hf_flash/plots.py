@@ -1,4 +1,4 @@
-"""Plots of an evaluation report (evaluate.py), with matplotlib from the `eval` extra."""
+"""Plots of an evaluation report (evaluate.py) and of a bench report (bench.py), with matplotlib from the `eval` extra."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib", hint="pip install hf-flash[eval]") from error
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in (("sparsity", _sparsity), ("preactivations", _preactivations), ("aggregated-use", _aggregated_use)):
-        figure = matplotlib.figure.Figure(figsize=(6.4, 3.8), layout="constrained")
+        figure = _figure(3.8)
+        folder.mkdir(parents=True, exist_ok=True)
         draw(figure.subplots(), report)
         paths.append(folder / f"{name}.svg")
         figure.savefig(paths[-1], metadata={"Date": None})
     return paths
+
+
+def _figure(height: float) -> Any:
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib", hint="pip install hf-flash[eval]") from error
+    return matplotlib.figure.Figure(figsize=(6.4, height), layout="constrained")
 
 
 def _sparse(report: dict[str, Any]) -> dict[str, Any]:
@@ -79,3 +83,35 @@ def _aggregated_use(axes: Any, report: dict[str, Any]) -> None:
     axes.plot(range(1, len(report["use"]) + 1), 100 * np.array(report["use"]) / d_ff, "k.-", label="active")
     axes.set(xlabel="tokens in the window", ylabel="% of the neurons", title=f"Aggregated neuron use, {truth}")
     axes.legend()
+
+
+def plot_bench(report: dict[str, Any], path: Path) -> None:
+    """Draw where the time of a decoded token goes, a bar for every system (paper: figure 1).
+
+    Args:
+        report: from `hf_flash.bench.bench`.
+        path: file to write, its suffix says the format.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    rows = [row for row in report["rows"] if "failed" not in row]
+    figure = _figure(1.2 + 0.35 * len(rows))
+    axes, left = figure.subplots(), np.zeros(len(rows))
+    parts = {"io": "I/O", "manage": "management", "predict": "predictor", "compute": "FFN compute", "rest": "attention, head"}
+    for key, label in parts.items():
+        width = np.array([row.get("parts_ms", {}).get(key, 0.0) for row in rows])
+        axes.barh(range(len(rows)), width, left=left, label=label)
+        left += width
+    whole = [0.0 if "parts_ms" in row else row["mean_ms"] for row in rows]
+    axes.barh(range(len(rows)), whole, color="0.7", label="whole token")
+    for number, row in enumerate(rows):
+        axes.annotate(f" {row['mean_ms']:.0f}", (row["mean_ms"], number), va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["system"] for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    size = report["settings"]["memory_bytes"] / report["model"]["dense_bytes"]
+    axes.set(xlabel="ms per decoded token", title=f"{report['model']['source']}, {size:.0%} of the weights in DRAM")
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -7,6 +7,7 @@ after                       put the other weights into memory, load predictors, 
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +18,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from .adapters import Adapter, adapter_for
 from .budget import MemoryPlan, format_bytes, plan_memory
 from .checkpoint import Checkpoint
-from .compute import Scratch, block_rows
-from .config import FlashOffloadConfig
+from .compute import Scratch
+from .config import AUTO, FlashOffloadConfig
 from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
 from .predictor import PredictorForm, find_predictor
 from .quantized import QuantizedFormat
@@ -102,13 +103,13 @@ class FlashHfQuantizer(HfQuantizer):
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         weights = {id(p): p for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
         resident = sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in weights.values())
-        scratch = Scratch.nbytes(d_model, block_rows(d_ff), dtype) + reader_buffer_bytes(
+        scratch = Scratch.size(d_ff, d_model, dtype) + reader_buffer_bytes(
             d_model, stored, dtype, config.reader, config.io_threads
         )
 
         def plan(form: PredictorForm | None) -> MemoryPlan:
             return plan_memory(
-                config.memory_budget,
+                None if config.memory_budget == AUTO else config.memory_budget,
                 resident_bytes=resident,
                 scratch_bytes=scratch,
                 layers=layers,
@@ -156,13 +157,16 @@ class FlashHfQuantizer(HfQuantizer):
             self._ffns,
             self._dtype,
         )
-        if self._form is not None:
-            adapter_for(model.config).watch(model, self._ffns, self.quantization_config.lookahead)
+        ahead = self.quantization_config.lookahead
+        if ahead is None:
+            ahead = int((os.cpu_count() or 1) > torch.get_num_threads())  # both cores busy: it costs what it hides
+        if ahead and self._form is not None:
+            adapter_for(model.config).watch(model, self._ffns)
         bind(model)
         logger.info(
             "hf_flash: memory budget %s%s\n%s",
             format_bytes(plan.budget_bytes),
-            "" if self.quantization_config.memory_budget else " (most of what is free)",
+            " (most of what is free)" if self.quantization_config.memory_budget in (None, AUTO) else "",
             plan.describe(),
         )
         return model

@@ -105,8 +105,8 @@ class ByteReader(Protocol):
     means: str  # what it reads with
     buffer_bytes: int  # DRAM that it holds itself
 
-    def start(self, layer: int, chunks: Chunks, out: Bytes) -> Pending:
-        """Begin to fill rows of `out`, uint8 [any, bundle bytes], contiguous."""
+    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool) -> Pending:
+        """Begin to fill rows of `out`, uint8 [any, bundle bytes], contiguous; `background`: there is something else to do."""
         ...
 
     def settle(self) -> None:
@@ -134,7 +134,7 @@ class MmapReader:
         if not self._can_advise:
             logger.warning("hf_flash: this system has no madvise; the mmap reader faults pages in one by one, which is slow")
 
-    def start(self, layer: int, chunks: Chunks, out: Bytes) -> Pending:
+    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool) -> Pending:
         source = self._maps[layer]
         first = chunks.offset // PAGE * PAGE
         length = -(-(chunks.offset + chunks.nbytes) // PAGE) * PAGE - first
@@ -206,14 +206,14 @@ class DirectReader:
         """DRAM for bounce buffers: none when bundles are aligned by themselves."""
         return (threads + 1) * _BOUNCE_BYTES if bundle_bytes % align else 0
 
-    def start(self, layer: int, chunks: Chunks, out: Bytes) -> Pending:
+    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool) -> Pending:
         if os.getpid() != self._pid:  # a forked worker: neither threads nor rings survive a fork
             self._finalize.detach()
             self._begin()
         fd, base = self._fds[layer], out.ctypes.data
         aligned = not (int(np.bitwise_or.reduce(chunks.offset, initial=chunks.size)) | base) & (self._align - 1)
         if self._uring and aligned and len(chunks):
-            return self._start_ring(fd, chunks, out, base)
+            return self._start_ring(fd, chunks, out, base, background)
         job = _Job(fd, chunks, out, self._align if aligned else -self._align, self._bounce)
         lanes = min(self._threads, -(-len(chunks) // 2))
         self._futures = [future for future in self._futures if not future.done()]
@@ -223,17 +223,19 @@ class DirectReader:
         self._futures.append(self._pool.submit(job.run, lane, lanes))
         return self._futures[-1]
 
-    def _start_ring(self, fd: int, chunks: Chunks, out: Bytes, base: int) -> Pending:
+    def _start_ring(self, fd: int, chunks: Chunks, out: Bytes, base: int, background: bool) -> Pending:
         if self._ring is None:
             self._ring = Ring()
         addresses = base + chunks.rows * chunks.size
         if len(chunks) == len(chunks.rows):
-            batch = self._ring.read(fd, chunks.offset, addresses, chunks.nbytes, False, out)
+            lengths, vectored = chunks.nbytes, False
+            keep: object = out
         else:
             iovecs = np.empty((len(addresses), 2), dtype=np.int64)
             iovecs[:, 0], iovecs[:, 1] = addresses, chunks.size
-            at = iovecs.ctypes.data + 16 * chunks.first[:-1]
-            batch = self._ring.read(fd, chunks.offset, at, np.diff(chunks.first), True, (iovecs, out))
+            addresses, lengths = iovecs.ctypes.data + 16 * chunks.first[:-1], np.diff(chunks.first)
+            keep, vectored = (iovecs, out), True
+        batch = self._ring.read(fd, chunks.offset, addresses, lengths, keep, vectored=vectored, background=background)
         return _Ringed(batch, _Job(fd, chunks, out, self._align, self._bounce))
 
     def settle(self) -> None:

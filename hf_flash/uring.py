@@ -28,6 +28,7 @@ _OFF_SQES: Final = 0x10000000
 _GETEVENTS: Final = 1
 _NEEDED: Final = 1 | 2 | 8  # one mapping for both rings, no dropped completions, plain READ: Linux 5.6
 _READ, _READV = 22, 1
+_ASYNC: Final = 16  # an entry's flag: let a kernel thread do it from the start
 _RETRY: Final = (errno.EINTR, errno.EAGAIN, errno.EBUSY)
 
 Longs = npt.NDArray[np.int64]
@@ -93,7 +94,9 @@ class Ring:
         self._batches: dict[int, Batch] = {}
         self._number = self._in_flight = 0
 
-    def read(self, fd: int, offsets: Longs, addresses: Longs, lengths: Longs, vectored: bool, keep: object) -> Batch:
+    def read(
+        self, fd: int, offsets: Longs, addresses: Longs, lengths: Longs, keep: object, *, vectored: bool, background: bool
+    ) -> Batch:
         """Start reads; returns at once.
 
         Args:
@@ -102,8 +105,11 @@ class Ring:
             addresses: [n] of memory to fill; with `vectored`, of arrays of `iovec`.
             lengths: [n] bytes to read; with `vectored`, how many `iovec`.
             keep: objects that own this memory, kept until the reads are done.
+            background: let kernel threads do all of it. Starting reads costs the caller 2 microseconds each instead of 6, and
+                another core the difference.
         """
         entries = np.zeros(len(offsets), _ENTRY)
+        entries["flags"] = _ASYNC if background else 0
         entries["opcode"], entries["fd"] = _READV if vectored else _READ, fd
         entries["offset"], entries["address"], entries["length"] = offsets, addresses, lengths
         batch = Batch(self, entries, keep)

@@ -8,7 +8,7 @@
 
 What the last `window` tokens used stays. Older neurons stay as long as there is room; when there is none, those that were used
 least go first. (The paper drops what left the window at once. On the shipped model, with room for half of the neurons, that
-reads 73 % of a token's neurons again, the least recently used rule 21 %, and this one 19 %.)
+reads 75 % of a token's neurons again, the least recently used rule 23 %, and this one 21 %: `scripts/window_rules.py`.)
 
 The paper closes holes by moving the last rows, so that a product can run over all of them. Here only the neurons predicted for
 a token are computed (contract C3), wherever they lie; so a new row goes into any free slot, and no row ever moves. Nothing
@@ -102,6 +102,12 @@ class ResidentWindow:
         evictable[union] = False
         idle = np.flatnonzero(evictable)
         self.evict(idle[np.argpartition(self._rank(idle), excess - 1)[:excess]])
+
+    def spare(self, union: Ids) -> int:
+        """Slots that are free, or hold what neither `union` nor the window needs."""
+        evictable = (self.slot_of >= 0) & (self.last_used <= self.clock - self.window)
+        evictable[union] = False
+        return self.free + int(evictable.sum())
 
     def _rank(self, ids: Ids) -> npt.NDArray[np.float64]:
         """What goes first has the lowest: out of the window by worth, then in the window by last use."""

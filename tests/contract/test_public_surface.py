@@ -137,15 +137,27 @@ LAYERS = [  # a module imports only from lines above its own
     {"bench", "bench_worker", "saving", "text"},
     {"quantizer"},
     {"calibration", "evaluation"},
+    {"planner"},
     {"calibrate", "cli", "__init__"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MAY_IMPORT = {
-    "transformers": {"adapters", "bench", "bench_worker", "calibration", "cli", "config", "evaluation", "quantizer", "text"},
+    "transformers": {
+        "adapters",
+        "bench",
+        "bench_worker",
+        "calibration",
+        "cli",
+        "config",
+        "evaluation",
+        "planner",
+        "quantizer",
+        "text",
+    },
     "torch": set(MODULES) - {"errors", "stats", "budget", "_version", "uring"},
     "safetensors": {"store", "checkpoint", "predictor"},
-    "huggingface_hub": {"bench", "checkpoint", "repack", "saving", "calibration", "cli", "evaluation"},
+    "huggingface_hub": {"bench", "checkpoint", "repack", "saving", "calibration", "cli", "evaluation", "planner"},
 }
 
 

@@ -650,7 +650,7 @@ REFUSED: dict[str, list[Any]] = {
     "predictor_group_size": [0, 1, -64, 64.0, "64", True],
     "predictor_margin": [-0.1, 100, float("nan"), float("inf"), "1.5", True],
     "window": [0, -1, 2.0, "5", True, [5]],
-    "lookahead": [-1, 3, 1.0, "1", True, [1]],
+    "lookahead": [-1, 2, 1.0, "1", True, [1]],
     "memory_budget": [0, -1, 1.5, True, "lots", "6 XB", "-1GB", "0.4", "", "9" * 400],
     "reader": ["disk", "", 1, True, ["mmap"]],
     "io_threads": [0, -4, 1.0, "16", True],

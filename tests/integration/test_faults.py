@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, StoreFormatError, TargetExistsError, UsageError
-from hf_flash import sources
+from hf_flash import FlashOffloadConfig, StoreFormatError, TargetExistsError, UsageError, sources
 from hf_flash.store import FlashStore
 from tests.conftest import make_opt
 

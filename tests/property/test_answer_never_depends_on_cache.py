@@ -39,6 +39,7 @@ class Memory(NamedTuple):
     window: int
     budget: str
     reader: str
+    lookahead: int = 0
 
 
 class Call(NamedTuple):
@@ -68,10 +69,10 @@ REAL = [
 MEMORIES = [
     Memory(1, "minimum", "mmap"),
     Memory(50, "minimum", "direct"),
-    Memory(1, "a few bundles", "direct"),
+    Memory(1, "a few bundles", "direct", 1),
     Memory(5, "a few bundles", "mmap"),
-    Memory(5, "half", "direct"),
-    Memory(50, "half", "mmap"),
+    Memory(5, "half", "direct", 1),
+    Memory(50, "half", "mmap", 1),
     Memory(1, "unlimited", "mmap"),
     Memory(50, "unlimited", "direct"),
 ]
@@ -114,6 +115,7 @@ class Zoo:
             window=memory.window,
             memory_budget=budget,
             reader=memory.reader,
+            lookahead=memory.lookahead,
         )
         return AutoModelForCausalLM.from_pretrained(self.folder(model), dtype=model.dtype, quantization_config=config)
 

@@ -45,7 +45,6 @@ class PlainWindow:
 
     capacity: int
     window: int
-    block: int
     clock: int = 0
     resident: set[int] = field(default_factory=set)
     last_use: dict[int, int] = field(default_factory=dict)
@@ -60,7 +59,9 @@ class PlainWindow:
             self.last_use |= dict.fromkeys(use, self.clock)
             self.worth.update(dict.fromkeys(use, 1))
         needed = set().union(*uses)
-        groups = [self._fit(needed, after)] if len(needed) <= self.capacity else self._stream(needed)
+        groups = (
+            [self._fit(needed, after)] if len(needed) <= self.capacity else self._stream(needed, block_rows(D_FF, len(uses)))
+        )
         assert self.resident == after
         return groups
 
@@ -80,13 +81,13 @@ class PlainWindow:
         self.resident = after
         return missing
 
-    def _stream(self, needed: set[int]) -> list[list[int]]:
+    def _stream(self, needed: set[int], step: int) -> list[list[int]]:
         best = sorted(self.resident | needed, key=lambda n: (*(-r for r in self._rank(n)), n not in self.resident, n))
         keep = set(best[: self.capacity])
         self.resident &= keep | needed
         order, reads = sorted(needed), []
-        for at in range(0, len(order), self.block):
-            block = order[at : at + self.block]
+        for at in range(0, len(order), step):
+            block = order[at : at + step]
             away = [n for n in block if n not in self.resident]
             reads.append(away)
             self.resident -= set(block) - keep
@@ -261,7 +262,7 @@ def test_the_window_holds_what_its_rules_say_and_every_byte_is_counted(
     window: int,
     calls: list[tuple[str, float, int, int]],
 ) -> None:
-    plain = PlainWindow(capacity, window, block_rows(D_FF))
+    plain = PlainWindow(capacity, window)
     with Rig(stores[layout], layout.dtype, reader, capacity, window) as rig:
         missing = asked = reads = selected = total = 0
         for kind, share, tokens, seed in calls:

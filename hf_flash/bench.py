@@ -1,0 +1,340 @@
+"""`hf-flash bench`: decode speed of systems side by side, measured so that the figures can be compared.
+
+Every system runs in a process of its own, one after the other, under the same ceiling on memory (cap.py), from a cold page
+cache, on the same prompt, greedy. The ceiling is the budget for weights plus a headroom for what every process needs besides:
+interpreter, libraries, activations, KV cache. hf_flash gets that budget; the others take of the ceiling what they can.
+
+    stock-ram     transformers, all weights in memory, no cap: what one would like to have
+    stock-cap     transformers as it is, under the cap: the kernel pages the weights in and out
+    accelerate    every decoder layer on disk, under the cap
+    none          hf_flash without a predictor: reads what does not fit, for every token
+    hybrid        the paper's steps (table 2). Attention resident, the whole FFN read for every token
+    +predictor    only predicted neurons, up and down row each a read of its own, nothing kept
+    +window       neurons of recent tokens are kept
+    +bundling     up and down row in one read
+    flash         hf_flash as it comes: with everything else it does to make reads fewer and longer
+    flash-uncapped   the same with all the memory it wants; `check` compares the tokens
+
+A system that fails is a row with its reason. The child (bench_worker.py) measures; this module starts it and reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from huggingface_hub.utils import tqdm
+
+from .bench_report import machine
+from .budget import format_bytes, parse_bytes
+from .cap import memory_cap
+from .config import FlashOffloadConfig
+from .disk import disk_curve
+from .errors import ConfigError
+from .repack import repack
+from .store import FlashStore
+
+UNCAPPED: Final = 1 << 50  # a budget that nothing fills
+
+
+@dataclass(frozen=True)
+class System:
+    """One row: what to load, and how."""
+
+    label: str
+    kind: str = "flash"  # "stock", "accelerate" or "flash"
+    capped: bool = True
+    in_memory: bool = False  # stock: weights copied off the mapped file
+    arguments: dict[str, Any] = field(default_factory=dict)  # flash: of FlashOffloadConfig
+    window_off: bool = False  # flash: the least budget that the model runs in
+    pieces: int = 0  # flash: reads a neuron is torn into; 0: neighbours are coalesced
+
+
+SYSTEMS: Final = {
+    system.label: system
+    for system in (
+        System("stock-ram", "stock", capped=False, in_memory=True),
+        System("stock-cap", "stock"),
+        System("accelerate", "accelerate"),
+        System("none", arguments={"predictor": "none"}),
+        System("hybrid", arguments={"predictor": "none", "lookahead": 0}, window_off=True),
+        System("+predictor", arguments={"lookahead": 0}, window_off=True, pieces=2),
+        System("+window", arguments={"lookahead": 0}, pieces=2),
+        System("+bundling", arguments={"lookahead": 0}, pieces=1),
+        System("flash"),
+        System("flash-uncapped", capped=False, arguments={"memory_budget": UNCAPPED}),
+    )
+}
+ABLATION: Final = ("hybrid", "+predictor", "+window", "+bundling", "flash")
+TINY: Final = ("stock-ram", "none", "flash")
+GROUPS: Final = {"ablation": ABLATION, "peers": ("stock-ram", "stock-cap", "accelerate")}
+
+
+def bench(
+    folder: str | os.PathLike[str],
+    *,
+    plain: str | os.PathLike[str] | None = None,
+    systems: Sequence[str | System] | None = None,
+    tokens: int = 64,
+    prompt_tokens: int = 16,
+    memory: int | str = "50%",
+    headroom: int | str = "0.6GB",
+    repeats: int = 1,
+    cap: bool = True,
+    check: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+    timeout: float = 1800,
+    disk_seconds: float = 0.3,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure decode speed.
+
+    Args:
+        folder: a repacked checkpoint.
+        plain: the same model as a plain checkpoint, for stock transformers and accelerate.
+        systems: names from `SYSTEMS`, the groups "ablation" and "peers", or own ones (see [`parse_system`]). Default: the peers
+            if there is a plain checkpoint, "none" and "flash".
+        tokens: to generate; slow systems stop earlier.
+        prompt_tokens: of the prompt, random ids.
+        memory: budget for weights in DRAM, a size or a share of the dense model such as `"50%"`.
+        headroom: what the cap allows beyond it.
+        repeats: rounds through all systems; a row shows its median run.
+        cap: `False` runs everything without a ceiling.
+        check: whether "flash" must generate the tokens of "flash-uncapped", which is added.
+        arguments: of FlashOffloadConfig, for every row of hf_flash that does not name them itself.
+        timeout: seconds for a system.
+        disk_seconds: for each point of the disk's curve.
+        seed: of the prompt.
+
+    Returns:
+        `machine`, `model`, `settings`, `disk` and `rows`, ready for JSON; with `check` also `same_tokens`.
+
+    Raises:
+        ConfigError: no such system or argument, or there is no plain checkpoint for it.
+        StoreError: the folder is not a repacked checkpoint.
+    """
+    store, folder = FlashStore.open_folder(folder), Path(folder)
+    plain = None if plain is None else Path(plain)
+    wanted = _resolve(systems or default_systems(plain), arguments or {}, check, plain)
+    dense = _dense_bytes(folder, store)
+    budget, extra = _share(memory, dense), parse_bytes(headroom)
+    job = _Job(folder, plain, _prompt(folder, prompt_tokens, seed), tokens, budget, budget + extra, cap, timeout)
+    runs: dict[str, list[dict[str, Any]]] = {system.label: [] for system in wanted}
+    with tqdm(total=repeats * len(wanted), desc="Benchmark", unit="system") as bar:
+        for system in [*wanted] * repeats:
+            bar.set_postfix_str(system.label)
+            runs[system.label].append(job.run(system))
+            bar.update()
+    rows = [_median_run(found) for found in runs.values()]
+    report: dict[str, Any] = {
+        "machine": machine(folder),
+        "model": {"folder": folder.name, "source": store.metadata["source"], "dense_bytes": dense, "ffn_bytes": store.nbytes,
+                  "layers": len(store.layers), "d_ff": store.layers[0].d_ff, "d_model": store.layers[0].d_model,
+                  "dtype": str(store.layers[0].dtype).removeprefix("torch.")},
+        "settings": {"tokens": tokens, "prompt_tokens": prompt_tokens, "memory_bytes": budget, "cap_bytes": budget + extra,
+                     "repeats": repeats, "seed": seed},
+        "disk": [vars(point) | {"gb_per_s": point.gb_per_s} for point in disk_curve(folder, max_seconds=disk_seconds)],
+        "rows": rows,
+    }  # fmt: skip
+    return report | ({"same_tokens": same_tokens(rows, "flash", "flash-uncapped")} if check else {})
+
+
+def bench_tiny(**settings: Any) -> dict[str, Any]:
+    """[`bench`] on a random OPT made for the purpose: seconds on any machine. Shows that it works, not how fast it is."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    with tempfile.TemporaryDirectory(prefix="hf-flash-bench-") as place:
+        torch.manual_seed(0)
+        model = OPTForCausalLM(OPTConfig(
+            vocab_size=96, hidden_size=64, word_embed_proj_dim=64, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=4,
+            max_position_embeddings=128, pad_token_id=1, bos_token_id=2, eos_token_id=2, init_std=0.2,
+        ))  # fmt: skip
+        with torch.no_grad():
+            for layer in model.model.decoder.layers:
+                layer.fc1.bias.normal_(-3.0, 0.5)
+        model.save_pretrained(Path(place) / "plain")
+        packed = repack(Path(place) / "plain", Path(place) / "packed")
+        defaults: dict[str, Any] = {
+            "systems": TINY, "tokens": 12, "prompt_tokens": 4, "memory": "85%", "disk_seconds": 0.02,
+        }  # fmt: skip
+        return bench(packed, plain=Path(place) / "plain", **defaults | settings)
+
+
+def default_systems(plain: object) -> list[str]:
+    """What is compared when nobody says what: the peers if there is a plain checkpoint for them."""
+    return ["peers"] * (plain is not None) + ["none", "flash"]
+
+
+# --- what to run -----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """`"lookahead=0, reader=direct"` as arguments of FlashOffloadConfig, checked."""
+    found: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ConfigError("not an argument", expected="name=value", got=repr(item))
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    FlashOffloadConfig(**found)
+    return found
+
+
+def parse_system(text: str) -> System:
+    """`"label: name=value, ..."`, a row of hf_flash with arguments of its own; what `--system` takes."""
+    label, colon, rest = text.partition(":")
+    if not colon or not label.strip() or label.strip() in SYSTEMS:
+        raise ConfigError("not a system", expected='a new name and arguments, such as "direct: reader=direct"', got=repr(text))
+    return System(label.strip(), arguments=parse_arguments(rest))
+
+
+def _resolve(names: Sequence[str | System], arguments: Mapping[str, Any], check: bool, plain: Any) -> list[System]:
+    """The systems, each once, with the arguments for all in those of hf_flash."""
+    flat = [one for name in names for one in (GROUPS.get(name, (name,)) if isinstance(name, str) else (name,))]
+    flat += ["flash", "flash-uncapped"] if check else []
+    found: dict[str, System] = {}
+    for item in flat:
+        if isinstance(item, str) and item not in SYSTEMS:
+            raise ConfigError("no such system", expected=", ".join([*SYSTEMS, *GROUPS]), got=item)
+        system = SYSTEMS[item] if isinstance(item, str) else item
+        if system.kind != "flash" and plain is None:
+            raise ConfigError(f"{system.label} needs the plain checkpoint", hint="name its folder with --plain")
+        if found.get(system.label, system) != system:
+            raise ConfigError("two systems of one name", got=system.label)
+        found[system.label] = system
+    for label, system in found.items():
+        if system.kind == "flash":
+            found[label] = replace(system, arguments={**arguments, **system.arguments})
+            FlashOffloadConfig(**found[label].arguments)  # an error now, not in a row
+    return list(found.values())
+
+
+def _prompt(folder: Path, count: int, seed: int) -> list[int]:
+    """Random token ids, past the special ones."""
+    vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    ids: list[int] = np.random.default_rng(seed).integers(4, vocabulary, count).tolist()
+    return ids
+
+
+def _dense_bytes(folder: Path, store: FlashStore) -> int:
+    """All weights of the plain model, in the dtype they are stored in."""
+    extras = {path.resolve() for path in store.files} - {layer.path.resolve() for layer in store.layers}
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.resolve() not in extras)
+
+
+def _share(memory: int | str, whole: int) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", memory) if isinstance(memory, str) else None
+    return int(whole * float(match[1]) / 100) if match else parse_bytes(memory)
+
+
+# --- running one -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all systems of a run have in common."""
+
+    folder: Path
+    plain: Path | None
+    prompt: list[int]
+    tokens: int
+    budget: int
+    ceiling: int
+    cap: bool
+    timeout: float
+
+    def spec(self, system: System) -> dict[str, Any]:
+        """What the child is told."""
+        return {
+            "kind": system.kind, "folder": str(self.folder if system.kind == "flash" else self.plain), "prompt": self.prompt,
+            "tokens": self.tokens, "in_memory": system.in_memory, "window_off": system.window_off, "pieces": system.pieces,
+            "arguments": {"memory_budget": self.budget} | system.arguments,
+        }  # fmt: skip
+
+    def run(self, system: System) -> dict[str, Any]:
+        """One system in a fresh process: a row, with `failed` instead of figures if it did not get through."""
+        spec = self.spec(system)
+        _drop_from_page_cache(Path(spec["folder"]))
+        with (
+            tempfile.TemporaryDirectory(prefix="hf-flash-bench-") as place,
+            memory_cap(self.ceiling if self.cap and system.capped else None) as cap,
+        ):
+            (Path(place) / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+            command = cap.command([sys.executable, "-m", "hf_flash.bench_worker", str(Path(place) / "spec.json")])
+            code, out, err = _finish(command, Path(place), self.timeout)
+        row = {"system": system.label, "kind": system.kind, "arguments": system.arguments, "cap": cap.label}
+        if code == 0:
+            found: dict[str, Any] = json.loads(out.splitlines()[-1])
+            return row | found | ({} if cap.nbytes else {"cgroup_peak_bytes": None})  # not of a cgroup of its own
+        return row | {"failed": _reason(code, err, cap.nbytes, self.timeout)}
+
+
+def _finish(command: list[str], place: Path, timeout: float) -> tuple[int | None, str, str]:
+    """Exit code (`None`: out of time) and output of a child that does not outlive us, come what may."""
+    package = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    with open(place / "out", "w+") as out, open(place / "err", "w+") as err:
+        child = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | {"PYTHONPATH": path})
+        try:
+            code: int | None = child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            child.kill()
+            child.wait()
+        out.seek(0)
+        err.seek(0)
+        return code, out.read(), err.read()
+
+
+def _reason(code: int | None, err: str, ceiling: int | None, timeout: float) -> str:
+    """Why a child ended, in a line."""
+    if code is None:
+        return f"not done after {timeout:.0f} s"
+    if code in (-9, 137):
+        return f"out of memory under the cap of {format_bytes(ceiling)}" if ceiling else "killed: out of memory?"
+    lines = [" ".join(line.split()) for line in err.splitlines() if line.strip()]
+    starts = [number for number, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b", line)]
+    found = "; ".join(lines[starts[-1] :] if starts else lines[-1:])
+    return re.sub(r"^(\w+\.)+(?=\w+(Error|Exception)\b)", "", found) or f"exit code {code}"
+
+
+def _drop_from_page_cache(folder: Path) -> None:
+    """Make the next one start cold: what the kernel holds of these files goes, as far as nobody maps it."""
+    for path in folder.iterdir() if hasattr(os, "posix_fadvise") else ():
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)  # pages not yet written cannot be dropped
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def _median_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the median speed, and the speeds of all; one that failed counts as the slowest."""
+    ordered = sorted(runs, key=lambda run: run.get("tokens_per_s", 0.0))
+    return ordered[len(ordered) // 2] | {"runs_tokens_per_s": [run.get("tokens_per_s") for run in runs]}
+
+
+def same_tokens(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> bool | None:
+    """Whether two rows generated the same, as far as both came; `None` if one of them failed."""
+    first, second = (next(row.get("tokens", []) for row in rows if row["system"] == name) for name in (one, other))
+    both = min(len(first), len(second))
+    return first[:both] == second[:both] if both else None

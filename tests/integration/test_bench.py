@@ -1,0 +1,236 @@
+"""`hf-flash bench`: rows, counters and reasons. Never times: those are what it is for, and what no test can know."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_flash import bench, bench_worker, cap, reader
+from hf_flash.bench_report import describe
+from hf_flash.cap import memory_cap
+from hf_flash.cli import main
+from hf_flash.disk import disk_curve, dram_gb_per_s
+from hf_flash.errors import ConfigError, StoreReadError
+from hf_flash.store import FlashStore
+
+pytest.importorskip("matplotlib", reason="the plot needs it")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], Path]:
+    """One run of the command for all tests: a child takes seconds to import transformers."""
+    folder = tmp_path_factory.mktemp("bench")
+    code = main([
+        "bench", "--preset", "tiny", "--tokens", "8", "--systems", "stock-ram,flash", "--check",
+        "--system", "too little: memory_budget=1000", "--json", str(folder / "out.json"), "--plot", str(folder / "out.svg"),
+    ])  # fmt: skip
+    report: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return code, report, folder
+
+
+def row(report: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(row for row in report["rows"] if row["system"] == name)
+    return found
+
+
+def test_every_system_is_a_row_with_sane_counters(made: tuple[int, dict[str, Any], Path]) -> None:
+    code, report, _ = made
+    assert code == 0
+    assert report["same_tokens"] is True
+    assert [row["system"] for row in report["rows"]] == ["stock-ram", "flash", "too little", "flash-uncapped"]
+    for name in ("stock-ram", "flash", "flash-uncapped"):
+        found = row(report, name)
+        assert len(found["tokens"]) == 8
+        assert len(found["token_ms"]) == 7  # what is timed begins after the first token
+        assert found["runs_tokens_per_s"] == [found["tokens_per_s"]]
+    flash = row(report, "flash")
+    assert flash["stats"]["counters"]["tokens"] == 7 * report["model"]["layers"]
+    assert 0 < flash["hit_rate"] < 1
+    assert flash["read_bytes"] > 0
+    assert flash["run_bytes"] * flash["reads"] == pytest.approx(flash["read_bytes"])
+    assert flash["stats"]["budget_bytes"] == report["settings"]["memory_bytes"]
+    assert sum(flash["parts_ms"].values()) == pytest.approx(flash["mean_ms"])
+    assert row(report, "flash-uncapped")["cap"] == "no cap"
+
+
+def test_a_system_that_fails_is_a_row_with_its_reason(made: tuple[int, dict[str, Any], Path]) -> None:
+    _, report, _ = made
+    failed = row(report, "too little")["failed"]
+    assert failed.startswith("BudgetError: the memory budget is too small for this model; where: memory_budget; expected: ")
+    assert "too little" in describe(report)
+    assert "BudgetError" in describe(report)
+
+
+def test_the_report_says_on_what_it_ran_and_draws(made: tuple[int, dict[str, Any], Path]) -> None:
+    _, report, folder = made
+    assert report["machine"]["cores"] == os.cpu_count()
+    assert {"torch", "transformers", "python"} <= set(report["machine"]["versions"])
+    assert report["settings"]["cap_bytes"] > report["settings"]["memory_bytes"]
+    assert {point["pattern"] for point in report["disk"]} == {"random", "sequential"}
+    assert "same tokens without a cap: yes" in describe(report)
+    assert "whole token" in (folder / "out.svg").read_text()
+
+
+def test_the_steps_of_the_paper_read_less_and_less(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "chunked", reader.chunked)  # put back what a worker replaces
+    store, found = FlashStore.open_folder(packed), {}
+    for name in bench.ABLATION[:-1]:
+        job = bench._Job(packed, None, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
+        found[name] = bench_worker.run(job.spec(bench.SYSTEMS[name]))
+    assert found["hybrid"]["hit_rate"] == found["+predictor"]["hit_rate"] == 0 < found["+window"]["hit_rate"]
+    assert found["hybrid"]["stats"]["counters"]["missing_bytes"] == 7 * store.nbytes
+    for name, pieces in (("+predictor", 2), ("+window", 2), ("+bundling", 1)):
+        counters = found[name]["stats"]["counters"]
+        assert counters["reads"] == pieces * counters["missing_bytes"] / store.layers[0].bundle_bytes
+    assert found["+predictor"]["tokens"] == found["+window"]["tokens"] == found["+bundling"]["tokens"]
+    assert found["+predictor"]["reads"] > found["+window"]["reads"] == 2 * found["+bundling"]["reads"] > 0
+
+
+@pytest.mark.parametrize(("kind", "in_memory"), [("stock", False), ("stock", True), ("accelerate", False)])
+def test_the_others_generate_what_none_generates(kind: str, in_memory: bool, plain: Path, packed: Path) -> None:
+    job = bench._Job(packed, plain, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
+    other = bench_worker.run(job.spec(bench.System("other", kind, in_memory=in_memory)))
+    assert other["tokens"] == bench_worker.run(job.spec(bench.SYSTEMS["none"]))["tokens"]
+    assert "parts_ms" not in other
+
+
+def test_a_slow_system_stops_early(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_worker, "_SLOW_S", 0.0)
+    job = bench._Job(packed, None, [5, 6, 7], 30, 1 << 30, 2 << 30, False, 60)
+    assert len(bench_worker.run(job.spec(bench.SYSTEMS["flash"]))["token_ms"]) == 8
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--preset", "large"], ["--tokens", "1"], ["--headroom", "much"], ["--preset", "tiny", "--repeats", "0"],
+    ["--system", "no arguments"], ["--system", "flash: window=3"], ["--system", "a: windw=3"], ["--flash-arg", "window"],
+])  # fmt: skip
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", *arguments])
+    assert "error: argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "either a repacked MODEL or --preset tiny"),
+    (["folder", "--preset", "tiny"], "either a repacked MODEL or --preset tiny"),
+    (["/nowhere"], "not a folder"),
+    (["PACKED", "--systems", "fast"], "no such system"),
+    (["PACKED", "--systems", "stock-cap"], "needs the plain checkpoint"),
+    (["PACKED", "--memory", "half"], "not a size"),
+])  # fmt: skip
+def test_what_cannot_be_measured(arguments: list[str], message: str, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *(str(packed) if item == "PACKED" else item for item in arguments)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_are_parsed() -> None:
+    assert bench.parse_arguments("window=3, reader=direct") == {"window": 3, "reader": "direct"}
+    assert bench.parse_system(" mine : window=3") == bench.System("mine", arguments={"window": 3})
+    assert [s.label for s in bench._resolve(["ablation", "flash"], {"window": 3}, True, None)] == [
+        "hybrid", "+predictor", "+window", "+bundling", "flash", "flash-uncapped",
+    ]  # fmt: skip
+    mine = bench.System("flash", arguments={"window": 9})
+    assert bench._resolve([mine], {"window": 3, "reader": "mmap"}, False, None)[0].arguments == {"window": 9, "reader": "mmap"}
+    with pytest.raises(ConfigError, match="two systems of one name"):
+        bench._resolve(["flash", mine], {}, False, None)
+    with pytest.raises(ConfigError, match="no argument 'windw'"):
+        bench._resolve(["flash"], {"windw": 3}, False, None)
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [
+    ([1, 2], [1, 2, 3], True), ([1, 2], [1, 3], False), (None, [1], None),
+])  # fmt: skip
+def test_tokens_are_compared_as_far_as_both_came(one: list[int] | None, other: list[int], same: bool | None) -> None:
+    rows = [
+        {"system": "a", "failed": "why"} if one is None else {"system": "a", "tokens": one},
+        {"system": "b", "tokens": other},
+    ]
+    assert bench.same_tokens(rows, "a", "b") is same
+
+
+def test_the_median_run_stands_for_all() -> None:
+    runs = [{"tokens_per_s": 3.0}, {"failed": "why"}, {"tokens_per_s": 2.0}]
+    assert bench._median_run(runs) == {"tokens_per_s": 2.0, "runs_tokens_per_s": [3.0, None, 2.0]}
+
+
+@pytest.mark.parametrize(("code", "err", "reason"), [
+    (None, "", "not done after 9 s"),
+    (-9, "", "out of memory under the cap of 1.0 MiB"),
+    (1, "Traceback\n  File x\nValueError: broken\n  where: here\n", "ValueError: broken; where: here"),
+    (3, "", "exit code 3"),
+])  # fmt: skip
+def test_reasons(code: int | None, err: str, reason: str) -> None:
+    assert bench._reason(code, err, 1 << 20, 9) == reason
+
+
+# --- the cap -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cap_holds_and_leaves_nothing_behind() -> None:
+    with memory_cap(200 << 20) as found:
+        if found.nbytes is None:
+            pytest.skip("no way to cap memory here")
+        script = "x = bytearray(400 << 20); print(len(x))"
+        done = subprocess.run(found.command([sys.executable, "-c", script]), capture_output=True, check=False)
+        assert done.returncode in (-9, 137), done.stderr
+    assert found.folder is None or not found.folder.exists()
+
+
+def test_without_a_way_to_cap_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cap, "_ROOT", tmp_path)
+    monkeypatch.setattr(cap.shutil, "which", lambda name: None)
+    with memory_cap(1 << 30) as found:
+        assert (found.label, found.command(["true"])) == ("no cap", ["true"])
+
+
+def test_an_interrupt_ends_the_child_and_its_cgroup(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def interrupt() -> None:
+        while not (out.exists() and out.read_text().endswith("\n")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with memory_cap(1 << 30) as found, pytest.raises(KeyboardInterrupt):
+        bench._finish(found.command(["sh", "-c", "echo $$; exec sleep 60"]), tmp_path, 60)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(out.read_text()), 0)
+    assert found.folder is None or not found.folder.exists()
+
+
+# --- the disk ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_disk_of_a_small_file_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(os.urandom(300_000))
+    (tmp_path / "b.safetensors").write_bytes(os.urandom(200_000))
+    for path in (tmp_path, tmp_path / "a.safetensors"):
+        points = disk_curve(path, depths=(1, 4), max_bytes=1 << 20, max_seconds=0.05)
+        grid = [(point.size, point.depth) for point in points if point.pattern == "random"]
+        assert grid == [(size << 10, depth) for size in (4, 16, 64, 256) for depth in (1, 4)]
+        assert points[-1].pattern == "sequential"
+        for point in points:
+            assert 0 < point.nbytes <= 1 << 20
+            assert point.nbytes % point.size == 0
+            assert point.gb_per_s > 0
+            assert point.latency_us > 0
+
+
+def test_a_file_too_small_to_measure_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"tiny")
+    with pytest.raises(StoreReadError, match="no file is large enough"):
+        disk_curve(tmp_path)
+
+
+def test_dram_has_a_speed() -> None:
+    assert dram_gb_per_s(1 << 22, repeats=2) > 0

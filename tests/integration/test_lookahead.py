@@ -1,0 +1,130 @@
+"""Reading ahead of attention: it changes when bytes come, never an answer, and gives way to every trouble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_flash
+from hf_flash import FlashOffloadConfig, StoreReadError
+from hf_flash.reader import BundleReader
+from hf_flash.store import FlashStore
+from tests.conftest import TINY_OPT
+
+MIB = 1 << 20
+Load = Callable[..., Any]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    def get(folder: Path = TINY_OPT, **arguments: Any) -> Any:
+        dtype = arguments.pop("dtype", torch.float16)
+        config = FlashOffloadConfig(cache_dir=tmp_path, **{"reader": "direct", "memory_budget": 10 * MIB} | arguments)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+
+    return get
+
+
+def story(model: Any, tokens: int = 24) -> list[int]:
+    prompt = AutoTokenizer.from_pretrained(TINY_OPT)("And the king said unto them,", return_tensors="pt")
+    hf_flash.stats(model, reset=True)
+    return model.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)[0].tolist()
+
+
+def test_the_tokens_are_the_same_and_guesses_are_far_better_than_chance(load: Load) -> None:
+    plain, guessing = load(lookahead=0), load(lookahead=1)
+    assert story(plain) == story(guessing)
+    without, found = hf_flash.stats(plain), hf_flash.stats(guessing)
+    assert found.dram_bytes <= found.budget_bytes
+    assert without.counters.ahead == 0 < 100 < found.counters.ahead
+    assert found.counters.ahead_used > 0.2 * found.counters.ahead  # 3 % of the neurons are active
+    assert found.hit_rate > without.hit_rate
+    assert found.counters.selected == without.counters.selected
+
+
+def test_without_room_nothing_is_guessed(load: Load) -> None:
+    least = hf_flash.stats(load()).minimum_bytes
+    model = load(lookahead=1, memory_budget=least)
+    assert story(model) == story(load(lookahead=0))
+    assert hf_flash.stats(model).counters.ahead == 0
+
+
+def test_a_norm_after_the_ffn_gives_no_guess(load: Load, opt: Load) -> None:
+    model = load(opt("post_ln"), dtype=torch.float32, lookahead=1, memory_budget=None)
+    model(torch.tensor([[5]]))
+    assert hf_flash.stats(model).counters.ahead == 0
+
+
+def test_a_store_that_is_converted_is_not_read_ahead(load: Load) -> None:
+    model = load(lookahead=1, dtype=torch.float32, memory_budget=None)
+    model(torch.tensor([[5]]))
+    assert hf_flash.stats(model).counters.ahead == 0
+
+
+def test_several_tokens_are_not_guessed(load: Load) -> None:
+    model = load(lookahead=1)
+    model(torch.tensor([[5, 6, 7]]))
+    assert hf_flash.stats(model).counters.ahead == 0
+
+
+def test_without_io_uring_threads_read_the_same(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_ring = load(lookahead=1, io_threads=3)
+    monkeypatch.setattr("hf_flash.sources.Ring", Mock(side_effect=OSError(1, "Operation not permitted")))
+    model = load(lookahead=1, io_threads=3)
+    assert hf_flash.stats(model).reads_with == "3 threads"
+    assert story(model) == story(with_ring)
+    ours, theirs = (hf_flash.stats(one).counters for one in (model, with_ring))
+    assert (ours.reads, ours.read_bytes, ours.ahead) == (theirs.reads, theirs.read_bytes, theirs.ahead)
+
+
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+def test_a_disk_that_fails_is_an_error_of_the_forward(load: Load, tmp_path: Path, reader: str) -> None:
+    folder = hf_flash.repack(TINY_OPT, tmp_path / "packed")
+    model = load(folder, lookahead=1, reader=reader)
+    wanted = story(model)
+    path = FlashStore.open_folder(folder).layers[3].path
+    whole = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.truncate(8192)
+    with pytest.raises(StoreReadError, match="layer 3"):
+        story(model, 200)
+    with open(path, "r+b") as file:
+        file.write(whole)
+    assert story(model) == wanted
+
+
+def test_an_interrupted_guess_leaves_no_wrong_rows(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, model = story(load(lookahead=0)), load(lookahead=1)
+    real, calls = BundleReader.start, 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        reading = real(*args, **kwargs)
+        calls += 1
+        if calls % 7 == 0:
+            raise KeyboardInterrupt  # after the reads were started
+        return reading
+
+    monkeypatch.setattr(BundleReader, "start", interrupted)
+    for _ in range(10):
+        with pytest.raises(KeyboardInterrupt):
+            story(model)
+    monkeypatch.undo()
+    assert story(model) == wanted
+
+
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+def test_a_compiled_model_says_the_same(load: Load, reader: str) -> None:
+    model = load(lookahead=1, reader=reader)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for token in range(5, 9):
+            ids = torch.tensor([[token]])
+            assert torch.equal(compiled(ids).logits, model(ids).logits)
+    assert hf_flash.stats(model).counters.ahead > 0

@@ -1,0 +1,250 @@
+"""`hf-flash plan`: sizes, sums and order. Never times: those depend on the machine."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_flash
+from hf_flash import FlashOffloadConfig, planner
+from hf_flash.activity import Use
+from hf_flash.cli import main
+from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
+from hf_flash.store import FlashStore
+
+PARTS = ("io_ms", "manage_ms", "predict_ms", "compute_ms", "rest_ms")
+
+
+@pytest.fixture(scope="module")
+def bare(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but config.json: of a model that is larger than the buffers it runs with."""
+    folder = tmp_path_factory.mktemp("bare") / "small"
+    folder.mkdir()
+    config = json.loads((plain / "config.json").read_text())
+    config |= {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> planner.Plan:
+    """A plan that several tests look at."""
+    return planner.plan(bare, memory="80%", disk=tmp_path_factory.mktemp("disk"), active=0.1)
+
+
+@pytest.fixture
+def unmeasured(made: planner.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine does is as in `made`."""
+    monkeypatch.setattr(planner, "_measure", lambda *args: made.measured)
+
+
+def test_config_json_is_enough(made: planner.Plan, bare: Path) -> None:
+    assert (made.model, made.model_type, made.dtype, made.predictor) == ("small", "opt", "float32", "quantized")
+    assert (made.activity.source, made.activity.active) == ("given", 0.1)
+    assert made.activity.selected == pytest.approx(0.1 * 1.5 * 2048)
+    assert made.measured.misses[:2] == (0, 1)
+    assert made.measured.io_ms[0] == 0.0
+    assert [path.name for path in bare.iterdir()] == ["config.json"]
+
+
+def test_nothing_is_left_on_the_disk(bare: Path, tmp_path: Path) -> None:
+    planner.plan(bare, disk=tmp_path, predictor="none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_add_up_and_reads_never_grow_with_the_budget(made: planner.Plan) -> None:
+    assert made.point in made.points
+    sizes = [point.budget_bytes for point in made.points]
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] >= made.memory.minimum_bytes
+    for point in made.points:
+        assert point.token_ms == pytest.approx(sum(getattr(point, part) for part in PARTS))
+        assert 0.0 <= point.hit_rate <= 1.0
+    reads = [point.read_bytes for point in made.points]
+    assert reads == sorted(reads, reverse=True)
+    assert made.suggested_bytes is None or made.suggested_bytes in sizes
+
+
+@pytest.mark.parametrize("shape", ["pre_ln", "post_ln", "no_bias", "odd"])
+@pytest.mark.parametrize("predictor", ["quantized", "none"])
+@pytest.mark.usefixtures("unmeasured")
+def test_memory_is_divided_as_loading_does(opt: Callable[..., Path], shape: str, predictor: Any) -> None:
+    folder, budget = opt(shape), "1.3MB"
+    config = FlashOffloadConfig(memory_budget=budget, predictor=predictor)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+    found, real = planner.plan(folder, memory=budget, predictor=predictor, dtype="bfloat16"), hf_flash.stats(model)
+    assert found.memory.resident_bytes == real.resident_bytes
+    assert found.memory.predictor_bytes == real.predictor_bytes
+    assert (found.memory.capacity, found.memory.dense_bytes) == (real.capacity, real.dense_bytes)
+    assert found.kv_cache_bytes_per_token == real.kv_cache_bytes_per_token
+
+
+@pytest.mark.parametrize("shape", ["post_ln", "no_bias", "odd"])
+def test_every_shape_can_be_measured(opt: Callable[..., Path], shape: str, tmp_path: Path) -> None:
+    found = planner.plan(opt(shape), disk=tmp_path, dtype="bfloat16", predictor="lowrank" if shape == "odd" else None)
+    assert found.point.token_ms > 0
+
+
+def test_a_repacked_model_is_read_where_it_lies(packed: Path) -> None:
+    found = planner.plan(packed, tokens=8)
+    assert str(packed) in found.measured.disk
+    assert (found.predictor, found.activity.source) == ("quantized", "assumed")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_calibration_is_believed(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use = {"mean": [10 * k**0.5 for k in range(1, 17)]}
+    report = {"layers": [{"active": 10.0, "use": use, "int4-g64": {"selected": 1.2}}] * 3}
+    monkeypatch.setattr(planner, "stored_report", lambda store: report)
+    found = planner.plan(packed)
+    assert found.activity.source == "measured"
+    assert (found.activity.active, found.activity.selected) == pytest.approx((10 / 128, 12.0))
+    assert planner.plan(packed, active=0.5).activity.source == "given"
+
+
+# --- what has to be read -------------------------------------------------------------------------------------------------
+
+
+def test_misses_are_those_of_a_least_recently_used_window() -> None:
+    """A window of as many neurons as 6 tokens used, on a random walk over the neurons."""
+    generator, d_ff, tokens = np.random.default_rng(0), 512, 2000
+    center = np.cumsum(generator.normal(0, 4, tokens))[:, None]
+    near = np.abs((np.arange(d_ff) - center + d_ff / 2) % d_ff - d_ff / 2) < 40
+    used = near & (generator.random((tokens, d_ff)) < 0.5)
+    use = Use()
+    use.add(torch.from_numpy(used))
+    activity = planner.Activity("measured", 0.1, 1.0, (planner._curve(np.array(use.to_dict()["mean"]), d_ff),))
+    capacity = int(use.to_dict()["mean"][5])
+    last, missed = np.full(d_ff, -1000), []
+    for token, mask in enumerate(used):
+        kept = np.argsort(-last, kind="stable")[:capacity]
+        missed.append(int(mask.sum() - mask[kept].sum()))
+        last[mask] = token
+    assert activity.misses(capacity, None)[0] == pytest.approx(np.mean(missed[100:]), rel=0.15)
+
+
+def test_curves_are_concave_continued_and_bounded() -> None:
+    curve = planner._curve(100 * np.arange(1, 17) ** 0.5, 10_000)
+    assert curve[64] == pytest.approx(800)
+    assert curve[-1] == pytest.approx(6400)
+    assert planner._curve(np.array([3000.0, 6000.0]), 7000)[-1] == 7000
+    bumpy = planner._curve(np.array([10.0, 12.0, 19.0, 20.0]), 100)
+    assert (np.diff(np.diff(bumpy)) <= 1e-9).all()
+    assert planner._curve(np.zeros(16), 100).tolist()[-1] < 1e-6
+
+
+def test_windows_fill_while_tokens_are_few() -> None:
+    activity = planner.Activity("given", 0.1, 1.0, (planner._curve(100 * np.arange(1, 17) ** 0.5, 10_000),))
+    (long,), (start,), (first,) = (activity.misses(5000, seen) for seen in (None, (16, 47), (1, 1)))
+    assert long < start < first == pytest.approx(100 * (2**0.5 - 1))
+
+
+def test_without_a_predictor_what_does_not_fit_is_read() -> None:
+    everything = np.full(4097, 128.0)
+    everything[0] = 0.0
+    activity = planner.Activity("given", 1.0, 1.0, (everything,))
+    assert [activity.misses(capacity, None)[0] for capacity in (0, 28, 128)] == pytest.approx([128, 100, 0])
+
+
+# --- the suggestion ------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_budget_that_is_nearly_as_fast() -> None:
+    points = [planner.Point(size, 1, 0.5, 1.0, io, 1.0, 1.0, 1.0, 6.0) for size, io in ((1, 9.0), (2, 1.5), (3, 1.0), (4, 0.1))]
+    assert planner._suggestion(points, 4) == 3
+    assert planner._suggestion(points, 3) == 2
+    assert planner._suggestion(points, 0) is None
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_the_dense_model_is_named_when_it_fits(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "the dense model fits into what is free" in planner.plan(bare, memory="80%").describe()
+    monkeypatch.setattr(planner, "ceiling_bytes", lambda budget: 1000)
+    said = planner.plan(bare, memory="80%").describe()
+    assert "the dense model fits" not in said
+    assert "the model does not run here" in said
+
+
+# --- the command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_json(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(bare), "--memory", "80%", "--json", "-"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert main(["plan", str(bare), "--memory", "80%", "--json", str(tmp_path / "out.json")]) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    for found in (printed, written):
+        assert found["activity"] == {
+            "source": "assumed",
+            "active": 0.03,
+            "predicted": 1.5,
+            "selected": pytest.approx(0.045 * 2048),
+        }
+        assert found["memory"]["capacity"] == found["point"]["capacity"]
+        assert found["point"]["token_ms"] == pytest.approx(sum(found["point"][part] for part in PARTS))
+    table = capsys.readouterr().out
+    assert "activations (assumed): 3.0% of a layer active, 1.50 predicted for one" in table
+    assert "windows, " in table
+
+
+@pytest.mark.parametrize(("arguments", "kind"), [
+    ({"memory": "1kB"}, BudgetError), ({"memory": "half"}, ConfigError), ({"dtype": "int8"}, ConfigError),
+    ({"active": 0.0}, ConfigError), ({"fresh": 2.0}, ConfigError), ({"predicted": -1.0}, ConfigError),
+    ({"tokens": 0}, ConfigError), ({"disk": "/nowhere"}, ConfigError), ({"predictor": "magic"}, ConfigError),
+])  # fmt: skip
+def test_what_cannot_be_planned(arguments: dict[str, Any], kind: type[Exception], bare: Path) -> None:
+    with pytest.raises(kind):
+        planner.plan(bare, **arguments)
+
+
+def test_models_that_are_none(tmp_path: Path, bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StoreMissingError, match=r"config\.json"):
+        planner.plan(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UnsupportedModelError, match="not supported"):
+        planner.plan(tmp_path)
+    config = json.loads((bare / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
+    with pytest.raises(UnsupportedModelError, match="exact zeros"):
+        planner.plan(tmp_path, predictor="lowrank")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ConfigError, match="quantized in another way"):
+        planner.plan(tmp_path)
+    assert main(["plan", "/no/where"]) == 1
+    assert "neither a folder nor the name" in capsys.readouterr().err
+
+
+def test_no_room_for_a_scratch_file(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(planner.os, "fsync", full)
+        with pytest.raises((RepackError, DiskSpaceError)):
+            planner.plan(bare, disk=tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
+    with pytest.raises(DiskSpaceError):
+        planner.plan(bare, disk=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- memory_budget="auto" ------------------------------------------------------------------------------------------------
+
+
+def test_an_automatic_budget_is_the_default_spelt_out(packed: Path, tmp_path: Path) -> None:
+    config = FlashOffloadConfig(memory_budget="auto")
+    assert config.to_dict()["memory_budget"] == "auto"
+    assert FlashOffloadConfig.from_dict(config.to_dict()).memory_budget == "auto"
+    model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=config)
+    assert hf_flash.stats(model).capacity == FlashStore.open_folder(packed).layers[0].d_ff
+    with pytest.raises(ConfigError):
+        FlashOffloadConfig(memory_budget="automatic")

@@ -36,7 +36,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from .bench_report import machine
-from .budget import format_bytes, parse_bytes
+from .budget import format_bytes, parse_bytes, parse_share
 from .cap import memory_cap
 from .config import FlashOffloadConfig
 from .disk import disk_curve
@@ -127,7 +127,7 @@ def bench(
     plain = None if plain is None else Path(plain)
     wanted = _resolve(systems or default_systems(plain), arguments or {}, check, plain)
     dense = _dense_bytes(folder, store)
-    budget, extra = _share(memory, dense), parse_bytes(headroom)
+    budget, extra = parse_share(memory, dense), parse_bytes(headroom)
     job = _Job(folder, plain, _prompt(folder, prompt_tokens, seed), tokens, budget, budget + extra, cap, timeout)
     runs: dict[str, list[dict[str, Any]]] = {system.label: [] for system in wanted}
     with tqdm(total=repeats * len(wanted), desc="Benchmark", unit="system") as bar:
@@ -233,11 +233,6 @@ def _dense_bytes(folder: Path, store: FlashStore) -> int:
     """All weights of the plain model, in the dtype they are stored in."""
     extras = {path.resolve() for path in store.files} - {layer.path.resolve() for layer in store.layers}
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.resolve() not in extras)
-
-
-def _share(memory: int | str, whole: int) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", memory) if isinstance(memory, str) else None
-    return int(whole * float(match[1]) / 100) if match else parse_bytes(memory)
 
 
 # --- running one -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 
     resident   embeddings, attention, norms, biases: everything that is not an FFN matrix
   + predictor  the packed predictor of every layer
-  + scratch    block buffers shared by all layers (`ffn.Scratch`) and bounce buffers of the reader
+  + scratch    block buffers shared by all layers (`compute.Scratch`) and bounce buffers of the reader
   + windows    layers x capacity x bundle_bytes: whatever the budget leaves, divided evenly, at most d_ff neurons a layer
 
 The first three are the minimum; a budget below it is an error before anything is loaded. Interpreter, libraries,
@@ -41,6 +41,12 @@ def parse_bytes(value: float | str) -> int:
             "not a size", where="memory_budget", expected='a positive number of bytes, or text such as "6GiB"', got=repr(value)
         )
     return size
+
+
+def parse_share(value: float | str, whole: int) -> int:
+    """`"50%"` of `whole` bytes, or a size as [`parse_bytes`] takes it."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    return int(whole * float(match[1]) / 100) if match else parse_bytes(value)
 
 
 def format_bytes(n: float) -> str:

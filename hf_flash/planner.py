@@ -29,7 +29,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ from huggingface_hub.utils import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
 
 from .adapters import Adapter, adapter_for
-from .budget import MemoryPlan, available_memory, ceiling_bytes, format_bytes, parse_bytes, plan_memory
+from .budget import MemoryPlan, available_memory, ceiling_bytes, format_bytes, parse_share
 from .calibration import stored_report
 from .checkpoint import resolve_folder
 from .compute import Scratch
@@ -57,8 +56,9 @@ from .lowrank import LowRankFormat, LowRankPredictor, lowrank_specs
 from .memory import aligned_empty, trim_heap
 from .predictor import NoPredictor, PredictorForm
 from .quantized import QuantizedFormat, QuantizedPredictor
-from .reader import open_reader, reader_buffer_bytes
+from .reader import open_reader
 from .repack import cache_folder, fresh_form, stored_form
+from .runtime import divide_memory
 from .store import FlashStore, LayerStore, TensorSpec, read_json
 from .window import ResidentWindow
 from .writer import writing
@@ -138,19 +138,12 @@ class _Model:
 
     def memory(self, budget: int | str | None) -> MemoryPlan:
         """Divide a budget as loading does. Raises `BudgetError`."""
-        layers, d_ff, d_model = self.dims
+        layers, d_ff, _ = self.dims
         model, _ = self.skeleton(layers, d_ff)
         weights = [*model.parameters(), *model.buffers()]
-        reader = reader_buffer_bytes(d_model, self.stored_dtype, self.dtype, "auto", 16)
-        return plan_memory(
-            budget,
-            resident_bytes=sum(w.nbytes for w in weights),
-            predictor_bytes=self.form.dram_bytes(layers, d_ff, d_model) if self.form else 0,
-            scratch_bytes=Scratch.size(d_ff, d_model, self.dtype) + reader,
-            layers=layers,
-            d_ff=d_ff,
-            bundle_bytes=2 * d_model * self.dtype.itemsize,
-        )
+        resident = sum(w.nbytes for w in weights)
+        kinds = self.dtype, self.stored_dtype
+        return divide_memory(budget, resident, self.form, self.dims, *kinds, reader="auto", io_threads=16)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -654,7 +647,7 @@ def plan(
     empty = found.memory(1 << 59)
     whole = max(empty.dense_bytes, empty.minimum_bytes)  # buffers are more than the FFN of a tiny model
     scarce = memory is None and ceiling_bytes(None) < whole
-    wanted = found.memory(None if scarce else whole if memory is None else _share(memory, empty.dense_bytes))
+    wanted = found.memory(None if scarce else whole if memory is None else parse_share(memory, empty.dense_bytes))
     free = available_memory()
     place = Path(disk) if disk is not None else found.folder if found.store else cache_folder(None)
     measured = _measure(found, wanted.capacity, activity, _existing(place, disk is not None))
@@ -684,11 +677,6 @@ def _suggestion(points: Sequence[Point], most: int) -> int | None:
     fit = [point for point in points if point.budget_bytes <= most]
     best = min((point.token_ms for point in fit), default=0.0)
     return next((point.budget_bytes for point in fit if point.token_ms <= ENOUGH * best), None)
-
-
-def _share(memory: int | str, whole: int) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", memory) if isinstance(memory, str) else None
-    return int(whole * float(match[1]) / 100) if match else parse_bytes(memory)
 
 
 def _existing(folder: Path, named: bool) -> Path:

@@ -16,16 +16,14 @@ import transformers.quantizers.auto as auto
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from .adapters import Adapter, adapter_for
-from .budget import MemoryPlan, format_bytes, plan_memory
+from .budget import MemoryPlan, format_bytes
 from .checkpoint import Checkpoint
-from .compute import Scratch
 from .config import AUTO, FlashOffloadConfig
 from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
 from .predictor import PredictorForm, find_predictor
 from .quantized import QuantizedFormat
-from .reader import reader_buffer_bytes
 from .repack import cached_store, fresh_form, stored_choice, stored_form
-from .runtime import attach
+from .runtime import attach, divide_memory
 from .saving import bind
 from .store import FlashStore
 
@@ -98,25 +96,15 @@ class FlashHfQuantizer(HfQuantizer):
     ) -> tuple[MemoryPlan, PredictorForm | None]:
         """Divide the memory budget. On a plain checkpoint whose predictor nobody named, one that does not fit is left out."""
         config = self.quantization_config
-        layers, d_ff, d_model = adapter.dims(model.config)
+        dims, budget = adapter.dims(model.config), None if config.memory_budget == AUTO else config.memory_budget
         stored = store.layers[0].dtype if store else self._checkpoint.specs[adapter.names(self._checkpoint.specs)[0].up][0]
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         weights = {id(p): p for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
         resident = sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in weights.values())
-        scratch = Scratch.size(d_ff, d_model, dtype) + reader_buffer_bytes(
-            d_model, stored, dtype, config.reader, config.io_threads
-        )
+        reading: Any = {"reader": config.reader, "io_threads": config.io_threads}
 
         def plan(form: PredictorForm | None) -> MemoryPlan:
-            return plan_memory(
-                None if config.memory_budget == AUTO else config.memory_budget,
-                resident_bytes=resident,
-                scratch_bytes=scratch,
-                layers=layers,
-                d_ff=d_ff,
-                predictor_bytes=form.dram_bytes(layers, d_ff, d_model) if form else 0,
-                bundle_bytes=2 * d_model * dtype.itemsize,
-            )
+            return divide_memory(budget, resident, form, dims, dtype, stored, **reading)
 
         form = stored_form(config, adapter, model.config, store) if store else fresh_form(config, adapter, model.config)
         try:
@@ -128,7 +116,7 @@ class FlashHfQuantizer(HfQuantizer):
             logger.warning(
                 "hf_flash: the memory budget is too small for the quantized predictor, which needs %s in all; loading with "
                 "predictor='none': every neuron is read for every token, which is much slower",
-                format_bytes(without.minimum_bytes + form.dram_bytes(layers, d_ff, d_model)),
+                format_bytes(without.minimum_bytes + form.dram_bytes(*dims)),
             )
             return without, None
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from .budget import MemoryPlan, available_memory
+from .budget import MemoryPlan, available_memory, plan_memory
 from .checkpoint import Checkpoint
 from .compute import Scratch
 from .config import FlashOffloadConfig
@@ -19,7 +19,7 @@ from .errors import UsageError
 from .ffn import Engine, FlashFFN
 from .memory import load_into_memory, trim_heap
 from .predictor import NoPredictor, PredictorForm
-from .reader import open_reader
+from .reader import open_reader, reader_buffer_bytes
 from .stats import FlashStats
 from .store import FlashStore
 from .window import ResidentWindow
@@ -59,6 +59,43 @@ class FlashRuntime:
             kv_cache_bytes_per_token=2 * plan.layers * self.ffns[0].d_model * self.engine.dtype.itemsize,
             counters=replace(self.engine.counters),
         )
+
+
+def divide_memory(
+    budget: int | str | None,
+    resident_bytes: int,
+    form: PredictorForm | None,
+    dims: tuple[int, int, int],
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    *,
+    reader: str,
+    io_threads: int,
+) -> MemoryPlan:
+    """Divide a memory budget over what a model holds.
+
+    Args:
+        budget: a size, or `None` for most of what is free.
+        resident_bytes: of all weights that are not FFN matrices, in the dtype of compute.
+        form: the predictor; `None` for none.
+        dims: layers, d_ff and d_model.
+        dtype: of compute. `stored`: on flash.
+        reader, io_threads: as in `FlashOffloadConfig`.
+
+    Raises:
+        BudgetError: the budget is below the minimum.
+    """
+    layers, d_ff, d_model = dims
+    buffers = reader_buffer_bytes(d_model, stored, dtype, reader, io_threads)
+    return plan_memory(
+        budget,
+        resident_bytes=resident_bytes,
+        predictor_bytes=form.dram_bytes(layers, d_ff, d_model) if form else 0,
+        scratch_bytes=Scratch.size(d_ff, d_model, dtype) + buffers,
+        layers=layers,
+        d_ff=d_ff,
+        bundle_bytes=2 * d_model * dtype.itemsize,
+    )
 
 
 def attach(

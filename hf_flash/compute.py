@@ -3,7 +3,10 @@
 One token (decode) and several tokens are computed differently, each the fastest way that rounds as the stock model does.
 Neither depends on where the rows of a block lie, so that results are bit-identical whatever is resident.
 
-    one      up: gather rows in id order, `F.linear` in the dtype of compute. down: `embedding_bag`, which reads only the rows
+    one      the compiled part multiplies rows where they lie (native.py). Sums are fp32, one for every output element, in id
+             order; rows of neurons that turn out to be zero are not touched in the down projection.
+    one, without the compiled part
+             up: gather rows in id order, `F.linear` in the dtype of compute. down: `embedding_bag`, which reads only the rows
              of neurons that are really non-zero and accumulates in fp32. Each row is viewed as two half rows in two bags, so
              that two threads share the work while every output element is one sum in id order, rounded once. A call of
              several blocks in 16 bits would be rounded once a block: there the rows of non-zero neurons are widened and the
@@ -20,11 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .memory import aligned_empty
+from .native import Ids, TokenKernel
+from .uring import Held
 
 _HALVES = 2
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -45,6 +50,7 @@ class Scratch:
     rows     [block of one token, 2 * d_model] a streamed block in id order, dtype of compute; page-aligned, a target of reads
     gathered [block of several, 2 * d_model] rows picked from a window, dtype of compute
     wide     [block of several, 2 * d_model] float32; the same memory as `gathered` when computing in float32
+    kernel   the compiled arithmetic of one token
     """
 
     def __init__(self, d_ff: int, d_model: int, dtype: torch.dtype) -> None:
@@ -52,36 +58,83 @@ class Scratch:
         self.rows = aligned_empty((block_rows(d_ff, 1), 2 * d_model), dtype)
         self.gathered = aligned_empty(shape, dtype)
         self.wide = self.gathered if dtype == torch.float32 else aligned_empty(shape, torch.float32)
+        self.kernel = TokenKernel(block_rows(d_ff, 1), d_model)
         self.nbytes = self.size(d_ff, d_model, dtype)
 
     @staticmethod
     def size(d_ff: int, d_model: int, dtype: torch.dtype) -> int:
         """What the buffers for layers of this shape take, in bytes."""
         wide = 0 if dtype == torch.float32 else 4
-        return 2 * d_model * (block_rows(d_ff, 1) * dtype.itemsize + block_rows(d_ff, 2) * (dtype.itemsize + wide))
+        rows = 2 * d_model * (block_rows(d_ff, 1) * dtype.itemsize + block_rows(d_ff, 2) * (dtype.itemsize + wide))
+        return rows + TokenKernel.nbytes(block_rows(d_ff, 1), d_model)
 
 
-def add_one_token(
+class OneToken:
+    """A block's share of one token: `up` for neurons that are there, `finish` for the others and everything after.
+
+    Args:
+        x: [1, d] in the dtype of compute.
+        bias: [d_ff] of the up projection.
+        matrix: [any, 2 * d], contiguous; `rows` [n] says where the bundles of neurons `ids` [n] are in it, or will be.
+        one_block: whether this block is the whole call.
+    """
+
+    def __init__(
+        self,
+        scratch: Scratch,
+        activation: Activation,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        matrix: torch.Tensor,
+        rows: Ids,
+        ids: Ids,
+        *,
+        one_block: bool,
+    ) -> None:
+        self._torch = scratch, activation, x, bias, matrix, rows, ids, one_block
+        self._kernel, self._activation, self._dtype = scratch.kernel, activation, x.dtype
+        self._relu = isinstance(activation, nn.ReLU) or activation in (F.relu, torch.relu)
+        self.compiled = self._kernel.fits(x)
+        self._left: Ids | None = None
+        if self.compiled:
+            self._kernel.set(x, bias, matrix, rows, ids, relu=self._relu)
+
+    def up(self, there: Ids, left: Ids, held: Held | None) -> float:
+        """Only if `compiled`: compute for positions `there` of `rows` while the rows of positions `left` are read.
+
+        Returns:
+            Seconds spent on reading.
+        """
+        self._left = left
+        return self._kernel.up(there, held)
+
+    def finish(self, out: torch.Tensor) -> None:
+        """Add what the block gives to `out`, float32 [1, d]. Every row must be there."""
+        if not self.compiled:
+            _add_one_token(*self._torch, out)
+            return
+        if self._left is None or len(self._left):
+            self._kernel.up(self._left)
+        if not self._relu:
+            hidden = self._kernel.hidden
+            hidden.copy_(self._activation(hidden.to(self._dtype)))
+        self._kernel.down(out)
+
+
+def _add_one_token(
     scratch: Scratch,
     activation: Activation,
     x: torch.Tensor,
     bias: torch.Tensor | None,
     matrix: torch.Tensor,
-    rows: npt.NDArray[np.int64],
-    out: torch.Tensor,
-    *,
+    rows: Ids,
+    ids: Ids,
     one_block: bool,
+    out: torch.Tensor,
 ) -> None:
-    """Add a block's share of one token to `out`.
-
-    Args:
-        x: [1, d] in the dtype of compute.
-        bias: [n] of the up projection.
-        matrix: [any, 2 * d], contiguous; `rows` [n] says where the block's bundles are in it.
-        out: [1, d] float32.
-        one_block: whether this block is the whole call.
-    """
+    """What [`OneToken`] does, with the operators of torch."""
     n, d = len(rows), x.shape[1]
+    bias = None if bias is None else torch.index_select(bias, 0, torch.from_numpy(ids))
     gathered = scratch.gathered.view(-1, d)  # [2 * block, d]
     up = torch.index_select(matrix.view(-1, d), 0, torch.from_numpy(2 * rows), out=gathered[:n])
     hidden = activation(F.linear(x, up, bias))[0]  # [n]
@@ -109,7 +162,7 @@ def add_several_tokens(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     matrix: torch.Tensor,
-    rows: npt.NDArray[np.int64],
+    rows: Ids,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Add a block's share of several tokens to `out`; returns the pre-activations [tokens, n], in the dtype of compute.

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .compute import Scratch, add_one_token, add_several_tokens, block_rows
+from .compute import OneToken, Scratch, add_several_tokens, block_rows
 from .errors import HfFlashError, StoreReadError, UsageError
 from .predictor import Predictor
 from .reader import BundleReader, Reading
@@ -136,10 +136,13 @@ class FlashFFN(nn.Module):
         if len(ids) <= window.capacity:
             slots = self._reserve(missing, ids)
             managed, before = perf_counter(), waited
-            waited += self._read(engine, missing, window.matrix, slots)
-            window.commit(missing, slots)
-            for block in blocks:
-                self._compute(engine, x, selected, block, window.matrix, window.slot_of[block], out, one_block)
+            if tokens == 1 and one_block and not engine.reader.converts:
+                waited += self._read_and_compute(engine, x, ids, missing, slots, out)
+            else:
+                waited += self._read(engine, missing, window.matrix, slots)
+                window.commit(missing, slots)
+                for block in blocks:
+                    self._compute(engine, x, selected, block, window.matrix, window.slot_of[block], out, one_block)
         else:
             before, keep = waited, window.worth_keeping(ids)
             window.evict(np.setdiff1d(window.resident, np.union1d(keep, ids)))
@@ -241,6 +244,37 @@ class FlashFFN(nn.Module):
         engine.counters.reads += count.chunks
         return perf_counter() - start
 
+    def _read_and_compute(
+        self, engine: Engine, x: torch.Tensor, ids: Ids, missing: Ids, slots: Ids, out: torch.Tensor
+    ) -> float:
+        """One token whose neurons fit into the window: compute with those that are there while the others are read.
+
+        Returns:
+            Seconds spent on reading and nothing else.
+        """
+        window, rows = self.window, self.window.slot_of[ids]
+        away = rows < 0
+        rows[away] = slots
+        token = OneToken(engine.scratch, self.activation, x, self.bias, window.matrix, rows, ids, one_block=True)
+        spent, start = 0.0, perf_counter()
+        if len(missing):
+            try:
+                reading = engine.reader.start(self.index, missing, window.matrix, slots, hold=token.compiled)
+                if token.compiled:
+                    spent, start = perf_counter() - start, perf_counter()
+                    spent += token.up(np.flatnonzero(~away), np.flatnonzero(away), reading.held)
+                    start = perf_counter()
+                found = reading.wait()
+            except StoreReadError:
+                window.give_back(slots)
+                raise
+            window.commit(missing, slots)
+            engine.counters.read_bytes += found.nbytes
+            engine.counters.reads += found.chunks
+            spent += perf_counter() - start
+        token.finish(out)
+        return spent
+
     def _stream(self, engine: Engine, block: Ids, keep: Ids) -> float:
         """Bring one block into `scratch.rows` in id order, and what is worth keeping of it into the window."""
         window, rows = self.window, engine.scratch.rows
@@ -276,10 +310,10 @@ class FlashFFN(nn.Module):
             one_block: whether the call has no other block.
         """
         rows = self._all_ids[: len(block)] if slots is None else slots
-        bias = None if self.bias is None else torch.index_select(self.bias, 0, torch.from_numpy(block))
         if x.shape[0] == 1:
-            add_one_token(engine.scratch, self.activation, x, bias, matrix, rows, out, one_block=one_block)
+            OneToken(engine.scratch, self.activation, x, self.bias, matrix, rows, block, one_block=one_block).finish(out)
         else:
+            bias = None if self.bias is None else torch.index_select(self.bias, 0, torch.from_numpy(block))
             mask = None if selected is None else selected[:, torch.from_numpy(block)]
             hidden = add_several_tokens(engine.scratch, self.activation, x, mask, bias, matrix, rows, out)
             if self.observer is not None:

@@ -3,8 +3,11 @@
     8 bits   symmetric, `w = code * scale`, one scale a row
     4 bits   asymmetric, `w = (code - 8) * scale + zero`, per group of columns the range with the smallest squared error
 
-The store keeps plain codes, so that a file made on one machine serves on every other; torch's layout is made when loading.
-Where torch has no fast product for a shape or a machine, plain codes are widened some rows at a time, and that is said once.
+The store keeps plain codes, so that a file made on one machine serves on every other. The compiled part (native.py) multiplies
+them as they are; without it torch does, whose layout of 4 bits is made when loading. Where torch has no fast product for a
+shape or a machine either, plain codes are widened some rows at a time, and that is said once.
+
+Whichever it is, a token's sums do not depend on how many are beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from typing import Any, Final, Protocol
 
 import torch
 import torch.nn.functional as F
+
+from .native import GROUP_STEP, Product, library
 
 logger = logging.getLogger("hf_flash")
 
@@ -92,8 +97,8 @@ class LowBitMatrix(Protocol):
 
     nbytes: int
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` bfloat16 [tokens, columns] to [tokens, rows], bfloat16 or float32."""
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` bfloat16 or float32 [tokens, columns] to [tokens, rows], bfloat16 or float32; `plus` float32 [rows] is added."""
         ...
 
 
@@ -103,13 +108,18 @@ class Int8Matrix:
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         self._codes, self._scales = codes.clone(), scales.reshape(-1).clone()
         self.nbytes = self._codes.nbytes + self._scales.nbytes
-        whole = codes.shape[1] % _INT8_COLUMNS == 0  # torch does not check, and reads beyond the matrix
-        self.packed = whole and _works(lambda: self._packed(_probe(codes.shape[1])))
-        if not self.packed:
-            _warn_slow("int8", codes.shape[1])
+        self.compiled = Product(self._codes, self._scales, None) if library() else None
+        self.packed = False
+        if self.compiled is None:
+            whole = codes.shape[1] % _INT8_COLUMNS == 0  # torch does not check, and reads beyond the matrix
+            self.packed = whole and _works(lambda: self._packed(_probe(codes.shape[1])))
+            if not self.packed:
+                _warn_slow("int8", codes.shape[1])
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._packed(x) if self.packed else self.plain(x)
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        if self.compiled is not None:
+            return self.compiled(x, plus)
+        return _sum(self._packed(x.bfloat16()) if self.packed else self.plain(x.bfloat16()), plus)
 
     def _packed(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x, self._codes, self._scales)
@@ -125,39 +135,62 @@ class Int4Matrix:
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group: int) -> None:
         self._group, columns = group, 2 * codes.shape[1]
-        self._scales = torch.stack([scales, zeros], dim=-1).transpose(0, 1).contiguous()  # [groups, rows, 2]
-        self._codes = codes
+        self._codes, self._scales, self._zeros = codes, scales, zeros
+        self.compiled: Product | None = None
         self.packed = False
+        compiles = library() is not None and group % GROUP_STEP == 0
+        if compiles or not self._pack(columns):
+            self._codes, self._scales, self._zeros = codes.clone(), scales.clone(), zeros.clone()
+            if compiles:
+                self.compiled = Product(self._codes, self._scales, self._zeros)
+            else:
+                _warn_slow("int4", columns)
+        self.nbytes = self._codes.nbytes + scales.nbytes + zeros.nbytes
+
+    def _pack(self, columns: int) -> bool:
+        """Change to the layout of torch's product, if it has one."""
+        codes = self._codes
         try:
             slices = [
                 torch.ops.aten._convert_weight_to_int4pack_for_cpu(_nibbles(codes[at : at + _ROWS]), 1)
                 for at in range(0, len(codes), _ROWS)
             ]
         except (RuntimeError, AttributeError):
-            slices = []
-        if slices:
-            self._codes = torch.cat(slices)
-            self.packed = _works(lambda: self._packed(_probe(columns)))
+            return False
+        self._pairs = torch.stack([self._scales, self._zeros], dim=-1).transpose(0, 1).contiguous()  # [groups, rows, 2]
+        self._codes = torch.cat(slices)
+        self.packed = _works(lambda: self._packed(_probe(columns)))
         if not self.packed:
-            _warn_slow("int4", columns)
-            self._codes = codes.clone()
-        self.nbytes = self._codes.nbytes + self._scales.nbytes
+            self._codes = codes
+        return self.packed
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._packed(x) if self.packed else self.plain(x)
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        if self.compiled is not None:
+            return self.compiled(x, plus)
+        return _sum(self._packed(x.bfloat16()) if self.packed else self.plain(x.bfloat16()), plus)
 
     def _packed(self, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._codes, self._group, self._scales)
+        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._codes, self._group, self._pairs)
         return product
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """The same from plain codes; only where there is no packed layout."""
 
         def rows_of(rows: slice) -> torch.Tensor:
-            scales, zeros = self._scales[:, rows].transpose(0, 1).unbind(-1)
-            return widen(self._codes[rows], scales, zeros)
+            return widen(self._codes[rows], self._scales[rows], self._zeros[rows])
 
         return _plain_product(x, rows_of, len(self._codes))
+
+
+def _sum(product: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
+    return product if plus is None else product + plus
+
+
+def called_active(score: torch.Tensor) -> torch.Tensor:
+    """bool like `score`: whatever is not called inactive, so that what is no number is computed."""
+    return (
+        ~(score <= 0) if len(score) > 1 else torch.from_numpy(~(score.float().numpy() <= 0))
+    )  # numpy: quick where caches are cold
 
 
 def by_tokens(x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

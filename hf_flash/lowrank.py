@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from .errors import StoreFormatError
-from .lowbit import Int8Matrix, by_tokens, quantize_rows
+from .lowbit import Int8Matrix, by_tokens, called_active, quantize_rows
 from .predictor import read_tensors
 from .store import FlashStore, LayerStore, TensorSpec, read_header
 
@@ -96,8 +96,8 @@ class LowRankPredictor:
         self.nbytes = self._a.nbytes + self._b.nbytes + self._offset.nbytes
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
-        return by_tokens(x, lambda part: ~(self.score(part) <= 0))
+        return by_tokens(x, lambda part: called_active(self.score(part)))
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [tokens, d_ff]: positive for neurons called active, in logits."""
-        return self._b(self._a(x.bfloat16()).bfloat16()) + self._offset
+        return self._b(self._a(x.bfloat16()), self._offset)

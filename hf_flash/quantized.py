@@ -29,7 +29,7 @@ import torch
 
 from .activity import Activations, reached_by
 from .errors import ConfigError
-from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, by_tokens, quantize_rows, widen
+from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, by_tokens, called_active, quantize_rows, widen
 from .memory import trim_heap
 from .predictor import belonging, check_specs, find_predictor, read_tensors
 from .store import FlashStore, LayerStore, TensorSpec
@@ -142,13 +142,13 @@ class QuantizedPredictor:
         return other
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
-        return by_tokens(x, lambda part: ~(self.score(part) <= 0))
+        return by_tokens(x, lambda part: called_active(self.score(part)))
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, d_ff]: positive for neurons called active."""
-        margin = self._margin
-        if not self._measured:
-            margin = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True) * margin
+        if self._measured:
+            return self._product(x.bfloat16(), self._margin) + self._bias
+        margin: torch.Tensor = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True) * self._margin
         return self._product(x.bfloat16()) + margin + self._bias
 
 

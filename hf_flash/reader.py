@@ -20,6 +20,7 @@ from .errors import StoreReadError
 from .memory import aligned_empty
 from .sources import PAGE, ByteReader, Bytes, Chunks, DirectReader, MmapReader, chunked, direct_alignment
 from .store import FlashStore, LayerStore
+from .uring import Held
 from .window import Ids
 
 logger = logging.getLogger("hf_flash")
@@ -38,10 +39,17 @@ class ReadCount:
 class Reading:
     """Bundles on their way; [`BundleReader.start`] makes it."""
 
-    def __init__(self, layer: LayerStore, chunks: Chunks, source: ByteReader, out: Bytes, background: bool) -> None:
+    def __init__(
+        self, layer: LayerStore, chunks: Chunks, source: ByteReader, out: Bytes, background: bool = False, hold: bool = False
+    ) -> None:
         self._layer, self._chunks = layer, chunks
         with self._errors():
-            self._pending = source.start(layer.index, chunks, out, background=background)
+            self._pending = source.start(layer.index, chunks, out, background=background, hold=hold)
+
+    @property
+    def held(self) -> Held | None:
+        """Reads that were prepared only, to be started by somebody else; else [`wait`] does."""
+        return self._pending.held
 
     def wait(self) -> ReadCount:
         """Wait until the rows are filled.
@@ -91,7 +99,9 @@ class BundleReader:
         """Whether rows are converted on the way: then reads cannot be started ahead."""
         return self._staging is not None
 
-    def start(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False) -> Reading:
+    def start(
+        self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False, hold: bool = False
+    ) -> Reading:
         """Begin to fill `out[rows[j]]` with the bundle of neuron `ids[j]`; not for stores that are converted.
 
         Args:
@@ -100,12 +110,13 @@ class BundleReader:
             out: contiguous [any, 2 * d_model] in the store's dtype.
             rows: different rows of `out`, as many as `ids`.
             background: whether the caller has something else to do before it waits.
+            hold: whether to prepare only, where that can be (`Reading.held`).
         """
         place = self.layers[layer]
         target: Bytes = out.view(torch.uint8).numpy()
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(target)):  # the kernel would write there
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of {len(target)}")
-        return Reading(place, chunked(ids, rows, place.offset, place.bundle_bytes), self.source, target, background)
+        return Reading(place, chunked(ids, rows, place.offset, place.bundle_bytes), self.source, target, background, hold)
 
     def read(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids) -> ReadCount:
         """[`start`] and wait, for any dtype of compute.

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from .memory import anonymous
 from .store import FlashStore
-from .uring import Batch, Ring
+from .uring import Batch, Held, Ring
 from .window import Ids
 
 logger = logging.getLogger("hf_flash")
@@ -93,6 +93,8 @@ def chunked(ids: Ids, rows: Ids, offset: int, size: int) -> Chunks:
 class Pending(Protocol):
     """A read under way."""
 
+    held: Held | None  # what was only prepared, because `start` was told to hold it
+
     def wait(self) -> int:
         """Wait until nothing writes to the buffer any more; bytes asked of the disk. Raises `OSError`."""
         ...
@@ -105,8 +107,13 @@ class ByteReader(Protocol):
     means: str  # what it reads with
     buffer_bytes: int  # DRAM that it holds itself
 
-    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool) -> Pending:
-        """Begin to fill rows of `out`, uint8 [any, bundle bytes], contiguous; `background`: there is something else to do."""
+    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False, hold: bool = False) -> Pending:
+        """Begin to fill rows of `out`, uint8 [any, bundle bytes], contiguous.
+
+        Args:
+            background: there is something else to do before it is waited for.
+            hold: prepare only, if that can be: somebody else starts it (`Pending.held`).
+        """
         ...
 
     def settle(self) -> None:
@@ -134,7 +141,7 @@ class MmapReader:
         if not self._can_advise:
             logger.warning("hf_flash: this system has no madvise; the mmap reader faults pages in one by one, which is slow")
 
-    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool) -> Pending:
+    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False, hold: bool = False) -> Pending:
         source = self._maps[layer]
         first = chunks.offset // PAGE * PAGE
         length = -(-(chunks.offset + chunks.nbytes) // PAGE) * PAGE - first
@@ -160,6 +167,7 @@ class _Mapped:
     chunks: Chunks
     out: Bytes
     nbytes: int
+    held: Held | None = None
 
     def wait(self) -> int:
         if self.source.size() < len(self.source):  # touching the lost pages would kill the process
@@ -206,14 +214,14 @@ class DirectReader:
         """DRAM for bounce buffers: none when bundles are aligned by themselves."""
         return (threads + 1) * _BOUNCE_BYTES if bundle_bytes % align else 0
 
-    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool) -> Pending:
+    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False, hold: bool = False) -> Pending:
         if os.getpid() != self._pid:  # a forked worker: neither threads nor rings survive a fork
             self._finalize.detach()
             self._begin()
         fd, base = self._fds[layer], out.ctypes.data
         aligned = not (int(np.bitwise_or.reduce(chunks.offset, initial=chunks.size)) | base) & (self._align - 1)
         if self._uring and aligned and len(chunks):
-            return self._start_ring(fd, chunks, out, base, background)
+            return self._start_ring(fd, chunks, out, base, background, hold)
         job = _Job(fd, chunks, out, self._align if aligned else -self._align, self._bounce)
         lanes = min(self._threads, -(-len(chunks) // 2))
         self._futures = [future for future in self._futures if not future.done()]
@@ -223,7 +231,7 @@ class DirectReader:
         self._futures.append(self._pool.submit(job.run, lane, lanes))
         return self._futures[-1]
 
-    def _start_ring(self, fd: int, chunks: Chunks, out: Bytes, base: int, background: bool) -> Pending:
+    def _start_ring(self, fd: int, chunks: Chunks, out: Bytes, base: int, background: bool, hold: bool) -> Pending:
         if self._ring is None:
             self._ring = Ring()
         addresses = base + chunks.rows * chunks.size
@@ -235,8 +243,9 @@ class DirectReader:
             iovecs[:, 0], iovecs[:, 1] = addresses, chunks.size
             addresses, lengths = iovecs.ctypes.data + 16 * chunks.first[:-1], np.diff(chunks.first)
             keep, vectored = (iovecs, out), True
-        batch = self._ring.read(fd, chunks.offset, addresses, lengths, keep, vectored=vectored, background=background)
-        return _Ringed(batch, _Job(fd, chunks, out, self._align, self._bounce))
+        how = {"vectored": vectored, "background": background, "hold": hold}
+        batch = self._ring.read(fd, chunks.offset, addresses, lengths, keep, **how)
+        return _Ringed(batch, _Job(fd, chunks, out, self._align, self._bounce), self._ring.held(batch) if hold else None)
 
     def settle(self) -> None:
         _wait_for_all(self._futures)
@@ -308,6 +317,7 @@ class _Lanes:
 
     job: _Job
     futures: list[Future[int]] | None
+    held: Held | None = None
 
     def wait(self) -> int:
         if self.futures is None:
@@ -322,6 +332,7 @@ class _Ringed:
 
     batch: Batch
     job: _Job
+    held: Held | None
 
     def wait(self) -> int:
         expected = self.job.chunks.nbytes

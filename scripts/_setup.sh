@@ -1,10 +1,10 @@
 # Sourced by scripts/demo and scripts/test: a virtual environment with the package in it, made once.
-# It is made again when pyproject.toml or constraints.txt changes. VENV and PYTHON may be set from outside.
+# It is made again when pyproject.toml, constraints.txt or the C source changes. VENV and PYTHON may be set from outside.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-.venv}"
 stamp="$VENV/.stamp-$1"
-if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
+if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ] || [ hf_flash/_native.c -nt "$stamp" ]; then
     echo "setting up $VENV ..."
     [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
     # torch first: the pinned build is a CPU build where one is offered; a plain "torch" may bring gigabytes of CUDA

@@ -24,6 +24,7 @@ from hf_flash import BudgetError, ConfigError, StoreReadError, lowbit
 from hf_flash.budget import _cgroup_free, available_memory, format_bytes, parse_bytes, plan_memory
 from hf_flash.ffn import Engine, FlashFFN, Scratch, block_rows
 from hf_flash.lowbit import quantize_rows
+from hf_flash.native import library
 from hf_flash.quantized import QuantizedFormat, QuantizedPredictor
 from hf_flash.reader import open_reader
 from hf_flash.sources import PAGE, chunked, direct_alignment
@@ -182,10 +183,11 @@ class Rig:
             if not self.unit:
                 pytest.skip(f"no direct reads here: {reason}")
         d_model = self.store.d_model
-        scratch = Scratch(D_FF, d_model, dtype)
         with pytest.MonkeyPatch.context() as patch:
-            if reader == "threads":  # a machine without io_uring
+            if reader == "threads":  # a machine without io_uring and without a compiler
                 patch.setattr("hf_flash.sources.Ring", Mock(side_effect=OSError(38, "no io_uring")))
+                patch.setattr("hf_flash.native.library", lambda: None)
+            scratch = Scratch(D_FF, d_model, dtype)
             reader_there = open_reader(store, "mmap" if reader == "mmap" else "direct", 3, dtype, 0)
         self.engine = Engine(reader_there, scratch, dtype)
         self.window = ResidentWindow(D_FF, d_model, capacity, window, dtype)
@@ -419,11 +421,16 @@ def test_the_stored_error_is_the_norm_of_what_rounding_changed(
     assert (wanted <= 0.3 * size * d_model**0.5 * (1 if form.bits == 4 else 0.2) + 1e-6).all()
 
 
-def make(form: QuantizedFormat, up: torch.Tensor, bias: torch.Tensor | None, *, packed: bool = True) -> QuantizedPredictor:
-    """A predictor with a margin of 1.5; `packed=False`: as on a machine where torch has no packed layout."""
+WAYS = ["compiled", "packed", "plain"]
+
+
+def make(form: QuantizedFormat, up: torch.Tensor, bias: torch.Tensor | None, way: str = "compiled") -> QuantizedPredictor:
+    """A predictor with a margin of 1.5; as on a machine without the compiled part, or without torch's packed layout either."""
     parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
     with pytest.MonkeyPatch.context() as patch:
-        if not packed:
+        if way != "compiled":
+            patch.setattr(lowbit, "library", lambda: None)
+        if way == "plain":
             patch.setattr(lowbit, "_works", lambda call: False)
         return QuantizedPredictor(parts, bias, form, parts["error"] * (1.5 / up.shape[1] ** 0.5))
 
@@ -436,31 +443,33 @@ def test_the_fast_path_scores_as_the_plain_one_up_to_rounding(form: QuantizedFor
     up, x = torch.randn(96, 128, generator=random), torch.randn(tokens, 128, generator=random).bfloat16()
     bias = torch.randn(96, generator=random)
     parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
-    fast, plain = (make(form, up, bias, packed=packed) for packed in (True, False))
-    assert not plain._product.packed
-    if not fast._product.packed:
-        pytest.skip("torch has no packed layout on this machine")
+    ways = {way: make(form, up, bias, way) for way in WAYS}
+    if library() is None or not ways["packed"]._product.packed:
+        pytest.skip("no compiler, or torch has no packed layout on this machine")
+    assert ways["compiled"]._product.compiled
+    assert not ways["packed"]._product.compiled
+    assert not ways["plain"]._product.packed
     weights = dequantized(parts, form)
     exact = x.double() @ weights.T
     rounding = 2**-7 * (x.double().abs() @ weights.abs().T)
-    assert ((fast._product(x) - exact).abs() <= rounding).all()
-    assert ((plain._product(x) - exact).abs() <= 1e-3 * rounding).all()  # 128 roundings to float32
+    for way, share in zip(WAYS, (1e-2, 1, 1e-3), strict=True):  # 16-bit steps, bfloat16, 128 roundings to float32
+        assert ((ways[way]._product(x) - exact).abs() <= share * rounding).all()
     slack = 1.5 / 128**0.5 * x.double().norm(dim=1, keepdim=True) * parts["error"].double()
     clear = (exact + bias.double() + slack).abs() > rounding
     assert clear.float().mean() > 0.8
     wanted = exact + bias.double() + slack > 0
-    for predictor in (fast, plain):
+    for predictor in ways.values():
         assert torch.equal(predictor.select(x)[clear], wanted[clear])
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.variant}, {form.group_size}")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_a_number_selects_every_neuron_of_its_token_alone(
-    packed: bool, form: QuantizedFormat, value: float
+    way: str, form: QuantizedFormat, value: float
 ) -> None:
     torch.manual_seed(0)
-    predictor = make(form, torch.randn(64, 64), torch.full((64,), -50.0), packed=packed)
+    predictor = make(form, torch.randn(64, 64), torch.full((64,), -50.0), way)
     x = torch.randn(3, 64)
     x[1, 5] = value
     assert predictor.select(x).all(1).tolist() == [False, True, False]
@@ -469,8 +478,8 @@ def test_a_value_that_is_not_a_number_selects_every_neuron_of_its_token_alone(
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.variant}, {form.group_size}")
 def test_a_predictor_holds_what_its_format_announces(form: QuantizedFormat) -> None:
-    for packed in (True, False):
-        assert make(form, torch.randn(64, 64), None, packed=packed).nbytes == form.dram_bytes(1, 64, 64)
+    for way in WAYS:
+        assert make(form, torch.randn(64, 64), None, way).nbytes == form.dram_bytes(1, 64, 64)
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,380 @@
+/* One token's feed-forward layer over scattered rows, and products with quantized matrices: what torch has no operator for.
+ *
+ * torch gathers rows into a buffer before it multiplies, starts a parallel region for each step, and lets its second thread spin
+ * while the first waits for the disk. Here rows are multiplied where they lie, and whoever waits for the disk leaves its core to
+ * the kernel. Threads are torch's own: the caller hands over `GOMP_parallel` of the OpenMP runtime that torch runs on.
+ *
+ * Arithmetic, which no thread count and no place of a row can change: a row's dot product is 4 x 8 partial sums in fp32, added in
+ * one order; an output column is one sum in fp32, in the order of the neurons. Hidden values are rounded to the dtype of the
+ * weights, as the stock layer does.
+ *
+ * Built where there is a compiler, x86-64 and Linux; `hf_supported` says whether this CPU has AVX2, FMA and F16C. Everything
+ * else takes the torch way. Loaded with ctypes (native.py): no Python headers are needed.
+ */
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+
+#include <errno.h>
+#include <immintrin.h>
+#include <linux/futex.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define FAST __attribute__((target("avx2,fma,f16c")))
+#define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+
+enum { F32, BF16, F16 };
+enum { UP_ROWS = 16, MATRIX_ROWS = 64, COLUMNS = 64, GETEVENTS = 1, ENTER = 426 };
+
+typedef void (*Body)(void *);
+typedef void (*Parallel)(Body, void *, unsigned threads, unsigned flags);
+
+static Parallel parallel;      /* GOMP_parallel */
+static int (*thread_number)(void); /* omp_get_thread_num */
+
+int hf_supported(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+void hf_use_threads_of(Parallel start, int (*number)(void)) {
+    parallel = start;
+    thread_number = number;
+}
+
+static void run(Body body, void *job, int threads) {
+    if (threads > 1 && parallel)
+        parallel(body, job, (unsigned)threads, 0);
+    else
+        body(job);
+}
+
+static int me(int threads) { return threads > 1 && parallel ? thread_number() : 0; }
+
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* --- numbers */
+
+INLINE __m256 load(const void *row, int64_t i, int dtype) {
+    if (dtype == F32)
+        return _mm256_loadu_ps((const float *)row + i);
+    __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)row + i));
+    if (dtype == F16)
+        return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+INLINE float one(const void *row, int64_t i, int dtype) {
+    if (dtype == F32)
+        return ((const float *)row)[i];
+    uint16_t half = ((const uint16_t *)row)[i];
+    if (dtype == F16)
+        return _cvtsh_ss(half);
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE float rounded(float value, int dtype) {
+    if (dtype == F32 || value != value)
+        return value;
+    if (dtype == F16)
+        return _cvtsh_ss(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE float total(__m256 a, __m256 b) {
+    __m256 sum = _mm256_add_ps(a, b);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+/* --- one token through the layer */
+
+typedef struct {
+    const void *x, *matrix, *bias; /* [d], [any, 2 d], [d_ff] or null; all of `dtype` */
+    const int64_t *rows, *ids;     /* [n] where the neurons lie in `matrix`, and which they are */
+    const int64_t *which;          /* [todo] positions in these two, for `hf_up` */
+    float *hidden, *out, *wide;    /* [n], [d], and room for x in fp32 [d] */
+    int64_t *active;               /* [n] room */
+    int64_t n, d, todo;
+    int32_t dtype, threads, relu, ring; /* ring: -1, or where reads are waited for */
+    uint32_t submit, wait;
+    double waited;                 /* out: seconds of the calling thread */
+    int32_t taken;                 /* out: entries that the kernel took, or minus the error */
+    atomic_int next, settled;
+} Job;
+
+INLINE float dot(const void *row, const void *ahead, const float *x, int64_t d, int dtype) {
+    const int64_t size = dtype == F32 ? 4 : 2;
+    __m256 a = _mm256_setzero_ps(), b = a, c = a, e = a;
+    int64_t i = 0;
+    for (; i + 32 <= d; i += 32) {
+        _mm_prefetch((const char *)ahead + i * size, _MM_HINT_T0);
+        if (dtype == F32)
+            _mm_prefetch((const char *)ahead + i * size + 64, _MM_HINT_T0);
+        a = _mm256_fmadd_ps(load(row, i, dtype), _mm256_loadu_ps(x + i), a);
+        b = _mm256_fmadd_ps(load(row, i + 8, dtype), _mm256_loadu_ps(x + i + 8), b);
+        c = _mm256_fmadd_ps(load(row, i + 16, dtype), _mm256_loadu_ps(x + i + 16), c);
+        e = _mm256_fmadd_ps(load(row, i + 24, dtype), _mm256_loadu_ps(x + i + 24), e);
+    }
+    float rest = 0.0f;
+    for (; i < d; i++)
+        rest += one(row, i, dtype) * x[i];
+    return total(_mm256_add_ps(a, b), _mm256_add_ps(c, e)) + rest;
+}
+
+INLINE void up_rows(const Job *job, int64_t begin, int64_t end, int dtype) {
+    const int64_t size = dtype == F32 ? 4 : 2, stride = 2 * job->d * size;
+    for (int64_t k = begin; k < end; k++) {
+        int64_t at = job->which[k], ahead = job->which[k + 1 < end ? k + 1 : k];
+        const char *row = (const char *)job->matrix + job->rows[at] * stride;
+        float sum = dot(row, (const char *)job->matrix + job->rows[ahead] * stride, job->wide, job->d, dtype);
+        if (job->bias)
+            sum += one(job->bias, job->ids[at], dtype);
+        sum = rounded(sum, dtype);
+        job->hidden[at] = job->relu && sum < 0.0f ? 0.0f : sum;
+    }
+}
+
+static FAST void up_of(const Job *job, int64_t begin, int64_t end) {
+    if (job->dtype == F32)
+        up_rows(job, begin, end, F32);
+    else if (job->dtype == BF16)
+        up_rows(job, begin, end, BF16);
+    else
+        up_rows(job, begin, end, F16);
+}
+
+static int enter(const Job *job, uint32_t submit, uint32_t wait) {
+    long got = syscall(ENTER, job->ring, submit, wait, wait ? GETEVENTS : 0, NULL, 0);
+    return got < 0 ? -errno : (int)got;
+}
+
+static void up_body(void *data) {
+    Job *job = data;
+    const int caller = me(job->threads) == 0;
+    if (caller && job->ring >= 0) {
+        double start = seconds();
+        if (job->submit)
+            job->taken = enter(job, job->submit, 0);
+        job->waited = seconds() - start;
+    }
+    for (;;) {
+        int64_t begin = (int64_t)atomic_fetch_add(&job->next, UP_ROWS);
+        if (begin >= job->todo)
+            break;
+        up_of(job, begin, begin + UP_ROWS < job->todo ? begin + UP_ROWS : job->todo);
+    }
+    if (job->ring < 0)
+        return;
+    if (caller) {
+        double start = seconds();
+        if (job->taken == (int)job->submit && job->wait)
+            enter(job, 0, job->wait); /* an error or a signal: the caller waits for the rest and says what happened */
+        job->waited += seconds() - start;
+        atomic_store(&job->settled, 1);
+        syscall(SYS_futex, &job->settled, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+    } else {
+        while (!atomic_load(&job->settled)) /* asleep, not spinning: the core is wanted by the kernel's side of the reads */
+            syscall(SYS_futex, &job->settled, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
+    }
+}
+
+/* hidden[at] for every `at` of `which`. Reads may arrive meanwhile: `submit` entries are handed to the ring first, and
+ * `wait` completions waited for at the end. */
+void FAST hf_up(Job *job) {
+    for (int64_t i = 0; i < job->d; i++)
+        job->wide[i] = one(job->x, i, job->dtype);
+    job->taken = 0;
+    job->waited = 0.0;
+    atomic_store(&job->next, 0);
+    atomic_store(&job->settled, 0);
+    run(up_body, job, job->threads);
+}
+
+INLINE void down_columns(const Job *job, int64_t begin, int64_t end, int dtype) {
+    const int64_t size = dtype == F32 ? 4 : 2, stride = 2 * job->d * size;
+    const char *down = (const char *)job->matrix + job->d * size;
+    for (int64_t k = 0; k < job->todo; k++) {
+        const char *row = down + job->rows[job->active[k]] * stride;
+        const char *ahead = down + job->rows[job->active[k + 1 < job->todo ? k + 1 : k]] * stride;
+        const float h = job->hidden[job->active[k]];
+        const __m256 weight = _mm256_set1_ps(h);
+        int64_t i = begin;
+        for (; i + 32 <= end; i += 32) {
+            _mm_prefetch(ahead + i * size, _MM_HINT_T0);
+            if (dtype == F32)
+                _mm_prefetch(ahead + i * size + 64, _MM_HINT_T0);
+            for (int64_t j = i; j < i + 32; j += 8)
+                _mm256_storeu_ps(job->out + j, _mm256_fmadd_ps(load(row, j, dtype), weight, _mm256_loadu_ps(job->out + j)));
+        }
+        for (; i < end; i++)
+            job->out[i] = __builtin_fmaf(one(row, i, dtype), h, job->out[i]);
+    }
+}
+
+static FAST void down_body(void *data) {
+    Job *job = data;
+    for (;;) {
+        int64_t begin = (int64_t)atomic_fetch_add(&job->next, (int)job->wait);
+        if (begin >= job->d)
+            break;
+        int64_t end = begin + job->wait < job->d ? begin + job->wait : job->d;
+        if (job->dtype == F32)
+            down_columns(job, begin, end, F32);
+        else if (job->dtype == BF16)
+            down_columns(job, begin, end, BF16);
+        else
+            down_columns(job, begin, end, F16);
+    }
+}
+
+/* out += hidden @ down, over the neurons that are not zero. */
+void FAST hf_down(Job *job) {
+    job->todo = 0;
+    for (int64_t at = 0; at < job->n; at++)
+        if (job->hidden[at] != 0.0f)
+            job->active[job->todo++] = at;
+    int64_t share = (job->d + job->threads - 1) / job->threads;
+    job->wait = (uint32_t)((share + COLUMNS - 1) / COLUMNS * COLUMNS); /* columns a thread takes */
+    atomic_store(&job->next, 0);
+    if (job->todo)
+        run(down_body, job, job->threads);
+}
+
+/* --- quantized matrices times a few tokens (lowbit.py)
+ *
+ * x becomes whole multiples of a step, 16 bits each, so that products with codes are exact and twice as many to an instruction
+ * as in fp32. In 4 bits every group of columns has a step, in 8 bits every token. */
+
+typedef struct {
+    const uint8_t *codes;           /* int8 [rows, columns], or nibbles [rows, columns / 2] with the even column low */
+    const uint16_t *scales, *zeros; /* bfloat16 [rows, columns / group]; no zeros in 8 bits */
+    const float *plus;              /* [rows] added to every token's sums, or null */
+    const void *x;                  /* [tokens, columns] of `dtype` */
+    int16_t *steps;                 /* room for x in steps [tokens, columns], */
+    float *step, *sums;             /* for the steps of the groups and the sums of x in them [tokens, columns / group] */
+    float *out;                     /* [tokens, rows] */
+    int64_t rows, columns, group, tokens;
+    int32_t bits, dtype, threads;
+    atomic_int next;
+} Matrix;
+
+INLINE float int8_row(const Matrix *m, int64_t row, int64_t token) {
+    const int8_t *codes = (const int8_t *)m->codes + row * m->columns;
+    const int16_t *x = m->steps + token * m->columns;
+    __m256 all = _mm256_setzero_ps();
+    int64_t i = 0;
+    while (i + 32 <= m->columns) {
+        int64_t end = i + 4096 < m->columns ? i + 4096 : m->columns; /* more might not fit in 32 bits */
+        __m256i a = _mm256_setzero_si256(), b = a;
+        for (; i + 32 <= end; i += 32) {
+            __m256i first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + i)));
+            __m256i second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + i + 16)));
+            a = _mm256_add_epi32(a, _mm256_madd_epi16(first, _mm256_loadu_si256((const __m256i *)(x + i))));
+            b = _mm256_add_epi32(b, _mm256_madd_epi16(second, _mm256_loadu_si256((const __m256i *)(x + i + 16))));
+        }
+        all = _mm256_add_ps(all, _mm256_add_ps(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)));
+    }
+    if (i + 16 <= m->columns) {
+        __m256i last = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + i)));
+        all = _mm256_add_ps(all, _mm256_cvtepi32_ps(_mm256_madd_epi16(last, _mm256_loadu_si256((const __m256i *)(x + i)))));
+        i += 16;
+    }
+    int32_t rest = 0;
+    for (; i < m->columns; i++)
+        rest += codes[i] * x[i];
+    return (total(all, _mm256_setzero_ps()) + (float)rest) * (one(m->scales, row, BF16) * m->step[token]);
+}
+
+/* The sum over the groups of scale * (codes . x) + (zero - 8 scale) * (sum of x). A group has 32 columns or a multiple. */
+INLINE float int4_row(const Matrix *m, int64_t row, int64_t token) {
+    const int64_t groups = m->columns / m->group;
+    const uint8_t *codes = m->codes + row * m->columns / 2;
+    const int16_t *x = m->steps + token * m->columns;
+    const float *step = m->step + token * groups, *sum = m->sums + token * groups;
+    const uint16_t *scales = m->scales + row * groups, *zeros = m->zeros + row * groups;
+    const __m128i low = _mm_set1_epi8(15);
+    __m256 all = _mm256_setzero_ps();
+    float rest = 0.0f;
+    for (int64_t g = 0; g < groups; g++) {
+        __m256i a = _mm256_setzero_si256(), b = a;
+        for (int64_t i = 0; i < m->group; i += 32, codes += 16, x += 32) {
+            __m128i both = _mm_loadu_si128((const __m128i *)codes);
+            __m256i even = _mm256_cvtepu8_epi16(_mm_and_si128(both, low));
+            __m256i odd = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), low));
+            a = _mm256_add_epi32(a, _mm256_madd_epi16(even, _mm256_loadu_si256((const __m256i *)x)));
+            b = _mm256_add_epi32(b, _mm256_madd_epi16(odd, _mm256_loadu_si256((const __m256i *)(x + 16))));
+        }
+        float scale = one(scales, g, BF16);
+        all = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), _mm256_set1_ps(scale * step[g]), all);
+        rest += (one(zeros, g, BF16) - 8.0f * scale) * sum[g];
+    }
+    return total(all, _mm256_setzero_ps()) + rest;
+}
+
+static FAST void matrix_body(void *data) {
+    Matrix *m = data;
+    for (;;) {
+        int64_t begin = (int64_t)atomic_fetch_add(&m->next, MATRIX_ROWS);
+        if (begin >= m->rows)
+            return;
+        int64_t end = begin + MATRIX_ROWS < m->rows ? begin + MATRIX_ROWS : m->rows;
+        for (int64_t row = begin; row < end; row++)
+            for (int64_t token = 0; token < m->tokens; token++)
+                m->out[token * m->rows + row] =
+                    (m->bits == 4 ? int4_row(m, row, token) : int8_row(m, row, token)) + (m->plus ? m->plus[row] : 0.0f);
+    }
+}
+
+/* One group of x in steps; for 4 bits 16 even columns before 16 odd ones. What is not finite stays so: in `sum`, or in `step`. */
+INLINE void spread(const Matrix *m, int64_t group, int dtype) {
+    const int64_t begin = group * m->group, end = begin + m->group;
+    float most = 0.0f, all = 0.0f;
+    for (int64_t i = begin; i < end; i++) {
+        float value = one(m->x, i, dtype), size = value < 0.0f ? -value : value;
+        most = size > most ? size : most;
+        all += value;
+    }
+    const float step = most / 32767.0f, inverse = step > 0.0f ? 1.0f / step : 0.0f;
+    m->step[group] = all - all == 0.0f ? step : all - all; /* infinite or no number: so is every sum */
+    m->sums[group] = all;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t k = i - begin, place = m->bits == 4 ? k / 32 * 32 + k % 2 * 16 + k % 32 / 2 : k;
+        int32_t whole = _mm_cvtss_si32(_mm_set_ss(one(m->x, i, dtype) * inverse));
+        m->steps[begin + place] = (int16_t)(whole > 32767 ? 32767 : whole < -32767 ? -32767 : whole);
+    }
+}
+
+/* out = matrix @ x + plus, each token on its own: its sums do not depend on how many are beside it. */
+void FAST hf_multiply(Matrix *m) {
+    for (int64_t group = 0; group < m->tokens * m->columns / m->group; group++)
+        if (m->dtype == F32)
+            spread(m, group, F32);
+        else
+            spread(m, group, BF16);
+    atomic_store(&m->next, 0);
+    run(matrix_body, m, m->threads);
+}
+
+int hf_abi(void) { return 1; } /* native.py: ABI */
+
+#else
+
+int hf_supported(void) { return 0; }
+
+#endif

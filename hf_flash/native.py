@@ -1,0 +1,192 @@
+"""The compiled part (_native.c), as far as there is one: `library()` is `None` without it, and callers take the torch way.
+
+It is a plain shared library beside this file, made at installation where there is a C compiler, and called through ctypes,
+which gives up the interpreter's lock during a call. It computes on torch's own threads.
+
+    TokenKernel   one token and the rows of some neurons, multiplied where they lie
+    Product       a quantized matrix, to be multiplied with tokens
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .uring import Held
+
+logger = logging.getLogger("hf_flash")
+
+ABI: Final = 1  # as in _native.c: to be raised with every change of what a function or a structure means
+GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
+DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+Ids = npt.NDArray[np.int64]
+_PID: Final = os.getpid()
+
+_pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Job(ctypes.Structure):
+    """One token and some neurons; the fields are explained in _native.c."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("x", "matrix", "bias", "rows", "ids", "which", "hidden", "out", "wide", "active")),
+        *((name, _long) for name in ("n", "d", "todo")),
+        *((name, _int) for name in ("dtype", "threads", "relu", "ring")),
+        ("submit", ctypes.c_uint32), ("wait", ctypes.c_uint32), ("waited", ctypes.c_double), ("taken", _int),
+        ("next", _int), ("settled", _int),
+    )  # fmt: skip
+
+
+class _Matrix(ctypes.Structure):
+    """A quantized matrix and some tokens."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("codes", "scales", "zeros", "plus", "x", "steps", "step", "sums", "out")),
+        *((name, _long) for name in ("rows", "columns", "group", "tokens")),
+        ("bits", _int), ("dtype", _int), ("threads", _int), ("next", _int),
+    )  # fmt: skip
+
+
+@lru_cache
+def library() -> ctypes.CDLL | None:
+    """The compiled part, if it is there, fits this processor, and is the one that this file was written for."""
+    path = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
+    try:
+        found = ctypes.CDLL(str(path))
+        if not found.hf_supported():
+            raise OSError("this processor lacks AVX2, FMA or F16C")
+        if (abi := found.hf_abi()) != ABI:
+            raise OSError(f"it is of version {abi}, not {ABI}: install hf_flash again")
+    except (OSError, AttributeError) as error:
+        logger.info("hf_flash: computing with torch alone: no compiled part: %s", error)
+        return None
+    everything = ctypes.CDLL(None)
+    start, number = (getattr(everything, name, None) for name in ("GOMP_parallel", "omp_get_thread_num"))
+    if start is not None and number is not None:  # torch's own OpenMP, which it loads for all to see
+        found.hf_use_threads_of(start, number)
+    found.hf_up.argtypes = found.hf_down.argtypes = [ctypes.POINTER(_Job)]
+    found.hf_multiply.argtypes = [ctypes.POINTER(_Matrix)]
+    return found
+
+
+def threads() -> int:
+    """Threads to compute on. A forked process has only the one that forked."""
+    return torch.get_num_threads() if os.getpid() == _PID else 1
+
+
+class TokenKernel:
+    """The arithmetic of one token over rows of a matrix, wherever they lie: `up`, as often as it takes, then `down`.
+
+    Args:
+        neurons: the most in one call.
+        d_model: width.
+    """
+
+    def __init__(self, neurons: int, d_model: int) -> None:
+        self._library = library()
+        self._wide, self._active = np.empty(d_model, dtype=np.float32), np.empty(neurons, dtype=np.int64)
+        self._hidden = torch.empty(neurons)
+        self._everything: Ids = np.arange(neurons)
+        self._job = _Job()
+
+    @staticmethod
+    def nbytes(neurons: int, d_model: int) -> int:
+        return 20 * neurons + 4 * d_model
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether this can compute with `x`."""
+        return self._library is not None and x.dtype in DTYPES and x.is_contiguous()
+
+    def set(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: torch.Tensor, rows: Ids, ids: Ids, *, relu: bool) -> None:
+        """What the next calls are about.
+
+        Args:
+            x: [1, d] in the dtype of compute.
+            bias: [d_ff] of the up projection.
+            matrix: [any, 2 * d], contiguous.
+            rows, ids: [n] rows of `matrix`, and the neurons in them.
+            relu: whether hidden values below zero become zero.
+        """
+        rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
+        self._keep = x, bias, matrix, rows, ids
+        self._job = _Job(
+            x=x.data_ptr(), matrix=matrix.data_ptr(), bias=None if bias is None else bias.data_ptr(), rows=rows.ctypes.data,
+            ids=ids.ctypes.data, hidden=self._hidden.data_ptr(), wide=self._wide.ctypes.data, active=self._active.ctypes.data,
+            n=len(rows), d=x.shape[1], dtype=DTYPES[x.dtype], relu=relu, threads=threads(), ring=-1,
+        )  # fmt: skip
+
+    def up(self, which: Ids | None = None, held: Held | None = None) -> float:
+        """Hidden values of some neurons; meanwhile start reads and wait for them.
+
+        Args:
+            which: positions in `rows`; `None`: all.
+            held: reads that are not started yet.
+
+        Returns:
+            Seconds spent on reading.
+        """
+        which = self._everything[: self._job.n] if which is None else which
+        self._job.which, self._job.todo = which.ctypes.data, len(which)
+        if held is not None:
+            self._job.ring, self._job.submit, self._job.wait = held.fd, held.count, held.count
+        self._call(self._library.hf_up)  # type: ignore[union-attr]  # `fits` was asked
+        self._job.ring = -1
+        if held is not None:
+            held.taken(self._job.taken)
+        return float(self._job.waited)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """float32 [n], to be read and changed between `up` and `down`."""
+        return self._hidden[: self._job.n]
+
+    def down(self, out: torch.Tensor) -> None:
+        """Add hidden values times down projections to `out`, float32 [1, d], in the order of `rows`."""
+        self._job.out = out.data_ptr()
+        self._call(self._library.hf_down)  # type: ignore[union-attr]
+
+    def _call(self, function: Any) -> None:
+        function(ctypes.byref(self._job))
+
+
+class Product:
+    """A quantized matrix times tokens, each of them on its own. To be made only where there is a `library()`.
+
+    Args:
+        codes: int8 [rows, columns], or uint8 [rows, columns / 2] with `zeros`.
+        scales, zeros: bfloat16 [rows, groups], in 8 bits one group; 32 columns or a multiple in a group of 4 bits.
+    """
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+        self._keep, self._library = (codes, scales, zeros), library()
+        self._rows, columns, groups = len(codes), codes.shape[1], 1
+        if zeros is not None:
+            columns, groups = 2 * columns, scales.shape[1]
+        self._columns, self._groups = columns, groups
+        self._matrix = _Matrix(
+            codes=codes.data_ptr(), scales=scales.data_ptr(), zeros=None if zeros is None else zeros.data_ptr(),
+            rows=self._rows, columns=columns, group=columns // groups, bits=8 if zeros is None else 4,
+        )  # fmt: skip
+
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 [tokens, rows], from `x` float32 or bfloat16 [tokens, columns]; `plus` float32 [rows] is added."""
+        assert self._library is not None
+        x, tokens, matrix = x.contiguous(), x.shape[0], self._matrix
+        out = torch.empty(tokens, self._rows)
+        room = torch.empty(tokens * (8 * self._groups + 2 * self._columns), dtype=torch.uint8)
+        matrix.step = begin = room.data_ptr()
+        matrix.sums, matrix.steps = begin + 4 * tokens * self._groups, begin + 8 * tokens * self._groups
+        matrix.x, matrix.out, matrix.dtype = x.data_ptr(), out.data_ptr(), DTYPES[x.dtype]
+        matrix.plus = None if plus is None else plus.data_ptr()
+        matrix.tokens, matrix.threads = tokens, threads()
+        self._library.hf_multiply(ctypes.byref(matrix))
+        return out

@@ -1,0 +1,105 @@
+"""The compiled part against the same arithmetic in torch: every dtype, odd shapes, every number of threads."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_flash import compute, native
+from hf_flash.compute import OneToken, Scratch
+from hf_flash.native import ABI, library
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+needs_library = pytest.mark.skipif(library() is None, reason="no compiled part here")
+
+
+def test_the_compiled_part_is_built_where_tests_run() -> None:
+    if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("it is for Linux on x86-64 with AVX2")
+    found = library()
+    assert found is not None
+    assert found.hf_abi() == ABI
+
+
+def run(dtype: torch.dtype, n: int, d: int, seed: int, parts: int, activation: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """One token through the compiled part, some neurons first, and the same in float64."""
+    random = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(n + 7, 2 * d, generator=random).to(dtype) * 0.2
+    x, bias = torch.randn(1, d, generator=random).to(dtype), torch.randn(3 * n, generator=random).to(dtype)
+    rows = torch.randperm(n + 7, generator=random)[:n].numpy()
+    ids = np.sort(torch.randperm(3 * n, generator=random)[:n].numpy())
+    scratch = Scratch(max(64, 2 * n), d, dtype)
+    token = OneToken(scratch, activation, x, bias, matrix, rows, ids, one_block=True)
+    assert token.compiled
+    if parts == 2:
+        token.up(np.arange(0, n, 2), np.arange(1, n, 2), None)
+    out = torch.ones(1, d)
+    token.finish(out)
+    up, down = matrix[rows, :d].double(), matrix[rows, d:].double()
+    hidden = activation((x.double() @ up.T + bias.double()[ids]).to(dtype)).double()
+    return out, 1 + hidden @ down, hidden.abs() @ down.abs()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 60), d=st.integers(1, 140), seed=st.integers(0, 999), parts=st.integers(1, 2), relu=st.booleans())
+def test_one_token_is_computed_as_in_float64_up_to_rounding(
+    dtype: torch.dtype, n: int, d: int, seed: int, parts: int, relu: bool
+) -> None:
+    activation = torch.nn.ReLU() if relu else torch.nn.GELU()
+    out, exact, size = run(dtype, n, d, seed, parts, activation)
+    # a hidden value may be rounded to its neighbour, where sums in another order differ
+    assert ((out - exact).abs() <= ROUNDING[dtype] * (size + 1)).all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+def test_threads_and_order_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = run(dtype, 100, 96, 5, 1, torch.nn.ReLU())[0]
+    for count in (1, 2, 3):
+        monkeypatch.setattr(native, "threads", lambda count=count: count)
+        for parts in (1, 2):
+            assert torch.equal(run(dtype, 100, 96, 5, parts, torch.nn.ReLU())[0], wanted)
+
+
+@needs_library
+def test_what_is_not_a_number_stays_so() -> None:
+    matrix, bias = torch.ones(4, 64), torch.zeros(4)
+    x = torch.ones(1, 32)
+    x[0, 3] = float("nan")
+    out = torch.zeros(1, 32)
+    OneToken(Scratch(64, 32, torch.float32), torch.relu, x, bias, matrix, np.arange(4), np.arange(4), one_block=True).finish(
+        out
+    )
+    assert out.isnan().all()
+
+
+@needs_library
+def test_a_dtype_that_it_does_not_know_goes_to_torch() -> None:
+    scratch = Scratch(64, 32, torch.float64)
+    args = torch.ones(1, 32, dtype=torch.float64), None, torch.ones(4, 64, dtype=torch.float64)
+    assert not OneToken(scratch, torch.relu, *args, np.arange(4), np.arange(4), one_block=True).compiled
+    assert compute.block_rows(64, 1) == 64
+
+
+@needs_library
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 90), columns=st.integers(1, 100), tokens=st.integers(1, 4), seed=st.integers(0, 999))
+def test_a_token_is_multiplied_alike_whoever_is_beside_it(rows: int, columns: int, tokens: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (rows, columns), generator=random, dtype=torch.int8)
+    scales, plus = torch.rand(rows, generator=random).bfloat16(), torch.randn(rows, generator=random)
+    x = torch.randn(tokens, columns, generator=random).bfloat16()
+    product = native.Product(codes, scales, None)
+    found = product(x, plus)
+    exact = x.double() @ (codes.double() * scales.double()[:, None]).T + plus
+    size = x.double().abs() @ (codes.double().abs() * scales.double()[:, None]).T
+    assert ((found - exact).abs() <= 1e-4 * (size + x.double().abs().amax(1, keepdim=True) * 127 + 1)).all()
+    for token in range(tokens):
+        assert torch.equal(product(x[token : token + 1], plus)[0], found[token])

@@ -10,7 +10,6 @@ early; what it took per token is known by then.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
 import threading
@@ -210,8 +209,8 @@ def _least_budget(folder: str, arguments: dict[str, Any]) -> int:
     try:
         _from_pretrained(folder, arguments | {"memory_budget": 1})
     except BudgetError as error:
-        if needed := re.search(r"\((\d+) bytes\)", str(error)):
-            return int(needed[1])
+        if error.minimum_bytes is not None:
+            return error.minimum_bytes
     raise HfFlashError("the least budget of the model could not be found", where=folder)
 
 

@@ -121,6 +121,12 @@ def test_an_error_prints_its_parts_and_survives_a_process_boundary(kind: type[er
     assert (type(again), str(again)) == (kind, text)
 
 
+def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
+    error = errors.BudgetError("too small", minimum_bytes=7)
+    assert (error.minimum_bytes, errors.BudgetError("too small").minimum_bytes) == (7, None)
+    assert pickle.loads(pickle.dumps(error)).minimum_bytes == 7
+
+
 # --- imports -------------------------------------------------------------------------------------------------------
 
 LAYERS = [  # a module imports only from lines above its own

@@ -132,7 +132,7 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "errors", "memory", "uring"},
     {"activity", "budget", "cap", "compute", "disk", "harness", "plots", "window"},
-    {"bench_report", "stats", "config", "store"},
+    {"bench_checks", "bench_job", "bench_report", "stats", "config", "store"},
     {"checkpoint", "lowbit", "sources", "writer"},
     {"folders", "predictor", "reader"},
     {"lowrank", "quantized"},

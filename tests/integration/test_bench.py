@@ -9,16 +9,21 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hf_flash import bench, bench_worker, cap, reader
+from hf_flash import bench, bench_job, bench_worker, cap, reader
+from hf_flash.bench_checks import add_checks, window_law
 from hf_flash.bench_report import describe
 from hf_flash.cap import memory_cap
 from hf_flash.cli import main
-from hf_flash.disk import disk_curve, dram_gb_per_s
+from hf_flash.disk import DiskPoint, disk_curve, dram_gb_per_s, rate_at
 from hf_flash.errors import ConfigError, StoreReadError
 from hf_flash.store import FlashStore
 
@@ -62,6 +67,22 @@ def test_every_system_is_a_row_with_sane_counters(made: tuple[int, dict[str, Any
     assert row(report, "flash-uncapped")["cap"] == "no cap"
 
 
+def test_rows_of_hf_flash_are_held_against_law_disk_and_floor(made: tuple[int, dict[str, Any], Path]) -> None:
+    _, report, _ = made
+    for name in ("flash", "flash-uncapped"):
+        found = row(report, name)
+        assert found["expected_ratio"] == pytest.approx(found["read_bytes"] / found["expected_bytes"])
+        floor = found["floor_ms"]
+        assert 0 < floor["dram"] <= floor["overlapped"] <= floor["in_turn"] == floor["dram"] + floor["disk"]
+        assert found["stats"]["resident_bytes"] * 0.8 < found["touched_bytes"] < found["stats"]["dense_bytes"] * 1.2
+        assert f"\n{name}: {found['expected_bytes'] / 1e6:.2f} MB a token by the window law" in describe(report)
+    assert (
+        row(report, "flash")["window_tokens"] < row(report, "flash-uncapped")["window_tokens"] == 7
+    )  # 4 to 10, prompt and all
+    assert "floor_ms" not in row(report, "stock-ram")
+    assert describe(report).count("\n  floor: DRAM") == 2
+
+
 def test_a_system_that_fails_is_a_row_with_its_reason(made: tuple[int, dict[str, Any], Path]) -> None:
     _, report, _ = made
     failed = row(report, "too little")["failed"]
@@ -84,7 +105,7 @@ def test_the_steps_of_the_paper_read_less_and_less(packed: Path, monkeypatch: py
     monkeypatch.setattr(reader, "chunked", reader.chunked)  # put back what a worker replaces
     store, found = FlashStore.open_folder(packed), {}
     for name in bench.ABLATION[:-1]:
-        job = bench._Job(packed, None, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
+        job = bench_job.Job(packed, None, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
         found[name] = bench_worker.run(job.spec(bench.SYSTEMS[name]))
     assert found["hybrid"]["hit_rate"] == found["+predictor"]["hit_rate"] == 0 < found["+window"]["hit_rate"]
     assert found["hybrid"]["stats"]["counters"]["missing_bytes"] == 7 * store.nbytes
@@ -95,9 +116,33 @@ def test_the_steps_of_the_paper_read_less_and_less(packed: Path, monkeypatch: py
     assert found["+predictor"]["reads"] > found["+window"]["reads"] == 2 * found["+bundling"]["reads"] > 0
 
 
+@pytest.mark.parametrize(("name", "arguments"), [
+    ("hybrid", {}), ("+predictor", {}), ("flash-uncapped", {"lookahead": 0}), ("none", {}), ("none", {"memory_budget": 10**9}),
+])  # fmt: skip
+def test_the_window_law_is_exact_where_there_is_nothing_to_choose(
+    name: str, arguments: dict[str, Any], packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that hold nothing read everything again; windows that hold everything read what is used the first time."""
+    monkeypatch.setattr(reader, "chunked", reader.chunked)
+    least = bench_worker._least_budget(str(packed), {"predictor": "none"} if name == "none" else {})
+    job = bench_job.Job(packed, None, [5, 6, 7], 8, least, 2 << 30, False, 60)
+    found = bench_worker.run(job.spec(replace(bench.SYSTEMS[name], arguments=bench.SYSTEMS[name].arguments | arguments)))
+    assert found["expected_bytes"] == found["missing_bytes"]
+    assert (found["expected_bytes"] > 0) is (name != "none" or not arguments)
+
+
+def test_what_lookahead_guesses_is_not_what_a_token_selected(packed: Path) -> None:
+    """And the run that is recorded leaves no trace in the one that is measured."""
+    job = bench_job.Job(packed, None, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
+    found = [bench_worker.run(job.spec(bench.System("flash", arguments={"lookahead": n, "reader": "direct"}))) for n in (0, 1)]
+    assert found[0]["expected_bytes"] == found[1]["expected_bytes"] == found[0]["missing_bytes"] >= found[1]["missing_bytes"]
+    assert found[1]["missing_bytes"] > 0
+    assert found[0]["stats"]["counters"]["tokens"] == found[1]["stats"]["counters"]["tokens"] == 7 * 3
+
+
 @pytest.mark.parametrize(("kind", "in_memory"), [("stock", False), ("stock", True), ("accelerate", False)])
 def test_the_others_generate_what_none_generates(kind: str, in_memory: bool, plain: Path, packed: Path) -> None:
-    job = bench._Job(packed, plain, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
+    job = bench_job.Job(packed, plain, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
     other = bench_worker.run(job.spec(bench.System("other", kind, in_memory=in_memory)))
     assert other["tokens"] == bench_worker.run(job.spec(bench.SYSTEMS["none"]))["tokens"]
     assert "parts_ms" not in other
@@ -105,7 +150,7 @@ def test_the_others_generate_what_none_generates(kind: str, in_memory: bool, pla
 
 def test_a_slow_system_stops_early(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_worker, "_SLOW_S", 0.0)
-    job = bench._Job(packed, None, [5, 6, 7], 30, 1 << 30, 2 << 30, False, 60)
+    job = bench_job.Job(packed, None, [5, 6, 7], 30, 1 << 30, 2 << 30, False, 60)
     assert len(bench_worker.run(job.spec(bench.SYSTEMS["flash"]))["token_ms"]) == 8
 
 
@@ -169,7 +214,7 @@ def test_the_median_run_stands_for_all() -> None:
     (3, "", "exit code 3"),
 ])  # fmt: skip
 def test_reasons(code: int | None, err: str, reason: str) -> None:
-    assert bench._reason(code, err, 1 << 20, 9) == reason
+    assert bench_job._reason(code, err, 1 << 20, 9) == reason
 
 
 # --- the cap -------------------------------------------------------------------------------------------------------------
@@ -202,7 +247,7 @@ def test_an_interrupt_ends_the_child_and_its_cgroup(tmp_path: Path) -> None:
 
     threading.Thread(target=interrupt).start()
     with memory_cap(1 << 30) as found, pytest.raises(KeyboardInterrupt):
-        bench._finish(found.command(["sh", "-c", "echo $$; exec sleep 60"]), tmp_path, 60)
+        bench_job._finish(found.command(["sh", "-c", "echo $$; exec sleep 60"]), tmp_path, 60)
     with pytest.raises(ProcessLookupError):
         os.kill(int(out.read_text()), 0)
     assert found.folder is None or not found.folder.exists()
@@ -230,6 +275,48 @@ def test_a_file_too_small_to_measure_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"tiny")
     with pytest.raises(StoreReadError, match="no file is large enough"):
         disk_curve(tmp_path)
+
+
+CURVE = [
+    DiskPoint("random", True, size, depth, 1_000_000_000, 1 / rate)
+    for size, depth, rate in [(4096, 1, 0.1), (4096, 16, 0.4), (65536, 1, 0.4), (65536, 16, 1.6)]
+] + [DiskPoint("sequential", True, 1 << 20, 4, 1_000_000_000, 0.1)]
+
+
+@pytest.mark.parametrize(("size", "depth", "rate"), [
+    (4096, 1, 0.1), (65536, 16, 1.6), (4096, 4, 0.2), (16384, 1, 0.2), (16384, 4, 0.4), (16384, None, 0.8),
+    (1024, 0.5, 0.1), (1 << 22, 64, 1.6),
+])  # fmt: skip
+def test_a_curve_is_read_between_its_points(size: int, depth: float | None, rate: float) -> None:
+    assert rate_at(CURVE, size, depth) == pytest.approx(rate)
+
+
+def a_row(**stats: Any) -> dict[str, Any]:
+    counters = {"reads": 320, "calls": 20}
+    return {"stats": {"reader": "direct", "counters": counters} | stats, "run_bytes": 65536, "read_gb_per_s": 0.8,
+            "read_bytes": 3e6, "missing_bytes": 1.6e6, "expected_bytes": 2e6, "touched_bytes": 5e6}  # fmt: skip
+
+
+def test_checks_are_ratios_to_what_the_run_measured() -> None:
+    assert add_checks({"system": "stock-ram"}, CURVE, 10.0) == {"system": "stock-ram"}
+    found = add_checks(a_row(), CURVE, 10.0)
+    assert (found["expected_ratio"], found["disk_rate_share"]) == (1.5, pytest.approx(0.5))
+    assert found["floor_ms"] == pytest.approx({"dram": 0.5, "disk": 1.0, "overlapped": 1.0, "in_turn": 1.5})
+    for stats in ({"reader": "mmap"}, {"counters": {"reads": 0, "calls": 20}}):
+        found = add_checks(a_row(**stats) | {"expected_bytes": 0.0}, CURVE, 10.0)
+        assert (found["expected_ratio"], found["disk_rate_share"], found["floor_ms"]["disk"]) == (None, None, 0.0)
+
+
+@given(st.integers(0, 12), st.integers(1, 20), st.integers(0, 25), st.floats(0, 1), st.integers(0, 1 << 30))
+@settings(max_examples=60, deadline=None)
+def test_the_window_law(first: int, d_ff: int, capacity: int, share: float, seed: int) -> None:
+    used = np.random.default_rng(seed).random((12, d_ff)) < share
+    read = kept = 0
+    for token in range(first, 12):
+        fitting = [k for k in range(token + 1) if used[token - k : token].any(0).sum() <= capacity]
+        kept += max(fitting)
+        read += int((used[token] & ~used[token - max(fitting) : token].any(0)).sum())
+    assert window_law(used, first, capacity) == (read, kept)
 
 
 def test_dram_has_a_speed() -> None:

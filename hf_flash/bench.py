@@ -14,6 +14,7 @@ interpreter, libraries, activations, KV cache. hf_flash gets that budget; the ot
     +bundling     up and down row in one read
     flash         hf_flash as it comes: with everything else it does to make reads fewer and longer
     flash-uncapped   the same with all the memory it wants; `check` compares the tokens
+    flash 40% ...    a sweep: the same over budgets, the cap following each (paper: figure 7)
 
 A system that fails is a row with its reason. A child (bench_job.py, bench_worker.py) measures; here it is said which, and what
 is made of the figures (bench_checks.py, bench_report.py).
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -87,8 +89,8 @@ def bench(
     Args:
         folder: a repacked checkpoint.
         plain: the same model as a plain checkpoint, for stock transformers and accelerate.
-        systems: names from `SYSTEMS`, the groups "ablation" and "peers", or own ones (see [`parse_system`]). Default: the peers
-            if there is a plain checkpoint, "none" and "flash".
+        systems: names from `SYSTEMS`, the groups "ablation" and "peers", or own ones (see [`parse_system`], [`parse_sweep`]).
+            Default: the peers if there is a plain checkpoint, "none" and "flash".
         tokens: to generate; slow systems stop earlier.
         prompt_tokens: of the prompt, random ids.
         memory: budget for weights in DRAM, a size or a share of the dense model such as `"50%"`.
@@ -113,7 +115,7 @@ def bench(
     wanted = _resolve(systems or default_systems(plain), arguments or {}, check, plain)
     dense = _dense_bytes(folder, store)
     budget, extra = parse_share(memory, dense), parse_bytes(headroom)
-    job = Job(folder, plain, _prompt(folder, prompt_tokens, seed), tokens, budget, budget + extra, cap, timeout)
+    job = Job(folder, plain, _prompt(folder, prompt_tokens, seed), tokens, dense, budget, extra, cap, timeout)
     runs: dict[str, list[dict[str, Any]]] = {system.label: [] for system in wanted}
     with tqdm(total=repeats * len(wanted), desc="Benchmark", unit="system") as bar:
         for system in [*wanted] * repeats:
@@ -187,6 +189,24 @@ def parse_system(text: str) -> System:
     return System(label.strip(), arguments=parse_arguments(rest))
 
 
+def parse_sweep(text: str) -> list[System]:
+    """`"40, 50, 80:quantized, 6GiB"`, the row "flash" at each budget; what `--sweep` takes.
+
+    Args:
+        text: percent of the dense model, or sizes with their unit; each with the predictor to take, if not the folder's own.
+    """
+    found = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        size, colon, predictor = (part.strip() for part in item.partition(":"))
+        size += "%" if re.fullmatch(r"[\d.]+", size) else ""
+        arguments: dict[str, Any] = {"predictor": predictor} if colon else {}
+        FlashOffloadConfig(memory_budget=parse_share(size, 1 << 40), **arguments)  # an error now, not in a row
+        found.append(System(" ".join(filter(None, ["flash", size, predictor])), arguments=arguments, memory=size))
+    if not found:
+        raise ConfigError("not a sweep", expected='budgets, such as "40,50,60"', got=repr(text))
+    return found
+
+
 def _resolve(names: Sequence[str | System], arguments: Mapping[str, Any], check: bool, plain: Any) -> list[System]:
     """The systems, each once, with the arguments for all in those of hf_flash."""
     flat = [one for name in names for one in (GROUPS.get(name, (name,)) if isinstance(name, str) else (name,))]
@@ -198,6 +218,8 @@ def _resolve(names: Sequence[str | System], arguments: Mapping[str, Any], check:
         system = SYSTEMS[item] if isinstance(item, str) else item
         if system.kind != "flash" and plain is None:
             raise ConfigError(f"{system.label} needs the plain checkpoint", hint="name its folder with --plain")
+        if system.memory is not None and "memory_budget" in arguments:
+            raise ConfigError("a sweep says itself what the budget is", got="memory_budget for all rows of hf_flash")
         if found.get(system.label, system) != system:
             raise ConfigError("two systems of one name", got=system.label)
         found[system.label] = system

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .budget import format_bytes
+from .budget import format_bytes, parse_share
 from .cap import memory_cap
 
 
@@ -27,6 +27,7 @@ class System:
     arguments: dict[str, Any] = field(default_factory=dict)  # flash: of FlashOffloadConfig
     window_off: bool = False  # flash: the least budget that the model runs in
     pieces: int = 0  # flash: reads a neuron is torn into; 0: neighbours are coalesced
+    memory: str | None = None  # a budget of its own, of a sweep, instead of the run's
 
 
 @dataclass(frozen=True)
@@ -37,31 +38,37 @@ class Job:
     plain: Path | None
     prompt: list[int]
     tokens: int
-    budget: int
-    ceiling: int
+    dense: int  # bytes of the whole model
+    memory: int | str  # budget for weights in DRAM, a size or a share of it
+    headroom: int  # what the cap allows beyond it
     cap: bool
     timeout: float
+
+    def budget(self, system: System) -> int:
+        """Bytes for weights in DRAM; the cap follows it."""
+        return parse_share(system.memory or self.memory, self.dense)
 
     def spec(self, system: System) -> dict[str, Any]:
         """What the child is told."""
         return {
             "kind": system.kind, "folder": str(self.folder if system.kind == "flash" else self.plain), "prompt": self.prompt,
             "tokens": self.tokens, "in_memory": system.in_memory, "window_off": system.window_off, "pieces": system.pieces,
-            "arguments": {"memory_budget": self.budget} | system.arguments,
+            "arguments": {"memory_budget": self.budget(system)} | system.arguments,
         }  # fmt: skip
 
     def run(self, system: System) -> dict[str, Any]:
         """One system in a fresh process: a row, with `failed` instead of figures if it did not get through."""
-        spec = self.spec(system)
+        spec, budget = self.spec(system), self.budget(system)
         _drop_from_page_cache(Path(spec["folder"]))
         with (
             tempfile.TemporaryDirectory(prefix="hf-flash-bench-") as place,
-            memory_cap(self.ceiling if self.cap and system.capped else None) as cap,
+            memory_cap(budget + self.headroom if self.cap and system.capped else None) as cap,
         ):
             (Path(place) / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
             command = cap.command([sys.executable, "-m", "hf_flash.bench_worker", str(Path(place) / "spec.json")])
             code, out, err = _finish(command, Path(place), self.timeout)
-        row = {"system": system.label, "kind": system.kind, "arguments": system.arguments, "cap": cap.label}
+        row = {"system": system.label, "kind": system.kind, "arguments": system.arguments, "sweep": system.memory,
+               "memory_bytes": budget if system.capped else None, "cap": cap.label, "cap_bytes": cap.nbytes}  # fmt: skip
         if code == 0:
             found: dict[str, Any] = json.loads(out.splitlines()[-1])
             return row | found | ({} if cap.nbytes else {"cgroup_peak_bytes": None})  # not of a cgroup of its own

@@ -43,10 +43,12 @@ def machine(folder: Path) -> dict[str, Any]:
 def describe(report: dict[str, Any]) -> str:
     """A report as tables."""
     there, model, settings = report["machine"], report["model"], report["settings"]
+    memory = f"weights {format_bytes(settings['memory_bytes'])}, cap {format_bytes(settings['cap_bytes'])}"
+    if all(row["sweep"] for row in report["rows"]):
+        memory = "weights and cap as each row says"
     lines = [
         f"{model['source']}: {format_bytes(model['dense_bytes'])}, {model['dtype']}; {settings['tokens']} tokens after a "
-        f"prompt of {settings['prompt_tokens']}; weights {format_bytes(settings['memory_bytes'])}, "
-        f"cap {format_bytes(settings['cap_bytes'])}",
+        f"prompt of {settings['prompt_tokens']}; {memory}",
         f"{there['cpu']}, {there['cores']} cores, {there['torch_threads']} torch threads, "
         f"DRAM {there['dram_gb_per_s']:.1f} GB/s; {there['disk']}; {there['kernel']}; {there['date']}",
         "",

@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flash import bench, bench_job, bench_worker, cap, reader
+from hf_flash import bench, bench_job, bench_report, bench_worker, cap, reader
 from hf_flash.bench_checks import add_checks, window_law
 from hf_flash.bench_report import describe
 from hf_flash.cap import memory_cap
 from hf_flash.cli import main
 from hf_flash.disk import DiskPoint, disk_curve, dram_gb_per_s, rate_at
-from hf_flash.errors import ConfigError, StoreReadError
+from hf_flash.errors import ConfigError, HfFlashError, StoreReadError
 from hf_flash.store import FlashStore
 
 pytest.importorskip("matplotlib", reason="the plot needs it")
@@ -105,7 +105,7 @@ def test_the_steps_of_the_paper_read_less_and_less(packed: Path, monkeypatch: py
     monkeypatch.setattr(reader, "chunked", reader.chunked)  # put back what a worker replaces
     store, found = FlashStore.open_folder(packed), {}
     for name in bench.ABLATION[:-1]:
-        job = bench_job.Job(packed, None, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
+        job = bench_job.Job(packed, None, [5, 6, 7], 8, 0, 1 << 30, 1 << 30, False, 60)
         found[name] = bench_worker.run(job.spec(bench.SYSTEMS[name]))
     assert found["hybrid"]["hit_rate"] == found["+predictor"]["hit_rate"] == 0 < found["+window"]["hit_rate"]
     assert found["hybrid"]["stats"]["counters"]["missing_bytes"] == 7 * store.nbytes
@@ -125,7 +125,7 @@ def test_the_window_law_is_exact_where_there_is_nothing_to_choose(
     """Windows that hold nothing read everything again; windows that hold everything read what is used the first time."""
     monkeypatch.setattr(reader, "chunked", reader.chunked)
     least = bench_worker._least_budget(str(packed), {"predictor": "none"} if name == "none" else {})
-    job = bench_job.Job(packed, None, [5, 6, 7], 8, least, 2 << 30, False, 60)
+    job = bench_job.Job(packed, None, [5, 6, 7], 8, 0, least, 1 << 30, False, 60)
     found = bench_worker.run(job.spec(replace(bench.SYSTEMS[name], arguments=bench.SYSTEMS[name].arguments | arguments)))
     assert found["expected_bytes"] == found["missing_bytes"]
     assert (found["expected_bytes"] > 0) is (name != "none" or not arguments)
@@ -133,7 +133,7 @@ def test_the_window_law_is_exact_where_there_is_nothing_to_choose(
 
 def test_what_lookahead_guesses_is_not_what_a_token_selected(packed: Path) -> None:
     """And the run that is recorded leaves no trace in the one that is measured."""
-    job = bench_job.Job(packed, None, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
+    job = bench_job.Job(packed, None, [5, 6, 7], 8, 0, 1 << 30, 1 << 30, False, 60)
     found = [bench_worker.run(job.spec(bench.System("flash", arguments={"lookahead": n, "reader": "direct"}))) for n in (0, 1)]
     assert found[0]["expected_bytes"] == found[1]["expected_bytes"] == found[0]["missing_bytes"] >= found[1]["missing_bytes"]
     assert found[1]["missing_bytes"] > 0
@@ -142,7 +142,7 @@ def test_what_lookahead_guesses_is_not_what_a_token_selected(packed: Path) -> No
 
 @pytest.mark.parametrize(("kind", "in_memory"), [("stock", False), ("stock", True), ("accelerate", False)])
 def test_the_others_generate_what_none_generates(kind: str, in_memory: bool, plain: Path, packed: Path) -> None:
-    job = bench_job.Job(packed, plain, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
+    job = bench_job.Job(packed, plain, [5, 6, 7], 8, 0, 1 << 30, 1 << 30, False, 60)
     other = bench_worker.run(job.spec(bench.System("other", kind, in_memory=in_memory)))
     assert other["tokens"] == bench_worker.run(job.spec(bench.SYSTEMS["none"]))["tokens"]
     assert "parts_ms" not in other
@@ -150,11 +150,57 @@ def test_the_others_generate_what_none_generates(kind: str, in_memory: bool, pla
 
 def test_a_slow_system_stops_early(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_worker, "_SLOW_S", 0.0)
-    job = bench_job.Job(packed, None, [5, 6, 7], 30, 1 << 30, 2 << 30, False, 60)
+    job = bench_job.Job(packed, None, [5, 6, 7], 30, 0, 1 << 30, 1 << 30, False, 60)
     assert len(bench_worker.run(job.spec(bench.SYSTEMS["flash"]))["token_ms"]) == 8
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children that are none: seconds less."""
+
+    def finish(command: list[str], place: Path, timeout: float) -> tuple[int, str, str]:
+        try:
+            return 0, json.dumps(bench_worker.run(json.loads((place / "spec.json").read_text()))), ""
+        except HfFlashError as error:
+            return 1, "", f"{type(error).__name__}: {error}"
+
+    monkeypatch.setattr(bench_job, "_finish", finish)
+    monkeypatch.setattr(bench_report, "dram_gb_per_s", lambda: 10.0)
+    monkeypatch.setattr(bench, "disk_curve", lambda folder, max_seconds: disk_curve(folder, max_seconds=0.01))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_sweep_is_a_row_for_every_budget(packed: Path, tmp_path: Path) -> None:
+    least = bench_worker._least_budget(str(packed), {})
+    sweep = f"{least + 50_000}B, {least + 20_000}B, 1, {least + 50_000}B:none"
+    arguments = ["--tokens", "6", "--sweep", sweep, "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
+    assert main(["bench", str(packed), *arguments]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    names = [f"flash {least + 50_000}B", f"flash {least + 20_000}B", "flash 1%", f"flash {least + 50_000}B none"]
+    assert [row["system"] for row in report["rows"]] == names  # and nothing else, unless asked for
+    much, little, nothing, dense = report["rows"]
+    assert [found["stats"]["budget_bytes"] - least for found in (much, little, dense)] == [50_000, 20_000, 50_000]
+    assert much["cap_bytes"] in (None, least + 50_000 + 600_000_000)
+    assert much["missing_bytes"] < little["missing_bytes"]
+    assert much["tokens"] == little["tokens"]
+    assert "BudgetError: the memory budget is too small" in nothing["failed"]
+    assert "weights and cap as each row says" in describe(report)
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "budget for weights in DRAM" in drawn
+    assert "whole token" not in drawn
+
+
+@pytest.mark.usefixtures("in_process")
+def test_systems_and_a_sweep_are_two_plots_of_one_figure(packed: Path, tmp_path: Path) -> None:
+    arguments = ["--tokens", "3", "--memory", "5MB", "--systems", "flash", "--sweep", "6MB", "--system", "more: window=9"]
+    assert main(["bench", str(packed), *arguments, "--plot", str(tmp_path / "a.svg")]) == 0
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "budget for weights in DRAM" in drawn
+    assert "whole token" in drawn
+
+
 @pytest.mark.parametrize("arguments", [
+    *(["--sweep", text] for text in ("", "half", "40,-5", "1.2.3", "0", "40:oracle", "40:")),
     ["--preset", "large"], ["--tokens", "1"], ["--headroom", "much"], ["--preset", "tiny", "--repeats", "0"],
     ["--system", "no arguments"], ["--system", "flash: window=3"], ["--system", "a: windw=3"], ["--flash-arg", "window"],
 ])  # fmt: skip
@@ -185,6 +231,12 @@ def test_arguments_are_parsed() -> None:
     ]  # fmt: skip
     mine = bench.System("flash", arguments={"window": 9})
     assert bench._resolve([mine], {"window": 3, "reader": "mmap"}, False, None)[0].arguments == {"window": 9, "reader": "mmap"}
+    assert bench.parse_sweep(" 40, 50%:none,6GiB,40") == [
+        bench.System("flash 40%", memory="40%"), bench.System("flash 50% none", memory="50%", arguments={"predictor": "none"}),
+        bench.System("flash 6GiB", memory="6GiB"), bench.System("flash 40%", memory="40%"),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="a sweep says itself"):
+        bench._resolve(bench.parse_sweep("40"), {"memory_budget": 7}, False, None)
     with pytest.raises(ConfigError, match="two systems of one name"):
         bench._resolve(["flash", mine], {}, False, None)
     with pytest.raises(ConfigError, match="no argument 'windw'"):

@@ -83,6 +83,7 @@ def bench(
     timeout: float = 1800,
     disk_seconds: float = 0.3,
     seed: int = 0,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure decode speed.
 
@@ -102,6 +103,7 @@ def bench(
         timeout: seconds for a system.
         disk_seconds: for each point of the disk's curve.
         seed: of the prompt.
+        notes: what else the figures depend on, for the report.
 
     Returns:
         `machine`, `model`, `settings`, `disk` and `rows`, ready for JSON; with `check` also `same_tokens`.
@@ -131,6 +133,7 @@ def bench(
                   "dtype": str(store.layers[0].dtype).removeprefix("torch.")},
         "settings": {"tokens": tokens, "prompt_tokens": prompt_tokens, "memory_bytes": budget, "cap_bytes": budget + extra,
                      "repeats": repeats, "seed": seed},
+        "notes": list(notes),
         "disk": [vars(point) | {"gb_per_s": point.gb_per_s} for point in points],
         "rows": rows,
     }  # fmt: skip

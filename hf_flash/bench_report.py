@@ -51,10 +51,11 @@ def describe(report: dict[str, Any]) -> str:
         f"prompt of {settings['prompt_tokens']}; {memory}",
         f"{there['cpu']}, {there['cores']} cores, {there['torch_threads']} torch threads, "
         f"DRAM {there['dram_gb_per_s']:.1f} GB/s; {there['disk']}; {there['kernel']}; {there['date']}",
+        *report["notes"],
         "",
         *_speed_table(report["rows"]),
-        "",
         *_check_lines(report["rows"]),
+        "",
         *_disk_table(report["disk"]),
     ]
     if "same_tokens" in report:
@@ -98,7 +99,9 @@ def _speed_table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What the rows of hf_flash are held against (bench_checks.py), two lines each."""
-    for row in (row for row in rows if "floor_ms" in row):
+    held = [row for row in rows if "floor_ms" in row]
+    yield from [""] if held else []
+    for row in held:
         floor, window = row["floor_ms"], row["window_tokens"]
         law = f"{row['expected_bytes'] / 1e6:.2f} MB a token by the window law"
         law += "" if window is None else f", {window:.1f} tokens kept"
@@ -109,7 +112,6 @@ def _check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"  floor: DRAM {floor['dram']:.1f} ms, disk {floor['disk']:.1f}; {floor['overlapped']:.1f} overlapped, "
             f"{floor['in_turn']:.1f} in turn; measured {row['mean_ms']:.1f} (mean)"
         )
-    yield ""
 
 
 def _number(value: float | None, digits: int, unit: float = 1) -> str:

@@ -195,16 +195,16 @@ def _expected(model: Any, prompt: list[int], tokens: list[int]) -> dict[str, flo
     recording costs the run that is measured nothing.
     """
     runtime = find_runtime(model)
-    layer, capacity, steps = runtime.store.layers[0], runtime.ffns[0].window.capacity, len(tokens) - 1
+    bundle_bytes, ffns = runtime.store.layers[0].bundle_bytes, runtime.ffns
     if runtime.form is None:  # every token uses everything
-        neurons = 0 if capacity >= layer.d_ff else layer.d_ff * len(runtime.ffns)
-        return {"expected_bytes": float(neurons * layer.bundle_bytes), "window_tokens": None}
-    records = [_Record(ffn) for ffn in runtime.ffns]
+        neurons = sum(ffn.d_ff for ffn in ffns if ffn.window.capacity < ffn.d_ff)
+        return {"expected_bytes": float(neurons * bundle_bytes), "window_tokens": None}
+    records = [_Record(ffn) for ffn in ffns]
     if _generate(model, prompt, len(tokens), []) != tokens:
         raise HfFlashError("the same prompt gave other tokens the second time")
-    found = [window_law(record.used(), len(prompt), capacity) for record in records]
-    read, kept = np.sum(found, axis=0) / steps
-    return {"expected_bytes": float(read) * layer.bundle_bytes, "window_tokens": float(kept) / len(records)}
+    found = [window_law(record.used(), len(prompt), ffn.window.capacity) for record, ffn in zip(records, ffns, strict=True)]
+    read, kept = np.sum(found, axis=0) / (len(tokens) - 1)
+    return {"expected_bytes": float(read) * bundle_bytes, "window_tokens": float(kept) / len(ffns)}
 
 
 class _Record:

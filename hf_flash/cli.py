@@ -175,6 +175,7 @@ def _bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--timeout", type=_positive, metavar="SECONDS", help="for each system (default 1800)")
     sub.add_argument("--cap", action=argparse.BooleanOptionalAction, default=True, help="whether to cap memory (default yes)")
     sub.add_argument("--check", action="store_true", help="fail if flash generates other tokens than without a cap")
+    sub.add_argument("--note", action="append", default=[], metavar="TEXT", help="a line for the report; may be repeated")
     sub.add_argument("--json", metavar="FILE", help="write all figures there, or - to print them instead of tables")
     sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw where the time of a token goes, and over budgets")
 
@@ -280,7 +281,8 @@ def _bench(args: argparse.Namespace) -> int:
         raise ConfigError("nothing to measure, or too much", expected="either a repacked MODEL or --preset tiny")
     settings = {name: getattr(args, name) for name in ("tokens", "prompt_tokens", "memory", "headroom", "repeats", "timeout")}
     settings = {name: value for name, value in settings.items() if value is not None}
-    settings |= {"cap": args.cap, "check": args.check, "arguments": {k: v for item in args.flash_arg for k, v in item.items()}}
+    settings |= {"cap": args.cap, "check": args.check, "notes": args.note}
+    settings["arguments"] = {k: v for item in args.flash_arg for k, v in item.items()}
     names = args.systems and [name.strip() for name in args.systems.split(",") if name.strip()]
     usual = [] if args.sweep else bench.TINY if args.preset else bench.default_systems(args.plain)
     settings["systems"] = [*(names or usual), *args.system, *args.sweep]

@@ -36,7 +36,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any],
     folder = tmp_path_factory.mktemp("bench")
     code = main([
         "bench", "--preset", "tiny", "--tokens", "8", "--systems", "stock-ram,flash", "--check",
-        "--system", "too little: memory_budget=1000", "--json", str(folder / "out.json"), "--plot", str(folder / "out.svg"),
+        "--system", "too little: memory_budget=1000", "--note", "slow today",
+        "--json", str(folder / "out.json"), "--plot", str(folder / "out.svg"),
     ])  # fmt: skip
     report: dict[str, Any] = json.loads((folder / "out.json").read_text())
     return code, report, folder
@@ -98,6 +99,7 @@ def test_the_report_says_on_what_it_ran_and_draws(made: tuple[int, dict[str, Any
     assert report["settings"]["cap_bytes"] > report["settings"]["memory_bytes"]
     assert {point["pattern"] for point in report["disk"]} == {"random", "sequential"}
     assert "same tokens without a cap: yes" in describe(report)
+    assert "\nslow today\n" in describe(report)
     assert "whole token" in (folder / "out.svg").read_text()
 
 

@@ -14,8 +14,10 @@ interpreter, libraries, activations, KV cache. hf_flash gets that budget; the ot
     +bundling     up and down row in one read
     flash         hf_flash as it comes: with everything else it does to make reads fewer and longer
     flash-uncapped   the same with all the memory it wants; `check` compares the tokens
+    flash 40% ...    a sweep: the same over budgets, the cap following each (paper: figure 7)
 
-A system that fails is a row with its reason. The child (bench_worker.py) measures; this module starts it and reports.
+A system that fails is a row with its reason. A child (bench_job.py, bench_worker.py) measures; here it is said which, and what
+is made of the figures (bench_checks.py, bench_report.py).
 """
 
 from __future__ import annotations
@@ -23,11 +25,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,9 +35,10 @@ import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 
+from .bench_checks import add_checks
+from .bench_job import Job, System
 from .bench_report import machine
-from .budget import format_bytes, parse_bytes, parse_share
-from .cap import memory_cap
+from .budget import parse_bytes, parse_share
 from .config import FlashOffloadConfig
 from .disk import disk_curve
 from .errors import ConfigError
@@ -45,20 +46,6 @@ from .repack import repack
 from .store import FlashStore
 
 UNCAPPED: Final = 1 << 50  # a budget that nothing fills
-
-
-@dataclass(frozen=True)
-class System:
-    """One row: what to load, and how."""
-
-    label: str
-    kind: str = "flash"  # "stock", "accelerate" or "flash"
-    capped: bool = True
-    in_memory: bool = False  # stock: weights copied off the mapped file
-    arguments: dict[str, Any] = field(default_factory=dict)  # flash: of FlashOffloadConfig
-    window_off: bool = False  # flash: the least budget that the model runs in
-    pieces: int = 0  # flash: reads a neuron is torn into; 0: neighbours are coalesced
-
 
 SYSTEMS: Final = {
     system.label: system
@@ -96,14 +83,15 @@ def bench(
     timeout: float = 1800,
     disk_seconds: float = 0.3,
     seed: int = 0,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure decode speed.
 
     Args:
         folder: a repacked checkpoint.
         plain: the same model as a plain checkpoint, for stock transformers and accelerate.
-        systems: names from `SYSTEMS`, the groups "ablation" and "peers", or own ones (see [`parse_system`]). Default: the peers
-            if there is a plain checkpoint, "none" and "flash".
+        systems: names from `SYSTEMS`, the groups "ablation" and "peers", or own ones (see [`parse_system`], [`parse_sweep`]).
+            Default: the peers if there is a plain checkpoint, "none" and "flash".
         tokens: to generate; slow systems stop earlier.
         prompt_tokens: of the prompt, random ids.
         memory: budget for weights in DRAM, a size or a share of the dense model such as `"50%"`.
@@ -115,6 +103,7 @@ def bench(
         timeout: seconds for a system.
         disk_seconds: for each point of the disk's curve.
         seed: of the prompt.
+        notes: what else the figures depend on, for the report.
 
     Returns:
         `machine`, `model`, `settings`, `disk` and `rows`, ready for JSON; with `check` also `same_tokens`.
@@ -128,22 +117,24 @@ def bench(
     wanted = _resolve(systems or default_systems(plain), arguments or {}, check, plain)
     dense = _dense_bytes(folder, store)
     budget, extra = parse_share(memory, dense), parse_bytes(headroom)
-    job = _Job(folder, plain, _prompt(folder, prompt_tokens, seed), tokens, budget, budget + extra, cap, timeout)
+    job = Job(folder, plain, _prompt(folder, prompt_tokens, seed), tokens, dense, budget, extra, cap, timeout)
     runs: dict[str, list[dict[str, Any]]] = {system.label: [] for system in wanted}
     with tqdm(total=repeats * len(wanted), desc="Benchmark", unit="system") as bar:
         for system in [*wanted] * repeats:
             bar.set_postfix_str(system.label)
             runs[system.label].append(job.run(system))
             bar.update()
-    rows = [_median_run(found) for found in runs.values()]
+    there, points = machine(folder), disk_curve(folder, max_seconds=disk_seconds)
+    rows = [add_checks(_median_run(found), points, there["dram_gb_per_s"]) for found in runs.values()]
     report: dict[str, Any] = {
-        "machine": machine(folder),
+        "machine": there,
         "model": {"folder": folder.name, "source": store.metadata["source"], "dense_bytes": dense, "ffn_bytes": store.nbytes,
                   "layers": len(store.layers), "d_ff": store.layers[0].d_ff, "d_model": store.layers[0].d_model,
                   "dtype": str(store.layers[0].dtype).removeprefix("torch.")},
         "settings": {"tokens": tokens, "prompt_tokens": prompt_tokens, "memory_bytes": budget, "cap_bytes": budget + extra,
                      "repeats": repeats, "seed": seed},
-        "disk": [vars(point) | {"gb_per_s": point.gb_per_s} for point in disk_curve(folder, max_seconds=disk_seconds)],
+        "notes": list(notes),
+        "disk": [vars(point) | {"gb_per_s": point.gb_per_s} for point in points],
         "rows": rows,
     }  # fmt: skip
     return report | ({"same_tokens": same_tokens(rows, "flash", "flash-uncapped")} if check else {})
@@ -201,6 +192,24 @@ def parse_system(text: str) -> System:
     return System(label.strip(), arguments=parse_arguments(rest))
 
 
+def parse_sweep(text: str) -> list[System]:
+    """`"40, 50, 80:quantized, 6GiB"`, the row "flash" at each budget; what `--sweep` takes.
+
+    Args:
+        text: percent of the dense model, or sizes with their unit; each with the predictor to take, if not the folder's own.
+    """
+    found = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        size, colon, predictor = (part.strip() for part in item.partition(":"))
+        size += "%" if re.fullmatch(r"[\d.]+", size) else ""
+        arguments: dict[str, Any] = {"predictor": predictor} if colon else {}
+        FlashOffloadConfig(memory_budget=parse_share(size, 1 << 40), **arguments)  # an error now, not in a row
+        found.append(System(" ".join(filter(None, ["flash", size, predictor])), arguments=arguments, memory=size))
+    if not found:
+        raise ConfigError("not a sweep", expected='budgets, such as "40,50,60"', got=repr(text))
+    return found
+
+
 def _resolve(names: Sequence[str | System], arguments: Mapping[str, Any], check: bool, plain: Any) -> list[System]:
     """The systems, each once, with the arguments for all in those of hf_flash."""
     flat = [one for name in names for one in (GROUPS.get(name, (name,)) if isinstance(name, str) else (name,))]
@@ -212,6 +221,8 @@ def _resolve(names: Sequence[str | System], arguments: Mapping[str, Any], check:
         system = SYSTEMS[item] if isinstance(item, str) else item
         if system.kind != "flash" and plain is None:
             raise ConfigError(f"{system.label} needs the plain checkpoint", hint="name its folder with --plain")
+        if system.memory is not None and "memory_budget" in arguments:
+            raise ConfigError("a sweep says itself what the budget is", got="memory_budget for all rows of hf_flash")
         if found.get(system.label, system) != system:
             raise ConfigError("two systems of one name", got=system.label)
         found[system.label] = system
@@ -233,90 +244,6 @@ def _dense_bytes(folder: Path, store: FlashStore) -> int:
     """All weights of the plain model, in the dtype they are stored in."""
     extras = {path.resolve() for path in store.files} - {layer.path.resolve() for layer in store.layers}
     return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.resolve() not in extras)
-
-
-# --- running one -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What all systems of a run have in common."""
-
-    folder: Path
-    plain: Path | None
-    prompt: list[int]
-    tokens: int
-    budget: int
-    ceiling: int
-    cap: bool
-    timeout: float
-
-    def spec(self, system: System) -> dict[str, Any]:
-        """What the child is told."""
-        return {
-            "kind": system.kind, "folder": str(self.folder if system.kind == "flash" else self.plain), "prompt": self.prompt,
-            "tokens": self.tokens, "in_memory": system.in_memory, "window_off": system.window_off, "pieces": system.pieces,
-            "arguments": {"memory_budget": self.budget} | system.arguments,
-        }  # fmt: skip
-
-    def run(self, system: System) -> dict[str, Any]:
-        """One system in a fresh process: a row, with `failed` instead of figures if it did not get through."""
-        spec = self.spec(system)
-        _drop_from_page_cache(Path(spec["folder"]))
-        with (
-            tempfile.TemporaryDirectory(prefix="hf-flash-bench-") as place,
-            memory_cap(self.ceiling if self.cap and system.capped else None) as cap,
-        ):
-            (Path(place) / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-            command = cap.command([sys.executable, "-m", "hf_flash.bench_worker", str(Path(place) / "spec.json")])
-            code, out, err = _finish(command, Path(place), self.timeout)
-        row = {"system": system.label, "kind": system.kind, "arguments": system.arguments, "cap": cap.label}
-        if code == 0:
-            found: dict[str, Any] = json.loads(out.splitlines()[-1])
-            return row | found | ({} if cap.nbytes else {"cgroup_peak_bytes": None})  # not of a cgroup of its own
-        return row | {"failed": _reason(code, err, cap.nbytes, self.timeout)}
-
-
-def _finish(command: list[str], place: Path, timeout: float) -> tuple[int | None, str, str]:
-    """Exit code (`None`: out of time) and output of a child that does not outlive us, come what may."""
-    package = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    with open(place / "out", "w+") as out, open(place / "err", "w+") as err:
-        child = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | {"PYTHONPATH": path})
-        try:
-            code: int | None = child.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            child.kill()
-            child.wait()
-        out.seek(0)
-        err.seek(0)
-        return code, out.read(), err.read()
-
-
-def _reason(code: int | None, err: str, ceiling: int | None, timeout: float) -> str:
-    """Why a child ended, in a line."""
-    if code is None:
-        return f"not done after {timeout:.0f} s"
-    if code in (-9, 137):
-        return f"out of memory under the cap of {format_bytes(ceiling)}" if ceiling else "killed: out of memory?"
-    lines = [" ".join(line.split()) for line in err.splitlines() if line.strip()]
-    starts = [number for number, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b", line)]
-    found = "; ".join(lines[starts[-1] :] if starts else lines[-1:])
-    return re.sub(r"^(\w+\.)+(?=\w+(Error|Exception)\b)", "", found) or f"exit code {code}"
-
-
-def _drop_from_page_cache(folder: Path) -> None:
-    """Make the next one start cold: what the kernel holds of these files goes, as far as nobody maps it."""
-    for path in folder.iterdir() if hasattr(os, "posix_fadvise") else ():
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)  # pages not yet written cannot be dropped
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(fd)
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------

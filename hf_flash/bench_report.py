@@ -43,14 +43,18 @@ def machine(folder: Path) -> dict[str, Any]:
 def describe(report: dict[str, Any]) -> str:
     """A report as tables."""
     there, model, settings = report["machine"], report["model"], report["settings"]
+    memory = f"weights {format_bytes(settings['memory_bytes'])}, cap {format_bytes(settings['cap_bytes'])}"
+    if all(row["sweep"] for row in report["rows"]):
+        memory = "weights and cap as each row says"
     lines = [
         f"{model['source']}: {format_bytes(model['dense_bytes'])}, {model['dtype']}; {settings['tokens']} tokens after a "
-        f"prompt of {settings['prompt_tokens']}; weights {format_bytes(settings['memory_bytes'])}, "
-        f"cap {format_bytes(settings['cap_bytes'])}",
+        f"prompt of {settings['prompt_tokens']}; {memory}",
         f"{there['cpu']}, {there['cores']} cores, {there['torch_threads']} torch threads, "
         f"DRAM {there['dram_gb_per_s']:.1f} GB/s; {there['disk']}; {there['kernel']}; {there['date']}",
+        *report["notes"],
         "",
         *_speed_table(report["rows"]),
+        *_check_lines(report["rows"]),
         "",
         *_disk_table(report["disk"]),
     ]
@@ -91,6 +95,23 @@ def _speed_table(rows: list[dict[str, Any]]) -> Iterator[str]:
         values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
         cells = (f"{_number(values.get(key), digits, unit):>{width}}" for _, width, key, digits, unit in _COLUMNS)
         yield f"{row['system']:<{wide}}{''.join(cells)}  {row['cap']}{_spread(row)}"
+
+
+def _check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What the rows of hf_flash are held against (bench_checks.py), two lines each."""
+    held = [row for row in rows if "floor_ms" in row]
+    yield from [""] if held else []
+    for row in held:
+        floor, window = row["floor_ms"], row["window_tokens"]
+        law = f"{row['expected_bytes'] / 1e6:.2f} MB a token by the window law"
+        law += "" if window is None else f", {window:.1f} tokens kept"
+        read = f"; read {row['read_bytes'] / 1e6:.2f}: {_number(row['expected_ratio'], 2)} of it"
+        rate = row["disk_rate_share"]
+        yield f"{row['system']}: {law}{read}" + ("" if rate is None else f", at {rate:.0%} of the disk's rate")
+        yield (
+            f"  floor: DRAM {floor['dram']:.1f} ms, disk {floor['disk']:.1f}; {floor['overlapped']:.1f} overlapped, "
+            f"{floor['in_turn']:.1f} in turn; measured {row['mean_ms']:.1f} (mean)"
+        )
 
 
 def _number(value: float | None, digits: int, unit: float = 1) -> str:

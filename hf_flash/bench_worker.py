@@ -4,13 +4,12 @@
 
 Times are taken where a token is chosen, by a stopping criterion, so that generate() itself runs unchanged. The first token
 ends the prefill: counters start again there, and what follows is decoding alone. A system that turns out slow is stopped
-early; what it took per token is known by then.
+early; what it took per token is known by then. Rows of hf_flash then run again without a clock, to record what was selected.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
 import threading
@@ -24,12 +23,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
 from transformers.utils import logging
 
 from . import reader
+from .bench_checks import window_law
 from .cap import peak_bytes
 from .config import FlashOffloadConfig
 from .errors import BudgetError, HfFlashError
+from .ffn import FlashFFN
 from .memory import load_into_memory
-from .runtime import stats
+from .runtime import find_runtime, stats
 from .sources import Chunks
+from .stats import FlashStats
 from .window import Ids
 
 PARTS = ("io", "manage", "predict", "compute")  # what hf_flash times in its layers
@@ -57,20 +59,27 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         model = _LOADERS[spec["kind"]](spec, scratch)
         load_s = perf_counter() - start
         clock = _Clock(model if spec["kind"] == "flash" else None)
-        prompt = torch.tensor([spec["prompt"]])
         start = perf_counter()
-        output = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=spec["tokens"], min_new_tokens=spec["tokens"],
-            do_sample=False, num_beams=1, stopping_criteria=[clock],
-        )  # fmt: skip
-    return {
-        "tokens": output[0, len(spec["prompt"]) :].tolist(),
-        "load_s": load_s,
-        "first_token_s": clock.times[0] - start,
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "cgroup_peak_bytes": peak_bytes(),
-    } | clock.summary() | watch.stop()  # fmt: skip
+        tokens = _generate(model, spec["prompt"], spec["tokens"], [clock])
+        found = {
+            "tokens": tokens,
+            "load_s": load_s,
+            "first_token_s": clock.times[0] - start,
+            "threads": torch.get_num_threads(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "cgroup_peak_bytes": peak_bytes(),
+        } | clock.summary() | watch.stop()  # fmt: skip
+        return found | (_expected(model, spec["prompt"], tokens) if spec["kind"] == "flash" else {})
+
+
+def _generate(model: Any, prompt: list[int], tokens: int, criteria: list[Any]) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1,
+        stopping_criteria=criteria,
+    )  # fmt: skip
+    new: list[int] = output[0, len(prompt) :].tolist()
+    return new
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -113,16 +122,27 @@ class _Clock(StoppingCriteria):
     def _of_flash(self, mean_ms: float) -> dict[str, Any]:
         snapshot = stats(self.model)
         count, tokens = snapshot.counters, snapshot.tokens
+        bundle_bytes = find_runtime(self.model).store.layers[0].bundle_bytes
         parts = {part: 1e3 * getattr(count, part + "_s") / tokens for part in PARTS}
         return {
             "parts_ms": parts | {"rest": mean_ms - sum(parts.values())},
             "read_bytes": count.read_bytes / tokens,
+            "missing_bytes": (count.missing_bytes + count.ahead_used * bundle_bytes) / tokens,  # without wrong guesses
+            "touched_bytes": self._touched(snapshot),
             "reads": count.reads / tokens,
             "run_bytes": count.read_bytes / max(1, count.reads),
             "read_gb_per_s": snapshot.read_gb_per_s,
             "hit_rate": snapshot.hit_rate,
             "stats": snapshot.to_dict(),
         }
+
+    def _touched(self, found: FlashStats) -> float:
+        """Weights in DRAM that a token goes through: all but its neurons and the tables of which it looks up a row."""
+        head = self.model.get_output_embeddings().weight
+        tables = [item.weight for item in self.model.modules() if isinstance(item, torch.nn.Embedding)]
+        resident = found.resident_bytes - sum(table.nbytes for table in tables if table is not head)
+        neuron = (found.dense_bytes - found.resident_bytes) / (found.layers * found.d_ff)
+        return resident + found.predictor_bytes + neuron * found.counters.selected / found.tokens
 
 
 class _Watch:
@@ -163,6 +183,51 @@ def _disk_bytes() -> int | None:
         return int(rows["read_bytes"])
     except (OSError, KeyError):
         return None
+
+
+# --- what a window should have read --------------------------------------------------------------------------------------
+
+
+def _expected(model: Any, prompt: list[int], tokens: list[int]) -> dict[str, float | None]:
+    """`expected_bytes` per token and `window_tokens` (bench_checks.py), from what the tokens of the run selected.
+
+    They are generated once more for it, without a clock: the answer does not depend on what is in memory (contract C3), and
+    recording costs the run that is measured nothing.
+    """
+    runtime = find_runtime(model)
+    bundle_bytes, ffns = runtime.store.layers[0].bundle_bytes, runtime.ffns
+    if runtime.form is None:  # every token uses everything
+        neurons = sum(ffn.d_ff for ffn in ffns if ffn.window.capacity < ffn.d_ff)
+        return {"expected_bytes": float(neurons * bundle_bytes), "window_tokens": None}
+    records = [_Record(ffn) for ffn in ffns]
+    if _generate(model, prompt, len(tokens), []) != tokens:
+        raise HfFlashError("the same prompt gave other tokens the second time")
+    found = [window_law(record.used(), len(prompt), ffn.window.capacity) for record, ffn in zip(records, ffns, strict=True)]
+    read, kept = np.sum(found, axis=0) / (len(tokens) - 1)
+    return {"expected_bytes": float(read) * bundle_bytes, "window_tokens": float(kept) / len(ffns)}
+
+
+class _Record:
+    """Stands where a layer's predictor stood, and keeps what each forward was told; what lookahead was told goes."""
+
+    def __init__(self, ffn: FlashFFN) -> None:
+        self._predictor, self._d_ff, self.nbytes = ffn.predictor, ffn.d_ff, ffn.predictor.nbytes
+        self._last: torch.Tensor | None = None
+        self._bits: list[Any] = []
+        ffn.predictor = self
+        ffn.register_forward_hook(self._keep)
+
+    def select(self, x: torch.Tensor) -> torch.Tensor | None:
+        self._last = self._predictor.select(x)
+        return self._last
+
+    def _keep(self, *args: Any) -> None:
+        assert self._last is not None
+        self._bits.append(np.packbits(self._last.numpy(), axis=1))
+
+    def used(self) -> Any:
+        """bool [tokens, d_ff]."""
+        return np.unpackbits(np.concatenate(self._bits), axis=1, count=self._d_ff).astype(bool)
 
 
 # --- the systems ---------------------------------------------------------------------------------------------------------
@@ -210,8 +275,8 @@ def _least_budget(folder: str, arguments: dict[str, Any]) -> int:
     try:
         _from_pretrained(folder, arguments | {"memory_budget": 1})
     except BudgetError as error:
-        if needed := re.search(r"\((\d+) bytes\)", str(error)):
-            return int(needed[1])
+        if error.minimum_bytes is not None:
+            return error.minimum_bytes
     raise HfFlashError("the least budget of the model could not be found", where=folder)
 
 

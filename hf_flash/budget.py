@@ -158,7 +158,7 @@ def plan_memory(
     """Divide a budget; `None` takes most of what is free on this machine.
 
     Raises:
-        BudgetError: the budget is below the minimum; the message lists what takes it.
+        BudgetError: the budget is below the minimum, its `minimum_bytes`; the message lists what takes it.
     """
     free, ceiling = available_memory(), ceiling_bytes(budget)
     plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, layers, d_ff, bundle_bytes)
@@ -166,6 +166,7 @@ def plan_memory(
         parts = plan.describe().rsplit("\n", 1)[0].replace("\n", "\n    ")
         raise BudgetError(
             "the memory budget is too small for this model",
+            minimum_bytes=plan.minimum_bytes,
             where="memory_budget" if budget is not None else f"memory_budget unset: {format_bytes(free)} are free",
             expected=f"at least {format_bytes(plan.minimum_bytes)} ({plan.minimum_bytes} bytes):\n    {parts}",
             got=f"{format_bytes(ceiling)} ({ceiling} bytes)",

@@ -165,6 +165,8 @@ def _bench_arguments(sub: argparse.ArgumentParser) -> None:
                      help="a further row of hf_flash with arguments of FlashOffloadConfig; may be repeated")  # fmt: skip
     sub.add_argument("--flash-arg", action="append", default=[], type=_checked(bench.parse_arguments), metavar="ARG=VALUE",
                      help="an argument of FlashOffloadConfig for all rows of hf_flash; may be repeated")  # fmt: skip
+    sub.add_argument("--sweep", default=[], type=_checked(bench.parse_sweep), metavar="40,50,60:quantized",
+                     help="hf_flash at each of these budgets: percent or sizes, and which predictor")  # fmt: skip
     sub.add_argument("--tokens", type=_at_least_two, metavar="N", help="to generate; slow systems stop at 8 (default 64)")
     sub.add_argument("--prompt-tokens", type=_positive, metavar="N", help="of the random prompt (default 16)")
     sub.add_argument("--memory", metavar="SIZE", help='weights in DRAM: a size, or a share of the model (default "50%%")')
@@ -173,8 +175,9 @@ def _bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--timeout", type=_positive, metavar="SECONDS", help="for each system (default 1800)")
     sub.add_argument("--cap", action=argparse.BooleanOptionalAction, default=True, help="whether to cap memory (default yes)")
     sub.add_argument("--check", action="store_true", help="fail if flash generates other tokens than without a cap")
+    sub.add_argument("--note", action="append", default=[], metavar="TEXT", help="a line for the report; may be repeated")
     sub.add_argument("--json", metavar="FILE", help="write all figures there, or - to print them instead of tables")
-    sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw where the time of a token goes")
+    sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw where the time of a token goes, and over budgets")
 
 
 def _at_least_two(text: str) -> int:
@@ -278,13 +281,12 @@ def _bench(args: argparse.Namespace) -> int:
         raise ConfigError("nothing to measure, or too much", expected="either a repacked MODEL or --preset tiny")
     settings = {name: getattr(args, name) for name in ("tokens", "prompt_tokens", "memory", "headroom", "repeats", "timeout")}
     settings = {name: value for name, value in settings.items() if value is not None}
-    settings |= {"cap": args.cap, "check": args.check, "arguments": {k: v for item in args.flash_arg for k, v in item.items()}}
+    settings |= {"cap": args.cap, "check": args.check, "notes": args.note}
+    settings["arguments"] = {k: v for item in args.flash_arg for k, v in item.items()}
     names = args.systems and [name.strip() for name in args.systems.split(",") if name.strip()]
-    if args.preset:
-        report = bench.bench_tiny(systems=[*(names or bench.TINY), *args.system], **settings)
-    else:
-        systems = [*(names or bench.default_systems(args.plain)), *args.system]
-        report = bench.bench(args.model, plain=args.plain, systems=systems, **settings)
+    usual = [] if args.sweep else bench.TINY if args.preset else bench.default_systems(args.plain)
+    settings["systems"] = [*(names or usual), *args.system, *args.sweep]
+    report = bench.bench_tiny(**settings) if args.preset else bench.bench(args.model, plain=args.plain, **settings)
     _say(json.dumps(report, indent=2) if args.json == "-" else describe_bench(report))
     if args.json and args.json != "-":
         write_json(Path(args.json), report)

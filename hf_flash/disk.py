@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +173,23 @@ def _measure(pattern: str, direct: bool, reads: list[tuple[int, int]], size: int
     if failed:
         raise failed[0]
     return DiskPoint(pattern, direct, size, lanes, sum(done), seconds)
+
+
+def rate_at(points: Iterable[DiskPoint], size: float, depth: float | None = None) -> float:
+    """GB/s of random reads between the points of a curve, on logarithmic scales; beyond its ends, what they have.
+
+    Args:
+        points: from [`disk_curve`].
+        size: bytes a read.
+        depth: reads at a time; `None`: as many as is best.
+    """
+    random = [point for point in points if point.pattern == "random"]
+    sizes, rates = sorted({point.size for point in random}), []
+    for each in sizes:
+        found = sorted((point.depth, point.gb_per_s) for point in random if point.size == each)
+        depths, speeds = np.array(found).T
+        rates.append(speeds.max() if depth is None else np.exp(np.interp(np.log(depth), np.log(depths), np.log(speeds))))
+    return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(rates))))
 
 
 def dram_gb_per_s(nbytes: int = 256 << 20, repeats: int = 5) -> float:

@@ -21,6 +21,8 @@ Each message says what is wrong and, as far as it is known, where, what was expe
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class HfFlashError(Exception):
     """Base class; `except HfFlashError` catches everything hf_flash raises on purpose.
@@ -63,7 +65,11 @@ class UnsupportedModelError(HfFlashError, ValueError):
 
 
 class BudgetError(HfFlashError, ValueError):
-    """The memory budget cannot hold what must stay in DRAM."""
+    """The memory budget cannot hold what must stay in DRAM. `minimum_bytes`: the least budget that can, where it is known."""
+
+    def __init__(self, what: str, *, minimum_bytes: int | None = None, **parts: Any) -> None:
+        super().__init__(what, **parts)
+        self.minimum_bytes = minimum_bytes
 
 
 class UsageError(HfFlashError, RuntimeError):

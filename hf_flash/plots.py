@@ -86,7 +86,7 @@ def _aggregated_use(axes: Any, report: dict[str, Any]) -> None:
 
 
 def plot_bench(report: dict[str, Any], path: Path) -> None:
-    """Draw where the time of a decoded token goes, a bar for every system (paper: figure 1).
+    """Draw where the time of a decoded token goes, a bar for every system (paper: figure 1), and over the budgets of a sweep.
 
     Args:
         report: from `hf_flash.bench.bench`.
@@ -95,14 +95,34 @@ def plot_bench(report: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    rows = [row for row in report["rows"] if "failed" not in row]
-    figure = _figure(1.2 + 0.35 * len(rows))
-    axes, left = figure.subplots(), np.zeros(len(rows))
-    parts = {"io": "I/O", "manage": "management", "predict": "predictor", "compute": "FFN compute", "rest": "attention, head"}
-    for key, label in parts.items():
-        width = np.array([row.get("parts_ms", {}).get(key, 0.0) for row in rows])
-        axes.barh(range(len(rows)), width, left=left, label=label)
-        left += width
+    systems = [row for row in report["rows"] if not row["sweep"] and "failed" not in row]
+    sweep = sorted((row for row in report["rows"] if row["sweep"]), key=lambda row: row["memory_bytes"])
+    panels = [(1.2 + 0.35 * len(systems), _systems, systems)] if systems or not sweep else []
+    panels += [(3.8, _sweep, sweep)] if sweep else []
+    heights = [height for height, *_ in panels]
+    figure = _figure(sum(heights))
+    places = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (_, draw, rows) in zip(places, panels, strict=True):
+        draw(axes, rows, report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+_PARTS = {"io": "I/O", "manage": "management", "predict": "predictor", "compute": "FFN compute", "rest": "attention, head"}
+
+
+def _stack(bars: Any, rows: list[dict[str, Any]]) -> None:
+    """The parts of every row's time, one on the other; `bars` takes lengths, where they begin, and a label."""
+    begin = np.zeros(len(rows))
+    for key, label in _PARTS.items():
+        length = np.array([row.get("parts_ms", {}).get(key, 0.0) for row in rows])
+        bars(length, begin, label)
+        begin += length
+
+
+def _systems(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> None:
+    """A bar for every system."""
+    _stack(lambda width, left, label: axes.barh(range(len(rows)), width, left=left, label=label), rows)
     whole = [0.0 if "parts_ms" in row else row["mean_ms"] for row in rows]
     axes.barh(range(len(rows)), whole, color="0.7", label="whole token")
     for number, row in enumerate(rows):
@@ -113,5 +133,17 @@ def plot_bench(report: dict[str, Any], path: Path) -> None:
     size = report["settings"]["memory_bytes"] / report["model"]["dense_bytes"]
     axes.set(xlabel="ms per decoded token", title=f"{report['model']['source']}, {size:.0%} of the weights in DRAM")
     axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _sweep(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> None:
+    """A bar for every budget (paper: figure 7); a budget that did not do has a place and no bar."""
+    _stack(lambda height, bottom, label: axes.bar(range(len(rows)), height, bottom=bottom, label=label, width=0.6), rows)
+    for number, row in enumerate(rows):
+        text, at = ("failed", 0.0) if "failed" in row else (f"{row['mean_ms']:.0f}", row["mean_ms"])
+        axes.annotate(text, (number, at), ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(rows)), [row["system"].removeprefix("flash ") for row in rows])
+    axes.margins(y=0.12)
+    axes.set(
+        xlabel="budget for weights in DRAM", ylabel="ms per decoded token", title=f"{report['model']['source']} over budgets"
+    )
+    axes.legend(fontsize=8)

@@ -121,12 +121,18 @@ def test_an_error_prints_its_parts_and_survives_a_process_boundary(kind: type[er
     assert (type(again), str(again)) == (kind, text)
 
 
+def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
+    error = errors.BudgetError("too small", minimum_bytes=7)
+    assert (error.minimum_bytes, errors.BudgetError("too small").minimum_bytes) == (7, None)
+    assert pickle.loads(pickle.dumps(error)).minimum_bytes == 7
+
+
 # --- imports -------------------------------------------------------------------------------------------------------
 
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "errors", "memory", "uring"},
     {"activity", "budget", "cap", "disk", "harness", "native", "plots", "window"},
-    {"bench_report", "compute", "stats", "config", "store"},
+    {"bench_checks", "bench_job", "bench_report", "compute", "config", "stats", "store"},
     {"checkpoint", "lowbit", "sources", "writer"},
     {"folders", "predictor", "reader"},
     {"lowrank", "quantized"},
@@ -155,9 +161,9 @@ MAY_IMPORT = {
         "quantizer",
         "text",
     },
-    "torch": set(MODULES) - {"errors", "stats", "budget", "_version", "uring"},
+    "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "uring"},
     "safetensors": {"store", "checkpoint", "predictor"},
-    "huggingface_hub": {"bench", "checkpoint", "repack", "saving", "calibration", "cli", "evaluation", "planner"},
+    "huggingface_hub": {"bench", "checkpoint", "repack", "saving", "calibration", "cli", "evaluation", "machine", "planner"},
 }
 
 

@@ -9,17 +9,22 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hf_flash import bench, bench_worker, cap, reader
+from hf_flash import bench, bench_job, bench_report, bench_worker, cap, reader
+from hf_flash.bench_checks import add_checks, window_law
 from hf_flash.bench_report import describe
 from hf_flash.cap import memory_cap
 from hf_flash.cli import main
-from hf_flash.disk import disk_curve, dram_gb_per_s
-from hf_flash.errors import ConfigError, StoreReadError
+from hf_flash.disk import DiskPoint, disk_curve, dram_gb_per_s, rate_at
+from hf_flash.errors import ConfigError, HfFlashError, StoreReadError
 from hf_flash.store import FlashStore
 
 pytest.importorskip("matplotlib", reason="the plot needs it")
@@ -31,7 +36,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any],
     folder = tmp_path_factory.mktemp("bench")
     code = main([
         "bench", "--preset", "tiny", "--tokens", "8", "--systems", "stock-ram,flash", "--check",
-        "--system", "too little: memory_budget=1000", "--json", str(folder / "out.json"), "--plot", str(folder / "out.svg"),
+        "--system", "too little: memory_budget=1000", "--note", "slow today",
+        "--json", str(folder / "out.json"), "--plot", str(folder / "out.svg"),
     ])  # fmt: skip
     report: dict[str, Any] = json.loads((folder / "out.json").read_text())
     return code, report, folder
@@ -62,6 +68,22 @@ def test_every_system_is_a_row_with_sane_counters(made: tuple[int, dict[str, Any
     assert row(report, "flash-uncapped")["cap"] == "no cap"
 
 
+def test_rows_of_hf_flash_are_held_against_law_disk_and_floor(made: tuple[int, dict[str, Any], Path]) -> None:
+    _, report, _ = made
+    for name in ("flash", "flash-uncapped"):
+        found = row(report, name)
+        assert found["expected_ratio"] == pytest.approx(found["read_bytes"] / found["expected_bytes"])
+        floor = found["floor_ms"]
+        assert 0 < floor["dram"] <= floor["overlapped"] <= floor["in_turn"] == floor["dram"] + floor["disk"]
+        assert found["stats"]["resident_bytes"] * 0.8 < found["touched_bytes"] < found["stats"]["dense_bytes"] * 1.2
+        assert f"\n{name}: {found['expected_bytes'] / 1e6:.2f} MB a token by the window law" in describe(report)
+    assert (
+        row(report, "flash")["window_tokens"] < row(report, "flash-uncapped")["window_tokens"] == 7
+    )  # 4 to 10, prompt and all
+    assert "floor_ms" not in row(report, "stock-ram")
+    assert describe(report).count("\n  floor: DRAM") == 2
+
+
 def test_a_system_that_fails_is_a_row_with_its_reason(made: tuple[int, dict[str, Any], Path]) -> None:
     _, report, _ = made
     failed = row(report, "too little")["failed"]
@@ -77,6 +99,7 @@ def test_the_report_says_on_what_it_ran_and_draws(made: tuple[int, dict[str, Any
     assert report["settings"]["cap_bytes"] > report["settings"]["memory_bytes"]
     assert {point["pattern"] for point in report["disk"]} == {"random", "sequential"}
     assert "same tokens without a cap: yes" in describe(report)
+    assert "\nslow today\n" in describe(report)
     assert "whole token" in (folder / "out.svg").read_text()
 
 
@@ -84,7 +107,7 @@ def test_the_steps_of_the_paper_read_less_and_less(packed: Path, monkeypatch: py
     monkeypatch.setattr(reader, "chunked", reader.chunked)  # put back what a worker replaces
     store, found = FlashStore.open_folder(packed), {}
     for name in bench.ABLATION[:-1]:
-        job = bench._Job(packed, None, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
+        job = bench_job.Job(packed, None, [5, 6, 7], 8, 0, 1 << 30, 1 << 30, False, 60)
         found[name] = bench_worker.run(job.spec(bench.SYSTEMS[name]))
     assert found["hybrid"]["hit_rate"] == found["+predictor"]["hit_rate"] == 0 < found["+window"]["hit_rate"]
     assert found["hybrid"]["stats"]["counters"]["missing_bytes"] == 7 * store.nbytes
@@ -95,9 +118,33 @@ def test_the_steps_of_the_paper_read_less_and_less(packed: Path, monkeypatch: py
     assert found["+predictor"]["reads"] > found["+window"]["reads"] == 2 * found["+bundling"]["reads"] > 0
 
 
+@pytest.mark.parametrize(("name", "arguments"), [
+    ("hybrid", {}), ("+predictor", {}), ("flash-uncapped", {"lookahead": 0}), ("none", {}), ("none", {"memory_budget": 10**9}),
+])  # fmt: skip
+def test_the_window_law_is_exact_where_there_is_nothing_to_choose(
+    name: str, arguments: dict[str, Any], packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that hold nothing read everything again; windows that hold everything read what is used the first time."""
+    monkeypatch.setattr(reader, "chunked", reader.chunked)
+    least = bench_worker._least_budget(str(packed), {"predictor": "none"} if name == "none" else {})
+    job = bench_job.Job(packed, None, [5, 6, 7], 8, 0, least, 1 << 30, False, 60)
+    found = bench_worker.run(job.spec(replace(bench.SYSTEMS[name], arguments=bench.SYSTEMS[name].arguments | arguments)))
+    assert found["expected_bytes"] == found["missing_bytes"]
+    assert (found["expected_bytes"] > 0) is (name != "none" or not arguments)
+
+
+def test_what_lookahead_guesses_is_not_what_a_token_selected(packed: Path) -> None:
+    """And the run that is recorded leaves no trace in the one that is measured."""
+    job = bench_job.Job(packed, None, [5, 6, 7], 8, 0, 1 << 30, 1 << 30, False, 60)
+    found = [bench_worker.run(job.spec(bench.System("flash", arguments={"lookahead": n, "reader": "direct"}))) for n in (0, 1)]
+    assert found[0]["expected_bytes"] == found[1]["expected_bytes"] == found[0]["missing_bytes"] >= found[1]["missing_bytes"]
+    assert found[1]["missing_bytes"] > 0
+    assert found[0]["stats"]["counters"]["tokens"] == found[1]["stats"]["counters"]["tokens"] == 7 * 3
+
+
 @pytest.mark.parametrize(("kind", "in_memory"), [("stock", False), ("stock", True), ("accelerate", False)])
 def test_the_others_generate_what_none_generates(kind: str, in_memory: bool, plain: Path, packed: Path) -> None:
-    job = bench._Job(packed, plain, [5, 6, 7], 8, 1 << 30, 2 << 30, False, 60)
+    job = bench_job.Job(packed, plain, [5, 6, 7], 8, 0, 1 << 30, 1 << 30, False, 60)
     other = bench_worker.run(job.spec(bench.System("other", kind, in_memory=in_memory)))
     assert other["tokens"] == bench_worker.run(job.spec(bench.SYSTEMS["none"]))["tokens"]
     assert "parts_ms" not in other
@@ -105,11 +152,57 @@ def test_the_others_generate_what_none_generates(kind: str, in_memory: bool, pla
 
 def test_a_slow_system_stops_early(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_worker, "_SLOW_S", 0.0)
-    job = bench._Job(packed, None, [5, 6, 7], 30, 1 << 30, 2 << 30, False, 60)
+    job = bench_job.Job(packed, None, [5, 6, 7], 30, 0, 1 << 30, 1 << 30, False, 60)
     assert len(bench_worker.run(job.spec(bench.SYSTEMS["flash"]))["token_ms"]) == 8
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children that are none: seconds less."""
+
+    def finish(command: list[str], place: Path, timeout: float) -> tuple[int, str, str]:
+        try:
+            return 0, json.dumps(bench_worker.run(json.loads((place / "spec.json").read_text()))), ""
+        except HfFlashError as error:
+            return 1, "", f"{type(error).__name__}: {error}"
+
+    monkeypatch.setattr(bench_job, "_finish", finish)
+    monkeypatch.setattr(bench_report, "dram_gb_per_s", lambda: 10.0)
+    monkeypatch.setattr(bench, "disk_curve", lambda folder, max_seconds: disk_curve(folder, max_seconds=0.01))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_sweep_is_a_row_for_every_budget(packed: Path, tmp_path: Path) -> None:
+    least = bench_worker._least_budget(str(packed), {})
+    sweep = f"{least + 50_000}B, {least + 20_000}B, 1, {least + 50_000}B:none"
+    arguments = ["--tokens", "6", "--sweep", sweep, "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
+    assert main(["bench", str(packed), *arguments]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    names = [f"flash {least + 50_000}B", f"flash {least + 20_000}B", "flash 1%", f"flash {least + 50_000}B none"]
+    assert [row["system"] for row in report["rows"]] == names  # and nothing else, unless asked for
+    much, little, nothing, dense = report["rows"]
+    assert [found["stats"]["budget_bytes"] - least for found in (much, little, dense)] == [50_000, 20_000, 50_000]
+    assert much["cap_bytes"] in (None, least + 50_000 + 600_000_000)
+    assert much["missing_bytes"] < little["missing_bytes"]
+    assert much["tokens"] == little["tokens"]
+    assert "BudgetError: the memory budget is too small" in nothing["failed"]
+    assert "weights and cap as each row says" in describe(report)
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "budget for weights in DRAM" in drawn
+    assert "whole token" not in drawn
+
+
+@pytest.mark.usefixtures("in_process")
+def test_systems_and_a_sweep_are_two_plots_of_one_figure(packed: Path, tmp_path: Path) -> None:
+    arguments = ["--tokens", "3", "--memory", "5MB", "--systems", "flash", "--sweep", "6MB", "--system", "more: window=9"]
+    assert main(["bench", str(packed), *arguments, "--plot", str(tmp_path / "a.svg")]) == 0
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "budget for weights in DRAM" in drawn
+    assert "whole token" in drawn
+
+
 @pytest.mark.parametrize("arguments", [
+    *(["--sweep", text] for text in ("", "half", "40,-5", "1.2.3", "0", "40:oracle", "40:")),
     ["--preset", "large"], ["--tokens", "1"], ["--headroom", "much"], ["--preset", "tiny", "--repeats", "0"],
     ["--system", "no arguments"], ["--system", "flash: window=3"], ["--system", "a: windw=3"], ["--flash-arg", "window"],
 ])  # fmt: skip
@@ -140,6 +233,12 @@ def test_arguments_are_parsed() -> None:
     ]  # fmt: skip
     mine = bench.System("flash", arguments={"window": 9})
     assert bench._resolve([mine], {"window": 3, "reader": "mmap"}, False, None)[0].arguments == {"window": 9, "reader": "mmap"}
+    assert bench.parse_sweep(" 40, 50%:none,6GiB,40") == [
+        bench.System("flash 40%", memory="40%"), bench.System("flash 50% none", memory="50%", arguments={"predictor": "none"}),
+        bench.System("flash 6GiB", memory="6GiB"), bench.System("flash 40%", memory="40%"),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="a sweep says itself"):
+        bench._resolve(bench.parse_sweep("40"), {"memory_budget": 7}, False, None)
     with pytest.raises(ConfigError, match="two systems of one name"):
         bench._resolve(["flash", mine], {}, False, None)
     with pytest.raises(ConfigError, match="no argument 'windw'"):
@@ -169,7 +268,7 @@ def test_the_median_run_stands_for_all() -> None:
     (3, "", "exit code 3"),
 ])  # fmt: skip
 def test_reasons(code: int | None, err: str, reason: str) -> None:
-    assert bench._reason(code, err, 1 << 20, 9) == reason
+    assert bench_job._reason(code, err, 1 << 20, 9) == reason
 
 
 # --- the cap -------------------------------------------------------------------------------------------------------------
@@ -202,7 +301,7 @@ def test_an_interrupt_ends_the_child_and_its_cgroup(tmp_path: Path) -> None:
 
     threading.Thread(target=interrupt).start()
     with memory_cap(1 << 30) as found, pytest.raises(KeyboardInterrupt):
-        bench._finish(found.command(["sh", "-c", "echo $$; exec sleep 60"]), tmp_path, 60)
+        bench_job._finish(found.command(["sh", "-c", "echo $$; exec sleep 60"]), tmp_path, 60)
     with pytest.raises(ProcessLookupError):
         os.kill(int(out.read_text()), 0)
     assert found.folder is None or not found.folder.exists()
@@ -230,6 +329,48 @@ def test_a_file_too_small_to_measure_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"tiny")
     with pytest.raises(StoreReadError, match="no file is large enough"):
         disk_curve(tmp_path)
+
+
+CURVE = [
+    DiskPoint("random", True, size, depth, 1_000_000_000, 1 / rate)
+    for size, depth, rate in [(4096, 1, 0.1), (4096, 16, 0.4), (65536, 1, 0.4), (65536, 16, 1.6)]
+] + [DiskPoint("sequential", True, 1 << 20, 4, 1_000_000_000, 0.1)]
+
+
+@pytest.mark.parametrize(("size", "depth", "rate"), [
+    (4096, 1, 0.1), (65536, 16, 1.6), (4096, 4, 0.2), (16384, 1, 0.2), (16384, 4, 0.4), (16384, None, 0.8),
+    (1024, 0.5, 0.1), (1 << 22, 64, 1.6),
+])  # fmt: skip
+def test_a_curve_is_read_between_its_points(size: int, depth: float | None, rate: float) -> None:
+    assert rate_at(CURVE, size, depth) == pytest.approx(rate)
+
+
+def a_row(**stats: Any) -> dict[str, Any]:
+    counters = {"reads": 320, "calls": 20}
+    return {"stats": {"reader": "direct", "counters": counters} | stats, "run_bytes": 65536, "read_gb_per_s": 0.8,
+            "read_bytes": 3e6, "missing_bytes": 1.6e6, "expected_bytes": 2e6, "touched_bytes": 5e6}  # fmt: skip
+
+
+def test_checks_are_ratios_to_what_the_run_measured() -> None:
+    assert add_checks({"system": "stock-ram"}, CURVE, 10.0) == {"system": "stock-ram"}
+    found = add_checks(a_row(), CURVE, 10.0)
+    assert (found["expected_ratio"], found["disk_rate_share"]) == (1.5, pytest.approx(0.5))
+    assert found["floor_ms"] == pytest.approx({"dram": 0.5, "disk": 1.0, "overlapped": 1.0, "in_turn": 1.5})
+    for stats in ({"reader": "mmap"}, {"counters": {"reads": 0, "calls": 20}}):
+        found = add_checks(a_row(**stats) | {"expected_bytes": 0.0}, CURVE, 10.0)
+        assert (found["expected_ratio"], found["disk_rate_share"], found["floor_ms"]["disk"]) == (None, None, 0.0)
+
+
+@given(st.integers(0, 12), st.integers(1, 20), st.integers(0, 25), st.floats(0, 1), st.integers(0, 1 << 30))
+@settings(max_examples=60, deadline=None)
+def test_the_window_law(first: int, d_ff: int, capacity: int, share: float, seed: int) -> None:
+    used = np.random.default_rng(seed).random((12, d_ff)) < share
+    read = kept = 0
+    for token in range(first, 12):
+        fitting = [k for k in range(token + 1) if used[token - k : token].any(0).sum() <= capacity]
+        kept += max(fitting)
+        read += int((used[token] & ~used[token - max(fitting) : token].any(0)).sum())
+    assert window_law(used, first, capacity) == (read, kept)
 
 
 def test_dram_has_a_speed() -> None:

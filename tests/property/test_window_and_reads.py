@@ -547,8 +547,9 @@ def test_a_plan_never_exceeds_its_budget_and_wastes_none(
     shape = {"layers": layers, "d_ff": d_ff, "bundle_bytes": bundle}
     minimum = resident + predictor + scratch
     if budget < minimum:
-        with pytest.raises(BudgetError, match=str(minimum)):
+        with pytest.raises(BudgetError, match=str(minimum)) as caught:
             plan_memory(budget, **parts, **shape)
+        assert caught.value.minimum_bytes == minimum
         assume(minimum > 0)
         budget = minimum
     plan = plan_memory(budget, **parts, **shape)

@@ -9,11 +9,8 @@ The cost of a decoded token, in the paper's frame (sections 2 and 3, table 3), L
 
 s(k) is the *aggregated use*: how many different neurons of a layer the last k tokens were predicted to use (paper: figure 4a).
 
-Measured, on this machine: all times. A *slice* of the model, a few layers of its real shape with random weights, generates
-through transformers with the real `FlashFFN`, window, reader and predictor. Only what a token needs is prescribed: so many
-neurons of which so many are not in DRAM. So caches are as cold and Python as slow as in the real model, and reads come from the
-disk as they will, at random, in batches of a layer's size, past the page cache. Between the measured f times are interpolated.
-The dense model is the slice's time outside the FFN plus two matrix-vector products a layer.
+Measured, on this machine (machine.py): all times, in a few layers of the model's real shape, for some f; between them they are
+interpolated.
 
 Measured, on text, if the model was calibrated: s(1) to s(16) of every layer, beyond that a power law through the last of them;
 and how many neurons are predicted for one that is active. Otherwise assumed, from the paper's figures for OPT-6.7B: 3 % active,
@@ -26,42 +23,29 @@ said here.
 
 from __future__ import annotations
 
-import gc
-import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from huggingface_hub.utils import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
+from transformers import AutoConfig
 
 from .adapters import Adapter, adapter_for
 from .budget import MemoryPlan, available_memory, ceiling_bytes, format_bytes, parse_share
 from .calibration import stored_report
 from .checkpoint import resolve_folder
-from .compute import Scratch
 from .config import FlashOffloadConfig
 from .errors import ConfigError
-from .ffn import Engine, FlashFFN
-from .folders import check_room
-from .lowrank import LowRankFormat, LowRankPredictor, lowrank_specs
-from .memory import aligned_empty, trim_heap
-from .predictor import NoPredictor, PredictorForm
-from .quantized import QuantizedFormat, QuantizedPredictor
-from .reader import open_reader
+from .lowrank import LowRankFormat
+from .machine import Measured, Model, fast_rank, measure
+from .predictor import PredictorForm
 from .repack import cache_folder, fresh_form, stored_form
 from .runtime import divide_memory
-from .store import FlashStore, LayerStore, TensorSpec, read_json
-from .window import ResidentWindow
-from .writer import writing
+from .store import FlashStore, read_json
 
 Curve = npt.NDArray[np.floating[Any]]
 
@@ -72,78 +56,36 @@ _PREDICTED: Final = {"quantized": 1.5, "lowrank": 3.0, "none": 1.0}  # neurons n
 _LONGEST: Final = 4096  # tokens that s(k) is continued to
 _WORD_OF_4: Final = 4  # tokens that `fresh` looks back
 
-_SCRATCH_BYTES: Final = 128 << 20  # of a file to read from, where there is none
-_WINDOW_BYTES: Final = 64 << 20  # of a slice's layer
-_SLICE_BYTES: Final = 280 << 20  # attention in a slice
-_SLICE_LAYERS: Final = 4
-_MISSES: Final = (0.0, 1 / 128, 1 / 32, 1 / 8, 1 / 2)  # shares of a token's neurons that are read, in turn
-_TOKENS: Final = 9  # timed for each
-
 
 # --- what a model needs ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What is known of a model from its config.json, and from its store if it is repacked."""
+def _open(source: str | os.PathLike[str], predictor: str | None, dtype: str | None, **hub: Any) -> Model:
+    """What is known of a model before its weights are there."""
+    folder = resolve_folder(source, config_only=True, **hub)
+    plain = read_json(folder / "config.json")
+    adapter = adapter_for(plain)
+    stored = plain.pop("quantization_config", None) or {}
+    if stored and stored.get("quant_method") != "flash":
+        raise ConfigError("the model is quantized in another way", where=folder, got=stored.get("quant_method"))
+    config = AutoConfig.for_model(**plain)
+    wish = FlashOffloadConfig.from_dict(stored)
+    if predictor is not None:
+        wish.predictor = predictor
+    store = FlashStore.open_folder(folder) if stored and any(folder.glob("*.safetensors")) else None
+    own = store.layers[0].dtype if store else config.dtype or torch.float32
+    form = _form(wish, adapter, config, store)
+    return Model(folder, config, adapter, store, form, _dtype(dtype) or config.dtype or own, own)
 
-    folder: Path
-    config: Any
-    adapter: Adapter
-    store: FlashStore | None
-    form: PredictorForm | None
-    dtype: torch.dtype  # of compute
-    stored_dtype: torch.dtype  # on flash
 
-    @classmethod
-    def open(cls, source: str | os.PathLike[str], predictor: str | None, dtype: str | None, **hub: Any) -> _Model:
-        folder = resolve_folder(source, config_only=True, **hub)
-        plain = read_json(folder / "config.json")
-        adapter = adapter_for(plain)
-        stored = plain.pop("quantization_config", None) or {}
-        if stored and stored.get("quant_method") != "flash":
-            raise ConfigError("the model is quantized in another way", where=folder, got=stored.get("quant_method"))
-        config = AutoConfig.for_model(**plain)
-        wish = FlashOffloadConfig.from_dict(stored)
-        if predictor is not None:
-            wish.predictor = predictor
-        store = FlashStore.open_folder(folder) if stored and any(folder.glob("*.safetensors")) else None
-        own = store.layers[0].dtype if store else config.dtype or torch.float32
-        form = _form(wish, adapter, config, store)
-        return cls(folder, config, adapter, store, form, _dtype(dtype) or config.dtype or own, own)
-
-    @property
-    def dims(self) -> tuple[int, int, int]:
-        """layers, d_ff, d_model."""
-        return self.adapter.dims(self.config)
-
-    @property
-    def bundle_bytes(self) -> int:
-        """Of a neuron on flash."""
-        return 2 * self.dims[2] * self.stored_dtype.itemsize
-
-    @property
-    def predictor(self) -> str:
-        return "none" if self.form is None else "lowrank" if isinstance(self.form, LowRankFormat) else "quantized"
-
-    def skeleton(self, layers: int, d_ff: int) -> tuple[Any, list[FlashFFN]]:
-        """The model without memory, cut to some layers, and its FFNs."""
-        config = type(self.config).from_dict(self.config.to_dict())
-        config.num_hidden_layers, config.dtype = layers, self.dtype
-        setattr(config, self.adapter.d_ff_key, d_ff)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-            ffns = self.adapter.swap(model, self.dtype)
-        return model.to(self.dtype), ffns  # the new biases too
-
-    def memory(self, budget: int | str | None) -> MemoryPlan:
-        """Divide a budget as loading does. Raises `BudgetError`."""
-        layers, d_ff, _ = self.dims
-        model, _ = self.skeleton(layers, d_ff)
-        weights = [*model.parameters(), *model.buffers()]
-        resident = sum(w.nbytes for w in weights)
-        kinds = self.dtype, self.stored_dtype
-        return divide_memory(budget, resident, self.form, self.dims, *kinds, reader="auto", io_threads=16)
+def _memory(found: Model, budget: int | str | None) -> MemoryPlan:
+    """Divide a budget as loading does. Raises `BudgetError`."""
+    layers, d_ff, _ = found.dims
+    model, _ = found.skeleton(layers, d_ff)
+    weights = [*model.parameters(), *model.buffers()]
+    resident = sum(w.nbytes for w in weights)
+    kinds = found.dtype, found.stored_dtype
+    return divide_memory(budget, resident, found.form, found.dims, *kinds, reader="auto", io_threads=16)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -163,12 +105,7 @@ def _form(wish: FlashOffloadConfig, adapter: Adapter, config: Any, store: FlashS
     fresh_form(FlashOffloadConfig(predictor="quantized"), adapter, config)  # an error if nothing can be predicted
     layers, _, d_model = adapter.dims(config)
     wide = layers // 8  # the paper's ranks: 128, in the last 4 of 32 layers 1024, at d_model 4096
-    return LowRankFormat((_step(d_model // 32),) * (layers - wide) + (_step(d_model // 4),) * wide)
-
-
-def _step(rank: float) -> int:
-    """The next rank that torch has a fast product for."""
-    return max(16, math.ceil(rank / 16) * 16)
+    return LowRankFormat((fast_rank(d_model // 32),) * (layers - wide) + (fast_rank(d_model // 4),) * wide)
 
 
 # --- what its neurons do -----------------------------------------------------------------------------------------------
@@ -211,7 +148,7 @@ class Activity:
 
 
 def _activity(
-    model: _Model, active: float | None, fresh: float | None, predicted: float | None, report: dict[str, Any] | None
+    model: Model, active: float | None, fresh: float | None, predicted: float | None, report: dict[str, Any] | None
 ) -> Activity:
     """From what was given, else from a calibration, else from the paper."""
     for name, value, most in (("active", active, 1.0), ("fresh", fresh, 1.0), ("predicted", predicted, 1000.0)):
@@ -248,239 +185,6 @@ def _curve(use: Curve, d_ff: int) -> Curve:
     return np.concatenate(([0.0], smooth))
 
 
-# --- what this machine does --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Medians of the slice, in milliseconds of a layer and a token unless said otherwise."""
-
-    disk: str  # what was read, and with what
-    torch_threads: int
-    neurons: int  # computed
-    misses: tuple[int, ...]  # neurons read, of these
-    io_ms: tuple[float, ...]  # by `misses`
-    manage_ms: tuple[float, ...]
-    predict_ms: float
-    compute_ms: float
-    rest_ms: float  # attention, norms, Python
-    head_ms: float  # a token: embeddings, last norm and head, choosing the token
-    dense_ffn_ms: float  # both products of the stock layer
-    dram_gb_per_s: float  # of these
-
-    def at(self, missing: float) -> tuple[float, float]:
-        """`io_ms` and `manage_ms` of a layer that reads so many neurons."""
-        io = float(np.interp(missing, (0, *self.misses), (0.0, *self.io_ms)))
-        beyond = max(1.0, missing / max(1, self.misses[-1]))
-        return io * beyond, float(np.interp(missing, self.misses, self.manage_ms))
-
-
-def _measure(model: _Model, capacity: int, activity: Activity, disk: Path) -> Measured:
-    """Run a slice of the model and time its parts.
-
-    Args:
-        capacity: of the windows, as far as there is memory for them in a slice.
-    """
-    layers, d_ff, d_model = model.dims
-    attention = 4 * d_model * d_model * model.dtype.itemsize
-    count = max(1, min(_SLICE_LAYERS, layers, _SLICE_BYTES // attention))
-    with _readable(model, disk, count) as store, torch.no_grad():
-        rows = store.layers[0].d_ff
-        engine = Engine(open_reader(store, "direct", 16, model.dtype, 0), Scratch(rows, d_model, model.dtype), model.dtype)
-        try:
-            cut = _Slice(model, activity, engine, count, rows, capacity)
-            scale = activity.selected / cut.needed
-            runs = [cut.run(count) for count in tqdm(cut.misses, desc="Measuring", unit="setting", delay=2)]
-            misses = tuple(round(count * scale) for count in cut.misses)
-        finally:
-            engine.close()
-        disk_used = f"{store.layers[0].path.parent} ({engine.reader.source.means})"
-    del cut
-    gc.collect()  # before the next large matrix
-    trim_heap()
-    dense_s, gb_per_s = _dense_ffn(d_ff, d_model, model.dtype)
-    io = [1e3 * scale * run["io"] for run in runs]
-    typical = {part: 1e3 * float(np.median([run[part] for run in runs])) for part in ("predict", "compute", "rest", "head")}
-    return Measured(
-        disk=disk_used,
-        torch_threads=torch.get_num_threads(),
-        neurons=round(activity.selected),
-        misses=misses,
-        io_ms=tuple(min(io[at:]) for at in range(len(io))),  # fewer reads that took longer: something disturbed them
-        manage_ms=tuple(1e3 * run["manage"] for run in runs),
-        predict_ms=typical["predict"],
-        compute_ms=scale * typical["compute"],
-        rest_ms=typical["rest"],
-        head_ms=typical["head"],
-        dense_ffn_ms=1e3 * dense_s,
-        dram_gb_per_s=gb_per_s,
-    )
-
-
-class _Slice:
-    """Some layers of a model in its real shape, whose predictors name what they are told to.
-
-    Args:
-        engine: reads files of `rows` neurons a layer.
-        capacity: of the real model's windows.
-    """
-
-    def __init__(self, model: _Model, activity: Activity, engine: Engine, layers: int, rows: int, capacity: int) -> None:
-        _, d_ff, d_model = model.dims
-        self.engine, self.layers, self.rows, self.all = engine, layers, rows, model.form is None
-        self.needed = rows if self.all else max(1, min(round(activity.selected), rows // 2))
-        self.misses = [rows] if self.all else sorted({0, 1, *(round(share * self.needed) for share in _MISSES)})
-        room = max(2 * self.needed, min(capacity, _WINDOW_BYTES // model.bundle_bytes))
-        room = 0 if self.all else min(room, rows - self.needed)
-        self.model, self.ffns = model.skeleton(layers, rows)
-        self.model.to_empty(device="cpu")
-        self.model.tie_weights()
-        self.model.eval()
-        for tensor in {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}.values():
-            tensor.data = aligned_empty(tuple(tensor.shape), tensor.dtype).fill_(0.01)
-        self.generator = np.random.default_rng(0)
-        self.predictors = [_Told(model, d_ff, rows) for _ in self.ffns]
-        for ffn, predictor in zip(self.ffns, self.predictors, strict=True):
-            window = ResidentWindow(rows, d_model, room, 5, model.dtype)
-            window.matrix.fill_(0.01)
-            ids = np.sort(self.generator.permutation(rows)[:room])
-            window.commit(ids, window.reserve(room))
-            ffn.attach(engine, window, NoPredictor() if self.all else predictor)
-            if ffn.bias is not None:  # large beside anything that is added to it: so many are active and no more
-                idle = torch.from_numpy(self.generator.random(rows) * max(1.0, activity.predicted) >= 1.0)
-                ffn.bias.data = torch.where(idle, -100.0, 100.0).to(model.dtype)
-
-    def run(self, missing: int) -> dict[str, float]:
-        """Generate some tokens for which every layer reads `missing` neurons; medians in seconds.
-
-        Returns:
-            `io`, `manage`, `predict`, `compute` and `rest` of a layer, `head` of a token.
-        """
-        clock = _Clock(self, missing)
-        tokens = min(_TOKENS + 1, self.model.config.max_position_embeddings - 1)  # and the first, which is not timed
-        with clock.watching(self.model.get_decoder().layers):
-            self.model.generate(
-                torch.full((1, 1), 4), attention_mask=torch.ones(1, 1, dtype=torch.long), max_new_tokens=tokens,
-                min_new_tokens=tokens, do_sample=False, num_beams=1, stopping_criteria=[clock],
-            )  # fmt: skip
-        return {part: float(np.median([token[part] for token in clock.found])) for part in clock.found[0]}
-
-    def prescribe(self, missing: int) -> None:
-        """Choose what the next token needs: neurons at random, `missing` of them not in DRAM."""
-        for ffn, predictor in zip(self.ffns, self.predictors, strict=True):
-            there = ffn.window.slot_of >= 0
-            hits = self.generator.permutation(np.flatnonzero(there))[: self.needed - missing]
-            new = self.generator.permutation(np.flatnonzero(~there))[:missing]
-            predictor.says = torch.zeros(1, self.rows, dtype=torch.bool)
-            predictor.says[0, torch.from_numpy(np.concatenate([hits, new]))] = True
-
-
-class _Clock(StoppingCriteria):
-    """Takes a token's times where it is chosen, and prescribes the next one's neurons outside of them. Never stops a run."""
-
-    def __init__(self, cut: _Slice, missing: int) -> None:
-        self._cut, self._missing, self.found = cut, missing, list[dict[str, float]]()
-        self._start, self._entered, self._in_layers, self._first = 0.0, 0.0, 0.0, True
-        cut.prescribe(missing)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        whole, count, layers = perf_counter() - self._start, self._cut.engine.counters, self._cut.layers
-        if not self._first:  # that one had the prompt's work in it
-            parts = {name: getattr(count, f"{name}_s") / layers for name in ("io", "manage", "predict", "compute")}
-            rest = self._in_layers / layers - sum(parts.values())
-            self.found.append(parts | {"rest": rest, "head": whole - self._in_layers})
-        self._first = False
-        self._cut.prescribe(self._missing)
-        count.reset()
-        self._start = perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-    @contextmanager
-    def watching(self, layers: Any) -> Iterator[None]:
-        """Take the time from the first layer's beginning to the last one's end."""
-
-        def enter(*args: Any) -> None:
-            self._entered = perf_counter()
-
-        def leave(*args: Any) -> None:
-            self._in_layers = perf_counter() - self._entered
-
-        handles = [layers[0].register_forward_pre_hook(enter), layers[-1].register_forward_hook(leave)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class _Told:
-    """A real predictor of the model's shape, with random weights, that answers what it was told to."""
-
-    def __init__(self, model: _Model, d_ff: int, rows: int) -> None:
-        self.says = torch.zeros(1, rows, dtype=torch.bool)
-        d_model, form = model.dims[2], model.form
-        self._real: QuantizedPredictor | LowRankPredictor | None = None
-        if isinstance(form, QuantizedFormat):
-            tensors = {name.rpartition(".")[2]: _random(spec) for name, spec in form.shapes("x", d_ff, d_model).items()}
-            self._real = QuantizedPredictor(tensors, None, form, tensors["error"])
-        elif isinstance(form, LowRankFormat):
-            specs = lowrank_specs("x", d_ff, d_model, _step(sum(form.ranks) / len(form.ranks)))
-            self._real = LowRankPredictor({name.rpartition(".")[2]: _random(spec) for name, spec in specs.items()})
-        self.nbytes = self._real.nbytes if self._real else 0
-
-    def select(self, x: torch.Tensor) -> torch.Tensor:
-        if self._real is not None:
-            self._real.select(x)
-        return self.says
-
-
-def _random(spec: TensorSpec) -> torch.Tensor:
-    dtype, shape = spec
-    if dtype.is_floating_point:
-        return torch.full(shape, 0.01, dtype=dtype)
-    return torch.randint(0, 127, shape, dtype=dtype)
-
-
-def _dense_ffn(d_ff: int, d_model: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds that both products of a stock FFN take for one token, out of DRAM, and GB/s."""
-    size = d_ff * d_model
-    copies = max(2, _WINDOW_BYTES // (size * dtype.itemsize))
-    weights = aligned_empty((copies, size), dtype).fill_(0.01)
-    x, hidden, times = torch.ones(1, d_model, dtype=dtype), torch.ones(1, d_ff, dtype=dtype), []
-    with torch.no_grad():
-        for turn in range(max(6, min(copies, 24))):
-            up, down = weights[2 * turn % copies].view(d_ff, d_model), weights[(2 * turn + 1) % copies].view(d_model, d_ff)
-            start = perf_counter()
-            torch.nn.functional.linear(x, up)
-            torch.nn.functional.linear(hidden, down)
-            times.append(perf_counter() - start)
-    typical = float(np.median(times))
-    return typical, 2 * size * dtype.itemsize / 1e9 / typical
-
-
-@contextmanager
-def _readable(model: _Model, disk: Path, layers: int) -> Iterator[FlashStore]:
-    """Some layers to read neurons from: the model's own if it is repacked and lies on that disk, else of a scratch file."""
-    if model.store is not None and model.folder.resolve() == disk.resolve():
-        yield replace(model.store, layers=model.store.layers[:layers])
-        return
-    _, d_ff, d_model = model.dims
-    rows = max(2, min(d_ff, _SCRATCH_BYTES // model.bundle_bytes))
-    check_room(disk, rows * model.bundle_bytes)
-    with writing(disk):
-        place = tempfile.TemporaryDirectory(prefix=".hf-flash-plan-", dir=disk)
-    with place as folder:
-        path = Path(folder) / "scratch"
-        with writing(path, needed=rows * model.bundle_bytes), open(path, "wb") as file:
-            block = torch.randn(min(rows, 1024), 2 * d_model).mul_(0.02).to(model.stored_dtype).view(torch.uint8).numpy()
-            for at in range(0, rows, len(block)):
-                file.write(block[: rows - at].data)
-            file.flush()
-            os.fsync(file.fileno())
-        layer = LayerStore(0, path, 0, "scratch", rows, d_model, model.stored_dtype, "", "", "")
-        yield FlashStore(tuple(replace(layer, index=index) for index in range(layers)), {}, None, (), {})
-
-
 # --- what comes of it --------------------------------------------------------------------------------------------------
 
 
@@ -503,7 +207,7 @@ class Point:
         return self.io_ms + self.manage_ms + self.predict_ms + self.compute_ms + self.rest_ms
 
 
-def _predict(memory: MemoryPlan, model: _Model, activity: Activity, found: Measured, seen: tuple[int, int] | None) -> Point:
+def _predict(memory: MemoryPlan, model: Model, activity: Activity, found: Measured, seen: tuple[int, int] | None) -> Point:
     """The cost model, for one budget."""
     layers = memory.layers
     missing = activity.misses(memory.capacity, seen) * (layers // len(activity.use))
@@ -641,16 +345,16 @@ def plan(
     """
     if tokens is not None and (tokens < 1 or prompt_tokens < 1):
         raise ConfigError("no tokens", where="tokens, prompt_tokens", expected="at least 1", got=(tokens, prompt_tokens))
-    found = _Model.open(model, predictor, dtype, **hub)
+    found = _open(model, predictor, dtype, **hub)
     report = stored_report(found.store) if found.store else None
     activity = _activity(found, active, fresh, predicted, report)
-    empty = found.memory(1 << 59)
+    empty = _memory(found, 1 << 59)
     whole = max(empty.dense_bytes, empty.minimum_bytes)  # buffers are more than the FFN of a tiny model
     scarce = memory is None and ceiling_bytes(None) < whole
-    wanted = found.memory(None if scarce else whole if memory is None else parse_share(memory, empty.dense_bytes))
+    wanted = _memory(found, None if scarce else whole if memory is None else parse_share(memory, empty.dense_bytes))
     free = available_memory()
     place = Path(disk) if disk is not None else found.folder if found.store else cache_folder(None)
-    measured = _measure(found, wanted.capacity, activity, _existing(place, disk is not None))
+    measured = measure(found, activity.selected, activity.predicted, wanted.capacity, _existing(place, disk is not None))
     seen = None if tokens is None else (prompt_tokens, prompt_tokens + tokens - 1)
     sizes = {empty.dense_bytes * share // 100 for share in SHARES} | {wanted.budget_bytes}
     plans = [replace(wanted, budget_bytes=size) for size in sorted(sizes) if size >= wanted.minimum_bytes]

@@ -137,6 +137,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"bench", "bench_worker", "saving", "text"},
     {"quantizer"},
     {"calibration", "evaluation"},
+    {"machine"},
     {"planner"},
     {"calibrate", "cli", "__init__"},
     {"__main__"},
@@ -151,13 +152,14 @@ MAY_IMPORT = {
         "cli",
         "config",
         "evaluation",
+        "machine",
         "planner",
         "quantizer",
         "text",
     },
     "torch": set(MODULES) - {"errors", "stats", "budget", "_version", "uring"},
     "safetensors": {"store", "checkpoint", "predictor"},
-    "huggingface_hub": {"bench", "checkpoint", "repack", "saving", "calibration", "cli", "evaluation", "planner"},
+    "huggingface_hub": {"bench", "checkpoint", "repack", "saving", "calibration", "cli", "evaluation", "machine"},
 }
 
 

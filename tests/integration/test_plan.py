@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, planner
+from hf_flash import FlashOffloadConfig, machine, planner
 from hf_flash.activity import Use
 from hf_flash.cli import main
 from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
@@ -43,7 +43,7 @@ def made(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> planner.Plan:
 @pytest.fixture
 def unmeasured(made: planner.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine does is as in `made`."""
-    monkeypatch.setattr(planner, "_measure", lambda *args: made.measured)
+    monkeypatch.setattr(planner, "measure", lambda *args: made.measured)
 
 
 def test_config_json_is_enough(made: planner.Plan, bare: Path) -> None:
@@ -228,7 +228,7 @@ def test_no_room_for_a_scratch_file(bare: Path, tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(planner.os, "fsync", full)
+        patch.setattr(machine.os, "fsync", full)
         with pytest.raises((RepackError, DiskSpaceError)):
             planner.plan(bare, disk=tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))

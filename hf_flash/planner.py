@@ -2,19 +2,16 @@
 
 The cost of a decoded token, in the paper's frame (sections 2 and 3, table 3), L layers:
 
-    token    = head + sum over the layers of (rest + predict + manage(f) + io(f) + compute)
-    f        = s(k + 1) - s(k)     neurons that a token needs and the last k tokens did not use
-    k        from s(k) = capacity  the window keeps as many tokens as there is room for
-    capacity = (budget - embeddings, attention, predictor, scratch) / (L * bundle)
+    token = head + sum over the layers of (rest + predict + manage(f) + io(f) + compute)
+    f     = neurons that a token needs and the layer's window does not hold
 
-s(k) is the *aggregated use*: how many different neurons of a layer the last k tokens were predicted to use (paper: figure 4a).
+f follows from the budget, which is divided as loading divides it (budget.py), and from what tokens need (demand.py): *measured*
+on text, for every layer, if the model was calibrated. Otherwise *assumed*, from the paper's figures for OPT-6.7B: 3 % of the
+neurons active, of which 24 % were not used in the 4 tokens before; or *given*. These two say little of windows that hold more
+than 4 tokens, and what they leave open is taken for the worse. Reports say which it was.
 
 Measured, on this machine (machine.py): all times, in a few layers of the model's real shape, for some f; between them they are
 interpolated.
-
-Measured, on text, if the model was calibrated: s(1) to s(16) of every layer, beyond that a power law through the last of them;
-and how many neurons are predicted for one that is active. Otherwise assumed, from the paper's figures for OPT-6.7B: 3 % active,
-of which 24 % were not used in the 4 tokens before, which makes s(k) = s(1) * k^0.51. Reports say which it was.
 
 Left out: the prompt (it is computed, not read, most of the time); attention over a long context; lookahead, which hides reads
 where a core is free; the page cache, where the store fits into what memory is left: all but the first two make it faster than
@@ -29,32 +26,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import AutoConfig
 
 from .adapters import Adapter, adapter_for
 from .budget import MemoryPlan, available_memory, ceiling_bytes, format_bytes, parse_share
-from .calibration import stored_report
 from .checkpoint import resolve_folder
 from .config import FlashOffloadConfig
+from .demand import Demand, everything, measured, supposed
 from .errors import ConfigError
 from .lowrank import LowRankFormat
 from .machine import Measured, Model, fast_rank, measure
 from .predictor import PredictorForm
 from .repack import cache_folder, fresh_form, stored_form
-from .runtime import divide_memory
+from .runtime import divide_memory, stored_report
 from .store import FlashStore, read_json
-
-Curve = npt.NDArray[np.floating[Any]]
 
 SHARES: Final = (30, 40, 50, 60, 70, 80, 100)  # percent of the dense model that are looked at
 ENOUGH: Final = 1.1  # a suggested budget may be so many times slower than the fastest
-_ACTIVE, _FRESH = 0.03, 0.24  # OPT-6.7B, in the paper
-_PREDICTED: Final = {"quantized": 1.5, "lowrank": 3.0, "none": 1.0}  # neurons named for one that is active
-_LONGEST: Final = 4096  # tokens that s(k) is continued to
-_WORD_OF_4: Final = 4  # tokens that `fresh` looks back
 
 
 # --- what a model needs ------------------------------------------------------------------------------------------------
@@ -78,14 +67,15 @@ def _open(source: str | os.PathLike[str], predictor: str | None, dtype: str | No
     return Model(folder, config, adapter, store, form, _dtype(dtype) or config.dtype or own, own)
 
 
-def _memory(found: Model, budget: int | str | None) -> MemoryPlan:
+def _memory(found: Model, budget: int | str | None, demand: Demand) -> MemoryPlan:
     """Divide a budget as loading does. Raises `BudgetError`."""
     layers, d_ff, _ = found.dims
     model, _ = found.skeleton(layers, d_ff)
     weights = [*model.parameters(), *model.buffers()]
     resident = sum(w.nbytes for w in weights)
     kinds = found.dtype, found.stored_dtype
-    return divide_memory(budget, resident, found.form, found.dims, *kinds, reader="auto", io_threads=16)
+    need = demand if found.form else None
+    return divide_memory(budget, resident, found.form, found.dims, *kinds, reader="auto", io_threads=16, demand=need)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -108,81 +98,19 @@ def _form(wish: FlashOffloadConfig, adapter: Adapter, config: Any, store: FlashS
     return LowRankFormat((fast_rank(d_model // 32),) * (layers - wide) + (fast_rank(d_model // 4),) * wide)
 
 
-# --- what its neurons do -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Activity:
-    """What tokens need of a layer.
-
-    Attributes:
-        source: `"measured"` (a calibration), `"assumed"` (the paper's figures) or `"given"`.
-        active: share of the neurons that a token leaves non-zero.
-        predicted: neurons that are named for one that is active.
-        use: aggregated use of *named* neurons, one curve or one a layer, at k = 0 to 4096 tokens.
-    """
-
-    source: str
-    active: float
-    predicted: float
-    use: tuple[Curve, ...]
-
-    @property
-    def selected(self) -> float:
-        """Neurons that a token computes in a layer."""
-        return float(np.mean([curve[1] for curve in self.use]))
-
-    def misses(self, capacity: int, seen: tuple[int, int] | None) -> list[float]:
-        """Neurons a token has to read in each layer whose window holds `capacity`.
-
-        Args:
-            seen: how many tokens came before: first and last. `None`: as many as it takes.
-        """
-        found = []
-        for curve in self.use:
-            room = float(np.interp(capacity, curve, np.arange(len(curve))))  # tokens that fit
-            before = np.full(1, room) if seen is None else np.minimum(room, np.arange(seen[0], seen[1] + 1))
-            at = np.arange(len(curve))
-            found.append(float(np.mean(np.interp(before + 1, at, curve) - np.interp(before, at, curve))))
-        return found
-
-
-def _activity(
+def _demand(
     model: Model, active: float | None, fresh: float | None, predicted: float | None, report: dict[str, Any] | None
-) -> Activity:
-    """From what was given, else from a calibration, else from the paper."""
+) -> Demand:
+    """What its tokens need: from what was given, else from a calibration, else from the paper."""
     for name, value, most in (("active", active, 1.0), ("fresh", fresh, 1.0), ("predicted", predicted, 1000.0)):
         if value is not None and not 0 < value <= most:
             raise ConfigError(f"{name} is out of range", where="plan", expected=f"more than 0, at most {most:g}", got=value)
-    _, d_ff, _ = model.dims
-    kind = model.predictor
-    if kind == "none":
-        everything = np.full(_LONGEST + 1, float(d_ff))
-        everything[0] = 0.0
-        return Activity("given", 1.0, 1.0, (everything,))
+    layers, d_ff, _ = model.dims
+    if model.form is None:
+        return everything(layers, d_ff)
     if report is not None and active is None and fresh is None:
-        key = "lowrank" if model.form is None or kind == "lowrank" else model.form.variant
-        layers = report["layers"]
-        over = [predicted or layer.get(key, {}).get("selected") or _PREDICTED[kind] for layer in layers]
-        uses = [np.array(layer["use"]["mean"]) * more for layer, more in zip(layers, over, strict=True)]
-        share = float(np.mean([layer["active"] for layer in layers])) / d_ff
-        return Activity("measured", share, float(np.mean(over)), tuple(_curve(use, d_ff) for use in uses))
-    source = "assumed" if active is None and fresh is None else "given"
-    share, over_all = active or _ACTIVE, predicted or _PREDICTED[kind]
-    grid = np.linspace(1e-6, 1.0, 10_001)
-    power = float(np.interp(fresh or _FRESH, (_WORD_OF_4 + 1.0) ** grid - _WORD_OF_4**grid, grid))
-    return Activity(source, share, over_all, (_curve(share * over_all * d_ff * np.arange(1, 17) ** power, d_ff),))
-
-
-def _curve(use: Curve, d_ff: int) -> Curve:
-    """s(0) to s(4096) from s(1), s(2) ...: continued by a power law through the last points, concave, at most d_ff."""
-    count, last = len(use), max(float(use[-1]), 1e-9)
-    back = max(0, count - 5)
-    power = np.log(last / max(float(use[back]), 1e-9)) / np.log(count / (back + 1)) if count > 1 else 0.5
-    rest = last * (np.arange(count + 1, _LONGEST + 1) / count) ** float(np.clip(power, 0.0, 1.0))
-    steps = np.diff(np.concatenate(([0.0], use, rest)))
-    smooth: Curve = np.minimum(np.cumsum(np.minimum.accumulate(np.maximum(steps, 0.0))), d_ff)
-    return np.concatenate(([0.0], smooth))
+        return measured(report["layers"], model.form.variant, model.predictor, d_ff, predicted)
+    return supposed(layers, d_ff, model.predictor, active, fresh, predicted)
 
 
 # --- what comes of it --------------------------------------------------------------------------------------------------
@@ -193,7 +121,7 @@ class Point:
     """What to expect of one budget. Times in milliseconds per decoded token."""
 
     budget_bytes: int
-    capacity: int  # neurons that a layer's window holds
+    capacity: int  # neurons that a layer's window holds, on average
     hit_rate: float
     read_bytes: float  # per token
     io_ms: float
@@ -207,15 +135,14 @@ class Point:
         return self.io_ms + self.manage_ms + self.predict_ms + self.compute_ms + self.rest_ms
 
 
-def _predict(memory: MemoryPlan, model: Model, activity: Activity, found: Measured, seen: tuple[int, int] | None) -> Point:
+def _predict(memory: MemoryPlan, model: Model, demand: Demand, found: Measured, seen: tuple[int, int] | None) -> Point:
     """The cost model, for one budget."""
-    layers = memory.layers
-    missing = activity.misses(memory.capacity, seen) * (layers // len(activity.use))
+    layers, missing = memory.layers, demand.misses(memory.capacities, seen)
     times = [found.at(count) for count in missing]
     return Point(
         budget_bytes=memory.budget_bytes,
         capacity=memory.capacity,
-        hit_rate=1.0 - sum(missing) / layers / max(activity.selected, 1e-9),
+        hit_rate=1.0 - sum(missing) / layers / max(demand.selected, 1e-9),
         read_bytes=sum(missing) * model.bundle_bytes,
         io_ms=sum(io for io, _ in times),
         manage_ms=sum(manage for _, manage in times),
@@ -234,7 +161,7 @@ class Plan:
     dtype: str
     predictor: str
     memory: MemoryPlan  # of the budget that was asked about
-    activity: Activity
+    activity: Demand
     measured: Measured
     point: Point  # that budget
     points: tuple[Point, ...]  # it and others, ascending
@@ -253,7 +180,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, derived ones included."""
-        found = asdict(self)
+        plain = replace(self.memory, demand=None)
+        found = asdict(replace(self, memory=plain))
+        found["memory"].pop("demand")
         found["activity"] = {name: getattr(self.activity, name) for name in ("source", "active", "predicted", "selected")}
         derived = ("minimum_bytes", "window_bytes", "capacity", "dense_bytes")
         found["memory"] |= {name: getattr(self.memory, name) for name in derived}
@@ -331,7 +260,8 @@ def plan(
         dtype: of compute, such as `"bfloat16"`. Default: the checkpoint's.
         disk: the folder whose disk is measured. Default: a repacked model's own, else that of the flash cache.
         active: share of a layer's neurons that a token leaves non-zero. Default: as calibrated, else 0.03.
-        fresh: share of them that the 4 tokens before did not use. Default: as calibrated, else 0.24.
+        fresh: share of them that the 4 tokens before did not use. Default: as calibrated, else 0.24. Where one of these two is
+            given, all layers are taken for alike and a calibration is left aside.
         predicted: neurons that the predictor names for one that is active. Default: as calibrated, else 1.5 or, low rank, 3.
         tokens: predict the mean of so many tokens after a prompt of `prompt_tokens`, while the windows fill. Default: the
             long run.
@@ -346,32 +276,31 @@ def plan(
     if tokens is not None and (tokens < 1 or prompt_tokens < 1):
         raise ConfigError("no tokens", where="tokens, prompt_tokens", expected="at least 1", got=(tokens, prompt_tokens))
     found = _open(model, predictor, dtype, **hub)
-    report = stored_report(found.store) if found.store else None
-    activity = _activity(found, active, fresh, predicted, report)
-    empty = _memory(found, 1 << 59)
+    demand = _demand(found, active, fresh, predicted, stored_report(found.store) if found.store else None)
+    empty = _memory(found, 1 << 59, demand)
     whole = max(empty.dense_bytes, empty.minimum_bytes)  # buffers are more than the FFN of a tiny model
     scarce = memory is None and ceiling_bytes(None) < whole
-    wanted = _memory(found, None if scarce else whole if memory is None else parse_share(memory, empty.dense_bytes))
+    wanted = _memory(found, None if scarce else whole if memory is None else parse_share(memory, empty.dense_bytes), demand)
     free = available_memory()
     place = Path(disk) if disk is not None else found.folder if found.store else cache_folder(None)
-    measured = measure(found, activity.selected, activity.predicted, wanted.capacity, _existing(place, disk is not None))
+    times = measure(found, demand.selected, demand.predicted, wanted.capacity, _existing(place, disk is not None))
     seen = None if tokens is None else (prompt_tokens, prompt_tokens + tokens - 1)
     sizes = {empty.dense_bytes * share // 100 for share in SHARES} | {wanted.budget_bytes}
     plans = [replace(wanted, budget_bytes=size) for size in sorted(sizes) if size >= wanted.minimum_bytes]
-    points = [_predict(item, found, activity, measured, seen) for item in plans]
-    layers, head = wanted.layers, measured.head_ms
+    points = [_predict(item, found, demand, times, seen) for item in plans]
+    layers, head = wanted.layers, times.head_ms
     return Plan(
         model=found.folder.name if Path(model).is_dir() else str(model),
         model_type=found.adapter.model_type,
         dtype=str(found.dtype).removeprefix("torch."),
         predictor=found.predictor,
         memory=wanted,
-        activity=activity,
-        measured=measured,
+        activity=demand,
+        measured=times,
         point=next(point for point in points if point.budget_bytes == wanted.budget_bytes),
         points=tuple(points),
         free_bytes=free,
-        dense_token_ms=layers * (measured.rest_ms + measured.dense_ffn_ms) + head,
+        dense_token_ms=layers * (times.rest_ms + times.dense_ffn_ms) + head,
         suggested_bytes=_suggestion(points, ceiling_bytes(None)),
     )
 

@@ -124,7 +124,7 @@ def test_an_error_prints_its_parts_and_survives_a_process_boundary(kind: type[er
 # --- imports -------------------------------------------------------------------------------------------------------
 
 LAYERS = [  # a module imports only from lines above its own
-    {"_version", "errors", "memory", "uring"},
+    {"_version", "demand", "errors", "memory", "uring"},
     {"activity", "budget", "cap", "compute", "disk", "harness", "plots", "window"},
     {"bench_report", "stats", "config", "store"},
     {"checkpoint", "lowbit", "sources", "writer"},
@@ -157,7 +157,7 @@ MAY_IMPORT = {
         "quantizer",
         "text",
     },
-    "torch": set(MODULES) - {"errors", "stats", "budget", "_version", "uring"},
+    "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "uring"},
     "safetensors": {"store", "checkpoint", "predictor"},
     "huggingface_hub": {"bench", "checkpoint", "repack", "saving", "calibration", "cli", "evaluation", "machine"},
 }

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from .demand import Demand
+from .demand import LONGEST, Demand
 from .errors import BudgetError, ConfigError
 
 _UNITS = {"": 1, "B": 1} | {
@@ -145,6 +145,22 @@ class MemoryPlan:
     def dense_bytes(self) -> int:
         """The whole model in DRAM, as stock transformers would hold it."""
         return self.resident_bytes + self.layers * self.d_ff * self.bundle_bytes
+
+    def shortage(self, tokens: int) -> str | None:
+        """What to say of windows that do not hold even what one token uses; `None` if they do.
+
+        Args:
+            tokens: that windows are meant to hold.
+        """
+        need = self.demand
+        if need is None or sum(self.capacities) >= need.held(1) - self.layers:
+            return None
+        enough = self.minimum_bytes + need.held(min(tokens, LONGEST)) * self.bundle_bytes
+        return (
+            f"a budget of {format_bytes(self.budget_bytes)} leaves room for {self.capacity} neurons a layer, and a token uses "
+            f"{need.selected:.0f} ({need.source}): most of them are read again for every token. "
+            f"{format_bytes(enough)} would hold what {tokens} tokens use"
+        )
 
     def describe(self) -> str:
         """The parts, one a line."""

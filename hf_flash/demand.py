@@ -82,6 +82,10 @@ class Demand:
         rooms += (unused * (total - rooms.sum()) / max(total - rooms.sum(), unused.sum(), 1)).astype(np.int64)
         return tuple(int(room) for room in rooms)
 
+    def held(self, tokens: int) -> int:
+        """Neurons that so many tokens use, in all layers together: the room that `divide` gives each a window of them with."""
+        return int(np.ceil(self.use[:, tokens]).sum())
+
 
 def measured(layers: Sequence[Mapping[str, Any]], variant: str, kind: str, d_ff: int, predicted: float | None = None) -> Demand:
     """From a calibration's report.

@@ -225,6 +225,8 @@ class Plan:
 
     def _advice(self) -> Iterator[str]:
         yield f"on top of a budget come about 0.3 GB and {format_bytes(self.kv_cache_bytes_per_token)} of KV cache a token"
+        if shortage := self.memory.shortage(FlashOffloadConfig().window):
+            yield shortage
         fastest = min(p.token_ms for p in self.points)
         if self.suggested_bytes is None:
             yield f"the model does not run here: it needs {format_bytes(self.memory.minimum_bytes)} at least"

@@ -158,6 +158,8 @@ class FlashHfQuantizer(HfQuantizer):
             " (most of what is free)" if self.quantization_config.memory_budget in (None, AUTO) else "",
             plan.describe(),
         )
+        if shortage := plan.shortage(self.quantization_config.window):
+            logger.warning("hf_flash: %s", shortage)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,23 @@ def test_windows_are_divided_as_calibrated_in_a_plan_and_in_a_model(packed: Path
     assert (stats.capacity, stats.window_limit_bytes) == (sum(real) // 3, sum(real) * 2 * 32 * 4)
     model.generate(torch.tensor([[5, 9, 11]]), attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=40)
     assert hf_flash.stats(model).dram_bytes <= found.memory.budget_bytes
+
+
+def test_a_budget_that_makes_windows_useless_is_told_of(
+    packed: Path, caplog: pytest.LogCaptureFixture, made: planner.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "measure", lambda *args: made.measured)
+    minimum = planner.plan(packed).memory.minimum_bytes
+    with caplog.at_level(logging.WARNING, logger="hf_flash"):
+        AutoModelForCausalLM.from_pretrained(packed, quantization_config=FlashOffloadConfig(memory_budget=minimum + 1024))
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "hf_flash"]
+    assert "leaves room for 1 neurons a layer, and a token uses 6 (assumed)" in said
+    assert "would hold what 5 tokens use" in said
+    assert said.removeprefix("hf_flash: ") in planner.plan(packed, memory=minimum + 1024).describe()
+    caplog.clear()
+    for arguments in ({"memory_budget": minimum + 64 * 1024}, {"predictor": "none", "memory_budget": minimum + 1024}, {}):
+        AutoModelForCausalLM.from_pretrained(packed, quantization_config=FlashOffloadConfig(**arguments))
+    assert "leaves room" not in caplog.text
 
 
 # --- the suggestion ------------------------------------------------------------------------------------------------------

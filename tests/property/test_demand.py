@@ -191,3 +191,15 @@ def test_uneven_windows_stay_within_the_budget(size: int, layers: list[float]) -
     plan = budget(size, layers)
     assert plan.window_bytes == sum(plan.capacities) <= plan.budget_bytes
     assert plan.capacity == sum(plan.capacities) // 3
+
+
+def test_a_budget_says_when_it_is_too_small_to_be_of_use() -> None:
+    short, layers = budget(50, [20.0, 80.0]), [20.0, 80.0]
+    said = short.shortage(5)
+    assert said is not None
+    assert "room for 25 neurons a layer, and a token uses 50 (measured)" in said
+    assert f"{sum(int(np.ceil(a * 5**0.5)) for a in layers)} B would hold what 5 tokens use" in said
+    enough = budget(sum(int(np.ceil(a * 5**0.5)) for a in layers), layers)
+    assert enough.shortage(5) is None
+    assert all(room >= a * 5**0.5 - 1 for room, a in zip(enough.capacities, layers, strict=True))
+    assert "windows, 111 of 1000 neurons a layer (44 to 179)" in enough.describe()

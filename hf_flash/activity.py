@@ -13,7 +13,9 @@ import torch
 
 from .errors import CalibrationError
 
-LONGEST: Final = 16  # tokens, the longest window that is measured
+LONGEST: Final = 16  # tokens, the longest window whose every length is measured
+FAR: Final = (20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # and of these, in tokens
+_EVERY: Final = 4  # token is looked at for these: neighbours say the same
 PARTNERS: Final = 8  # neighbours kept per neuron
 _TOKENS: Final = 4096  # tokens that co-activation is counted on
 _ROWS: Final = 1024
@@ -109,30 +111,43 @@ def reached_by(share: float, values: Callable[[], Iterable[torch.Tensor]]) -> fl
 
 @dataclass
 class Use:
-    """Aggregated use s_agg(k): how many different neurons the last k tokens used, for k = 1 to 16 (paper: figure 4a).
+    """Aggregated use s_agg(k): how many different neurons the last k tokens used (paper: figure 4a).
 
-    Feed it sequences; `mean` and `most` are lists by k. `most[k - 1]` is what a window of k tokens needs, the paper's Req_i.
+    Feed it sequences; `mean` and `most` are lists by k = 1 to 16. `most[k - 1]` is what a window of k tokens needs, the paper's
+    Req_i. `far` goes on to 256 tokens, `far_tokens` says to which: as far as the sequences are long.
     """
 
     tokens: int = 0
     total: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(LONGEST, dtype=np.int64))
     peak: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(LONGEST, dtype=np.int64))
+    far_count: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(len(FAR), dtype=np.int64))
+    far_total: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(len(FAR), dtype=np.int64))
 
     def add(self, used: torch.Tensor) -> None:
         """Count one sequence, bool [tokens, d_ff]. Its first tokens, whose windows are not full, are not counted."""
         mask = used.numpy()
         when = np.arange(1, len(mask) + 1, dtype=np.int32)[:, None]
-        last = np.maximum.accumulate(np.where(mask, when, np.int32(-LONGEST)), axis=0)
-        age = (when - last)[LONGEST - 1 :]  # tokens since a neuron was used
+        since = when - np.maximum.accumulate(np.where(mask, when, np.int32(-FAR[-1])), axis=0)  # 0: used by this token
+        age = since[LONGEST - 1 :]
         for k in range(LONGEST):
             union = (age <= k).sum(axis=1)
             self.total[k] += union.sum()
             self.peak[k] = max(self.peak[k], union.max(initial=0))
         self.tokens += len(age)
+        for number, k in enumerate(FAR):
+            rows = since[k - 1 :: _EVERY]
+            self.far_total[number] += (rows < k).sum()
+            self.far_count[number] += len(rows)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """`mean` and `most` neurons, by k."""
-        return {"mean": [round(float(v), 2) for v in self.total / max(1, self.tokens)], "most": [int(v) for v in self.peak]}
+        """Neurons: `mean` and `most` by k, `far` by `far_tokens`."""
+        far = {k: total / count for k, total, count in zip(FAR, self.far_total, self.far_count, strict=True) if count}
+        return {
+            "mean": [round(float(v), 2) for v in self.total / max(1, self.tokens)],
+            "most": [int(v) for v in self.peak],
+            "far_tokens": list(far),
+            "far": [round(float(v), 2) for v in far.values()],
+        }
 
 
 def frequency(masks: Iterable[torch.Tensor]) -> torch.Tensor:

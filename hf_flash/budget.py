@@ -5,7 +5,8 @@
     resident   embeddings, attention, norms, biases: everything that is not an FFN matrix
   + predictor  the packed predictor of every layer
   + scratch    block buffers shared by all layers (`compute.Scratch`) and bounce buffers of the reader
-  + windows    layers x capacity x bundle_bytes: whatever the budget leaves, divided evenly, at most d_ff neurons a layer
+  + windows    whatever the budget leaves: room for equally many tokens in each layer if the model was calibrated (demand.py),
+               else for equally many neurons; at most d_ff
 
 The first three are the minimum; a budget below it is an error before anything is loaded. Interpreter, libraries,
 activations and the KV cache come on top: about 0.3 GB plus the KV cache.
@@ -15,11 +16,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import psutil
 
+from .demand import LONGEST, Demand
 from .errors import BudgetError, ConfigError
 
 _UNITS = {"": 1, "B": 1} | {
@@ -113,34 +116,61 @@ class MemoryPlan:
     layers: int
     d_ff: int
     bundle_bytes: int  # one neuron in the dtype of compute
+    demand: Demand | None = field(
+        default=None, repr=False, compare=False
+    )  # what tokens need, where they do not need everything
 
     @property
     def minimum_bytes(self) -> int:
         """The smallest budget this model runs in: nothing kept in windows."""
         return self.resident_bytes + self.predictor_bytes + self.scratch_bytes
 
+    @cached_property
+    def capacities(self) -> tuple[int, ...]:
+        """Neurons that each layer's window can hold."""
+        total = max(0, self.budget_bytes - self.minimum_bytes) // self.bundle_bytes
+        even = (min(self.d_ff, total // self.layers),) * self.layers
+        return even if self.demand is None else self.demand.divide(total)
+
     @property
     def capacity(self) -> int:
-        """Neurons that each layer's window can hold."""
-        left = self.budget_bytes - self.minimum_bytes
-        return max(0, min(self.d_ff, left // (self.layers * self.bundle_bytes)))
+        """Neurons that a layer's window can hold, on average."""
+        return sum(self.capacities) // self.layers
 
     @property
     def window_bytes(self) -> int:
-        return self.layers * self.capacity * self.bundle_bytes
+        return sum(self.capacities) * self.bundle_bytes
 
     @property
     def dense_bytes(self) -> int:
         """The whole model in DRAM, as stock transformers would hold it."""
         return self.resident_bytes + self.layers * self.d_ff * self.bundle_bytes
 
+    def shortage(self, tokens: int) -> str | None:
+        """What to say of windows that do not hold even what one token uses; `None` if they do.
+
+        Args:
+            tokens: that windows are meant to hold.
+        """
+        need = self.demand
+        if need is None or sum(self.capacities) >= need.held(1) - self.layers:
+            return None
+        enough = self.minimum_bytes + need.held(min(tokens, LONGEST)) * self.bundle_bytes
+        return (
+            f"a budget of {format_bytes(self.budget_bytes)} leaves room for {self.capacity} neurons a layer, and a token uses "
+            f"{need.selected:.0f} ({need.source}): most of them are read again for every token. "
+            f"{format_bytes(enough)} would hold what {tokens} tokens use"
+        )
+
     def describe(self) -> str:
         """The parts, one a line."""
+        low, high = min(self.capacities), max(self.capacities)
+        spread = f" ({low} to {high})" if low < high else ""
         rows = [
             ("embeddings, attention, norms, biases", self.resident_bytes),
             ("predictor", self.predictor_bytes),
             ("scratch buffers", self.scratch_bytes),
-            (f"windows, {self.capacity} of {self.d_ff} neurons a layer", self.window_bytes),
+            (f"windows, {self.capacity} of {self.d_ff} neurons a layer{spread}", self.window_bytes),
         ]
         return "\n".join(f"{name:<44}{format_bytes(size):>12}" for name, size in rows)
 
@@ -154,6 +184,7 @@ def plan_memory(
     layers: int,
     d_ff: int,
     bundle_bytes: int,
+    demand: Demand | None = None,
 ) -> MemoryPlan:
     """Divide a budget; `None` takes most of what is free on this machine.
 
@@ -161,7 +192,7 @@ def plan_memory(
         BudgetError: the budget is below the minimum, its `minimum_bytes`; the message lists what takes it.
     """
     free, ceiling = available_memory(), ceiling_bytes(budget)
-    plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, layers, d_ff, bundle_bytes)
+    plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, layers, d_ff, bundle_bytes, demand)
     if ceiling < plan.minimum_bytes:
         parts = plan.describe().rsplit("\n", 1)[0].replace("\n", "\n    ")
         raise BudgetError(

@@ -48,13 +48,13 @@ from .config import FlashOffloadConfig
 from .errors import BudgetError, CalibrationError, ConfigError, HfFlashError, UnsupportedModelError
 from .ffn import observed
 from .folders import check_room, locked
-from .lowrank import VARIANT
+from .lowrank import VARIANT, LowRankPredictor
 from .memory import trim_heap
 from .predictor import read_tensors
 from .quantized import MEASURED_RECALL, measure_margin, quantized_forms
 from .repack import list_store, repacked_config
 from .runtime import close, find_runtime
-from .store import CALIBRATION_FILE, META, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
+from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
 from .text import Text, quotations, token_windows
 from .training import Targets, train_layer, training_bytes
 from .writer import calibration_metadata, predictor_metadata, write_json, write_safetensors, writing
@@ -355,7 +355,9 @@ class _Job:
         names = {"frequency": used, "partners": ids, "together": together}
         tensors |= {f"{layer.prefix}.calibration.{name}": tensor for name, tensor in names.items()}
         report["active"] = int(used.sum()) / self.tokens
-        report["use"] = self._use(data)
+        predictor = LowRankPredictor(packed)
+        report["use"] = self._use(data.active)
+        report["lowrank"]["use"] = self._use(lambda rows: predictor.select(data.x[rows]))  # wrongly named ones stay the same
         write_safetensors(
             self._path("layer", layer.index),
             {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
@@ -363,11 +365,11 @@ class _Job:
             {"report": json.dumps(report)},
         )
 
-    def _use(self, data: Activations) -> dict[str, list[float]]:
-        """Aggregated use, over the last 64 windows."""
+    def _use(self, used: Callable[[slice], torch.Tensor]) -> dict[str, list[float]]:
+        """Aggregated use, over the last 64 windows. `used`: rows of the recorded tokens to bool [tokens, d_ff]."""
         use = Use()
         for window in range(max(0, len(self.windows) - 64), len(self.windows)):
-            use.add(data.active(slice(window * self.context, (window + 1) * self.context)))
+            use.add(used(slice(window * self.context, (window + 1) * self.context)))
         return use.to_dict()
 
     # --- the end
@@ -504,14 +506,6 @@ def run(args: argparse.Namespace) -> str:
     keywords = {k: v for k, v in vars(args).items() if k not in ("folder", "text", "run", "memory_budget")}
     budget = None if args.memory_budget is None else parse_bytes(args.memory_budget)
     return describe(calibrate(args.folder, args.text, memory_budget=budget, **keywords))
-
-
-def stored_report(store: FlashStore) -> dict[str, Any] | None:
-    """What [`calibrate`] returned when it was run on this store, if it was."""
-    if store.calibration is None:
-        return None
-    report: dict[str, Any] = json.loads(read_header(store.calibration)[1][META + "calibration"])
-    return report
 
 
 def describe(report: dict[str, Any]) -> str:

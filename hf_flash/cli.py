@@ -25,7 +25,7 @@ from .config import FlashOffloadConfig
 from .errors import ConfigError, HfFlashError
 from .plots import plot, plot_bench
 from .repack import repack, restore
-from .runtime import stats
+from .runtime import stats, stored_report
 from .saving import push
 from .store import ALIGNMENT, FlashStore
 from .writer import write_json
@@ -334,7 +334,7 @@ def _facts(store: FlashStore) -> dict[str, Any]:
         "bundles_bytes": store.nbytes,
         "alignment": ALIGNMENT,
         "predictors": {variant: path.stat().st_size for variant, path in store.predictors.items()},
-        "calibration": calibration.stored_report(store),
+        "calibration": stored_report(store),
         "files": [path.name for path in store.files],
     }
 

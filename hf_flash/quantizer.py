@@ -23,7 +23,7 @@ from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
 from .predictor import PredictorForm, find_predictor
 from .quantized import QuantizedFormat
 from .repack import cached_store, fresh_form, stored_choice, stored_form
-from .runtime import attach, divide_memory
+from .runtime import attach, divide_memory, expected_demand
 from .saving import bind
 from .store import FlashStore
 
@@ -104,7 +104,8 @@ class FlashHfQuantizer(HfQuantizer):
         reading: Any = {"reader": config.reader, "io_threads": config.io_threads}
 
         def plan(form: PredictorForm | None) -> MemoryPlan:
-            return divide_memory(budget, resident, form, dims, dtype, stored, **reading)
+            demand = expected_demand(form, dims, store)
+            return divide_memory(budget, resident, form, dims, dtype, stored, demand=demand, **reading)
 
         form = stored_form(config, adapter, model.config, store) if store else fresh_form(config, adapter, model.config)
         try:
@@ -157,6 +158,8 @@ class FlashHfQuantizer(HfQuantizer):
             " (most of what is free)" if self.quantization_config.memory_budget in (None, AUTO) else "",
             plan.describe(),
         )
+        if shortage := plan.shortage(self.quantization_config.window):
+            logger.warning("hf_flash: %s", shortage)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

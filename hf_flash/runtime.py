@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +16,15 @@ from .budget import MemoryPlan, available_memory, plan_memory
 from .checkpoint import Checkpoint
 from .compute import Scratch
 from .config import FlashOffloadConfig
+from .demand import Demand, measured, supposed
 from .errors import UsageError
 from .ffn import Engine, FlashFFN
+from .lowrank import VARIANT
 from .memory import load_into_memory, trim_heap
 from .predictor import NoPredictor, PredictorForm
 from .reader import open_reader, reader_buffer_bytes
 from .stats import FlashStats
-from .store import FlashStore
+from .store import META, FlashStore, read_header
 from .window import ResidentWindow
 
 
@@ -71,6 +74,7 @@ def divide_memory(
     *,
     reader: str,
     io_threads: int,
+    demand: Demand | None,
 ) -> MemoryPlan:
     """Divide a memory budget over what a model holds.
 
@@ -81,6 +85,7 @@ def divide_memory(
         dims: layers, d_ff and d_model.
         dtype: of compute. `stored`: on flash.
         reader, io_threads: as in `FlashOffloadConfig`.
+        demand: what tokens need, by which windows are divided; `None`: evenly.
 
     Raises:
         BudgetError: the budget is below the minimum.
@@ -95,7 +100,28 @@ def divide_memory(
         layers=layers,
         d_ff=d_ff,
         bundle_bytes=2 * d_model * dtype.itemsize,
+        demand=demand,
     )
+
+
+def stored_report(store: FlashStore) -> dict[str, Any] | None:
+    """What `calibrate` returned when it was run on this store, if it was."""
+    if store.calibration is None:
+        return None
+    report: dict[str, Any] = json.loads(read_header(store.calibration)[1][META + "calibration"])
+    return report
+
+
+def expected_demand(form: PredictorForm | None, dims: tuple[int, int, int], store: FlashStore | None) -> Demand | None:
+    """What tokens need, as calibrated or else assumed; `None`: everything."""
+    if form is None:
+        return None
+    layers, d_ff, _ = dims
+    kind = "lowrank" if form.variant == VARIANT else "quantized"
+    report = None if store is None else stored_report(store)
+    if report is None:
+        return supposed(layers, d_ff, kind, None, None, None)
+    return measured(report["layers"], form.variant, kind, d_ff)
 
 
 def attach(
@@ -114,9 +140,9 @@ def attach(
     first = store.layers[0]
     scratch = Scratch(first.d_ff, first.d_model, dtype)
     engine = Engine(open_reader(store, config.reader, config.io_threads, dtype, spare_bytes), scratch, dtype)
-    for ffn, layer in zip(ffns, store.layers, strict=True):
+    for ffn, layer, capacity in zip(ffns, store.layers, plan.capacities, strict=True):
         predictor = NoPredictor() if form is None else form.load(store, layer, ffn.bias)
-        window = ResidentWindow(layer.d_ff, layer.d_model, plan.capacity, config.window, dtype)
+        window = ResidentWindow(layer.d_ff, layer.d_model, capacity, config.window, dtype)
         ffn.attach(engine, window, predictor)
     trim_heap()
     checkpoint.release()

@@ -42,7 +42,7 @@ class FlashStats:
     layers: int
     d_ff: int
     window: int  # tokens
-    capacity: int  # neurons a layer's window can hold
+    capacity: int  # neurons a layer's window can hold, on average
     predictor: str
     reader: str
     reads_with: str  # io_uring, threads or the page cache

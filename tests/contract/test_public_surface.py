@@ -130,7 +130,7 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 # --- imports -------------------------------------------------------------------------------------------------------
 
 LAYERS = [  # a module imports only from lines above its own
-    {"_version", "errors", "memory", "uring"},
+    {"_version", "demand", "errors", "memory", "uring"},
     {"activity", "budget", "cap", "disk", "harness", "native", "plots", "window"},
     {"bench_checks", "bench_job", "bench_report", "compute", "config", "stats", "store"},
     {"checkpoint", "lowbit", "sources", "writer"},
@@ -143,6 +143,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"bench", "bench_worker", "saving", "text"},
     {"quantizer"},
     {"calibration", "evaluation"},
+    {"machine"},
     {"planner"},
     {"calibrate", "cli", "__init__"},
     {"__main__"},
@@ -157,6 +158,7 @@ MAY_IMPORT = {
         "cli",
         "config",
         "evaluation",
+        "machine",
         "planner",
         "quantizer",
         "text",

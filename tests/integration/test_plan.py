@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, planner
-from hf_flash.activity import Use
+from hf_flash import FlashOffloadConfig, machine, planner, runtime
 from hf_flash.cli import main
 from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
+from hf_flash.runtime import find_runtime
 from hf_flash.store import FlashStore
 
 PARTS = ("io_ms", "manage_ms", "predict_ms", "compute_ms", "rest_ms")
@@ -43,7 +43,7 @@ def made(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> planner.Plan:
 @pytest.fixture
 def unmeasured(made: planner.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine does is as in `made`."""
-    monkeypatch.setattr(planner, "_measure", lambda *args: made.measured)
+    monkeypatch.setattr(planner, "measure", lambda *args: made.measured)
 
 
 def test_config_json_is_enough(made: planner.Plan, bare: Path) -> None:
@@ -110,48 +110,38 @@ def test_a_calibration_is_believed(packed: Path, monkeypatch: pytest.MonkeyPatch
     assert planner.plan(packed, active=0.5).activity.source == "given"
 
 
-# --- what has to be read -------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("unmeasured")
+def test_windows_are_divided_as_calibrated_in_a_plan_and_in_a_model(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [{"active": a, "use": {"mean": [a * k**0.5 for k in range(1, 17)]}} for a in (3.0, 9.0, 12.0)]
+    for place in (planner, runtime):
+        monkeypatch.setattr(place, "stored_report", lambda store: {"layers": layers})
+    found = planner.plan(packed, memory=planner.plan(packed).memory.minimum_bytes + 30 * 1024)
+    config = FlashOffloadConfig(memory_budget=found.memory.budget_bytes)
+    model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=config)
+    real = [ffn.window.capacity for ffn in find_runtime(model).ffns]
+    assert tuple(real) == found.memory.capacities
+    assert real == sorted(set(real))
+    stats = hf_flash.stats(model)
+    assert (stats.capacity, stats.window_limit_bytes) == (sum(real) // 3, sum(real) * 2 * 32 * 4)
+    model.generate(torch.tensor([[5, 9, 11]]), attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=40)
+    assert hf_flash.stats(model).dram_bytes <= found.memory.budget_bytes
 
 
-def test_misses_are_those_of_a_least_recently_used_window() -> None:
-    """A window of as many neurons as 6 tokens used, on a random walk over the neurons."""
-    generator, d_ff, tokens = np.random.default_rng(0), 512, 2000
-    center = np.cumsum(generator.normal(0, 4, tokens))[:, None]
-    near = np.abs((np.arange(d_ff) - center + d_ff / 2) % d_ff - d_ff / 2) < 40
-    used = near & (generator.random((tokens, d_ff)) < 0.5)
-    use = Use()
-    use.add(torch.from_numpy(used))
-    activity = planner.Activity("measured", 0.1, 1.0, (planner._curve(np.array(use.to_dict()["mean"]), d_ff),))
-    capacity = int(use.to_dict()["mean"][5])
-    last, missed = np.full(d_ff, -1000), []
-    for token, mask in enumerate(used):
-        kept = np.argsort(-last, kind="stable")[:capacity]
-        missed.append(int(mask.sum() - mask[kept].sum()))
-        last[mask] = token
-    assert activity.misses(capacity, None)[0] == pytest.approx(np.mean(missed[100:]), rel=0.15)
-
-
-def test_curves_are_concave_continued_and_bounded() -> None:
-    curve = planner._curve(100 * np.arange(1, 17) ** 0.5, 10_000)
-    assert curve[64] == pytest.approx(800)
-    assert curve[-1] == pytest.approx(6400)
-    assert planner._curve(np.array([3000.0, 6000.0]), 7000)[-1] == 7000
-    bumpy = planner._curve(np.array([10.0, 12.0, 19.0, 20.0]), 100)
-    assert (np.diff(np.diff(bumpy)) <= 1e-9).all()
-    assert planner._curve(np.zeros(16), 100).tolist()[-1] < 1e-6
-
-
-def test_windows_fill_while_tokens_are_few() -> None:
-    activity = planner.Activity("given", 0.1, 1.0, (planner._curve(100 * np.arange(1, 17) ** 0.5, 10_000),))
-    (long,), (start,), (first,) = (activity.misses(5000, seen) for seen in (None, (16, 47), (1, 1)))
-    assert long < start < first == pytest.approx(100 * (2**0.5 - 1))
-
-
-def test_without_a_predictor_what_does_not_fit_is_read() -> None:
-    everything = np.full(4097, 128.0)
-    everything[0] = 0.0
-    activity = planner.Activity("given", 1.0, 1.0, (everything,))
-    assert [activity.misses(capacity, None)[0] for capacity in (0, 28, 128)] == pytest.approx([128, 100, 0])
+def test_a_budget_that_makes_windows_useless_is_told_of(
+    packed: Path, caplog: pytest.LogCaptureFixture, made: planner.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "measure", lambda *args: made.measured)
+    minimum = planner.plan(packed).memory.minimum_bytes
+    with caplog.at_level(logging.WARNING, logger="hf_flash"):
+        AutoModelForCausalLM.from_pretrained(packed, quantization_config=FlashOffloadConfig(memory_budget=minimum + 1024))
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "hf_flash"]
+    assert "leaves room for 1 neurons a layer, and a token uses 6 (assumed)" in said
+    assert "would hold what 5 tokens use" in said
+    assert said.removeprefix("hf_flash: ") in planner.plan(packed, memory=minimum + 1024).describe()
+    caplog.clear()
+    for arguments in ({"memory_budget": minimum + 64 * 1024}, {"predictor": "none", "memory_budget": minimum + 1024}, {}):
+        AutoModelForCausalLM.from_pretrained(packed, quantization_config=FlashOffloadConfig(**arguments))
+    assert "leaves room" not in caplog.text
 
 
 # --- the suggestion ------------------------------------------------------------------------------------------------------
@@ -228,7 +218,7 @@ def test_no_room_for_a_scratch_file(bare: Path, tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(planner.os, "fsync", full)
+        patch.setattr(machine.os, "fsync", full)
         with pytest.raises((RepackError, DiskSpaceError)):
             planner.plan(bare, disk=tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))

@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import hf_flash
-from hf_flash.activity import LONGEST, PARTNERS, Activations, Use, frequency, moments, pack_bits, partners, reached_by
+from hf_flash.activity import FAR, LONGEST, PARTNERS, Activations, Use, frequency, moments, pack_bits, partners, reached_by
 from hf_flash.lowbit import widen
 from hf_flash.lowrank import LowRankPredictor, lowrank_bytes, lowrank_specs, pack_lowrank
 from hf_flash.predictor import read_tensors
@@ -171,6 +171,19 @@ def test_aggregated_use_is_the_union_of_the_last_tokens(lengths: list[int], d_ff
     assert use.tokens == counted
     assert use.to_dict()["most"] == [max(row, default=0) for row in found]
     assert use.to_dict()["mean"] == [pytest.approx(sum(row) / max(1, counted), abs=0.006) for row in found]
+
+
+@settings(deadline=None, max_examples=15)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=3), share=st.floats(0, 0.2), seed=SEEDS)
+def test_aggregated_use_goes_on_as_far_as_the_sequences(lengths: list[int], share: float, seed: int) -> None:
+    use, parts = Use(), [masks(length, 12, share, seed + number) for number, length in enumerate(lengths)]
+    for mask in parts:
+        use.add(mask)
+    stored = use.to_dict()
+    assert stored["far_tokens"] == [k for k in FAR if k <= max(lengths)]
+    for k, mean in zip(stored["far_tokens"], stored["far"], strict=True):
+        unions = [int(mask[end - int(k) : end].any(0).sum()) for mask in parts for end in range(int(k), len(mask) + 1, 4)]
+        assert mean == pytest.approx(np.mean(unions), abs=0.006)
 
 
 @settings(deadline=None, max_examples=50)

@@ -126,7 +126,7 @@ def test_an_error_prints_its_parts_and_survives_a_process_boundary(kind: type[er
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "errors", "memory", "uring"},
     {"activity", "budget", "cap", "compute", "disk", "harness", "plots", "window"},
-    {"bench_report", "stats", "config", "store"},
+    {"bench_report", "stats", "config", "placement", "store"},
     {"checkpoint", "lowbit", "sources", "writer"},
     {"folders", "predictor", "reader"},
     {"lowrank", "quantized"},

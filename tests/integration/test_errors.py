@@ -156,8 +156,8 @@ HOSTILE_FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str
     "a layer file lost its metadata": (
         lambda f: by_another_tool(layer(f, 1), metadata=False), StoreMissingError, (*ALL, "expected: 3 layers", "layers [1]")),
     "a layer file is of a newer version": (
-        lambda f: write_again(layer(f, 1), format_version="2"), StoreVersionError,
-        (*ALL, "flash-layer-00001", "up to 1", "got: 2", "pip install -U hf-flash")),
+        lambda f: write_again(layer(f, 1), format_version="3"), StoreVersionError,
+        (*ALL, "flash-layer-00001", "up to 2", "got: 3", "pip install -U hf-flash")),
     "the format version is no number": (
         lambda f: write_again(layer(f, 1), format_version="two"), StoreFormatError, ("where", "flash-layer-00001", "'two'")),
     "a size in the metadata is no number": (

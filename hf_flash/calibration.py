@@ -131,12 +131,12 @@ def calibrate(
     crew = _Crew.of_environment()
     budget = ceiling_bytes(memory_budget) // (1 if memory_budget else crew.here)
     with crew.alone(folder):
-        job = _Job(folder, store, windows, targets, epochs, seed, crew)
+        job = _Job(folder, store, windows, targets, epochs, seed, placement, crew)
         job.prepare(asdict(targets) | {"samples": samples, "context": context, "epochs": epochs, "seed": seed})
         if len(job.finished()) < len(store.layers):
             job.check_room()
             job.run(budget, training)
-        return job.publish(config, placement)
+        return job.publish(config)
 
 
 def _check(targets: Targets, samples: int, context: int, epochs: int, seed: int, d_model: int, longest: int) -> None:
@@ -203,10 +203,11 @@ class _Job:
         targets: Targets,
         epochs: int,
         seed: int,
+        placement: bool,
         crew: _Crew,
     ) -> None:
         self.folder, self.store, self.windows, self.crew = folder, store, windows, crew
-        self.targets, self.epochs, self.seed = targets, epochs, seed
+        self.targets, self.epochs, self.seed, self.placement = targets, epochs, seed, placement
         self.work = folder / _WORK
         self.context = windows.shape[1]
         self.tokens = windows.numel()
@@ -384,11 +385,11 @@ class _Job:
 
     # --- the end
 
-    def publish(self, config: dict[str, Any], placement: bool) -> dict[str, Any]:
+    def publish(self, config: dict[str, Any]) -> dict[str, Any]:
         """Put the results of all layers into the model's folder. The index comes last: until then it works as before."""
-        report = self._report(config["quantization_config"].get("predictor"), placement)
+        report = self._report(config["quantization_config"].get("predictor"))
         if self.crew.index == 0:
-            self._place([layer["reads"]["worth"] and placement for layer in report["layers"]])
+            self._place([layer["reads"]["worth"] and self.placement for layer in report["layers"]])
             self._write(PREDICTOR_FILE.format(VARIANT), "predictor", predictor_metadata(VARIANT, self.store.metadata))
             described = calibration_metadata(json.dumps(report), self.store.metadata)
             self._write(CALIBRATION_FILE, "calibration", described, quotations(self.windows))
@@ -411,7 +412,7 @@ class _Job:
             place_layer(layer, place)
             trim_heap()
 
-    def _report(self, before: str | None, placement: bool) -> dict[str, Any]:
+    def _report(self, before: str | None) -> dict[str, Any]:
         """What goes into the calibration file; `before` is the folder's predictor up to now."""
         layers = [json.loads(read_header(self._path("layer", n.index))[1]["report"]) for n in self.store.layers]
         quantized = min((self.store.predictors[f.variant].stat().st_size for f in quantized_forms(self.store)), default=0)
@@ -426,7 +427,7 @@ class _Job:
             "targets": asdict(self.targets) | {"epochs": self.epochs, "seed": self.seed, "quantized_recall": MEASURED_RECALL},
             "reached": reached,
             "default": VARIANT if reached and smaller else before,
-            "placement": placement,
+            "placement": self.placement,
             "layers": layers,
         }
 

@@ -76,11 +76,11 @@ def place_neurons(data: Activations) -> Place:
 def chain(weight: npt.NDArray[np.float32]) -> Ids:
     """All of 0 to n - 1 in an order in which neighbours weigh much: a path through `weight` [n, n], symmetric.
 
-    Of equal links the one between lower numbers comes first, so that what is never used stays in order.
+    Of equal links the one between the nearest numbers comes first, so that what is never used stays in order.
     """
     count = len(weight)
     first, second = np.triu_indices(count, 1)
-    best = np.argsort(-weight[first, second], kind="stable")
+    best = np.lexsort((first, second - first, -weight[first, second]))
     links: list[list[int]] = [[] for _ in range(count)]
     degree, far = np.zeros(count, dtype=np.int8), np.arange(count)  # the other end of the path that an end belongs to
     for at in range(0, len(best), _EDGES):

@@ -16,10 +16,10 @@ from typing import Final
 import numpy as np
 import torch
 
-from .errors import StoreFormatError, StoreReadError
+from .errors import StoreReadError
 from .memory import aligned_empty
 from .sources import PAGE, ByteReader, Bytes, Chunks, DirectReader, MmapReader, chunked, direct_alignment
-from .store import META, FlashStore, LayerStore, read_header
+from .store import FlashStore, LayerStore
 from .window import Ids
 
 logger = logging.getLogger("hf_flash")
@@ -173,12 +173,4 @@ def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, 
             logger.warning("hf_flash: reader='direct' falls back to 'mmap': %s", reason)
     if name == "auto":
         logger.info("hf_flash: reader 'auto' takes %r: %s", source.name, reason or "the store does not fit in free memory")
-    _check_unchanged(store)
     return BundleReader(store, source, dtype)
-
-
-def _check_unchanged(store: FlashStore) -> None:
-    """Refuse files that took the place of those that were checked: their neurons may lie elsewhere."""
-    for layer in store.layers:
-        if read_header(layer.path)[1].get(META + "crc32") != layer.crc32:
-            raise StoreFormatError("the store changed while it was being opened", where=layer.path, hint="load the model again")

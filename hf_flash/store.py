@@ -231,6 +231,18 @@ class FlashStore:
         """Names of all tensors in the store's files."""
         return {name for path in self.files for name in read_header(path)[0]}
 
+    def check_unchanged(self) -> None:
+        """Refuse files that took the place of those that were opened: their neurons may lie elsewhere.
+
+        Raises:
+            StoreFormatError: with the file.
+        """
+        for layer in self.layers:
+            if read_header(layer.path)[1].get(META + "crc32") != layer.crc32:
+                raise StoreFormatError(
+                    "the store changed while it was being opened", where=layer.path, hint="load the model again"
+                )
+
     def check(self, progress: Any = iter) -> list[str]:
         """Read every file and compare its checksum; returns the problems found, one sentence each."""
         problems = []

@@ -127,7 +127,7 @@ class Adapter:
         """Patterns of the checkpoint names that are not for transformers' loader."""
         return [
             rf"layers\.\d+\.({self.up}|{self.down})\.weight$",
-            rf"layers\.\d+\.{self.up}\.(bundles|predictor\..+|calibration\..+)$",
+            rf"layers\.\d+\.{self.up}\.(bundles|place|predictor\..+|calibration\..+)$",
             r"^calibration\.",
         ]
 

@@ -8,6 +8,7 @@ goes through the model layer by layer, all tokens at each, as post-training quan
     measure   mean and covariance of the inputs; which neurons are used how often, by how many tokens in a row, together with
               which others (activity.py); what rounding really does to the quantized predictors (quantized.py)
     train     the layer's low-rank predictor (training.py)
+    place     which neurons should be neighbours on flash (placement.py); layer files are written again at the end
     keep      what came out, in one file a layer; recorded activations and old hidden states are removed
 
 Disk: `tokens * (2 * itemsize * d_model + layers at once * (2 * d_model + d_ff / 8))`. Memory: the budget holds the weights
@@ -50,6 +51,7 @@ from .ffn import observed
 from .folders import check_room, locked
 from .lowrank import VARIANT, LowRankPredictor
 from .memory import trim_heap
+from .placement import count_reads, place_neurons
 from .predictor import read_tensors
 from .quantized import MEASURED_RECALL, measure_margin, quantized_forms
 from .repack import list_store, repacked_config
@@ -57,12 +59,13 @@ from .runtime import close, find_runtime
 from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
 from .text import Text, quotations, token_windows
 from .training import Targets, train_layer, training_bytes
-from .writer import calibration_metadata, predictor_metadata, write_json, write_safetensors, writing
+from .writer import calibration_metadata, place_layer, predictor_metadata, write_json, write_safetensors, writing
 
 _WORK: Final = ".calibration"
 _BATCH: Final = 1024  # tokens through a layer at a time
 _HELD_OUT: Final = 8  # one window in so many is kept from training
 _LEAST: Final = 8  # windows
+_RESULTS: Final = 2  # version of a layer's result file
 
 
 def calibrate(
@@ -77,6 +80,7 @@ def calibrate(
     max_rank: int | None = None,
     epochs: int = 4,
     seed: int = 0,
+    placement: bool = True,
     memory_budget: int | str | None = None,
 ) -> dict[str, Any]:
     """Train low-rank predictors for a repacked model and measure its neurons on text. Paper: section 3.1, appendix B.
@@ -97,6 +101,8 @@ def calibrate(
         max_rank: the largest rank to try. Default: half of d_model, 1024 at most.
         epochs: passes over the text.
         seed: of the choice of text and the order of training.
+        placement: write layer files again, each with neurons that are used together side by side, where that saves reads. It
+            takes room on the disk for one layer more; what is computed stays the same, bit for bit.
         memory_budget: ceiling on weights and training state in DRAM, of each process. Default: most of what is free.
 
     Returns:
@@ -105,7 +111,8 @@ def calibrate(
     Raises:
         CalibrationError: the text is empty, too short or does not fit the model, or activations are NaN.
         ConfigError: an argument is out of range. BudgetError: the budget is too small.
-        StoreError: the folder is no repacked checkpoint. DiskSpaceError: no room for the activations.
+        StoreError: the folder is no repacked checkpoint, or a layer file is damaged.
+        DiskSpaceError: no room for the activations, or for a second copy of a layer.
         UnsupportedModelError: the activation leaves no exact zeros.
     """
     folder = Path(folder).resolve()
@@ -117,12 +124,14 @@ def calibrate(
     targets = Targets(recall, extra, rank, max_rank)
     context = min(256, model_config.max_position_embeddings) if context is None else context
     _check(targets, samples, context, epochs, seed, first.d_model, model_config.max_position_embeddings)
+    if not isinstance(placement, bool):
+        raise ConfigError("placement is not valid", where="calibrate", expected="True or False", got=repr(placement))
     windows = token_windows(folder, text, context, model_config.vocab_size, most=samples, seed=seed, least=_LEAST)
     training = training_bytes(targets.limit(first.d_model), first.d_ff, first.d_model)
     crew = _Crew.of_environment()
     budget = ceiling_bytes(memory_budget) // (1 if memory_budget else crew.here)
     with crew.alone(folder):
-        job = _Job(folder, store, windows, targets, epochs, seed, crew)
+        job = _Job(folder, store, windows, targets, epochs, seed, placement, crew)
         job.prepare(asdict(targets) | {"samples": samples, "context": context, "epochs": epochs, "seed": seed})
         if len(job.finished()) < len(store.layers):
             job.check_room()
@@ -194,10 +203,11 @@ class _Job:
         targets: Targets,
         epochs: int,
         seed: int,
+        placement: bool,
         crew: _Crew,
     ) -> None:
         self.folder, self.store, self.windows, self.crew = folder, store, windows, crew
-        self.targets, self.epochs, self.seed = targets, epochs, seed
+        self.targets, self.epochs, self.seed, self.placement = targets, epochs, seed, placement
         self.work = folder / _WORK
         self.context = windows.shape[1]
         self.tokens = windows.numel()
@@ -211,6 +221,7 @@ class _Job:
             "text": hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),
             "fingerprint": self.store.metadata["fingerprint"],
             "quantized": sorted(form.variant for form in quantized_forms(self.store)),
+            "results": _RESULTS,
         }
         self.arguments = wanted
         if self.crew.index == 0:
@@ -343,8 +354,7 @@ class _Job:
         own = find_runtime(model).ffns[layer.index].bias
         bias = None if own is None else own.detach()
         mean, covariance = moments(data)
-        up = layer.bundles()[:, : layer.d_model]
-        result, packed = train_layer(data, up, bias, mean, covariance, self.targets, self.epochs, self.seed)
+        result, packed = train_layer(data, layer.up(), bias, mean, covariance, self.targets, self.epochs, self.seed)
         tensors = {f"{layer.prefix}.predictor.{name}": tensor for name, tensor in packed.items()}
         report: dict[str, Any] = {"lowrank": result.to_dict(), "reached": result.extra <= self.targets.extra}
         for form in quantized_forms(self.store):
@@ -358,6 +368,9 @@ class _Job:
         predictor = LowRankPredictor(packed)
         report["use"] = self._use(data.active)
         report["lowrank"]["use"] = self._use(lambda rows: predictor.select(data.x[rows]))  # wrongly named ones stay the same
+        place = place_neurons(data)
+        report["reads"] = count_reads(data, place).to_dict()
+        tensors[f"{layer.prefix}.place"] = torch.from_numpy(place)
         write_safetensors(
             self._path("layer", layer.index),
             {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
@@ -375,9 +388,10 @@ class _Job:
     # --- the end
 
     def publish(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Put the results of all layers into the model's folder. The index comes last: until then nothing has changed."""
+        """Put the results of all layers into the model's folder. The index comes last: until then it works as before."""
         report = self._report(config["quantization_config"].get("predictor"))
         if self.crew.index == 0:
+            self._place([layer["reads"]["worth"] and self.placement for layer in report["layers"]])
             self._write(PREDICTOR_FILE.format(VARIANT), "predictor", predictor_metadata(VARIANT, self.store.metadata))
             described = calibration_metadata(json.dumps(report), self.store.metadata)
             self._write(CALIBRATION_FILE, "calibration", described, quotations(self.windows))
@@ -387,6 +401,18 @@ class _Job:
             shutil.rmtree(self.work)
         self.crew.wait()
         return report
+
+    def _place(self, chosen: list[bool]) -> None:
+        """Write the chosen layers again with their neurons placed. A killed run has done some of them, each of them whole."""
+        todo = []
+        for layer in self.store.layers:
+            place = read_tensors(self._path("layer", layer.index), layer.prefix)["place"].numpy()
+            if chosen[layer.index] and not np.array_equal(place, layer.place if layer.place is not None else []):
+                todo.append((layer, place))
+        for layer, place in tqdm(todo, desc="Placing neurons", unit="layer", delay=1):
+            check_room(self.folder, layer.nbytes)
+            place_layer(layer, place)
+            trim_heap()
 
     def _report(self, before: str | None) -> dict[str, Any]:
         """What goes into the calibration file; `before` is the folder's predictor up to now."""
@@ -403,6 +429,7 @@ class _Job:
             "targets": asdict(self.targets) | {"epochs": self.epochs, "seed": self.seed, "quantized_recall": MEASURED_RECALL},
             "reached": reached,
             "default": VARIANT if reached and smaller else before,
+            "placement": self.placement,
             "layers": layers,
         }
 
@@ -498,6 +525,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-rank", type=int, metavar="N", help="largest rank to try")
     parser.add_argument("--epochs", type=int, default=4, metavar="N", help="passes over the text (default 4)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of text and training (default 0)")
+    parser.add_argument("--placement", action=argparse.BooleanOptionalAction, default=True,
+                        help="whether neurons that are used together become neighbours on flash (default yes)")  # fmt: skip
     parser.add_argument("--memory-budget", metavar="SIZE", help='weights and training in DRAM at most, such as "6GiB"')
 
 
@@ -510,17 +539,33 @@ def run(args: argparse.Namespace) -> str:
 
 def describe(report: dict[str, Any]) -> str:
     """A calibration report as a table, one layer a row."""
-    rows = ["layer   active   rank   recall    extra  untrained  predicted/active   bytes"]
+    rows = ["layer   active   rank   recall    extra  untrained  predicted/active       bytes   missing  reads, placed"]
     for index, layer in enumerate(report["layers"]):
-        low = layer["lowrank"]
+        low, reads = layer["lowrank"], layer["reads"]
         rows.append(
             f"{index:5d} {layer['active']:8.1f} {low['rank']:6d} {low['recall']:8.2%} {low['extra']:8.2%} "
-            f"{low['extra_untrained']:10.2%} {low['selected']:17.2f}   {format_bytes(low['nbytes'])}"
+            f"{low['extra_untrained']:10.2%} {low['selected']:17.2f} {format_bytes(low['nbytes']):>11s} "
+            f"{reads['missing']:9.1f} {reads['before']:6.1f} {reads['after']:7.1f}"
         )
     reached = "in every layer" if report["reached"] else "NOT in every layer"
     rows.append(f"\nmeasured on {report['text']['held_out']} held-out tokens; targets reached {reached}")
     rows.append(f"the folder's predictor is now: {report['default']}")
+    rows.append(f"neurons placed: {describe_placement(report)}")
     return "\n".join(rows)
+
+
+def describe_placement(report: dict[str, Any]) -> str:
+    """What placing neurons did to reading, in a line."""
+    layers = [layer["reads"] for layer in report["layers"] if "reads" in layer]
+    placed = [reads["worth"] and report["placement"] for reads in layers]
+    if not any(placed):
+        return "none"
+    missing, before = (sum(reads[name] for reads in layers) for name in ("missing", "before"))
+    after = sum(reads["after" if done else "before"] for reads, done in zip(layers, placed, strict=True))
+    return (
+        f"{sum(placed)} of {len(layers)} layers; {after:.1f} reads a token instead of {before:.1f}, "
+        f"{missing / after:.3f} neurons a read instead of {missing / before:.3f}"
+    )
 
 
 def main() -> int:

@@ -335,6 +335,7 @@ def _facts(store: FlashStore) -> dict[str, Any]:
         "alignment": ALIGNMENT,
         "predictors": {variant: path.stat().st_size for variant, path in store.predictors.items()},
         "calibration": stored_report(store),
+        "placed_layers": sum(layer.place is not None for layer in store.layers),
         "files": [path.name for path in store.files],
     }
 
@@ -349,9 +350,17 @@ def _describe(store: FlashStore) -> str:
         ("alignment", f"every layer on {ALIGNMENT} bytes"),
         ("predictors", predictors or "none"),
         ("calibration", _describe_calibration(facts["calibration"])),
+        ("placement", _describe_placement(facts)),
         ("files", f"{len(facts['files'])}, {facts['files'][0]} ..."),
     ]
     return "\n".join(f"{name:<18}{value}" for name, value in rows)
+
+
+def _describe_placement(facts: dict[str, Any]) -> str:
+    if not facts["placed_layers"]:
+        return "none: neurons lie in the order of their ids"
+    placed = calibration.describe_placement(facts["calibration"]) if facts["calibration"] else "none"
+    return placed if placed != "none" else f"{facts['placed_layers']} of {facts['layers']} layers"
 
 
 def _describe_calibration(report: dict[str, Any] | None) -> str:

@@ -232,8 +232,8 @@ class _Watch:
         for c in every:
             self.predictors[c.name] = self._share(store, layer, c, bias)
         self.tallies = {name: Tally() for name in self.predictors}
-        bundles = layer.bundles()
-        parts = (bundles[at : at + 1024, layer.d_model :].float().norm(dim=1) for at in range(0, layer.d_ff, 1024))
+        down = layer.down()
+        parts = (down[at : at + 1024].float().norm(dim=1) for at in range(0, layer.d_ff, 1024))
         self.down = torch.cat(list(parts))  # [d_ff]
         self.scale, self.counted, self.use = 0.0, 0, Use()
         self.errors = {name: np.zeros(4) for name in self.plain}  # squared real, squared assumed, beyond three, count

@@ -160,7 +160,7 @@ def write_quantized(path: Path, store: FlashStore, form: QuantizedFormat, progre
 
     def pieces() -> Iterator[torch.Tensor]:
         for layer in progress(store.layers):
-            up, rows = layer.bundles()[:, : layer.d_model], max(1, _WEIGHTS // layer.d_model)
+            up, rows = layer.up(), max(1, _WEIGHTS // layer.d_model)
             parts = [
                 quantize_rows(up[at : at + rows], form.bits, form.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
             ]
@@ -203,7 +203,7 @@ def rounding(
         mean, covariance: of the layer's inputs, [d_model] and [d_model, d_model].
     """
     tensors = read_tensors(find_predictor(store, form), f"{layer.prefix}.predictor")
-    up, shift, spread = layer.bundles()[:, : layer.d_model], [], []
+    up, shift, spread = layer.up(), [], []
     rows = max(1, _WEIGHTS // layer.d_model)
     for at in range(0, layer.d_ff, rows):
         part = {name: tensor[at : at + rows] for name, tensor in tensors.items()}

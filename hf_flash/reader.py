@@ -112,11 +112,15 @@ class BundleReader:
             background: whether the caller has something else to do before it waits.
             hold: whether to prepare only, where that can be (`Reading.held`).
         """
-        place = self.layers[layer]
+        store = self.layers[layer]
         target: Bytes = out.view(torch.uint8).numpy()
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(target)):  # the kernel would write there
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of {len(target)}")
-        return Reading(place, chunked(ids, rows, place.offset, place.bundle_bytes), self.source, target, background, hold)
+        if store.place is not None:
+            at = store.place[ids].astype(np.int64)
+            order = np.argsort(at)
+            ids, rows = at[order], rows[order]
+        return Reading(store, chunked(ids, rows, store.offset, store.bundle_bytes), self.source, target, background, hold)
 
     def read(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids) -> ReadCount:
         """[`start`] and wait, for any dtype of compute.

@@ -144,6 +144,7 @@ def attach(
         predictor = NoPredictor() if form is None else form.load(store, layer, ffn.bias)
         window = ResidentWindow(layer.d_ff, layer.d_model, capacity, config.window, dtype)
         ffn.attach(engine, window, predictor)
+    store.check_unchanged()  # while it was opened, made predictors of and opened for reading
     trim_heap()
     checkpoint.release()
     runtime = FlashRuntime(config, plan, store, checkpoint, form, engine, ffns)

@@ -64,9 +64,14 @@ class Chunks:
         """[n]"""
         return np.diff(self.first) * self.size
 
-    def pieces(self, chunk: int) -> Iterator[tuple[int, slice]]:
-        """Byte offset in the file and rows in memory of the parts of a chunk that are contiguous in both."""
-        rows, offset = self.rows[self.first[chunk] : self.first[chunk + 1]], int(self.offset[chunk])
+    def pieces(self, chunk: int, first: int = 0, last: int | None = None) -> Iterator[tuple[int, slice]]:
+        """Byte offset in the file and rows in memory of the parts of a chunk that are contiguous in both.
+
+        Args:
+            first, last: of the chunk's bundles, from `first` to before `last` alone.
+        """
+        offset = int(self.offset[chunk]) + first * self.size
+        rows = self.rows[self.first[chunk] : self.first[chunk + 1]][first:last]
         ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
         start = 0
         for end in ends:
@@ -172,11 +177,10 @@ class _Mapped:
     def wait(self) -> int:
         if self.source.size() < len(self.source):  # touching the lost pages would kill the process
             raise OSError(errno.EIO, "the file is shorter than when it was opened")
-        view, target, size = memoryview(self.source), self.out.reshape(-1).data, self.chunks.size
-        for chunk in range(len(self.chunks)):
-            for offset, rows in self.chunks.pieces(chunk):
-                begin, end = rows.start * size, rows.stop * size
-                target[begin:end] = view[offset : offset + end - begin]
+        first, size = self.chunks.first.tolist(), self.chunks.size
+        for chunk, offset in enumerate(self.chunks.offset.tolist()):
+            rows = self.chunks.rows[first[chunk] : first[chunk + 1]]
+            self.out[rows] = np.frombuffer(self.source, np.uint8, len(rows) * size, offset).reshape(-1, size)
         return self.nbytes
 
 
@@ -304,7 +308,8 @@ class _Job:
     def _scatter(self, chunk: int, data: memoryview, offset: int) -> None:
         """Copy the bytes at `offset` of the file to the rows of a chunk that they belong to."""
         view, size, end = self.out.reshape(-1).data, self.chunks.size, offset + len(data)
-        for start, rows in self.chunks.pieces(chunk):
+        begin = int(self.chunks.offset[chunk])
+        for start, rows in self.chunks.pieces(chunk, (offset - begin) // size, -(-(end - begin) // size)):
             low, high = max(offset, start), min(end, start + (rows.stop - rows.start) * size)
             if low < high:
                 target = rows.start * size - start

@@ -5,13 +5,19 @@ A repacked checkpoint is an ordinary folder of safetensors files, all of them li
     model-00001-of-00001.safetensors        everything but the FFN matrices, under the names of the source, and a
                                             zero-size "tombstone" in place of every FFN matrix: a loader that does not
                                             know hf_flash then fails on the shape instead of making up random weights
-    flash-layer-00000.safetensors           one file a layer with one tensor, `<prefix>.fc1.bundles`
+    flash-layer-00000.safetensors           one file a layer with `<prefix>.fc1.bundles`, and `<prefix>.fc1.place` if its
+                                            neurons are not in the order of their ids (placement.py)
     flash-predictor-int4-g64.safetensors    what a predictor needs, per layer
     flash-calibration.safetensors           what was measured on text, per layer (calibrate.py); only after calibration
 
 A *bundle* is what one neuron needs, side by side, so that one read fetches it (paper: section 3.2):
 
-    bundles[d_ff, 2 * d_model]    row i = up_proj[i, :] | down_proj[:, i]
+    bundles[d_ff, 2 * d_model]    row place[i] = up_proj[i, :] | down_proj[:, i]
+    place[d_ff]                   int32, a permutation; left out where place[i] = i
+
+Ids never change: predictors, biases, calibration and arithmetic know nothing of places, so that placing neurons changes
+where bytes lie and nothing else. Only what reads bundles looks at `place`. What did not would take other neurons' weights, so
+files with places have a format version of their own, which older readers refuse.
 
 One file a layer, because the safetensors format allows no holes between tensors and every bundle tensor has to start on
 4 KiB for direct I/O: the header is padded with spaces, which the format does allow. It also makes writing resumable.
@@ -26,10 +32,12 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -40,6 +48,7 @@ from .errors import (
 )
 
 FORMAT_VERSION: Final = 1
+PLACED_VERSION: Final = 2  # of layer files with a `place`: each file has the lowest version that describes it
 ALIGNMENT: Final = 4096
 INDEX_NAME: Final = "model.safetensors.index.json"
 LAYER_FILE: Final = "flash-layer-{:05d}.safetensors"
@@ -77,6 +86,7 @@ class LayerStore:
     up_name: str  # names of the two matrices in the plain checkpoint
     down_name: str
     crc32: str
+    place: npt.NDArray[np.int32] | None = field(default=None, compare=False)  # row of each neuron; `None`: its id
 
     @property
     def bundle_bytes(self) -> int:
@@ -92,10 +102,28 @@ class LayerStore:
         return self.key.removesuffix(".bundles")
 
     def bundles(self) -> torch.Tensor:
-        """The memory-mapped tensor, [d_ff, 2 * d_model] in `dtype`. Reading it faults pages in; do not write."""
+        """The memory-mapped tensor as it lies on flash, [d_ff, 2 * d_model]. Reading it faults pages in; do not write."""
         with safe_open(self.path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(self.key)
         return tensor
+
+    def up(self) -> Half:
+        """The up projection by neuron, [d_ff, d_model]."""
+        return Half(self.bundles()[:, : self.d_model], self.place)
+
+    def down(self) -> Half:
+        """The down projection by neuron, [d_ff, d_model]: transposed."""
+        return Half(self.bundles()[:, self.d_model :], self.place)
+
+
+class Half:
+    """Half of a layer's bundles, [d_ff, d_model], by neuron: memory-mapped, and fetched by slices of ids."""
+
+    def __init__(self, rows: torch.Tensor, place: npt.NDArray[np.int32] | None) -> None:
+        self._rows, self._place, self.shape = rows, place, rows.shape
+
+    def __getitem__(self, ids: slice) -> torch.Tensor:
+        return self._rows[ids] if self._place is None else self._rows[torch.from_numpy(self._place[ids])]
 
 
 @dataclass(frozen=True)
@@ -203,11 +231,23 @@ class FlashStore:
         """Names of all tensors in the store's files."""
         return {name for path in self.files for name in read_header(path)[0]}
 
+    def check_unchanged(self) -> None:
+        """Refuse files that took the place of those that were opened: their neurons may lie elsewhere.
+
+        Raises:
+            StoreFormatError: with the file.
+        """
+        for layer in self.layers:
+            if read_header(layer.path)[1].get(META + "crc32") != layer.crc32:
+                raise StoreFormatError(
+                    "the store changed while it was being opened", where=layer.path, hint="load the model again"
+                )
+
     def check(self, progress: Any = iter) -> list[str]:
         """Read every file and compare its checksum; returns the problems found, one sentence each."""
         problems = []
         for path in progress([*self.files, *self.others]):
-            expected, found = read_header(path)[1].get(META + "crc32"), _crc_of_file(path)
+            expected, found = read_header(path)[1].get(META + "crc32"), crc_of_file(path)
             if found != expected:
                 problems.append(f"{path.name}: CRC-32 of the data is {found}, the header says {expected}")
         return problems
@@ -249,11 +289,11 @@ def _check_version(path: Path, own: Mapping[str, str]) -> None:
     version = own.get("format_version", "")
     if not version.isdigit():
         raise StoreFormatError("the format version is missing or not a number", where=path, got=repr(version))
-    if int(version) > FORMAT_VERSION:
+    if int(version) > PLACED_VERSION:
         raise StoreVersionError(
             "this store was written by a newer hf_flash",
             where=path,
-            expected=f"format version up to {FORMAT_VERSION}",
+            expected=f"format version up to {PLACED_VERSION}",
             got=version,
             hint="pip install -U hf-flash",
         )
@@ -288,10 +328,39 @@ def _layer_of(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], own: Ma
             got=offset,
             hint="the file was rewritten by another tool: repack the model",
         )
-    return LayerStore(int(own["layer"]), path, offset, keys[0], d_ff, d_model, dtype, own["up"], own["down"], own["crc32"])
+    place = _place_of(path, tensors, keys[0].removesuffix(".bundles") + ".place", int(own["format_version"]), d_ff)
+    names = own["up"], own["down"], own["crc32"]
+    return LayerStore(int(own["layer"]), path, offset, keys[0], d_ff, d_model, dtype, *names, place)
 
 
-def _crc_of_file(path: Path) -> str:
+def _place_of(
+    path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], key: str, version: int, d_ff: int
+) -> npt.NDArray[np.int32] | None:
+    """The row of each neuron, as the file has it; `None` where rows are in the order of ids."""
+
+    def wrong(what: str, expected: object, got: object) -> StoreFormatError:
+        hint = "the file is damaged, or was rewritten by another tool: repack the model"
+        return StoreFormatError(what, where=f"{path}: {key}", expected=expected, got=got, hint=hint)
+
+    if (key in tensors) != (version >= PLACED_VERSION):  # bundles of other neurons would be read
+        raise wrong(
+            "the format version says otherwise than the tensors whether neurons have places of their own",
+            f"this tensor from format version {PLACED_VERSION} on, and not before",
+            f"format version {version}, tensors {sorted(tensors)}",
+        )
+    if key not in tensors:
+        return None
+    (dtype, shape), offset = tensors[key]
+    if (dtype, shape) != (torch.int32, (d_ff,)):
+        raise wrong("the places of the neurons have the wrong shape or dtype", f"({d_ff},), int32", f"{shape}, {dtype}")
+    place = np.fromfile(path, dtype="<i4", count=d_ff, offset=offset)
+    found = np.unique(place[(place >= 0) & (place < d_ff)])
+    if len(found) < d_ff:
+        raise wrong("the places of the neurons are no permutation", f"every number below {d_ff} once", f"{len(found)} of them")
+    return place
+
+
+def crc_of_file(path: Path) -> str:
     """CRC-32 of everything behind the header."""
     crc = 0
     with open(path, "rb") as file:

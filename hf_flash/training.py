@@ -22,6 +22,7 @@ import torch
 
 from .activity import CHUNK, Activations, reached_by
 from .lowrank import LowRankPredictor, lowrank_bytes, pack_lowrank
+from .store import Half
 
 _SEGMENT: Final = 16  # neighbouring tokens that stay together when tokens are shuffled: reads of some size
 _BATCH: Final = 512  # tokens a step
@@ -83,7 +84,7 @@ class LayerResult:
 
 def train_layer(
     data: Activations,
-    up: torch.Tensor,
+    up: Half | torch.Tensor,
     bias: torch.Tensor | None,
     mean: torch.Tensor,
     covariance: torch.Tensor,
@@ -138,7 +139,12 @@ class _Start:
     """The closed form, for every rank up to `limit`."""
 
     def __init__(
-        self, up: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor, covariance: torch.Tensor, limit: int
+        self,
+        up: Half | torch.Tensor,
+        bias: torch.Tensor | None,
+        mean: torch.Tensor,
+        covariance: torch.Tensor,
+        limit: int,
     ) -> None:
         d_ff, d_model = up.shape
         self._up, self._mean = up, mean

@@ -12,11 +12,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .errors import DiskSpaceError, HfFlashError, InvalidWeightsError, RepackError, StoreFormatError
 from .memory import aligned_empty, copied
-from .store import ALIGNMENT, DTYPE_NAMES, FORMAT_VERSION, META, LayerStore, TensorSpec
+from .store import (
+    ALIGNMENT,
+    DTYPE_NAMES,
+    FORMAT_VERSION,
+    META,
+    PLACED_VERSION,
+    LayerStore,
+    TensorSpec,
+    crc_of_file,
+    read_header,
+)
 
 _PIECE_BYTES: Final = 4 << 20
 _NO_CRC: Final = "0" * 8
@@ -157,9 +169,42 @@ def _bundle(up: torch.Tensor, down: torch.Tensor, names: tuple[str, str]) -> Ite
 
 def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
     """The two matrices of a plain checkpoint, `up` then `down`, as pieces for [`write_safetensors`]."""
-    bundles = layer.bundles()
-    yield bundles[:, : layer.d_model]
-    yield bundles[:, layer.d_model :].T
+    yield layer.up()[:]
+    yield layer.down()[:].T
+
+
+def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
+    """Write a layer file again with neuron `i` in row `place[i]`. It is the old file until it is the new one, whole.
+
+    Args:
+        place: [d_ff], a permutation.
+
+    Raises:
+        StoreFormatError: the old file is damaged: a new checksum would hide that.
+    """
+    order = np.argsort(place)  # the neuron of each row
+    source = order if layer.place is None else layer.place[order]
+    bundles, rows = layer.bundles(), max(1, _PIECE_BYTES // layer.bundle_bytes)
+    if (found := crc_of_file(layer.path)) != layer.crc32:
+        raise StoreFormatError(
+            "the layer file is damaged",
+            where=layer.path,
+            expected=f"CRC-32 {layer.crc32}",
+            got=found,
+            hint="download or repack the model again",
+        )
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for at in range(0, layer.d_ff, rows):
+            yield bundles[torch.from_numpy(source[at : at + rows])]
+        yield torch.from_numpy(place)
+
+    specs = {
+        layer.key: (layer.dtype, (layer.d_ff, 2 * layer.d_model)),
+        f"{layer.prefix}.place": (torch.int32, (layer.d_ff,)),
+    }
+    metadata = read_header(layer.path)[1] | {META + "format_version": str(PLACED_VERSION), META + "crc32": _NO_CRC}
+    write_safetensors(layer.path, specs, pieces(), metadata)
 
 
 def predictor_metadata(variant: str, store: Mapping[str, str]) -> dict[str, str]:

@@ -24,15 +24,18 @@ CAPACITIES = (0.1, 0.2, 0.3, 0.5)
 RULES = ("strict", "recent", "used", "both")
 
 
-def active_neurons(folder: str, text: str, tokens: int, context: int = 256) -> list[np.ndarray]:
-    """bool [tokens, d_ff] of every layer."""
+def active_neurons(folder: str, text: str, tokens: int, context: int = 256, *, last: bool = False) -> list[np.ndarray]:
+    """bool [tokens, d_ff] of every layer, on the first tokens of a text, or the last."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = model.get_decoder().layers
     found: list[list[np.ndarray]] = [[] for _ in layers]
     for layer, into in zip(layers, found, strict=True):
         layer.fc1.register_forward_hook(partial(lambda into, m, i, out: into.append((out > 0).flatten(0, -2).numpy()), into))
     with open(text, encoding="utf-8") as file:
-        ids = AutoTokenizer.from_pretrained(folder)(file.read(12 * tokens))["input_ids"][:tokens]
+        content = file.read()
+        part = content[-12 * tokens :] if last else content[: 12 * tokens]
+    ids = AutoTokenizer.from_pretrained(folder)(part)["input_ids"]
+    ids = ids[-tokens:] if last else ids[:tokens]
     with torch.no_grad():
         for at in range(0, len(ids), context):
             model(torch.tensor(ids[at : at + context])[None])

@@ -298,7 +298,7 @@ import itertools, json, os, shutil, signal, sys, traceback
 from pathlib import Path
 import torch
 from transformers import OPTForCausalLM
-from hf_flash import calibration
+from hf_flash import calibration, writer
 torch.set_num_threads(1)
 
 def half(name, real, *args):
@@ -326,7 +326,8 @@ def arm(owner, name, call, when):
         die()
     setattr(owner, name, wrapped)
 
-OWNERS = {"": calibration, "_Job": calibration._Job, "_Rows": calibration._Rows, "shutil": shutil, "Path": Path}
+OWNERS = {"": calibration, "_Job": calibration._Job, "_Rows": calibration._Rows}
+OWNERS |= {"writer": writer, "shutil": shutil, "Path": Path}
 for job in json.load(sys.stdin):
     child = os.fork()
     if not child:
@@ -364,6 +365,9 @@ DEATHS: dict[str, tuple[tuple[str, int, str], int, bool]] = {
     "between layers": (("_Job._clear", 1, "before"), 1, True),
     "clearing up after a layer": (("Path.unlink", 4 + 2, "after"), 2, True),
     "the last layer": (("_Job._train", 4, "after"), 4, True),
+    "before the first layer is placed": (("place_layer", 1, "before"), 4, True),
+    "a placed layer half written": (("writer.write_safetensors", 2, "half"), 4, True),
+    "after the last layer is placed": (("place_layer", 4, "after"), 4, True),
     "the predictor half written": (("write_safetensors", 5, "half"), 4, True),
     "the calibration half written": (("write_safetensors", 6, "half"), 4, True),
     "before the index": (("list_store", 1, "before"), 4, True),
@@ -375,9 +379,13 @@ DEATHS: dict[str, tuple[tuple[str, int, str], int, bool]] = {
 
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repacked model of four small layers with a tokenizer."""
+    """A repacked model of four small layers with a tokenizer, in whose layers pairs of neurons are active together."""
     folder = tmp_path_factory.mktemp("spoken")
     source = make_opt(folder / "plain", vocab_size=4096, num_hidden_layers=4)
+    state = load_file(source / "model.safetensors")
+    for name in (name for name in state if ".fc1." in name):
+        state[name][16:32] = state[name][:16]
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY_OPT / name, source / name)
     return hf_flash.repack(source, folder / "flash")
@@ -455,6 +463,7 @@ def test_a_killed_run_leaves_the_folder_as_it_was_and_goes_on_to_the_same_bytes(
         assert watched.forwards == watched.trained == list(range(finished, 4))
         assert before.items() <= watched.stamps.items()
     assert new_bytes(folder) == new_bytes(undisturbed)
+    assert all(path.read_bytes() == (undisturbed / path.name).read_bytes() for path in folder.glob("flash-layer-*"))
     assert {path.name: path.read_bytes() for path in folder.glob("*.json")} == {
         path.name: path.read_bytes() for path in undisturbed.glob("*.json")
     }

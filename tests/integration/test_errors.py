@@ -108,6 +108,16 @@ def write_again(path: Path, **metadata: str) -> None:
     write_safetensors(path, specs, tensors.values(), meta)
 
 
+def place_again(path: Path, place: torch.Tensor, version: str = "2") -> None:
+    """The same file with places for its neurons."""
+    with safe_open(path, "pt") as file:
+        meta = dict(file.metadata()) | {"hf_flash.format_version": version}
+    ((name, bundles),) = load_file(path).items()
+    tensors = {name: bundles.clone(), name.replace(".bundles", ".place"): place}
+    specs = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    write_safetensors(path, specs, tensors.values(), meta)
+
+
 def overlap(path: Path) -> None:
     """Two tensors of a header that claim the same bytes."""
     info = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
@@ -136,6 +146,7 @@ def names_all(error: BaseException, *parts: str) -> None:
 # --- a repacked folder ---------------------------------------------------------------------------------------------
 
 ALL = ("where", "got", "to do")
+IN_ORDER = torch.arange(128, dtype=torch.int32)
 HOSTILE_FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str, ...]]] = {
     "the first layer file is cut short": (
         lambda f: os.truncate(layer(f, 0), 5000), StoreFormatError, (*ALL, "flash-layer-00000", "not a valid safetensors")),
@@ -156,8 +167,27 @@ HOSTILE_FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str
     "a layer file lost its metadata": (
         lambda f: by_another_tool(layer(f, 1), metadata=False), StoreMissingError, (*ALL, "expected: 3 layers", "layers [1]")),
     "a layer file is of a newer version": (
-        lambda f: write_again(layer(f, 1), format_version="2"), StoreVersionError,
-        (*ALL, "flash-layer-00001", "up to 1", "got: 2", "pip install -U hf-flash")),
+        lambda f: write_again(layer(f, 1), format_version="3"), StoreVersionError,
+        (*ALL, "flash-layer-00001", "up to 2", "got: 3", "pip install -U hf-flash")),
+    "neurons have places, which older versions would pass over": (
+        lambda f: place_again(layer(f, 1), IN_ORDER, version="1"), StoreFormatError,
+        (*ALL, "flash-layer-00001", "fc1.place", "format version 1", "repack the model")),
+    "the places of the neurons are gone": (
+        lambda f: write_again(layer(f, 1), format_version="2"), StoreFormatError,
+        (*ALL, "flash-layer-00001", "fc1.place", "format version 2", "expected")),
+    "too few places": (
+        lambda f: place_again(layer(f, 1), IN_ORDER[1:]), StoreFormatError,
+        (*ALL, "flash-layer-00001", "fc1.place", "expected: (128,), int32", "got: (127,), torch.int32")),
+    "places of another dtype": (
+        lambda f: place_again(layer(f, 1), IN_ORDER.long()), StoreFormatError,
+        (*ALL, "fc1.place", "expected: (128,), int32", "got: (128,), torch.int64")),
+    "two neurons in the same place": (
+        lambda f: place_again(layer(f, 1), IN_ORDER.clamp(min=1)), StoreFormatError,
+        (*ALL, "fc1.place", "no permutation", "expected: every number below 128 once", "got: 127 of them")),
+    "a neuron behind the last": (
+        lambda f: place_again(layer(f, 1), IN_ORDER + 1), StoreFormatError, (*ALL, "fc1.place", "no permutation", "got: 127")),
+    "a neuron before the first": (
+        lambda f: place_again(layer(f, 1), IN_ORDER - 1), StoreFormatError, (*ALL, "fc1.place", "no permutation", "got: 127")),
     "the format version is no number": (
         lambda f: write_again(layer(f, 1), format_version="two"), StoreFormatError, ("where", "flash-layer-00001", "'two'")),
     "a size in the metadata is no number": (

@@ -30,7 +30,7 @@ from hf_flash.reader import open_reader
 from hf_flash.sources import PAGE, chunked, direct_alignment
 from hf_flash.store import FlashStore
 from hf_flash.window import ResidentWindow
-from hf_flash.writer import write_layer
+from hf_flash.writer import place_layer, write_layer
 
 D_FF = 160  # three blocks
 STAGED = 128  # rows that are converted at a time when the dtypes differ
@@ -124,6 +124,7 @@ class Layout:
     d_model: int
     stored: torch.dtype
     dtype: torch.dtype
+    placed: bool = False  # whether neurons lie in another order than that of their ids
 
     @property
     def size(self) -> int:
@@ -138,6 +139,9 @@ LAYOUTS = [
     Layout(27, BRAIN, BRAIN),  # odd
     Layout(64, HALF, FULL),  # converted on the way
     Layout(40, FULL, BRAIN),
+    Layout(64, FULL, FULL, placed=True),
+    Layout(27, BRAIN, BRAIN, placed=True),
+    Layout(64, HALF, FULL, placed=True),
 ]
 
 
@@ -151,6 +155,10 @@ def make_store(folder: Path, layout: Layout) -> FlashStore:
         write_layer(
             folder / f"flash-layer-{index:05d}.safetensors", index, 2, names[0][:-7] + ".bundles", names, up, down, origin
         )
+    store = FlashStore.open_folder(folder)
+    if layout.placed:
+        half = np.random.default_rng(0).permutation(D_FF // 2)
+        place_layer(store.layers[LAYER], np.concatenate([half, np.arange(D_FF // 2, D_FF)]).astype(np.int32))
     return FlashStore.open_folder(folder)
 
 
@@ -194,7 +202,7 @@ class Rig:
         self.predictor = Scripted()
         self.ffn = FlashFFN(LAYER, D_FF, d_model, True, torch.nn.ReLU()).eval()
         self.ffn.attach(self.engine, self.window, self.predictor)
-        self.bundles = self.store.bundles().clone()
+        self.bundles = torch.cat([self.store.up()[:], self.store.down()[:]], dim=1)  # by neuron
         with torch.no_grad():
             self.ffn.bias.copy_(torch.linspace(-1, 1, D_FF))  # type: ignore[union-attr]
         self.ffn.bias.data = self.ffn.bias.data.to(dtype)  # type: ignore[union-attr]
@@ -253,7 +261,11 @@ a_capacity = st.one_of(st.sampled_from([0, 1, D_FF - 1, D_FF]), st.integers(0, D
 
 
 @pytest.mark.parametrize("reader", ["mmap", "direct", "threads"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda lay: f"{lay.d_model} {lay.stored} to {lay.dtype}".replace("torch.", ""))
+@pytest.mark.parametrize(
+    "layout",
+    LAYOUTS,
+    ids=lambda lay: f"{lay.d_model} {lay.stored} to {lay.dtype}{' placed' * lay.placed}".replace("torch.", ""),
+)
 @settings(max_examples=15, deadline=None)
 @given(capacity=a_capacity, window=st.integers(1, 7), calls=st.lists(a_call, min_size=1, max_size=8))
 def test_the_window_holds_what_its_rules_say_and_every_byte_is_counted(
@@ -275,6 +287,8 @@ def test_the_window_holds_what_its_rules_say_and_every_byte_is_counted(
             groups = plain.call(uses, rig.resident())
             if layout.stored != layout.dtype:
                 groups = [group[at : at + STAGED] for group in groups for at in range(0, len(group), STAGED)]
+            if rig.store.place is not None:
+                groups = [sorted(rig.store.place[group].tolist()) for group in groups]
             nbytes, count = asked_of_the_disk(groups, rig.store.offset, layout.size, rig.unit)
             asked, reads, total = asked + nbytes, reads + count, total + tokens
             missing += sum(map(len, groups))

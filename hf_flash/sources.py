@@ -178,9 +178,10 @@ class _Mapped:
         if self.source.size() < len(self.source):  # touching the lost pages would kill the process
             raise OSError(errno.EIO, "the file is shorter than when it was opened")
         first, size = self.chunks.first.tolist(), self.chunks.size
+        out = self.out.reshape(-1, size)  # a view: rows are of the chunks' size
         for chunk, offset in enumerate(self.chunks.offset.tolist()):
             rows = self.chunks.rows[first[chunk] : first[chunk + 1]]
-            self.out[rows] = np.frombuffer(self.source, np.uint8, len(rows) * size, offset).reshape(-1, size)
+            out[rows] = np.frombuffer(self.source, np.uint8, len(rows) * size, offset).reshape(-1, size)
         return self.nbytes
 
 

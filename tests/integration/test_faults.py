@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, StoreFormatError, TargetExistsError, UsageError, sources
+from hf_flash.native import TokenKernel, library
 from hf_flash.store import FlashStore
 from tests.conftest import make_opt
 
@@ -47,11 +48,17 @@ def decode(model: Any) -> list[torch.Tensor]:
     return [logits(model, ids) for ids in IDS[0].view(-1, 1, 1)]
 
 
-@pytest.mark.parametrize("step", ["index_select", "index_copy_", "linear", "embedding_bag"])
+@pytest.mark.parametrize("step", ["index_select", "index_copy_", "linear", "embedding_bag", "up", "down"])
 def test_an_interrupted_call_leaves_no_wrong_rows(opt: Load, load: Load, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    if step in ("up", "down"):
+        if library() is None:
+            pytest.skip("no compiled part here")
+    else:
+        monkeypatch.setattr("hf_flash.native.library", lambda: None)
     budget = hf_flash.stats(load(opt())).minimum_bytes + 3 * 40 * 256  # some 40 neurons a layer: rows move all the time
     wanted, model = decode(load(opt(), memory_budget=budget)), load(opt(), memory_budget=budget)
-    owner: Any = {"index_copy_": torch.Tensor, "index_select": torch}.get(step, torch.nn.functional)
+    owners: dict[str, Any] = {"index_copy_": torch.Tensor, "index_select": torch, "up": TokenKernel, "down": TokenKernel}
+    owner = owners.get(step, torch.nn.functional)
     real, calls = getattr(owner, step), 0
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:

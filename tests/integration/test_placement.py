@@ -237,7 +237,7 @@ def test_inspect_and_the_command_say_what_it_brings(placed: Path, unplaced: Path
         assert part in shown
     assert cli.main(["inspect", str(unplaced)]) == 0
     assert "none: neurons lie in the order of their ids" in capsys.readouterr().out
-    report = calibration.stored_report(FlashStore.open_folder(placed))
+    report = runtime.stored_report(FlashStore.open_folder(placed))
     assert report is not None
     assert "neurons placed: 3 of 3 layers" in calibration.describe(report)
 

@@ -199,7 +199,7 @@ def _expected(model: Any, prompt: list[int], tokens: list[int]) -> dict[str, flo
     if runtime.form is None:  # every token uses everything
         neurons = sum(ffn.d_ff for ffn in ffns if ffn.window.capacity < ffn.d_ff)
         return {"expected_bytes": float(neurons * bundle_bytes), "window_tokens": None}
-    records = [_Record(ffn) for ffn in ffns]
+    records = [_Record(ffn, len(prompt) + len(tokens)) for ffn in ffns]
     if _generate(model, prompt, len(tokens), []) != tokens:
         raise HfFlashError("the same prompt gave other tokens the second time")
     found = [window_law(record.used(), len(prompt), ffn.window.capacity) for record, ffn in zip(records, ffns, strict=True)]
@@ -208,12 +208,16 @@ def _expected(model: Any, prompt: list[int], tokens: list[int]) -> dict[str, flo
 
 
 class _Record:
-    """Stands where a layer's predictor stood, and keeps what each forward was told; what lookahead was told goes."""
+    """Stands where a layer's predictor stood, and keeps what each forward was told; what lookahead was told goes.
 
-    def __init__(self, ffn: FlashFFN) -> None:
+    In one piece, allocated before: small ones that stay, between large ones that go, would make the heap grow into the cap.
+    """
+
+    def __init__(self, ffn: FlashFFN, tokens: int) -> None:
         self._predictor, self._d_ff, self.nbytes = ffn.predictor, ffn.d_ff, ffn.predictor.nbytes
         self._last: torch.Tensor | None = None
-        self._bits: list[Any] = []
+        self._bits = np.zeros((tokens, -(-ffn.d_ff // 8)), dtype=np.uint8)
+        self._count = 0
         ffn.predictor = self
         ffn.register_forward_hook(self._keep)
 
@@ -223,11 +227,13 @@ class _Record:
 
     def _keep(self, *args: Any) -> None:
         assert self._last is not None
-        self._bits.append(np.packbits(self._last.numpy(), axis=1))
+        end = self._count + len(self._last)
+        self._bits[self._count : end] = np.packbits(self._last.numpy(), axis=1)
+        self._count = end
 
     def used(self) -> Any:
         """bool [tokens, d_ff]."""
-        return np.unpackbits(np.concatenate(self._bits), axis=1, count=self._d_ff).astype(bool)
+        return np.unpackbits(self._bits[: self._count], axis=1, count=self._d_ff).astype(bool)
 
 
 # --- the systems ---------------------------------------------------------------------------------------------------------

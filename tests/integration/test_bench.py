@@ -293,6 +293,7 @@ def test_without_a_way_to_cap_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_an_interrupt_ends_the_child_and_its_cgroup(tmp_path: Path) -> None:
     out = tmp_path / "out"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # test runners' workers ignore it
 
     def interrupt() -> None:
         while not (out.exists() and out.read_text().endswith("\n")):
@@ -300,8 +301,11 @@ def test_an_interrupt_ends_the_child_and_its_cgroup(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    with memory_cap(1 << 30) as found, pytest.raises(KeyboardInterrupt):
-        bench_job._finish(found.command(["sh", "-c", "echo $$; exec sleep 60"]), tmp_path, 60)
+    try:
+        with memory_cap(1 << 30) as found, pytest.raises(KeyboardInterrupt):
+            bench_job._finish(found.command(["sh", "-c", "echo $$; exec sleep 60"]), tmp_path, 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int(out.read_text()), 0)
     assert found.folder is None or not found.folder.exists()

@@ -18,6 +18,7 @@ SLACK = 6 * MIB  # activations, KV cache, allocator: what is not weights
 
 # Measures anonymous memory only: file pages are page cache, which the kernel takes back when it needs them.
 # Huge pages are switched off, because the kernel may round a thread's stack of some KiB up to 2 MiB.
+# malloc's threshold for mapping is fixed, or its heap keeps some MiB of freed tensors, more or fewer by chance.
 SCRIPT = """
 import ctypes
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
@@ -67,7 +68,8 @@ def measure(folder: Path, cache: Path, dtype: str, **arguments: Any) -> dict[str
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder), str(TINY_OPT), dtype, json.dumps(arguments)],
         capture_output=True, text=True, cwd=ROOT, check=False,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_FLASH_CACHE": str(cache), "MALLOC_ARENA_MAX": "1"},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_FLASH_CACHE": str(cache), "MALLOC_ARENA_MAX": "1",
+             "MALLOC_MMAP_THRESHOLD_": "131072"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

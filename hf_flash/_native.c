@@ -17,6 +17,7 @@
 #include <errno.h>
 #include <immintrin.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -28,7 +29,7 @@
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
 enum { F32, BF16, F16 };
-enum { UP_ROWS = 16, MATRIX_ROWS = 64, COLUMNS = 64, GETEVENTS = 1, ENTER = 426 };
+enum { UP_ROWS = 16, MATRIX_ROWS = 64, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64, GETEVENTS = 1, ENTER = 426 };
 
 typedef void (*Body)(void *);
 typedef void (*Parallel)(Body, void *, unsigned threads, unsigned flags);
@@ -261,22 +262,27 @@ void FAST hf_down(Job *job) {
  * x becomes whole multiples of a step, 16 bits each, so that products with codes are exact and twice as many to an instruction
  * as in fp32. In 4 bits every group of columns has a step, in 8 bits every token. */
 
-typedef struct {
+typedef struct Matrix {
     const uint8_t *codes;           /* int8 [rows, columns], or nibbles [rows, columns / 2] with the even column low */
     const uint16_t *scales, *zeros; /* bfloat16 [rows, columns / group]; no zeros in 8 bits */
-    const float *plus;              /* [rows] added to every token's sums, or null */
+    const float *plus, *times;      /* [rows] added to every token's sums, [tokens] times this; or null: nothing, times 1 */
+    const void *bias;               /* [rows] of `bias_dtype`, added after that, or null */
     const void *x;                  /* [tokens, columns] of `dtype` */
-    int16_t *steps;                 /* room for x in steps [tokens, columns], */
+    int16_t *steps;                 /* room for x in steps [tokens, columns rounded up to 16], */
     float *step, *sums;             /* for the steps of the groups and the sums of x in them [tokens, columns / group] */
-    float *out;                     /* [tokens, rows] */
+    float *out;                     /* [tokens, rows], or null: only */
+    uint8_t *called;                /* [tokens, rows] whether a sum is not at or below zero */
+    struct Matrix *first;           /* or null; else x is what comes out of this one */
     int64_t rows, columns, group, tokens;
-    int32_t bits, dtype, threads;
-    atomic_int next;
+    int32_t bits, dtype, bias_dtype, threads;
+    atomic_int next, done, ready;
 } Matrix;
+
+static int64_t stride(const Matrix *m) { return (m->columns + 15) / 16 * 16; } /* of `steps`, from token to token */
 
 INLINE float int8_row(const Matrix *m, int64_t row, int64_t token) {
     const int8_t *codes = (const int8_t *)m->codes + row * m->columns;
-    const int16_t *x = m->steps + token * m->columns;
+    const int16_t *x = m->steps + token * stride(m);
     __m256 all = _mm256_setzero_ps();
     int64_t i = 0;
     while (i + 32 <= m->columns) {
@@ -301,11 +307,32 @@ INLINE float int8_row(const Matrix *m, int64_t row, int64_t token) {
     return (total(all, _mm256_setzero_ps()) + (float)rest) * (one(m->scales, row, BF16) * m->step[token]);
 }
 
+/* Eight rows of few columns. What a row's last step reads beyond it is multiplied by zero. */
+INLINE __m256 int8_rows(const Matrix *m, int64_t row, int64_t token) {
+    const int64_t columns = m->columns;
+    const int8_t *codes = (const int8_t *)m->codes + row * columns;
+    const int16_t *x = m->steps + token * stride(m);
+    __m256i sums[8] = {0};
+    for (int64_t i = 0; i < columns; i += 16) {
+        const __m256i some = _mm256_loadu_si256((const __m256i *)(x + i));
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) {
+            __m256i code = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + r * columns + i)));
+            sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(code, some));
+        }
+    }
+    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[4], sums[5]), _mm256_hadd_epi32(sums[6], sums[7]));
+    __m256i all = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+    __m256 scales = _mm256_mul_ps(load(m->scales, row, BF16), _mm256_set1_ps(m->step[token]));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(all), scales);
+}
+
 /* The sum over the groups of scale * (codes . x) + (zero - 8 scale) * (sum of x). A group has 32 columns or a multiple. */
 INLINE float int4_row(const Matrix *m, int64_t row, int64_t token) {
     const int64_t groups = m->columns / m->group;
     const uint8_t *codes = m->codes + row * m->columns / 2;
-    const int16_t *x = m->steps + token * m->columns;
+    const int16_t *x = m->steps + token * stride(m);
     const float *step = m->step + token * groups, *sum = m->sums + token * groups;
     const uint16_t *scales = m->scales + row * groups, *zeros = m->zeros + row * groups;
     const __m128i low = _mm_set1_epi8(15);
@@ -327,23 +354,10 @@ INLINE float int4_row(const Matrix *m, int64_t row, int64_t token) {
     return total(all, _mm256_setzero_ps()) + rest;
 }
 
-static FAST void matrix_body(void *data) {
-    Matrix *m = data;
-    for (;;) {
-        int64_t begin = (int64_t)atomic_fetch_add(&m->next, MATRIX_ROWS);
-        if (begin >= m->rows)
-            return;
-        int64_t end = begin + MATRIX_ROWS < m->rows ? begin + MATRIX_ROWS : m->rows;
-        for (int64_t row = begin; row < end; row++)
-            for (int64_t token = 0; token < m->tokens; token++)
-                m->out[token * m->rows + row] =
-                    (m->bits == 4 ? int4_row(m, row, token) : int8_row(m, row, token)) + (m->plus ? m->plus[row] : 0.0f);
-    }
-}
-
 /* One group of x in steps; for 4 bits 16 even columns before 16 odd ones. What is not finite stays so: in `sum`, or in `step`. */
 INLINE void spread(const Matrix *m, int64_t group, int dtype) {
     const int64_t begin = group * m->group, end = begin + m->group;
+    int16_t *steps = m->steps + begin + begin / m->columns * (stride(m) - m->columns);
     float most = 0.0f, all = 0.0f;
     for (int64_t i = begin; i < end; i++) {
         float value = one(m->x, i, dtype), size = value < 0.0f ? -value : value;
@@ -356,22 +370,110 @@ INLINE void spread(const Matrix *m, int64_t group, int dtype) {
     for (int64_t i = begin; i < end; i++) {
         int64_t k = i - begin, place = m->bits == 4 ? k / 32 * 32 + k % 2 * 16 + k % 32 / 2 : k;
         int32_t whole = _mm_cvtss_si32(_mm_set_ss(one(m->x, i, dtype) * inverse));
-        m->steps[begin + place] = (int16_t)(whole > 32767 ? 32767 : whole < -32767 ? -32767 : whole);
+        steps[place] = (int16_t)(whole > 32767 ? 32767 : whole < -32767 ? -32767 : whole);
     }
+    if (end % m->columns == 0)
+        memset(steps + m->group, 0, (size_t)(stride(m) - m->columns) * sizeof(int16_t));
 }
 
-/* out = matrix @ x + plus, each token on its own: its sums do not depend on how many are beside it. */
-void FAST hf_multiply(Matrix *m) {
+static FAST void spread_all(const Matrix *m) {
     for (int64_t group = 0; group < m->tokens * m->columns / m->group; group++)
         if (m->dtype == F32)
             spread(m, group, F32);
         else
             spread(m, group, BF16);
+}
+
+INLINE void multiply_row(const Matrix *m, int64_t row) {
+    for (int64_t token = 0; token < m->tokens; token++) {
+        float sum = m->bits == 4 ? int4_row(m, row, token) : int8_row(m, row, token);
+        if (m->plus)
+            sum += m->times ? m->times[token] * m->plus[row] : m->plus[row];
+        if (m->bias)
+            sum += one(m->bias, row, m->bias_dtype);
+        if (m->out)
+            m->out[token * m->rows + row] = sum;
+        else
+            m->called[token * m->rows + row] = !(sum <= 0.0f);
+    }
+}
+
+INLINE void multiply_rows(const Matrix *m, int64_t row, int bias_dtype) {
+    for (int64_t token = 0; token < m->tokens; token++) {
+        __m256 sum = int8_rows(m, row, token);
+        if (m->plus) {
+            __m256 plus = _mm256_loadu_ps(m->plus + row);
+            sum = _mm256_add_ps(sum, m->times ? _mm256_mul_ps(plus, _mm256_set1_ps(m->times[token])) : plus);
+        }
+        if (m->bias)
+            sum = _mm256_add_ps(sum, load(m->bias, row, bias_dtype));
+        if (m->out) {
+            _mm256_storeu_ps(m->out + token * m->rows + row, sum);
+            continue;
+        }
+        __m256i called = _mm256_srli_epi32(_mm256_castps_si256(_mm256_cmp_ps(sum, _mm256_setzero_ps(), _CMP_NLE_UQ)), 31);
+        __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(called), _mm256_extracti128_si256(called, 1));
+        _mm_storel_epi64((__m128i *)(m->called + token * m->rows + row), _mm_packs_epi16(half, half));
+    }
+}
+
+/* One thread's share of the rows. Returns whether it finished the last of them all. */
+static FAST int multiply_share(Matrix *m) {
+    const int64_t step = m->rows < 16 * MATRIX_ROWS ? FEW_ROWS : MATRIX_ROWS;
+    /* rows that may be worked on by eights: their sums fit in 32 bits, and no read goes beyond the matrix */
+    const int64_t eights = m->bits == 8 && m->columns <= FEW_COLUMNS ? (m->rows * m->columns - stride(m)) / m->columns + 1 : 0;
+    int last = 0;
+    for (;;) {
+        int64_t begin = (int64_t)atomic_fetch_add(&m->next, (int)step);
+        if (begin >= m->rows)
+            return last;
+        int64_t end = begin + step < m->rows ? begin + step : m->rows;
+        int64_t row = begin;
+        for (; row + 8 <= end && row + 8 <= eights; row += 8)
+            if (m->bias_dtype == F32)
+                multiply_rows(m, row, F32);
+            else if (m->bias_dtype == BF16)
+                multiply_rows(m, row, BF16);
+            else
+                multiply_rows(m, row, F16);
+        for (; row < end; row++)
+            multiply_row(m, row);
+        last = atomic_fetch_add(&m->done, (int)(end - begin)) + (end - begin) == m->rows;
+    }
+}
+
+static FAST void matrix_body(void *data) {
+    Matrix *m = data;
+    if (m->first) {
+        if (multiply_share(m->first)) {
+            spread_all(m);
+            atomic_store(&m->ready, 1);
+        }
+        for (int turns = 0; !atomic_load(&m->ready); turns++) /* some microseconds, unless that thread lost its core */
+            if (turns < 1000)
+                _mm_pause();
+            else
+                sched_yield();
+    }
+    multiply_share(m);
+}
+
+static void begin(Matrix *m) {
     atomic_store(&m->next, 0);
+    atomic_store(&m->done, 0);
+    atomic_store(&m->ready, 0);
+}
+
+/* matrix @ x + plus + bias, each token on its own: its sums do not depend on how many are beside it. */
+void FAST hf_multiply(Matrix *m) {
+    begin(m);
+    if (m->first)
+        begin(m->first);
+    spread_all(m->first ? m->first : m);
     run(matrix_body, m, m->threads);
 }
 
-int hf_abi(void) { return 1; } /* native.py: ABI */
+int hf_abi(void) { return 2; } /* native.py: ABI */
 
 #else
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Protocol
 
@@ -96,6 +97,7 @@ class LowBitMatrix(Protocol):
     """A matrix [rows, columns] in DRAM that multiplies tokens."""
 
     nbytes: int
+    compiled: Product | None
 
     def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """`x` bfloat16 or float32 [tokens, columns] to [tokens, rows], bfloat16 or float32; `plus` float32 [rows] is added."""
@@ -108,7 +110,7 @@ class Int8Matrix:
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         self._codes, self._scales = codes.clone(), scales.reshape(-1).clone()
         self.nbytes = self._codes.nbytes + self._scales.nbytes
-        self.compiled = Product(self._codes, self._scales, None) if library() else None
+        self.compiled: Product | None = Product(self._codes, self._scales, None) if library() else None
         self.packed = False
         if self.compiled is None:
             whole = codes.shape[1] % _INT8_COLUMNS == 0  # torch does not check, and reads beyond the matrix
@@ -186,11 +188,39 @@ def _sum(product: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
     return product if plus is None else product + plus
 
 
-def called_active(score: torch.Tensor) -> torch.Tensor:
-    """bool like `score`: whatever is not called inactive, so that what is no number is computed."""
-    return (
-        ~(score <= 0) if len(score) > 1 else torch.from_numpy(~(score.float().numpy() <= 0))
-    )  # numpy: quick where caches are cold
+@dataclass(frozen=True)
+class Scores:
+    """What a predictor makes of tokens: `matrix @ x + plus + bias`.
+
+    Attributes:
+        matrix: [neurons, columns].
+        plus: float32 [neurons], added as often as `times` says.
+        bias: [neurons], any floating dtype.
+        first: another matrix, which `x` goes through before.
+    """
+
+    matrix: LowBitMatrix
+    plus: torch.Tensor
+    bias: torch.Tensor | None = None
+    first: LowBitMatrix | None = None
+
+    def __call__(self, x: torch.Tensor, times: torch.Tensor | None = None) -> torch.Tensor:
+        """[tokens, neurons] in float32 or bfloat16.
+
+        Args:
+            x: bfloat16 [tokens, columns].
+            times: float32 [tokens]; once if there is none.
+        """
+        x = x if self.first is None else self.first(x)
+        scores = self.matrix(x, self.plus) if times is None else self.matrix(x) + times[:, None] * self.plus
+        return scores if self.bias is None else scores + self.bias
+
+    def called_active(self, x: torch.Tensor, times: torch.Tensor | None = None) -> torch.Tensor:
+        """bool [tokens, neurons]: whatever is not called inactive, so that what is no number is computed."""
+        first = None if self.first is None else self.first.compiled
+        if self.matrix.compiled is None or (first is None) != (self.first is None):
+            return ~(self(x, times) <= 0)
+        return self.matrix.compiled.called(x, self.plus, times=times, bias=self.bias, first=first)
 
 
 def by_tokens(x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from .errors import StoreFormatError
-from .lowbit import Int8Matrix, by_tokens, called_active, quantize_rows
+from .lowbit import Int8Matrix, Scores, by_tokens, quantize_rows
 from .predictor import read_tensors
 from .store import FlashStore, LayerStore, TensorSpec, read_header
 
@@ -90,14 +90,15 @@ class LowRankPredictor:
     """The loaded form. Args: `tensors` as [`pack_lowrank`] returns them."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._a = Int8Matrix(tensors["a_codes"], tensors["a_scales"])
-        self._b = Int8Matrix(tensors["b_codes"], tensors["b_scales"])
-        self._offset = tensors["offset"].clone()
-        self.nbytes = self._a.nbytes + self._b.nbytes + self._offset.nbytes
+        a = Int8Matrix(tensors["a_codes"], tensors["a_scales"])
+        b = Int8Matrix(tensors["b_codes"], tensors["b_scales"])
+        offset = tensors["offset"].clone()
+        self._scores = Scores(b, offset, first=a)
+        self.nbytes = a.nbytes + b.nbytes + offset.nbytes
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
-        return by_tokens(x, lambda part: called_active(self.score(part)))
+        return by_tokens(x.bfloat16(), self._scores.called_active)
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [tokens, d_ff]: positive for neurons called active, in logits."""
-        return self._b(self._a(x.bfloat16()), self._offset)
+        return self._scores(x.bfloat16())

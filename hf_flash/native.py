@@ -25,11 +25,12 @@ from .uring import Held
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 1  # as in _native.c: to be raised with every change of what a function or a structure means
+ABI: Final = 2  # as in _native.c: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Ids = npt.NDArray[np.int64]
 _PID: Final = os.getpid()
+_SHARED: Final = 1 << 18  # products that waking another thread is worth
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -50,9 +51,10 @@ class _Matrix(ctypes.Structure):
     """A quantized matrix and some tokens."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("codes", "scales", "zeros", "plus", "x", "steps", "step", "sums", "out")),
+        *((name, _pointer) for name in ("codes", "scales", "zeros", "plus", "times", "bias", "x", "steps", "step", "sums")),
+        *((name, _pointer) for name in ("out", "called", "first")),
         *((name, _long) for name in ("rows", "columns", "group", "tokens")),
-        ("bits", _int), ("dtype", _int), ("threads", _int), ("next", _int),
+        *((name, _int) for name in ("bits", "dtype", "bias_dtype", "threads", "next", "done", "ready")),
     )  # fmt: skip
 
 
@@ -171,7 +173,7 @@ class Product:
         self._rows, columns, groups = len(codes), codes.shape[1], 1
         if zeros is not None:
             columns, groups = 2 * columns, scales.shape[1]
-        self._columns, self._groups = columns, groups
+        self._columns, self._groups, self._room = columns, groups, 8 * groups + 2 * (columns + 15 & ~15)  # bytes a token
         self._matrix = _Matrix(
             codes=codes.data_ptr(), scales=scales.data_ptr(), zeros=None if zeros is None else zeros.data_ptr(),
             rows=self._rows, columns=columns, group=columns // groups, bits=8 if zeros is None else 4,
@@ -179,14 +181,60 @@ class Product:
 
     def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """float32 [tokens, rows], from `x` float32 or bfloat16 [tokens, columns]; `plus` float32 [rows] is added."""
-        assert self._library is not None
-        x, tokens, matrix = x.contiguous(), x.shape[0], self._matrix
-        out = torch.empty(tokens, self._rows)
-        room = torch.empty(tokens * (8 * self._groups + 2 * self._columns), dtype=torch.uint8)
-        matrix.step = begin = room.data_ptr()
-        matrix.sums, matrix.steps = begin + 4 * tokens * self._groups, begin + 8 * tokens * self._groups
-        matrix.x, matrix.out, matrix.dtype = x.data_ptr(), out.data_ptr(), DTYPES[x.dtype]
-        matrix.plus = None if plus is None else plus.data_ptr()
-        matrix.tokens, matrix.threads = tokens, threads()
-        self._library.hf_multiply(ctypes.byref(matrix))
+        out = torch.empty(x.shape[0], self._rows)
+        self._matrix.called = None
+        self._run(x, out, plus)
         return out
+
+    def called(
+        self,
+        x: torch.Tensor,
+        plus: torch.Tensor,
+        *,
+        times: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        first: Product | None = None,
+    ) -> torch.Tensor:
+        """Where the sums are not at or below zero, bool [tokens, rows].
+
+        Args:
+            x: float32 or bfloat16 [tokens, columns], or what `first` takes.
+            plus: float32 [rows], added to the sums; `times` float32 [tokens] says how often.
+            bias: [rows], added after that.
+            first: another matrix, which `x` goes through before.
+        """
+        called = torch.empty(x.shape[0], self._rows, dtype=torch.bool)
+        self._matrix.called = called.data_ptr()
+        self._run(x, None, plus, times, bias, first)
+        return called
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor | None,
+        plus: torch.Tensor | None,
+        times: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        first: Product | None = None,
+    ) -> None:
+        assert self._library is not None
+        x, matrix, own = x.contiguous(), self._matrix, len(x) * self._room
+        room = torch.empty(own if first is None else own + len(x) * first._room, dtype=torch.uint8)
+        if first is not None:
+            between = torch.empty(len(x), first._rows)
+            first._set(x, between, room.data_ptr() + own)
+            x = between
+        self._set(x, out, room.data_ptr())
+        matrix.plus, matrix.times, matrix.bias = (None if part is None else part.data_ptr() for part in (plus, times, bias))
+        matrix.bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
+        matrix.first = None if first is None else ctypes.addressof(first._matrix)
+        matrix.threads = threads() if len(x) * self._rows * self._columns >= _SHARED else 1
+        self._library.hf_multiply(ctypes.byref(matrix))
+
+    def _set(self, x: torch.Tensor, out: torch.Tensor | None, room: int) -> None:
+        """Input, output, and the address of room for x in steps."""
+        matrix, tokens = self._matrix, len(x)
+        matrix.x, matrix.dtype, matrix.tokens = x.data_ptr(), DTYPES[x.dtype], tokens
+        matrix.out = None if out is None else out.data_ptr()
+        matrix.step, matrix.sums = room, room + 4 * tokens * self._groups
+        matrix.steps = room + 8 * tokens * self._groups

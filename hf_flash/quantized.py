@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ import torch
 
 from .activity import Activations, reached_by
 from .errors import ConfigError
-from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, by_tokens, called_active, quantize_rows, widen
+from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, Scores, by_tokens, quantize_rows, widen
 from .memory import trim_heap
 from .predictor import belonging, check_specs, find_predictor, read_tensors
 from .store import FlashStore, LayerStore, TensorSpec
@@ -126,30 +126,30 @@ class QuantizedPredictor:
         measured: bool = False,
     ) -> None:
         codes, scales = tensors["codes"], tensors["scales"]
-        self._product: LowBitMatrix
+        product: LowBitMatrix
         if form.bits == 8:
-            self._product = Int8Matrix(codes, scales)
+            product = Int8Matrix(codes, scales)
         else:
-            self._product = Int4Matrix(codes, scales, tensors["zeros"], form.group(2 * codes.shape[1]))
-        self._bias = torch.zeros(1, dtype=torch.float32) if bias is None else bias
-        self._margin, self._measured = margin, measured
-        self.nbytes = self._product.nbytes + margin.nbytes
+            product = Int4Matrix(codes, scales, tensors["zeros"], form.group(2 * codes.shape[1]))
+        self._scores, self._measured = Scores(product, margin, bias), measured
+        self.nbytes = product.nbytes + margin.nbytes
 
     def with_margin(self, margin: torch.Tensor, *, measured: bool) -> QuantizedPredictor:
         """The same weights, not copied, with another margin."""
         other = copy.copy(self)
-        other._margin, other._measured = margin, measured
+        other._scores, other._measured = replace(self._scores, plus=margin), measured
         return other
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
-        return by_tokens(x, lambda part: called_active(self.score(part)))
+        return by_tokens(x, lambda part: self._scores.called_active(part.bfloat16(), self._times(part)))
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, d_ff]: positive for neurons called active."""
-        if self._measured:
-            return self._product(x.bfloat16(), self._margin) + self._bias
-        margin: torch.Tensor = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True) * self._margin
-        return self._product(x.bfloat16()) + margin + self._bias
+        return self._scores(x.bfloat16(), self._times(x))
+
+    def _times(self, x: torch.Tensor) -> torch.Tensor | None:
+        """float32 [tokens]: how often the margin counts."""
+        return None if self._measured else torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
 
 
 def write_quantized(path: Path, store: FlashStore, form: QuantizedFormat, progress: Any = iter) -> None:

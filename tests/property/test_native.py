@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hf_flash import compute, native
 from hf_flash.compute import OneToken, Scratch
+from hf_flash.lowbit import Int8Matrix, Scores
 from hf_flash.native import ABI, library
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -90,7 +91,12 @@ def test_a_dtype_that_it_does_not_know_goes_to_torch() -> None:
 
 @needs_library
 @settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 90), columns=st.integers(1, 100), tokens=st.integers(1, 4), seed=st.integers(0, 999))
+@given(
+    rows=st.integers(1, 90),
+    columns=st.integers(1, 100) | st.integers(500, 520),
+    tokens=st.integers(1, 4),
+    seed=st.integers(0, 999),
+)
 def test_a_token_is_multiplied_alike_whoever_is_beside_it(rows: int, columns: int, tokens: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(-127, 128, (rows, columns), generator=random, dtype=torch.int8)
@@ -103,3 +109,46 @@ def test_a_token_is_multiplied_alike_whoever_is_beside_it(rows: int, columns: in
     assert ((found - exact).abs() <= 1e-4 * (size + x.double().abs().amax(1, keepdim=True) * 127 + 1)).all()
     for token in range(tokens):
         assert torch.equal(product(x[token : token + 1], plus)[0], found[token])
+
+
+@needs_library
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 90), rank=st.integers(1, 40), tokens=st.integers(1, 3), seed=st.integers(0, 999),
+    bias=st.sampled_from([None, *ROUNDING]), repeated=st.booleans(), threads=st.integers(1, 3),
+)  # fmt: skip
+def test_neurons_are_called_as_their_scores_say(
+    rows: int, rank: int, tokens: int, seed: int, bias: torch.dtype | None, repeated: bool, threads: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> Int8Matrix:
+        codes = torch.randint(-127, 128, (rows, columns), generator=random, dtype=torch.int8)
+        return Int8Matrix(codes, torch.rand(rows, 1, generator=random).bfloat16())
+
+    given_bias = None if bias is None else torch.randn(rows, generator=random).to(bias)
+    x, plus = torch.randn(tokens, 70, generator=random).bfloat16(), 50 * torch.randn(rows, generator=random)
+    times = torch.rand(tokens, generator=random) if repeated else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "threads", lambda: threads)
+        patch.setattr(native, "_SHARED", 1)
+        for scores in (
+            Scores(matrix(rows, 70), plus, given_bias),
+            Scores(matrix(rows, rank), plus, given_bias, first=matrix(rank, 70)),
+        ):
+            score, called = scores(x, times), scores.called_active(x, times)
+            clear = score.abs() > 1e-4 * score.abs().max()  # the compiled sum may be rounded once less
+            assert called.dtype == torch.bool
+            assert torch.equal(called[clear], (score > 0)[clear])
+            for token in range(tokens):
+                alone = scores.called_active(x[token : token + 1], None if times is None else times[token : token + 1])
+                assert torch.equal(alone[0], called[token])
+
+
+@needs_library
+def test_what_is_not_a_number_is_called_active() -> None:
+    codes = torch.randint(-127, 128, (70, 33), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    scores = Scores(Int8Matrix(codes, torch.ones(70, 1).bfloat16()), torch.full((70,), -1e9))
+    x = torch.zeros(3, 33).bfloat16()
+    x[0, 5], x[1, 5] = float("nan"), float("inf")
+    assert scores.called_active(x).sum(1).tolist() == [70, 70, 0]

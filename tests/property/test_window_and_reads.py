@@ -458,16 +458,16 @@ def test_the_fast_path_scores_as_the_plain_one_up_to_rounding(form: QuantizedFor
     bias = torch.randn(96, generator=random)
     parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
     ways = {way: make(form, up, bias, way) for way in WAYS}
-    if library() is None or not ways["packed"]._product.packed:
+    if library() is None or not ways["packed"]._scores.matrix.packed:
         pytest.skip("no compiler, or torch has no packed layout on this machine")
-    assert ways["compiled"]._product.compiled
-    assert not ways["packed"]._product.compiled
-    assert not ways["plain"]._product.packed
+    assert ways["compiled"]._scores.matrix.compiled
+    assert not ways["packed"]._scores.matrix.compiled
+    assert not ways["plain"]._scores.matrix.packed
     weights = dequantized(parts, form)
     exact = x.double() @ weights.T
     rounding = 2**-7 * (x.double().abs() @ weights.abs().T)
     for way, share in zip(WAYS, (1e-2, 1, 1e-3), strict=True):  # 16-bit steps, bfloat16, 128 roundings to float32
-        assert ((ways[way]._product(x) - exact).abs() <= share * rounding).all()
+        assert ((ways[way]._scores.matrix(x) - exact).abs() <= share * rounding).all()
     slack = 1.5 / 128**0.5 * x.double().norm(dim=1, keepdim=True) * parts["error"].double()
     clear = (exact + bias.double() + slack).abs() > rounding
     assert clear.float().mean() > 0.8

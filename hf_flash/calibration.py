@@ -261,6 +261,7 @@ class _Job:
                 expected=f"{format_bytes(training)} for the training of a layer, and what the model needs",
                 got=format_bytes(budget),
                 hint=f"raise it, or lower max_rank. Without the training:\n{error}",
+                minimum_bytes=None if error.minimum_bytes is None else training + error.minimum_bytes,
             ) from error
 
     def run(self, budget: int, training: int) -> None:

@@ -91,13 +91,13 @@ class OneToken:
         *,
         one_block: bool,
     ) -> None:
-        self._torch = scratch, activation, x, bias, matrix, rows, ids, one_block
-        self._kernel, self._activation, self._dtype = scratch.kernel, activation, x.dtype
+        self._scratch, self._activation, self._one_block = scratch, activation, one_block
+        self._x, self._bias, self._matrix, self._rows, self._ids = x, bias, matrix, rows, ids
         self._relu = isinstance(activation, nn.ReLU) or activation in (F.relu, torch.relu)
-        self.compiled = self._kernel.fits(x)
+        self.compiled = scratch.kernel.fits(x)
         self._left: Ids | None = None
         if self.compiled:
-            self._kernel.set(x, bias, matrix, rows, ids, relu=self._relu)
+            scratch.kernel.set(x, bias, matrix, rows, ids, relu=self._relu)
 
     def up(self, there: Ids, left: Ids, held: Held | None) -> float:
         """Only if `compiled`: compute for positions `there` of `rows` while the rows of positions `left` are read.
@@ -106,53 +106,42 @@ class OneToken:
             Seconds spent on reading.
         """
         self._left = left
-        return self._kernel.up(there, held)
+        return self._scratch.kernel.up(there, held)
 
     def finish(self, out: torch.Tensor) -> None:
         """Add what the block gives to `out`, float32 [1, d]. Every row must be there."""
         if not self.compiled:
-            _add_one_token(*self._torch, out)
+            self._finish_in_torch(out)
             return
+        kernel = self._scratch.kernel
         if self._left is None or len(self._left):
-            self._kernel.up(self._left)
+            kernel.up(self._left)
         if not self._relu:
-            hidden = self._kernel.hidden
-            hidden.copy_(self._activation(hidden.to(self._dtype)))
-        self._kernel.down(out)
+            kernel.hidden.copy_(self._activation(kernel.hidden.to(self._x.dtype)))
+        kernel.down(out)
 
-
-def _add_one_token(
-    scratch: Scratch,
-    activation: Activation,
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    matrix: torch.Tensor,
-    rows: Ids,
-    ids: Ids,
-    one_block: bool,
-    out: torch.Tensor,
-) -> None:
-    """What [`OneToken`] does, with the operators of torch."""
-    n, d = len(rows), x.shape[1]
-    bias = None if bias is None else torch.index_select(bias, 0, torch.from_numpy(ids))
-    gathered = scratch.gathered.view(-1, d)  # [2 * block, d]
-    up = torch.index_select(matrix.view(-1, d), 0, torch.from_numpy(2 * rows), out=gathered[:n])
-    hidden = activation(F.linear(x, up, bias))[0]  # [n]
-    active = hidden.nonzero()[:, 0].numpy()
-    if len(active) == 0:
-        return
-    bags = 1 if d % _HALVES else _HALVES
-    down = rows[active]  # in numpy: a small operator costs a tenth of one of torch when the caches are cold
-    if not one_block and x.dtype != torch.float32:
-        place = torch.from_numpy(2 * down + 1)  # of `matrix` seen as rows of d
-        picked = torch.index_select(matrix.view(-1, d), 0, place, out=gathered[: len(active)])
-        wide = scratch.wide.view(-1, d)[: len(active)].copy_(picked)
-        out.addmm_(hidden[torch.from_numpy(active)].float()[None], wide)
-    else:
-        places = torch.from_numpy(2 * bags * down + bags + np.arange(bags)[:, None])  # [bags, active], of rows of d / bags
-        weights = torch.index_select(hidden, 0, torch.from_numpy(np.concatenate([active] * bags))).view(bags, -1)
-        sums = F.embedding_bag(places, matrix.view(-1, d // bags), per_sample_weights=weights, mode="sum")
-        out += sums.view(1, d)
+    def _finish_in_torch(self, out: torch.Tensor) -> None:
+        scratch, x, matrix, rows = self._scratch, self._x, self._matrix, self._rows
+        n, d = len(rows), x.shape[1]
+        bias = None if self._bias is None else torch.index_select(self._bias, 0, torch.from_numpy(self._ids))
+        gathered = scratch.gathered.view(-1, d)  # [2 * block, d]
+        up = torch.index_select(matrix.view(-1, d), 0, torch.from_numpy(2 * rows), out=gathered[:n])
+        hidden = self._activation(F.linear(x, up, bias))[0]  # [n]
+        active = hidden.nonzero()[:, 0].numpy()
+        if len(active) == 0:
+            return
+        bags = 1 if d % _HALVES else _HALVES
+        down = rows[active]  # in numpy: a small operator costs a tenth of one of torch when the caches are cold
+        if not self._one_block and x.dtype != torch.float32:
+            place = torch.from_numpy(2 * down + 1)  # of `matrix` seen as rows of d
+            picked = torch.index_select(matrix.view(-1, d), 0, place, out=gathered[: len(active)])
+            wide = scratch.wide.view(-1, d)[: len(active)].copy_(picked)
+            out.addmm_(hidden[torch.from_numpy(active)].float()[None], wide)
+        else:
+            places = torch.from_numpy(2 * bags * down + bags + np.arange(bags)[:, None])  # [bags, active], of rows of d / bags
+            weights = torch.index_select(hidden, 0, torch.from_numpy(np.concatenate([active] * bags))).view(bags, -1)
+            sums = F.embedding_bag(places, matrix.view(-1, d // bags), per_sample_weights=weights, mode="sum")
+            out += sums.view(1, d)
 
 
 def add_several_tokens(

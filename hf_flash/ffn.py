@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch import nn
 from .compute import OneToken, Scratch, add_several_tokens, block_rows
 from .errors import HfFlashError, StoreReadError, UsageError
 from .predictor import Predictor
-from .reader import BundleReader, Reading
+from .reader import BundleReader, ReadCount, Reading
 from .stats import Counters
 from .window import Ids, ResidentWindow
 
@@ -139,7 +139,8 @@ class FlashFFN(nn.Module):
             if tokens == 1 and one_block and not engine.reader.converts:
                 waited += self._read_and_compute(engine, x, ids, missing, slots, out)
             else:
-                waited += self._read(engine, missing, window.matrix, slots)
+                with self._given_back_on_failure(slots):
+                    waited += self._read(engine, missing, window.matrix, slots)
                 window.commit(missing, slots)
                 for block in blocks:
                     self._compute(engine, x, selected, block, window.matrix, window.slot_of[block], out, one_block)
@@ -193,10 +194,8 @@ class FlashFFN(nn.Module):
         missing = missing[: window.spare(ids)]  # a guess pushes nothing out that recent tokens used
         if len(missing):
             slots = self._reserve(missing, ids)
-            try:
-                self._ahead = missing, slots, engine.reader.start(self.index, missing, window.matrix, slots, background=True)
-            except StoreReadError:
-                window.give_back(slots)
+            with suppress(StoreReadError):  # the forward reads it again, and says what is wrong
+                self._ahead = missing, slots, self._start(engine, missing, slots, background=True)
         engine.counters.manage_s += perf_counter() - predicted
 
     def _arrive(self, engine: Engine, selected: torch.Tensor | None) -> float:
@@ -206,17 +205,12 @@ class FlashFFN(nn.Module):
         start, (ids, slots, reading) = perf_counter(), self._ahead
         self._ahead = None
         try:
-            found = reading.wait()
+            waited = self._take_in(engine, ids, slots, reading)
         except StoreReadError:  # the forward reads what it needs again, and says what is wrong
-            self.window.give_back(slots)
             return perf_counter() - start
-        self.window.commit(ids, slots)
-        count = engine.counters
-        count.read_bytes += found.nbytes
-        count.reads += found.chunks
-        count.ahead += len(ids)
-        count.ahead_used += len(ids) if selected is None else int(selected.any(0).numpy()[ids].sum())
-        return perf_counter() - start
+        engine.counters.ahead += len(ids)
+        engine.counters.ahead_used += len(ids) if selected is None else int(selected.any(0).numpy()[ids].sum())
+        return waited
 
     def _reserve(self, missing: Ids, ids: Ids) -> Ids:
         """Slots for `missing`, without evicting any of `ids`."""
@@ -230,18 +224,32 @@ class FlashFFN(nn.Module):
         self.window.forget()
 
     def _read(self, engine: Engine, ids: Ids, out: torch.Tensor, rows: Ids) -> float:
-        """Read bundles and count them; returns the seconds it took. Rows of the window are given back when it fails."""
-        if not len(ids):
-            return 0.0
+        """Read bundles into rows of `out`, and count them; returns the seconds it took."""
         start = perf_counter()
+        if len(ids):
+            _note(engine.counters, engine.reader.read(self.index, ids, out, rows))
+        return perf_counter() - start
+
+    @contextmanager
+    def _given_back_on_failure(self, slots: Ids) -> Iterator[None]:
         try:
-            count = engine.reader.read(self.index, ids, out, rows)
+            yield
         except StoreReadError:
-            if out is self.window.matrix:
-                self.window.give_back(rows)
+            self.window.give_back(slots)
             raise
-        engine.counters.read_bytes += count.nbytes
-        engine.counters.reads += count.chunks
+
+    def _start(self, engine: Engine, ids: Ids, slots: Ids, *, background: bool = False, hold: bool = False) -> Reading:
+        """Start to read bundles into slots of the window; not for stores that are converted."""
+        with self._given_back_on_failure(slots):
+            return engine.reader.start(self.index, ids, self.window.matrix, slots, background=background, hold=hold)
+
+    def _take_in(self, engine: Engine, ids: Ids, slots: Ids, reading: Reading) -> float:
+        """Wait for what [`_start`] started, and count it; returns the seconds it took."""
+        start = perf_counter()
+        with self._given_back_on_failure(slots):
+            count = reading.wait()
+        self.window.commit(ids, slots)
+        _note(engine.counters, count)
         return perf_counter() - start
 
     def _read_and_compute(
@@ -258,20 +266,11 @@ class FlashFFN(nn.Module):
         token = OneToken(engine.scratch, self.activation, x, self.bias, window.matrix, rows, ids, one_block=True)
         spent, start = 0.0, perf_counter()
         if len(missing):
-            try:
-                reading = engine.reader.start(self.index, missing, window.matrix, slots, hold=token.compiled)
-                if token.compiled:
-                    spent, start = perf_counter() - start, perf_counter()
-                    spent += token.up(np.flatnonzero(~away), np.flatnonzero(away), reading.held)
-                    start = perf_counter()
-                found = reading.wait()
-            except StoreReadError:
-                window.give_back(slots)
-                raise
-            window.commit(missing, slots)
-            engine.counters.read_bytes += found.nbytes
-            engine.counters.reads += found.chunks
-            spent += perf_counter() - start
+            reading = self._start(engine, missing, slots, hold=token.compiled)
+            spent = perf_counter() - start
+            if token.compiled:
+                spent += token.up(np.flatnonzero(~away), np.flatnonzero(away), reading.held)
+            spent += self._take_in(engine, missing, slots, reading)
         token.finish(out)
         return spent
 
@@ -398,6 +397,11 @@ def observed(ffn: FlashFFN, record: Callable[[torch.Tensor, torch.Tensor], None]
         yield
     finally:
         ffn.observer = None
+
+
+def _note(counters: Counters, read: ReadCount) -> None:
+    counters.read_bytes += read.nbytes
+    counters.reads += read.chunks
 
 
 def _copy_rows(scratch: Scratch, source: torch.Tensor, those: Ids, target: torch.Tensor, places: Ids) -> None:

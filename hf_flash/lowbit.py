@@ -21,7 +21,8 @@ from typing import Any, Final, Protocol
 import torch
 import torch.nn.functional as F
 
-from .native import GROUP_STEP, Product, library
+from . import native
+from .native import GROUP_STEP, Product
 
 logger = logging.getLogger("hf_flash")
 
@@ -110,7 +111,7 @@ class Int8Matrix:
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         self._codes, self._scales = codes.clone(), scales.reshape(-1).clone()
         self.nbytes = self._codes.nbytes + self._scales.nbytes
-        self.compiled: Product | None = Product(self._codes, self._scales, None) if library() else None
+        self.compiled: Product | None = Product(self._codes, self._scales, None) if native.library() else None
         self.packed = False
         if self.compiled is None:
             whole = codes.shape[1] % _INT8_COLUMNS == 0  # torch does not check, and reads beyond the matrix
@@ -140,7 +141,7 @@ class Int4Matrix:
         self._codes, self._scales, self._zeros = codes, scales, zeros
         self.compiled: Product | None = None
         self.packed = False
-        compiles = library() is not None and group % GROUP_STEP == 0
+        compiles = native.library() is not None and group % GROUP_STEP == 0
         if compiles or not self._pack(columns):
             self._codes, self._scales, self._zeros = codes.clone(), scales.clone(), zeros.clone()
             if compiles:

@@ -52,7 +52,7 @@ class LowRankFormat:
         for layer in store.layers:
             name = f"{layer.prefix}.predictor.a_codes"
             shape = tensors[name][0][1] if name in tensors else ()
-            if len(shape) != 2:
+            if len(shape) != 2 or shape[0] < 1:
                 raise StoreFormatError("the predictor lacks a layer", where=path, expected=f"{name} [rank, d_model]", got=shape)
             ranks.append(shape[0])
         return cls(tuple(ranks))

@@ -113,6 +113,8 @@ class BundleReader:
             hold: whether to prepare only, where that can be (`Reading.held`).
         """
         store = self.layers[layer]
+        if out.dtype != store.dtype:
+            raise TypeError(f"the store holds {store.dtype}, the rows {out.dtype}")
         target: Bytes = out.view(torch.uint8).numpy()
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(target)):  # the kernel would write there
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of {len(target)}")

@@ -867,10 +867,11 @@ def test_a_budget_that_is_too_small_says_what_is_needed_and_that_works(copy: Pat
     training = training_bytes(8, 128, 32)
     names_all(caught.value, "where: memory_budget", f"{training / MIB:.1f} MiB for the training", "max_rank")
     names_all(caught.value, f"got: {format_bytes(parse_bytes(budget))}", "embeddings, attention, norms")
-    model = int(re.search(r"at least .* \((\d+) bytes\)", str(caught.value))[1])  # type: ignore[index]
+    least = caught.value.minimum_bytes
+    assert least is not None
     with pytest.raises(BudgetError):
-        hf_flash.calibrate(copy, tokens, **QUICK, memory_budget=training + model - 1)
-    hf_flash.calibrate(copy, tokens, **QUICK, memory_budget=training + model)
+        hf_flash.calibrate(copy, tokens, **QUICK, memory_budget=least - 1)
+    hf_flash.calibrate(copy, tokens, **QUICK, memory_budget=least)
 
 
 # --- bad folders -----------------------------------------------------------------------------------------------------
@@ -947,6 +948,11 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
         LOWRANK, lambda p: rewrite(p, lambda t: t.update({A: t[A][:, :16]})), ("does not fit", A, "(8, 32)", "(8, 16)")),
     "a predictor of two ranks": (
         LOWRANK, lambda p: rewrite(p, lambda t: t.update({A: t[A][:4]})), ("does not fit its layer", "expected", "got")),
+    "a predictor of rank 0": (
+        LOWRANK, lambda p: rewrite(p, lambda t: t.update({
+            A: t[A][:0], A.replace("codes", "scales"): t[A.replace("codes", "scales")][:0],
+            A.replace("a_codes", "b_codes"): t[A.replace("a_codes", "b_codes")][:, :0].contiguous()})),
+        ("lacks a layer", A, "(0, 32)")),
     "a predictor of another dtype": (
         LOWRANK, lambda p: rewrite(p, lambda t: t.update({A: t[A].float()})), ("does not fit its layer", A, "int8", "float32")),
     "a predictor without a shape": (

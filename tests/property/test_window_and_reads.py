@@ -443,7 +443,7 @@ def make(form: QuantizedFormat, up: torch.Tensor, bias: torch.Tensor | None, way
     parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
     with pytest.MonkeyPatch.context() as patch:
         if way != "compiled":
-            patch.setattr(lowbit, "library", lambda: None)
+            patch.setattr("hf_flash.native.library", lambda: None)
         if way == "plain":
             patch.setattr(lowbit, "_works", lambda call: False)
         return QuantizedPredictor(parts, bias, form, parts["error"] * (1.5 / up.shape[1] ** 0.5))

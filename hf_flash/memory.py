@@ -32,8 +32,7 @@ def anonymous(nbytes: int) -> mmap.mmap:
 def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor that starts on a page, as direct I/O wants its target.
 
-    The pages are anonymous memory that the kernel provides when they are first written: rows that are never used cost
-    nothing.
+    The pages are anonymous memory that the kernel provides when they are first written.
     """
     count = torch.Size(shape).numel()
     if count == 0:

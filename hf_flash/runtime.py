@@ -55,8 +55,7 @@ class FlashRuntime:
             resident_bytes=plan.resident_bytes,
             predictor_bytes=sum(ffn.predictor.nbytes for ffn in self.ffns),
             scratch_bytes=self.engine.scratch_bytes,
-            window_bytes=sum(ffn.window.high_water_bytes for ffn in self.ffns),
-            window_limit_bytes=plan.window_bytes,
+            window_bytes=sum(ffn.window.matrix.nbytes for ffn in self.ffns),
             dense_bytes=plan.dense_bytes,
             process_bytes=int(psutil.Process().memory_info().rss),
             kv_cache_bytes_per_token=2 * plan.layers * self.ffns[0].d_model * self.engine.dtype.itemsize,
@@ -140,13 +139,15 @@ def attach(
     first = store.layers[0]
     scratch = Scratch(first.d_ff, first.d_model, dtype)
     engine = Engine(open_reader(store, config.reader, config.io_threads, dtype, spare_bytes), scratch, dtype)
-    for ffn, layer, capacity in zip(ffns, store.layers, plan.capacities, strict=True):
-        predictor = NoPredictor() if form is None else form.load(store, layer, ffn.bias)
-        window = ResidentWindow(layer.d_ff, layer.d_model, capacity, config.window, dtype)
-        ffn.attach(engine, window, predictor)
+    predictors = [
+        NoPredictor() if form is None else form.load(store, layer, ffn.bias)
+        for ffn, layer in zip(ffns, store.layers, strict=True)
+    ]
     store.check_unchanged()  # while it was opened, made predictors of and opened for reading
     trim_heap()
     checkpoint.release()
+    for ffn, predictor, capacity in zip(ffns, predictors, plan.capacities, strict=True):  # last: they fill the budget
+        ffn.attach(engine, ResidentWindow(first.d_ff, first.d_model, capacity, config.window, dtype), predictor)
     runtime = FlashRuntime(config, plan, store, checkpoint, form, engine, ffns)
     model.flash_runtime = runtime  # type: ignore[assignment]
     engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle

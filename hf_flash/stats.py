@@ -51,8 +51,7 @@ class FlashStats:
     resident_bytes: int  # embeddings, attention, norms, biases
     predictor_bytes: int
     scratch_bytes: int
-    window_bytes: int  # rows of the windows that have been used so far: memory really held
-    window_limit_bytes: int  # what the windows may grow to within the budget
+    window_bytes: int
     dense_bytes: int  # what the stock model would hold
     process_bytes: int  # what the whole process has in memory: weights, interpreter, libraries, activations, KV cache
     kv_cache_bytes_per_token: int  # per sequence; comes on top of the budget

@@ -48,11 +48,10 @@ class ResidentWindow:
 
     def __init__(self, d_ff: int, d_model: int, capacity: int, window: int, dtype: torch.dtype) -> None:
         self.capacity, self.window = capacity, window
-        self.matrix = aligned_empty((capacity, 2 * d_model), dtype)
+        self.matrix = aligned_empty((capacity, 2 * d_model), dtype).zero_()  # now, or reads wait for pages the first time
         self.last_used = np.full(d_ff, np.iinfo(np.int64).min, dtype=np.int64)
         self.worth = np.zeros(d_ff)
         self._gain = 1.0  # what a use adds to `worth` now; it grows, instead of all of `worth` shrinking
-        self.high_water = 0  # slots ever used: the memory that the matrix really takes
         self.clock = 0  # tokens seen
         self.slot_of = np.full(d_ff, -1, dtype=np.int64)
         self.forget()
@@ -61,10 +60,6 @@ class ResidentWindow:
     def resident(self) -> Ids:
         """The neurons in DRAM, sorted."""
         return np.flatnonzero(self.slot_of >= 0)
-
-    @property
-    def high_water_bytes(self) -> int:
-        return self.high_water * self.matrix.shape[1] * self.matrix.element_size()
 
     def note_use(self, selected: npt.NDArray[np.bool_] | None, tokens: int, union: Ids) -> None:
         """Advance the clock by a call's tokens and mark which neurons they use.
@@ -135,9 +130,7 @@ class ResidentWindow:
         if count > self.free:
             raise AssertionError(f"window overflow: {count} of {self.free} free slots")
         self.free -= count
-        slots = np.sort(self._free[self.free : self.free + count])
-        self.high_water = max(self.high_water, int(slots[-1]) + 1 if count else 0)
-        return slots
+        return np.sort(self._free[self.free : self.free + count])
 
     def commit(self, ids: Ids, slots: Ids) -> None:
         """Slots that [`reserve`] gave now hold `ids`."""
@@ -158,6 +151,6 @@ class ResidentWindow:
 
     def release(self) -> None:
         """Forget every neuron and give the memory back."""
-        self.high_water = self.capacity = 0
+        self.capacity = 0
         self.forget()
         self.matrix = self.matrix.new_empty((0, self.matrix.shape[1]))

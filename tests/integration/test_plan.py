@@ -122,7 +122,7 @@ def test_windows_are_divided_as_calibrated_in_a_plan_and_in_a_model(packed: Path
     assert tuple(real) == found.memory.capacities
     assert real == sorted(set(real))
     stats = hf_flash.stats(model)
-    assert (stats.capacity, stats.window_limit_bytes) == (sum(real) // 3, sum(real) * 2 * 32 * 4)
+    assert (stats.capacity, stats.window_bytes) == (sum(real) // 3, sum(real) * 2 * 32 * 4)
     model.generate(torch.tensor([[5, 9, 11]]), attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=40)
     assert hf_flash.stats(model).dram_bytes <= found.memory.budget_bytes
 

@@ -108,7 +108,7 @@ class Zoo:
         budget = None
         if memory.budget != "unlimited":
             free = hf_flash.stats(self.load(model, Memory(5, "unlimited", memory.reader)))
-            budget = free.minimum_bytes + int(SHARES[memory.budget] * free.window_limit_bytes)
+            budget = free.minimum_bytes + int(SHARES[memory.budget] * free.window_bytes)
         config = FlashOffloadConfig(
             predictor=model.predictor,
             predictor_bits=model.bits,

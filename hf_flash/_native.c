@@ -1,4 +1,5 @@
-/* One token's feed-forward layer over scattered rows, and products with quantized matrices: what torch has no operator for.
+/* A feed-forward layer over scattered rows, for tokens that each use a few of them, and products with quantized matrices: what
+ * torch has no operator for.
  *
  * torch gathers rows into a buffer before it multiplies, starts a parallel region for each step, and lets its second thread spin
  * while the first waits for the disk. Here rows are multiplied where they lie, and whoever waits for the disk leaves its core to
@@ -29,7 +30,7 @@
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
 enum { F32, BF16, F16 };
-enum { UP_ROWS = 16, MATRIX_ROWS = 64, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64, GETEVENTS = 1, ENTER = 426 };
+enum { UP_ROWS = 16, MATRIX_ROWS = 64, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64, TILE_BYTES = 1 << 17, GETEVENTS = 1, ENTER = 426 };
 
 typedef void (*Body)(void *);
 typedef void (*Parallel)(Body, void *, unsigned threads, unsigned flags);
@@ -134,7 +135,7 @@ INLINE float dot(const void *row, const void *ahead, const float *x, int64_t d, 
     }
     float rest = 0.0f;
     for (; i < d; i++)
-        rest += one(row, i, dtype) * x[i];
+        rest = __builtin_fmaf(one(row, i, dtype), x[i], rest);
     return total(_mm256_add_ps(a, b), _mm256_add_ps(c, e)) + rest;
 }
 
@@ -255,6 +256,168 @@ void FAST hf_down(Job *job) {
     atomic_store(&job->next, 0);
     if (job->todo)
         run(down_body, job, job->threads);
+}
+
+/* --- several tokens, each with neurons of its own
+ *
+ * A neuron's row is fetched once and multiplied with the tokens that use it, two at a time; every sum is made as for one token. */
+
+typedef struct {
+    const float *x;            /* [tokens, d] */
+    const void *matrix, *bias; /* as for one token */
+    const int64_t *rows, *ids; /* [n] */
+    const uint8_t *used;       /* [tokens, d_ff] whether a token uses a neuron */
+    float *hidden, *out;       /* [n, tokens] room, for values that are not zero; [tokens, d] */
+    int32_t *token, *count;    /* [n, tokens] room: whose they are; [n] room: how many */
+    int64_t *active;           /* [n] room */
+    int64_t n, d, d_ff, tokens, todo;
+    int32_t dtype, threads;
+    atomic_int next;
+} Several;
+
+/* `dot` for two tokens at once: the same sums in the same order. */
+INLINE void two_dots(const void *row, const void *ahead, const float *x, const float *y, int64_t d, int dtype, float *sums) {
+    const int64_t size = dtype == F32 ? 4 : 2;
+    __m256 a[4] = {0}, b[4] = {0};
+    int64_t i = 0;
+    for (; i + 32 <= d; i += 32) {
+        _mm_prefetch((const char *)ahead + i * size, _MM_HINT_T0);
+        if (dtype == F32)
+            _mm_prefetch((const char *)ahead + i * size + 64, _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            __m256 some = load(row, i + 8 * j, dtype);
+            a[j] = _mm256_fmadd_ps(some, _mm256_loadu_ps(x + i + 8 * j), a[j]);
+            b[j] = _mm256_fmadd_ps(some, _mm256_loadu_ps(y + i + 8 * j), b[j]);
+        }
+    }
+    float first = 0.0f, second = 0.0f;
+    for (; i < d; i++) {
+        first = __builtin_fmaf(one(row, i, dtype), x[i], first);
+        second = __builtin_fmaf(one(row, i, dtype), y[i], second);
+    }
+    sums[0] = total(_mm256_add_ps(a[0], a[1]), _mm256_add_ps(a[2], a[3])) + first;
+    sums[1] = total(_mm256_add_ps(b[0], b[1]), _mm256_add_ps(b[2], b[3])) + second;
+}
+
+/* Hidden values of neuron `k` for the `named` tokens in its row of `token`; those that are not zero stay there. */
+INLINE void up_neuron(const Several *s, int64_t k, int64_t next, int64_t named, int dtype) {
+    const int64_t size = dtype == F32 ? 4 : 2, stride = 2 * s->d * size;
+    const char *row = (const char *)s->matrix + s->rows[k] * stride, *ahead = (const char *)s->matrix + s->rows[next] * stride;
+    const float bias = s->bias ? one(s->bias, s->ids[k], dtype) : 0.0f;
+    float *hidden = s->hidden + k * s->tokens;
+    int32_t *token = s->token + k * s->tokens;
+    int64_t kept = 0;
+    for (int64_t j = 0; j < named; j += 2, ahead = row) {
+        const float *x = s->x + token[j] * s->d;
+        float sums[2];
+        if (j + 1 < named)
+            two_dots(row, ahead, x, s->x + token[j + 1] * s->d, s->d, dtype, sums);
+        else
+            sums[0] = dot(row, ahead, x, s->d, dtype);
+        for (int64_t i = j; i < j + 2 && i < named; i++) {
+            float sum = rounded(s->bias ? sums[i - j] + bias : sums[i - j], dtype);
+            hidden[kept] = sum < 0.0f ? 0.0f : sum;
+            token[kept] = token[i];
+            kept += hidden[kept] != 0.0f;
+        }
+    }
+    s->count[k] = (int32_t)kept;
+}
+
+/* Up to UP_ROWS neurons: who uses them, then the sums. */
+INLINE void up_neurons(const Several *s, int64_t begin, int64_t end, int dtype) {
+    int32_t named[UP_ROWS] = {0};
+    int64_t used[UP_ROWS], count = 0;
+    for (int64_t t = 0; t < s->tokens; t++)
+        for (int64_t k = begin; k < end; k++) {
+            s->token[k * s->tokens + named[k - begin]] = (int32_t)t;
+            named[k - begin] += s->used[t * s->d_ff + s->ids[k]] != 0;
+        }
+    for (int64_t k = begin; k < end; k++) {
+        s->count[k] = 0;
+        used[count] = k;
+        count += named[k - begin] != 0;
+    }
+    for (int64_t i = 0; i < count; i++)
+        up_neuron(s, used[i], used[i + 1 < count ? i + 1 : i], named[used[i] - begin], dtype);
+}
+
+INLINE void up_share(Several *s, int dtype) {
+    for (;;) {
+        int64_t begin = (int64_t)atomic_fetch_add(&s->next, UP_ROWS);
+        if (begin >= s->n)
+            return;
+        int64_t end = begin + UP_ROWS < s->n ? begin + UP_ROWS : s->n;
+        up_neurons(s, begin, end, dtype);
+    }
+}
+
+static FAST void several_up_body(void *data) {
+    Several *s = data;
+    if (s->dtype == F32)
+        up_share(s, F32);
+    else if (s->dtype == BF16)
+        up_share(s, BF16);
+    else
+        up_share(s, F16);
+}
+
+/* Columns `begin` to before `end` of every token. */
+INLINE void down_tile(const Several *s, int64_t begin, int64_t end, int dtype) {
+    const int64_t size = dtype == F32 ? 4 : 2, stride = 2 * s->d * size;
+    const char *down = (const char *)s->matrix + s->d * size;
+    for (int64_t at = 0; at < s->todo; at++) {
+        const int64_t k = s->active[at], next = s->active[at + 1 < s->todo ? at + 1 : at];
+        const char *row = down + s->rows[k] * stride, *ahead = down + s->rows[next] * stride;
+        for (int64_t i = begin; i < end; i += 32)
+            _mm_prefetch(ahead + i * size, _MM_HINT_T0);
+        for (int64_t j = 0; j < s->count[k]; j++) {
+            const float h = s->hidden[k * s->tokens + j];
+            float *out = s->out + s->token[k * s->tokens + j] * s->d;
+            const __m256 weight = _mm256_set1_ps(h);
+            int64_t i = begin;
+            for (; i + 8 <= end; i += 8)
+                _mm256_storeu_ps(out + i, _mm256_fmadd_ps(load(row, i, dtype), weight, _mm256_loadu_ps(out + i)));
+            for (; i < end; i++)
+                out[i] = __builtin_fmaf(one(row, i, dtype), h, out[i]);
+        }
+    }
+}
+
+static int64_t tile(const Several *s) { /* columns: as many as keep the output in a core's cache, and each thread busy */
+    int64_t fit = TILE_BYTES / 4 / s->tokens, share = (s->d + s->threads - 1) / s->threads;
+    int64_t columns = fit < share ? fit : share;
+    return columns < COLUMNS ? COLUMNS : (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+}
+
+static FAST void several_down_body(void *data) {
+    Several *s = data;
+    const int64_t columns = tile(s);
+    for (;;) {
+        int64_t begin = (int64_t)atomic_fetch_add(&s->next, (int)columns);
+        if (begin >= s->d)
+            return;
+        int64_t end = begin + columns < s->d ? begin + columns : s->d;
+        if (s->dtype == F32)
+            down_tile(s, begin, end, F32);
+        else if (s->dtype == BF16)
+            down_tile(s, begin, end, BF16);
+        else
+            down_tile(s, begin, end, F16);
+    }
+}
+
+/* out[t] += relu(x[t] @ up + bias) @ down, over the neurons that token t uses. */
+void FAST hf_several(Several *s) {
+    atomic_store(&s->next, 0);
+    run(several_up_body, s, s->threads);
+    s->todo = 0;
+    for (int64_t k = 0; k < s->n; k++)
+        if (s->count[k])
+            s->active[s->todo++] = k;
+    atomic_store(&s->next, 0);
+    run(several_down_body, s, s->threads);
 }
 
 /* --- quantized matrices times a few tokens (lowbit.py)
@@ -473,7 +636,7 @@ void FAST hf_multiply(Matrix *m) {
     run(matrix_body, m, m->threads);
 }
 
-int hf_abi(void) { return 2; } /* native.py: ABI */
+int hf_abi(void) { return 3; } /* native.py: ABI */
 
 #else
 

@@ -11,7 +11,11 @@ Neither depends on where the rows of a block lie, so that results are bit-identi
              that two threads share the work while every output element is one sum in id order, rounded once. A call of
              several blocks in 16 bits would be rounded once a block: there the rows of non-zero neurons are widened and the
              sum over all blocks is kept in fp32.
-    several  rows are widened to fp32 and both products are fp32 GEMMs that accumulate over blocks; the hidden activations are
+    several, each with few neurons of its own
+             the compiled part fetches a neuron's row once and multiplies it with the tokens that use it. A token gets the same
+             bits as alone.
+    several, with (nearly) all neurons, or without the compiled part
+             rows are widened to fp32 and both products are fp32 GEMMs that accumulate over blocks; the hidden activations are
              rounded to the dtype of compute in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
              on CPUs, and bf16 would round every partial sum.)
 
@@ -28,10 +32,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .memory import aligned_empty
-from .native import Ids, TokenKernel
+from .native import Ids, TokenKernel, several_tokens
 from .uring import Held
 
 _HALVES = 2
+_DENSE = 0.5  # share of the products of tokens and neurons from which on making all of them in a GEMM is faster
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -47,7 +52,8 @@ def block_rows(d_ff: int, tokens: int) -> int:
 class Scratch:
     """Buffers for one block, allocated once and shared by all layers of a model.
 
-    rows     [block of one token, 2 * d_model] a streamed block in id order, dtype of compute; page-aligned, a target of reads
+    rows     [block of one token, 2 * d_model] streamed neurons, dtype of compute; page-aligned, a target of reads: one block of
+             one token, or two of several, of which one is read while the other is computed
     gathered [block of several, 2 * d_model] rows picked from a window, dtype of compute
     wide     [block of several, 2 * d_model] float32; the same memory as `gathered` when computing in float32
     kernel   the compiled arithmetic of one token
@@ -93,7 +99,7 @@ class OneToken:
     ) -> None:
         self._scratch, self._activation, self._one_block = scratch, activation, one_block
         self._x, self._bias, self._matrix, self._rows, self._ids = x, bias, matrix, rows, ids
-        self._relu = isinstance(activation, nn.ReLU) or activation in (F.relu, torch.relu)
+        self._relu = is_relu(activation)
         self.compiled = scratch.kernel.fits(x)
         self._left: Ids | None = None
         if self.compiled:
@@ -144,33 +150,60 @@ class OneToken:
             out += sums.view(1, d)
 
 
-def add_several_tokens(
-    scratch: Scratch,
-    activation: Activation,
-    x: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    matrix: torch.Tensor,
-    rows: Ids,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """Add a block's share of several tokens to `out`; returns the pre-activations [tokens, n], in the dtype of compute.
+class SeveralTokens:
+    """A call's tokens.
 
     Args:
-        x: [tokens, d] float32: the input in the dtype of compute, widened once for all blocks.
-        mask: bool [tokens, n]: which neurons each token uses; `None` for all.
-        bias: [n] of the up projection.
-        matrix: [any, 2 * d], contiguous; `rows` [n] says where the block's bundles are in it.
-        out: [tokens, d] float32.
+        x: [tokens, d] in the dtype of compute.
+        selected: bool [tokens, d_ff], which neurons each token uses; `None`: all.
+        union: how many neurons any of them uses.
+        bias: [d_ff] of the up projection.
     """
-    n, d = len(rows), x.shape[1]
-    wide = scratch.wide[:n]
-    gathered = torch.index_select(matrix, 0, torch.from_numpy(rows), out=scratch.gathered[:n])
-    if wide.data_ptr() != gathered.data_ptr():
-        wide.copy_(gathered)
-    before = F.linear(x, wide[:, :d], None if bias is None else bias.float()).to(matrix.dtype)
-    hidden = activation(before).float()  # [tokens, n]
-    if mask is not None:
-        hidden.masked_fill_(~mask, 0.0)
-    out.addmm_(hidden, wide[:, d:])
-    return before
+
+    def __init__(
+        self,
+        scratch: Scratch,
+        activation: Activation,
+        x: torch.Tensor,
+        selected: torch.Tensor | None,
+        union: int,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self._scratch, self._activation, self._selected, self._bias = scratch, activation, selected, bias
+        self.x = x.float().contiguous()
+        self.apart = (  # whether every token is multiplied with its own neurons alone
+            selected is not None
+            and scratch.kernel.fits(x)
+            and is_relu(activation)
+            and np.count_nonzero(selected.numpy()) <= _DENSE * len(x) * union
+        )
+
+    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor | None:
+        """Add what a block of neurons gives to `out`, float32 [tokens, d].
+
+        Args:
+            matrix: [any, 2 * d], contiguous; `rows` [n] says where the bundles of neurons `ids` [n] are in it.
+
+        Returns:
+            Pre-activations of all of them, [tokens, n] in the dtype of compute, if they were computed.
+        """
+        if self.apart and self._selected is not None:
+            several_tokens(self.x, self._selected, self._bias, matrix, rows, ids, out)
+            return None
+        scratch, n, d, which = self._scratch, len(rows), self.x.shape[1], torch.from_numpy(ids)
+        wide = scratch.wide[:n]
+        gathered = torch.index_select(matrix, 0, torch.from_numpy(rows), out=scratch.gathered[:n])
+        if wide.data_ptr() != gathered.data_ptr():
+            wide.copy_(gathered)
+        bias = None if self._bias is None else torch.index_select(self._bias, 0, which).float()
+        before = F.linear(self.x, wide[:, :d], bias).to(matrix.dtype)
+        hidden = self._activation(before).float()  # [tokens, n]
+        if self._selected is not None:
+            hidden.masked_fill_(~self._selected[:, which], 0.0)
+        out.addmm_(hidden, wide[:, d:])
+        return before
+
+
+def is_relu(activation: Activation) -> bool:
+    """Whether this is the activation that the compiled part knows."""
+    return isinstance(activation, nn.ReLU) or activation in (F.relu, torch.relu)

@@ -10,18 +10,20 @@ How a token flows through it (paper: section 3; the stock layer is `down(act(up(
 
 What is computed depends on the weights, the predictor and the tokens alone (contract C3): the window decides how bytes
 arrive, never the arithmetic. To keep results bit-identical whatever is resident, a call's neurons are worked off in *blocks*
-of fixed length (`block_rows`, a function of the layer's shape), and the rows of a block are always brought into id order
-first, in the same scratch buffer, before a matrix product sees them.
+that follow from the call alone (`_Call`), and in the order of their ids.
 
 *Lookahead* starts step 3 early: while the layer's attention runs, on what the predictor says of the layer's own input
 (`look_ahead`). That brings most neurons in time; what it missed is read as ever.
 
-When a call's neurons do not all fit into the window (prefill, a tight budget), blocks are streamed: what is resident is
-copied, what is missing is read straight into the block, and what is worth keeping goes on to the window.
+When a call's neurons do not all fit into the window (prefill, a tight budget), or several tokens miss more than a block of
+them, blocks are *streamed* through two buffers, one of them being filled while the other is computed: what is resident is
+copied, what is missing is read, straight through small gaps where that is faster (`BundleReader.bridged`), and what is worth
+keeping goes on to the window. So after prefill it holds what the prompt's last tokens used, without a second read.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,12 +34,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .compute import OneToken, Scratch, add_several_tokens, block_rows
+from .compute import OneToken, Scratch, SeveralTokens, block_rows
 from .errors import HfFlashError, StoreReadError, UsageError
 from .predictor import Predictor
 from .reader import BundleReader, ReadCount, Reading
 from .stats import Counters
-from .window import Ids, ResidentWindow
+from .window import Ids, ResidentWindow, uses
 
 Observer = Callable[[torch.Tensor, Ids, torch.Tensor], None]
 """Called with a layer's input x [tokens, d_model], the ids of a block and their pre-activations [tokens, ids]."""
@@ -130,26 +132,22 @@ class FlashFFN(nn.Module):
         window.note_use(None if selected is None else selected.numpy(), tokens, ids)
         missing = window.missing(ids)
         managed, out = perf_counter(), torch.zeros(tokens, self.d_model, dtype=torch.float32)
-        x = x if tokens == 1 else x.float()  # what compute.py wants
-        step = block_rows(self.d_ff, tokens)
-        one_block, blocks = len(ids) <= step, [ids[at : at + step] for at in range(0, len(ids), step)]
-        if len(ids) <= window.capacity:
+        streamed = len(ids) > window.capacity or (tokens > 1 and len(missing) >= block_rows(self.d_ff, tokens))
+        call = _Call(engine.scratch, self, x, selected, ids, streamed)
+        if not streamed:
             slots = self._reserve(missing, ids)
             managed, before = perf_counter(), waited
-            if tokens == 1 and one_block and not engine.reader.converts:
+            if call.one_block:
                 waited += self._read_and_compute(engine, x, ids, missing, slots, out)
             else:
-                with self._given_back_on_failure(slots):
-                    waited += self._read(engine, missing, window.matrix, slots)
-                window.commit(missing, slots)
-                for block in blocks:
-                    self._compute(engine, x, selected, block, window.matrix, window.slot_of[block], out, one_block)
+                if len(missing):
+                    waited += self._take_in(engine, missing, slots, self._start(engine, missing, slots))
+                for block in call.blocks:
+                    call.add(window.matrix, window.slot_of[block], block, out)
         else:
             before, keep = waited, window.worth_keeping(ids)
             window.evict(np.setdiff1d(window.resident, np.union1d(keep, ids)))
-            for block in blocks:
-                waited += self._stream(engine, block, keep)
-                self._compute(engine, x, selected, block, engine.scratch.rows, None, out, one_block)
+            waited += self._stream(engine, call, keep, out)
         count.calls += 1
         count.tokens += tokens
         count.selected += len(ids)
@@ -223,13 +221,6 @@ class FlashFFN(nn.Module):
         self._ahead = None
         self.window.forget()
 
-    def _read(self, engine: Engine, ids: Ids, out: torch.Tensor, rows: Ids) -> float:
-        """Read bundles into rows of `out`, and count them; returns the seconds it took."""
-        start = perf_counter()
-        if len(ids):
-            _note(engine.counters, engine.reader.read(self.index, ids, out, rows))
-        return perf_counter() - start
-
     @contextmanager
     def _given_back_on_failure(self, slots: Ids) -> Iterator[None]:
         try:
@@ -239,7 +230,7 @@ class FlashFFN(nn.Module):
             raise
 
     def _start(self, engine: Engine, ids: Ids, slots: Ids, *, background: bool = False, hold: bool = False) -> Reading:
-        """Start to read bundles into slots of the window; not for stores that are converted."""
+        """Start to read bundles into slots of the window."""
         with self._given_back_on_failure(slots):
             return engine.reader.start(self.index, ids, self.window.matrix, slots, background=background, hold=hold)
 
@@ -274,49 +265,30 @@ class FlashFFN(nn.Module):
         token.finish(out)
         return spent
 
-    def _stream(self, engine: Engine, block: Ids, keep: Ids) -> float:
-        """Bring one block into `scratch.rows` in id order, and what is worth keeping of it into the window."""
-        window, rows = self.window, engine.scratch.rows
-        slots = window.slot_of[block]
-        there, away = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
-        _copy_rows(engine.scratch, window.matrix, slots[there], rows, there)
-        waited = self._read(engine, block[away], rows, away)
-        window.evict(np.setdiff1d(block[there], keep, assume_unique=True))
-        staying = away[np.isin(block[away], keep, assume_unique=True)][: window.free]
-        if len(staying):
-            slots = window.reserve(len(staying))
-            _copy_rows(engine.scratch, rows, staying, window.matrix, slots)
-            window.commit(block[staying], slots)
-        return waited
+    def _stream(self, engine: Engine, call: _Call, keep: Ids, out: torch.Tensor) -> float:
+        """Work off what does not fit into the window, the next block on its way while one is computed.
 
-    def _compute(
-        self,
-        engine: Engine,
-        x: torch.Tensor,
-        selected: torch.Tensor | None,
-        block: Ids,
-        matrix: torch.Tensor,
-        slots: Ids | None,
-        out: torch.Tensor,
-        one_block: bool,
-    ) -> None:
-        """Add one block's share to `out` [tokens, d_model] float32.
-
-        Args:
-            block: sorted neuron ids.
-            matrix: [any, 2 * d_model], where their rows are.
-            slots: the row of each, or `None`: rows 0, 1, 2, ... of `matrix`.
-            one_block: whether the call has no other block.
+        Returns:
+            Seconds spent on reading and nothing else.
         """
-        rows = self._all_ids[: len(block)] if slots is None else slots
-        if x.shape[0] == 1:
-            OneToken(engine.scratch, self.activation, x, self.bias, matrix, rows, block, one_block=one_block).finish(out)
-        else:
-            bias = None if self.bias is None else torch.index_select(self.bias, 0, torch.from_numpy(block))
-            mask = None if selected is None else selected[:, torch.from_numpy(block)]
-            hidden = add_several_tokens(engine.scratch, self.activation, x, mask, bias, matrix, rows, out)
-            if self.observer is not None:
-                self.observer(x, block, hidden)
+        rows, waited = engine.scratch.rows, 0.0
+        buffers = [rows[at : at + call.step] for at in range(0, len(rows), call.step)]
+        try:
+            coming: _Block | None = None
+            for number, ids in enumerate(call.blocks):
+                start = perf_counter()
+                block = coming or _Block(engine, self, call, ids, buffers[0])
+                coming = None
+                if len(buffers) > 1 and number + 1 < len(call.blocks):
+                    coming = _Block(engine, self, call, call.blocks[number + 1], buffers[(number + 1) % 2])
+                waited += perf_counter() - start
+                waited += block.arrive(engine)
+                call.add(block.buffer, block.rows, ids, out)
+                block.keep(engine, keep)
+        except BaseException:
+            engine.reader.settle()  # nothing may write to the buffers any more
+            raise
+        return waited
 
     def _usable(self, x: torch.Tensor) -> Engine:
         """The engine, if this input can be computed; a clear error otherwise."""
@@ -399,6 +371,81 @@ def observed(ffn: FlashFFN, record: Callable[[torch.Tensor, torch.Tensor], None]
         ffn.observer = None
 
 
+class _Call:
+    """What one forward computes, and in which blocks.
+
+    Attributes:
+        blocks: sorted ids. One token: `step` neurons of those it uses. Several: those used of `step` neighbours, which lie
+            together on flash; in the window, where that matters to nobody, `step` used ones if every token is on its own.
+        one_block: whether one token is done with a single one.
+    """
+
+    def __init__(
+        self, scratch: Scratch, ffn: FlashFFN, x: torch.Tensor, selected: torch.Tensor | None, ids: Ids, streamed: bool
+    ) -> None:
+        self._scratch, self._ffn, self.x = scratch, ffn, x
+        self.tokens, self.step = len(x), block_rows(ffn.d_ff, len(x))
+        self.one_block = self.tokens == 1 and len(ids) <= self.step
+        self._several = None
+        if self.tokens > 1:
+            self._several = SeveralTokens(scratch, ffn.activation, x, selected, len(ids), ffn.bias)
+        self.spans = self._several is not None and (streamed or not self._several.apart)
+        if self.spans:
+            ends = np.searchsorted(ids, np.arange(0, ffn.d_ff + self.step, self.step)).tolist()
+            self.blocks = [ids[start:end] for start, end in itertools.pairwise(ends) if end > start]
+        else:
+            self.blocks = [ids[at : at + self.step] for at in range(0, len(ids), self.step)]
+
+    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
+        """Add a block's share to `out` [tokens, d_model] float32; `rows` of `matrix` [any, 2 * d_model] hold neurons `ids`."""
+        ffn = self._ffn
+        if self._several is None:
+            one_block = len(self.blocks) == 1
+            OneToken(self._scratch, ffn.activation, self.x, ffn.bias, matrix, rows, ids, one_block=one_block).finish(out)
+            return
+        before = self._several.add(matrix, rows, ids, out)
+        if ffn.observer is not None and before is not None:
+            ffn.observer(self._several.x, ids, before)
+
+
+class _Block:
+    """Neurons on their way into a buffer, in id order: what is resident is copied, the rest is read."""
+
+    def __init__(self, engine: Engine, ffn: FlashFFN, call: _Call, ids: Ids, buffer: torch.Tensor) -> None:
+        self._window, self.ids, self.buffer = ffn.window, ids, buffer
+        slots = ffn.window.slot_of[ids]
+        self._there, self._away = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        first = int(ids[0]) // call.step * call.step
+        self.rows: Ids = ids - first if call.spans else np.arange(len(ids))
+        missing, rows = ids[self._away], self.rows[self._away]
+        self._reading: Reading | None = None
+        if call.spans and len(missing):
+            missing = engine.reader.bridged(ffn.index, missing, first, min(first + call.step, ffn.d_ff), buffer)
+            rows = missing - first
+        if len(missing):
+            self._reading = engine.reader.start(ffn.index, missing, buffer, rows, background=True)
+
+    def arrive(self, engine: Engine) -> float:
+        """Wait until every row is there; returns the seconds of that."""
+        start = perf_counter()
+        if self._reading is not None:
+            _note(engine.counters, self._reading.wait())
+        waited = perf_counter() - start
+        slots = self._window.slot_of[self.ids[self._there]]  # after the wait: what was read through lies there, too
+        _copy_rows(engine.scratch, self._window.matrix, slots, self.buffer, self.rows[self._there])
+        return waited
+
+    def keep(self, engine: Engine, keep: Ids) -> None:
+        """Leave in the window, or take into it, what is worth keeping."""
+        window, ids = self._window, self.ids
+        window.evict(np.setdiff1d(ids[self._there], keep, assume_unique=True))
+        staying = self._away[np.isin(ids[self._away], keep, assume_unique=True)][: window.free]
+        if len(staying):
+            slots = window.reserve(len(staying))
+            _copy_rows(engine.scratch, self.buffer, self.rows[staying], window.matrix, slots)
+            window.commit(ids[staying], slots)
+
+
 def _note(counters: Counters, read: ReadCount) -> None:
     counters.read_bytes += read.nbytes
     counters.reads += read.chunks
@@ -415,5 +462,4 @@ def _copy_rows(scratch: Scratch, source: torch.Tensor, those: Ids, target: torch
 
 def _union(selected: torch.Tensor) -> Ids:
     """Sorted ids of the neurons that any token selected."""
-    used = selected[0] if selected.shape[0] == 1 else selected.any(0)
-    return np.flatnonzero(used.numpy())
+    return np.flatnonzero(selected[0].numpy() if len(selected) == 1 else uses(selected.numpy()))

@@ -3,8 +3,9 @@
 It is a plain shared library beside this file, made at installation where there is a C compiler, and called through ctypes,
 which gives up the interpreter's lock during a call. It computes on torch's own threads.
 
-    TokenKernel   one token and the rows of some neurons, multiplied where they lie
-    Product       a quantized matrix, to be multiplied with tokens
+    TokenKernel      one token and the rows of some neurons, multiplied where they lie
+    several_tokens   the same for tokens that each use neurons of their own
+    Product          a quantized matrix, to be multiplied with tokens
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from .uring import Held
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 2  # as in _native.c: to be raised with every change of what a function or a structure means
+ABI: Final = 3  # as in _native.c: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Ids = npt.NDArray[np.int64]
 _PID: Final = os.getpid()
 _SHARED: Final = 1 << 18  # products that waking another thread is worth
+_INPUTS: Final = 640 << 10  # bytes of tokens that `several_tokens` takes at a time: they stay in a core's cache
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -45,6 +47,19 @@ class _Job(ctypes.Structure):
         ("submit", ctypes.c_uint32), ("wait", ctypes.c_uint32), ("waited", ctypes.c_double), ("taken", _int),
         ("next", _int), ("settled", _int),
     )  # fmt: skip
+
+
+class _Several(ctypes.Structure):
+    """Several tokens and some neurons."""
+
+    _fields_ = (
+        *(
+            (name, _pointer)
+            for name in ("x", "matrix", "bias", "rows", "ids", "used", "hidden", "out", "token", "count", "active")
+        ),
+        *((name, _long) for name in ("n", "d", "d_ff", "tokens", "todo")),
+        *((name, _int) for name in ("dtype", "threads", "next")),
+    )
 
 
 class _Matrix(ctypes.Structure):
@@ -76,6 +91,7 @@ def library() -> ctypes.CDLL | None:
     if start is not None and number is not None:  # torch's own OpenMP, which it loads for all to see
         found.hf_use_threads_of(start, number)
     found.hf_up.argtypes = found.hf_down.argtypes = [ctypes.POINTER(_Job)]
+    found.hf_several.argtypes = [ctypes.POINTER(_Several)]
     found.hf_multiply.argtypes = [ctypes.POINTER(_Matrix)]
     return found
 
@@ -158,6 +174,37 @@ class TokenKernel:
 
     def _call(self, function: Any) -> None:
         function(ctypes.byref(self._job))
+
+
+def several_tokens(
+    x: torch.Tensor, used: torch.Tensor, bias: torch.Tensor | None, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor
+) -> None:
+    """Add to each token's `out` what the neurons give that it uses. To be called only where there is a `library()`.
+
+    The sums are those of [`TokenKernel`], in the same order: beside others or alone, a token gets the same bits.
+
+    Args:
+        x: float32 [tokens, d], contiguous.
+        used: bool [tokens, d_ff], contiguous.
+        bias: [d_ff] of the up projection. Hidden values below zero become zero.
+        matrix: [any, 2 * d], contiguous, in the dtype of compute.
+        rows, ids: [n] rows of `matrix`, and the neurons in them.
+        out: float32 [tokens, d], contiguous.
+    """
+    rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
+    n, (d_ff, d) = len(rows), (used.shape[1], x.shape[1])
+    most = min(len(x), max(16, _INPUTS // (4 * d)))
+    hidden, token = torch.empty(n, most), torch.empty(n, most, dtype=torch.int32)
+    count, active = np.empty(n, dtype=np.int32), np.empty(n, dtype=np.int64)
+    for at in range(0, len(x), most):
+        part = slice(at, at + most)
+        job = _Several(
+            x=x[part].data_ptr(), matrix=matrix.data_ptr(), bias=None if bias is None else bias.data_ptr(),
+            rows=rows.ctypes.data, ids=ids.ctypes.data, used=used[part].data_ptr(),
+            hidden=hidden.data_ptr(), out=out[part].data_ptr(), token=token.data_ptr(), count=count.ctypes.data,
+            active=active.ctypes.data, n=n, d=d, d_ff=d_ff, tokens=len(x[part]), dtype=DTYPES[matrix.dtype], threads=threads(),
+        )  # fmt: skip
+        library().hf_several(ctypes.byref(job))  # type: ignore[union-attr]
 
 
 class Product:

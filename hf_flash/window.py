@@ -33,6 +33,15 @@ Ids = npt.NDArray[np.int64]
 
 _DECAY: Final = 0.99  # of worth, per token: half of it is the last 69 tokens
 _RENEW: Final = 1e9  # when weights have grown this large they start from 1 again
+_FORGOTTEN: Final = 2000  # tokens after which older uses count for nothing, and their weight still is a number
+
+
+def uses(selected: npt.NDArray[np.bool_]) -> Ids:
+    """How many tokens use each neuron, int64 [d_ff], from bool [tokens, d_ff]."""
+    total = np.zeros(selected.shape[1], dtype=np.int64)
+    for at in range(0, len(selected), 255):  # bytes are added much faster than wider numbers
+        total += np.add.reduce(selected[at : at + 255].view(np.uint8), axis=0, dtype=np.uint8)
+    return total
 
 
 class ResidentWindow:
@@ -70,7 +79,7 @@ class ResidentWindow:
             union: sorted ids used by any of them.
         """
         start, self.clock = self.clock, self.clock + tokens
-        self._gain *= _DECAY**-tokens
+        self._gain *= _DECAY ** -min(tokens, _FORGOTTEN)
         if self._gain > _RENEW:
             self.worth /= self._gain
             self._gain = 1.0
@@ -78,7 +87,7 @@ class ResidentWindow:
             self.last_used[union] = self.clock
             self.worth[union] += self._gain * tokens
             return
-        self.worth[union] += self._gain * selected[:, union].sum(0)
+        self.worth += self._gain * uses(selected)
         recent = max(0, tokens - self.window)
         self.last_used[union] = np.maximum(self.last_used[union], start + recent)  # used, but before the window
         for token in range(recent, tokens):

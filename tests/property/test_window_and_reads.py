@@ -6,6 +6,7 @@ scripted.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -60,9 +61,8 @@ class PlainWindow:
             self.last_use |= dict.fromkeys(use, self.clock)
             self.worth.update(dict.fromkeys(use, 1))
         needed = set().union(*uses)
-        groups = (
-            [self._fit(needed, after)] if len(needed) <= self.capacity else self._stream(needed, block_rows(D_FF, len(uses)))
-        )
+        fits = len(needed) <= self.capacity and (len(uses) == 1 or len(needed - self.resident) < block_rows(D_FF, len(uses)))
+        groups = [self._fit(needed, after)] if fits else self._stream(needed, len(uses))
         assert self.resident == after
         return groups
 
@@ -82,13 +82,14 @@ class PlainWindow:
         self.resident = after
         return missing
 
-    def _stream(self, needed: set[int], step: int) -> list[list[int]]:
+    def _stream(self, needed: set[int], tokens: int) -> list[list[int]]:
+        step = block_rows(D_FF, tokens)
         best = sorted(self.resident | needed, key=lambda n: (*(-r for r in self._rank(n)), n not in self.resident, n))
         keep = set(best[: self.capacity])
         self.resident &= keep | needed
         order, reads = sorted(needed), []
-        for at in range(0, len(order), step):
-            block = order[at : at + step]
+        for at in range(0, len(order), step) if tokens == 1 else range(0, D_FF, step):
+            block = order[at : at + step] if tokens == 1 else [n for n in order if at <= n < at + step]
             away = [n for n in block if n not in self.resident]
             reads.append(away)
             self.resident -= set(block) - keep
@@ -157,8 +158,9 @@ def make_store(folder: Path, layout: Layout) -> FlashStore:
         )
     store = FlashStore.open_folder(folder)
     if layout.placed:
-        half = np.random.default_rng(0).permutation(D_FF // 2)
-        place_layer(store.layers[LAYER], np.concatenate([half, np.arange(D_FF // 2, D_FF)]).astype(np.int32))
+        random = np.random.default_rng(0)  # within the first block, as calibration does, and over the other two
+        place = np.concatenate([random.permutation(64), 64 + random.permutation(D_FF - 64)])
+        place_layer(store.layers[LAYER], place.astype(np.int32))
     return FlashStore.open_folder(folder)
 
 
@@ -197,6 +199,7 @@ class Rig:
                 patch.setattr("hf_flash.native.library", lambda: None)
             scratch = Scratch(D_FF, d_model, dtype)
             reader_there = open_reader(store, "mmap" if reader == "mmap" else "direct", 3, dtype, 0)
+        reader_there.gap = 0  # counted reads go through no gaps
         self.engine = Engine(reader_there, scratch, dtype)
         self.window = ResidentWindow(D_FF, d_model, capacity, window, dtype)
         self.predictor = Scripted()
@@ -302,6 +305,49 @@ def test_the_window_holds_what_its_rules_say_and_every_byte_is_counted(
             assert counters.read_bytes == counters.missing_bytes
 
 
+@pytest.mark.parametrize("reader", ["mmap", "direct"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda lay: f"{lay.stored} {lay.dtype}{' placed' * lay.placed}")
+def test_reading_through_gaps_changes_reads_and_no_bit(stores: dict[Layout, FlashStore], layout: Layout, reader: str) -> None:
+    found = []
+    for gap in (0, 2):
+        with Rig(stores[layout], layout.dtype, reader, 40, 5) as rig:
+            rig.engine.reader.gap = gap
+            for seed in range(3):
+                rig.call(some_neurons("scattered", 0.3, 6, seed), 6)
+            resident, answer = rig.resident(), rig.ffn(torch.ones(6, layout.d_model, dtype=layout.dtype))
+            found.append((answer, resident, rig.engine.counters))
+    (skipped, before, some), (through, after, more) = found
+    assert torch.equal(skipped, through)
+    assert before == after
+    assert (some.hits, some.missing_bytes) == (more.hits, more.missing_bytes)
+    assert some.reads > more.reads
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    ids=st.sets(st.integers(0, 63), min_size=1), block=st.integers(0, D_FF // 64 - 1), gap=st.integers(0, 70),
+    placed=st.booleans(),
+)  # fmt: skip
+def test_only_small_gaps_are_bridged_and_no_others(
+    stores: dict[Layout, FlashStore], ids: set[int], block: int, gap: int, placed: bool
+) -> None:
+    layout = next(layout for layout in LAYOUTS if layout.placed == placed)
+    with Rig(stores[layout], layout.dtype, "mmap", 0, 1) as rig:
+        rig.engine.reader.gap = gap
+        first = 64 * block
+        wanted = np.sort(np.array(list(ids), dtype=np.int64)) + first
+        found = rig.engine.reader.bridged(LAYER, wanted, first, first + 64, rig.engine.scratch.rows)
+    place = rig.store.place if rig.store.place is not None else np.arange(D_FF)
+    at, read = sorted(place[wanted].tolist()), sorted(place[found].tolist())
+    inside = set(range(first, first + 64)) >= set(place[first : first + 64].tolist())
+    expected = set(at)
+    for left, right in itertools.pairwise(at):
+        if inside and right - left - 1 <= gap:
+            expected |= set(range(left, right))
+    assert read == sorted(expected)
+    assert found.tolist() == sorted(found.tolist())
+
+
 def test_a_window_that_holds_everything_reads_everything_once(stores: dict[Layout, FlashStore]) -> None:
     with Rig(stores[LAYOUTS[1]], FULL, "mmap", D_FF, 5) as rig:
         for _ in range(6):
@@ -364,7 +410,7 @@ def test_rows_arrive_where_they_were_asked_for_exactly_converted(
     rows = np.cumsum([0, *gaps])[: len(ids)]
     with Rig(stores[layout], layout.dtype, reader, 0, 1) as rig:
         out = torch.full((5 * D_FF, 2 * layout.d_model), 7.0, dtype=layout.dtype)
-        rig.engine.reader.read(LAYER, np.array(ids, dtype=np.int64), out, rows)
+        rig.engine.reader.start(LAYER, np.array(ids, dtype=np.int64), out, rows).wait()
         wanted = torch.full_like(out, 7.0)
         wanted[rows] = rig.bundles[ids].to(layout.dtype)
         assert torch.equal(out, wanted)

@@ -264,8 +264,9 @@ void FAST hf_down(Job *job) {
 
 typedef struct {
     const float *x;            /* [tokens, d] */
-    const void *matrix, *bias; /* as for one token */
-    const int64_t *rows, *ids; /* [n] */
+    const void *bias;          /* as for one token */
+    const char *const *rows;   /* [n] where the neurons are, in memory, up row and down row together */
+    const int64_t *ids;        /* [n] which they are */
     const uint8_t *used;       /* [tokens, d_ff] whether a token uses a neuron */
     float *hidden, *out;       /* [n, tokens] room, for values that are not zero; [tokens, d] */
     int32_t *token, *count;    /* [n, tokens] room: whose they are; [n] room: how many */
@@ -302,8 +303,7 @@ INLINE void two_dots(const void *row, const void *ahead, const float *x, const f
 
 /* Hidden values of neuron `k` for the `named` tokens in its row of `token`; those that are not zero stay there. */
 INLINE void up_neuron(const Several *s, int64_t k, int64_t next, int64_t named, int dtype) {
-    const int64_t size = dtype == F32 ? 4 : 2, stride = 2 * s->d * size;
-    const char *row = (const char *)s->matrix + s->rows[k] * stride, *ahead = (const char *)s->matrix + s->rows[next] * stride;
+    const char *row = s->rows[k], *ahead = s->rows[next];
     const float bias = s->bias ? one(s->bias, s->ids[k], dtype) : 0.0f;
     float *hidden = s->hidden + k * s->tokens;
     int32_t *token = s->token + k * s->tokens;
@@ -365,11 +365,10 @@ static FAST void several_up_body(void *data) {
 
 /* Columns `begin` to before `end` of every token. */
 INLINE void down_tile(const Several *s, int64_t begin, int64_t end, int dtype) {
-    const int64_t size = dtype == F32 ? 4 : 2, stride = 2 * s->d * size;
-    const char *down = (const char *)s->matrix + s->d * size;
+    const int64_t size = dtype == F32 ? 4 : 2, half = s->d * size;
     for (int64_t at = 0; at < s->todo; at++) {
         const int64_t k = s->active[at], next = s->active[at + 1 < s->todo ? at + 1 : at];
-        const char *row = down + s->rows[k] * stride, *ahead = down + s->rows[next] * stride;
+        const char *row = s->rows[k] + half, *ahead = s->rows[next] + half;
         for (int64_t i = begin; i < end; i += 32)
             _mm_prefetch(ahead + i * size, _MM_HINT_T0);
         for (int64_t j = 0; j < s->count[k]; j++) {
@@ -636,7 +635,7 @@ void FAST hf_multiply(Matrix *m) {
     run(matrix_body, m, m->threads);
 }
 
-int hf_abi(void) { return 3; } /* native.py: ABI */
+int hf_abi(void) { return 4; } /* native.py: ABI */
 
 #else
 

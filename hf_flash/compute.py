@@ -178,18 +178,24 @@ class SeveralTokens:
             and np.count_nonzero(selected.numpy()) <= _DENSE * len(x) * union
         )
 
-    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor | None:
-        """Add what a block of neurons gives to `out`, float32 [tokens, d].
+    def add_apart(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
+        """Only if `apart`: add what a block of neurons gives to `out`, float32 [tokens, d].
+
+        Args:
+            places: addresses of their bundles (`native.addresses`).
+        """
+        assert self._selected is not None
+        several_tokens(self.x, self._selected, self._bias, self._scratch.gathered.dtype, places, ids, out)
+
+    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+        """Add what a block of neurons gives to `out`, float32 [tokens, d], in a GEMM.
 
         Args:
             matrix: [any, 2 * d], contiguous; `rows` [n] says where the bundles of neurons `ids` [n] are in it.
 
         Returns:
-            Pre-activations of all of them, [tokens, n] in the dtype of compute, if they were computed.
+            Pre-activations, [tokens, n] in the dtype of compute.
         """
-        if self.apart and self._selected is not None:
-            several_tokens(self.x, self._selected, self._bias, matrix, rows, ids, out)
-            return None
         scratch, n, d, which = self._scratch, len(rows), self.x.shape[1], torch.from_numpy(ids)
         wide = scratch.wide[:n]
         gathered = torch.index_select(matrix, 0, torch.from_numpy(rows), out=scratch.gathered[:n])

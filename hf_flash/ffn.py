@@ -16,9 +16,9 @@ that follow from the call alone (`_Call`), and in the order of their ids.
 (`look_ahead`). That brings most neurons in time; what it missed is read as ever.
 
 When a call's neurons do not all fit into the window (prefill, a tight budget), or several tokens miss more than a block of
-them, blocks are *streamed* through two buffers, one of them being filled while the other is computed: what is resident is
-copied, what is missing is read, straight through small gaps where that is faster (`BundleReader.bridged`), and what is worth
-keeping goes on to the window. So after prefill it holds what the prompt's last tokens used, without a second read.
+them, blocks are *streamed* through two buffers, one of them being filled while the other is computed: what is missing is
+read, straight through small gaps where that is faster (`BundleReader.bridged`), and what is worth keeping goes on to the
+window. So after prefill it holds what the prompt's last tokens used, without a second read.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from torch import nn
 
 from .compute import OneToken, Scratch, SeveralTokens, block_rows
 from .errors import HfFlashError, StoreReadError, UsageError
+from .native import addresses
 from .predictor import Predictor
 from .reader import BundleReader, ReadCount, Reading
 from .stats import Counters
@@ -282,8 +283,8 @@ class FlashFFN(nn.Module):
                 if len(buffers) > 1 and number + 1 < len(call.blocks):
                     coming = _Block(engine, self, call, call.blocks[number + 1], buffers[(number + 1) % 2])
                 waited += perf_counter() - start
-                waited += block.arrive(engine)
-                call.add(block.buffer, block.rows, ids, out)
+                waited += block.arrive()
+                block.compute(engine, call, out)
                 block.keep(engine, keep)
         except BaseException:
             engine.reader.settle()  # nothing may write to the buffers any more
@@ -386,10 +387,10 @@ class _Call:
         self._scratch, self._ffn, self.x = scratch, ffn, x
         self.tokens, self.step = len(x), block_rows(ffn.d_ff, len(x))
         self.one_block = self.tokens == 1 and len(ids) <= self.step
-        self._several = None
+        self.several = None
         if self.tokens > 1:
-            self._several = SeveralTokens(scratch, ffn.activation, x, selected, len(ids), ffn.bias)
-        self.spans = self._several is not None and (streamed or not self._several.apart)
+            self.several = SeveralTokens(scratch, ffn.activation, x, selected, len(ids), ffn.bias)
+        self.spans = self.several is not None and (streamed or not self.several.apart)
         if self.spans:
             ends = np.searchsorted(ids, np.arange(0, ffn.d_ff + self.step, self.step)).tolist()
             self.blocks = [ids[start:end] for start, end in itertools.pairwise(ends) if end > start]
@@ -399,20 +400,22 @@ class _Call:
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
         """Add a block's share to `out` [tokens, d_model] float32; `rows` of `matrix` [any, 2 * d_model] hold neurons `ids`."""
         ffn = self._ffn
-        if self._several is None:
+        if self.several is None:
             one_block = len(self.blocks) == 1
             OneToken(self._scratch, ffn.activation, self.x, ffn.bias, matrix, rows, ids, one_block=one_block).finish(out)
-            return
-        before = self._several.add(matrix, rows, ids, out)
-        if ffn.observer is not None and before is not None:
-            ffn.observer(self._several.x, ids, before)
+        elif self.several.apart:
+            self.several.add_apart(addresses(matrix, rows), ids, out)
+        else:
+            before = self.several.add(matrix, rows, ids, out)
+            if ffn.observer is not None:
+                ffn.observer(self.several.x, ids, before)
 
 
 class _Block:
-    """Neurons on their way into a buffer, in id order: what is resident is copied, the rest is read."""
+    """Some neurons of a call: resident ones, and others on their way into a buffer."""
 
     def __init__(self, engine: Engine, ffn: FlashFFN, call: _Call, ids: Ids, buffer: torch.Tensor) -> None:
-        self._window, self.ids, self.buffer = ffn.window, ids, buffer
+        self._window, self._counters, self.ids, self.buffer = ffn.window, engine.counters, ids, buffer
         slots = ffn.window.slot_of[ids]
         self._there, self._away = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
         first = int(ids[0]) // call.step * call.step
@@ -425,15 +428,23 @@ class _Block:
         if len(missing):
             self._reading = engine.reader.start(ffn.index, missing, buffer, rows, background=True)
 
-    def arrive(self, engine: Engine) -> float:
-        """Wait until every row is there; returns the seconds of that."""
+    def arrive(self) -> float:
+        """Wait until what is read is there; returns the seconds of that."""
         start = perf_counter()
         if self._reading is not None:
-            _note(engine.counters, self._reading.wait())
-        waited = perf_counter() - start
-        slots = self._window.slot_of[self.ids[self._there]]  # after the wait: what was read through lies there, too
-        _copy_rows(engine.scratch, self._window.matrix, slots, self.buffer, self.rows[self._there])
-        return waited
+            _note(self._counters, self._reading.wait())
+        return perf_counter() - start
+
+    def compute(self, engine: Engine, call: _Call, out: torch.Tensor) -> None:
+        """Add the share of these neurons to `out`."""
+        matrix, slots, there = self._window.matrix, self._window.slot_of[self.ids[self._there]], self._there
+        if call.several is not None and call.several.apart:
+            places = addresses(self.buffer, self.rows)
+            places[there] = addresses(matrix, slots)
+            call.several.add_apart(places, self.ids, out)
+        else:  # in id order in one matrix; over what was read through
+            _copy_rows(engine.scratch, matrix, slots, self.buffer, self.rows[there])
+            call.add(self.buffer, self.rows, self.ids, out)
 
     def keep(self, engine: Engine, keep: Ids) -> None:
         """Leave in the window, or take into it, what is worth keeping."""

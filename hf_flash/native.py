@@ -26,7 +26,7 @@ from .uring import Held
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 3  # as in _native.c: to be raised with every change of what a function or a structure means
+ABI: Final = 4  # as in _native.c: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Ids = npt.NDArray[np.int64]
@@ -53,10 +53,7 @@ class _Several(ctypes.Structure):
     """Several tokens and some neurons."""
 
     _fields_ = (
-        *(
-            (name, _pointer)
-            for name in ("x", "matrix", "bias", "rows", "ids", "used", "hidden", "out", "token", "count", "active")
-        ),
+        *((name, _pointer) for name in ("x", "bias", "rows", "ids", "used", "hidden", "out", "token", "count", "active")),
         *((name, _long) for name in ("n", "d", "d_ff", "tokens", "todo")),
         *((name, _int) for name in ("dtype", "threads", "next")),
     )
@@ -177,7 +174,7 @@ class TokenKernel:
 
 
 def several_tokens(
-    x: torch.Tensor, used: torch.Tensor, bias: torch.Tensor | None, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor
+    x: torch.Tensor, used: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, rows: Ids, ids: Ids, out: torch.Tensor
 ) -> None:
     """Add to each token's `out` what the neurons give that it uses. To be called only where there is a `library()`.
 
@@ -187,8 +184,8 @@ def several_tokens(
         x: float32 [tokens, d], contiguous.
         used: bool [tokens, d_ff], contiguous.
         bias: [d_ff] of the up projection. Hidden values below zero become zero.
-        matrix: [any, 2 * d], contiguous, in the dtype of compute.
-        rows, ids: [n] rows of `matrix`, and the neurons in them.
+        dtype: of compute.
+        rows, ids: [n] addresses of bundles, [2 * d] in the dtype of compute, and the neurons that they are of.
         out: float32 [tokens, d], contiguous.
     """
     rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
@@ -199,12 +196,17 @@ def several_tokens(
     for at in range(0, len(x), most):
         part = slice(at, at + most)
         job = _Several(
-            x=x[part].data_ptr(), matrix=matrix.data_ptr(), bias=None if bias is None else bias.data_ptr(),
-            rows=rows.ctypes.data, ids=ids.ctypes.data, used=used[part].data_ptr(),
-            hidden=hidden.data_ptr(), out=out[part].data_ptr(), token=token.data_ptr(), count=count.ctypes.data,
-            active=active.ctypes.data, n=n, d=d, d_ff=d_ff, tokens=len(x[part]), dtype=DTYPES[matrix.dtype], threads=threads(),
+            x=x[part].data_ptr(), bias=None if bias is None else bias.data_ptr(), rows=rows.ctypes.data, ids=ids.ctypes.data,
+            used=used[part].data_ptr(), hidden=hidden.data_ptr(), out=out[part].data_ptr(), token=token.data_ptr(),
+            count=count.ctypes.data, active=active.ctypes.data, n=n, d=d, d_ff=d_ff, tokens=len(x[part]),
+            dtype=DTYPES[dtype], threads=threads(),
         )  # fmt: skip
         library().hf_several(ctypes.byref(job))  # type: ignore[union-attr]
+
+
+def addresses(matrix: torch.Tensor, rows: Ids) -> Ids:
+    """Where rows of a contiguous matrix are in memory, as [`several_tokens`] wants them."""
+    return np.asarray(matrix.data_ptr() + rows * (matrix.shape[1] * matrix.element_size()))
 
 
 class Product:

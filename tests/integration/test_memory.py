@@ -15,6 +15,7 @@ from tests.conftest import ROOT, TINY_OPT, make_opt
 
 MIB = 1 << 20
 SLACK = 6 * MIB  # activations, KV cache, allocator: what is not weights
+BATCHES = 10 * MIB  # the same with prompts, batches and beams
 
 # Measures anonymous memory only: file pages are page cache, which the kernel takes back when it needs them.
 # Huge pages are switched off, because the kernel may round a thread's stack of some KiB up to 2 MiB.
@@ -26,6 +27,7 @@ import gc, json, sys, threading, torch, hf_flash
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 folder, warm_up, dtype, arguments = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3]), json.loads(sys.argv[4])
+every_mode = arguments.pop("every_mode", False)
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -34,11 +36,23 @@ def anonymous():
 def load(path, **kwargs):
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=hf_flash.FlashOffloadConfig(**kwargs))
 
-def run(model, tokens):
-    model.generate(torch.arange(5, 25)[None], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+def run(model, tokens, rows=1, length=20, **kwargs):
+    ids = (torch.arange(rows * length) % 97 + 5).view(rows, length)
+    settings = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, attention_mask=torch.ones_like(ids))
+    model.generate(ids, **settings | kwargs)
+
+def run_all(model):
+    run(model, 2, length=100)
+    run(model, 4, rows=8)
+    run(model, 4, rows=2, num_beams=3)
+    run(model, 4, rows=2, use_cache=False)
+    run(model, 8, prompt_lookup_num_tokens=4)
+    run(model, 4, prefill_chunk_size=8)
+    run(model, 4, cache_implementation="static")
+    run(torch.compile(model, backend="eager"), 2)
 
 model = load(warm_up)  # imports, thread pools and allocator are not what is measured
-run(model, 3)
+run_all(model) if every_mode else run(model, 3)
 del model
 gc.collect()
 
@@ -49,10 +63,10 @@ def watch():
     while not done.wait(0.002):
         peak = max(peak, anonymous())
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 model = load(folder, **arguments)
-run(model, 12)
+run_all(model) if every_mode else run(model, 12)
 gc.collect()
 after = anonymous()
 done.set()
@@ -80,6 +94,7 @@ def measure(folder: Path, cache: Path, dtype: str, **arguments: Any) -> dict[str
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 M parameters in float16, four fifths of them in the FFN."""
     shape = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 8, "vocab_size": 1024}
+    shape |= {"max_position_embeddings": 128}
     return make_opt(tmp_path_factory.mktemp("memory") / "model", dtype=torch.float16, init_std=0.02, **shape)
 
 
@@ -96,3 +111,13 @@ def test_reported_bytes_are_held_and_the_budget_is_never_exceeded(
     assert found["dram_bytes"] <= budget < found["dense_bytes"]
     assert abs(found["held"] - found["dram_bytes"]) <= 0.05 * found["dram_bytes"] + SLACK
     assert found["peak"] <= budget + SLACK
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure anonymous memory")
+@pytest.mark.parametrize(("predictor", "reader"), [("none", "direct"), ("quantized", "direct"), ("quantized", "mmap")])
+def test_no_way_of_generating_exceeds_the_budget(checkpoint: Path, tmp_path: Path, predictor: str, reader: str) -> None:
+    budget = 55 * MIB
+    found = measure(checkpoint, tmp_path, "float16", predictor=predictor, memory_budget=budget, reader=reader, every_mode=True)
+    print({name: round(found[name] / MIB, 1) for name in ("held", "peak", "dram_bytes", "budget_bytes", "dense_bytes")})
+    assert found["dram_bytes"] <= budget
+    assert found["peak"] <= budget + BATCHES < found["dense_bytes"]

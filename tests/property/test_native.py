@@ -94,7 +94,7 @@ def test_several_tokens_get_the_bits_that_each_gets_alone(
             kernel.up()
             kernel.down(alone[token : token + 1])
         for part in np.array_split(np.flatnonzero(used.any(0).numpy()), blocks):
-            native.several_tokens(x.float(), used, b, matrix, rows[part], part, together)
+            native.several_tokens(x.float(), used, b, dtype, native.addresses(matrix, rows[part]), part, together)
     assert torch.equal(together, alone)
 
 

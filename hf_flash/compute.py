@@ -169,7 +169,8 @@ class SeveralTokens:
         union: int,
         bias: torch.Tensor | None,
     ) -> None:
-        self._scratch, self._activation, self._selected, self._bias = scratch, activation, selected, bias
+        self._scratch, self._activation, self._bias = scratch, activation, bias
+        self._selected = None if selected is None else selected.contiguous()
         self.x = x.float().contiguous()
         self.apart = (  # whether every token is multiplied with its own neurons alone
             selected is not None

@@ -323,6 +323,33 @@ def test_reading_through_gaps_changes_reads_and_no_bit(stores: dict[Layout, Flas
     assert some.reads > more.reads
 
 
+@pytest.mark.parametrize("reader", ["mmap", "direct", "threads"])
+@pytest.mark.parametrize("when", ["started", "waited for"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_block_that_cannot_be_read_leaves_the_layer_usable(
+    stores: dict[Layout, FlashStore], reader: str, when: str, which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Rig(stores[LAYOUTS[1]], FULL, reader, 40, 5) as rig:
+        source, calls = rig.engine.reader.source, itertools.count()
+        real = source.start
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) != which:
+                return real(*args, **kwargs)
+            if when == "started":
+                raise OSError(5, "Input/output error")
+            real(*args, **kwargs)
+            return Mock(wait=Mock(side_effect=OSError(5, "Input/output error")))
+
+        monkeypatch.setattr(source, "start", failing)
+        with pytest.raises(StoreReadError, match="Input/output error"):
+            rig.call(None, 6)
+        rig.resident()
+        rig.call(None, 6)
+        rig.call(some_neurons("scattered", 0.3, 6, 0), 6)
+        rig.resident()
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     ids=st.sets(st.integers(0, 63), min_size=1), block=st.integers(0, D_FF // 64 - 1), gap=st.integers(0, 70),

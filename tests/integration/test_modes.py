@@ -1,7 +1,9 @@
 """Every way of calling a model, on a stock one and a flash one beside it.
 
 `predictor="none"`: the stock model's tokens. With a predictor: the same whatever the budget and the reader (contract C3).
-What transformers itself cannot do here is listed in `NOT_HERE`, with its reason.
+
+Not here, because transformers itself cannot: contrastive search, DoLa, diverse and constrained beams (code from the Hub), a
+quantized KV cache (needs optimum-quanto or hqq), an offloaded one (needs an accelerator).
 """
 
 from __future__ import annotations
@@ -28,11 +30,6 @@ from hf_flash import FlashOffloadConfig
 from tests.conftest import TINY_OPT
 
 NEW = 8
-NOT_HERE = {
-    "contrastive search, DoLa, diverse and constrained beams": "transformers takes them from the Hub as code",
-    "quantized KV cache": "needs optimum-quanto or hqq",
-    "offloaded KV cache": "needs an accelerator",
-}
 
 
 def prompt(model: Any, rows: int = 1, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:

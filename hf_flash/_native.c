@@ -30,7 +30,19 @@
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
 enum { F32, BF16, F16 };
-enum { UP_ROWS = 16, MATRIX_ROWS = 64, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64, TILE_BYTES = 1 << 17, GETEVENTS = 1, ENTER = 426 };
+enum { UP_ROWS = 16, MATRIX_ROWS = 64, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64, TILE_BYTES = 1 << 17 };
+enum { GETEVENTS = 1, ENTER = 426 };
+
+/* Calls an inlined function with its last argument, the dtype, known when it is compiled. */
+#define BY_DTYPE(dtype, function, ...)        \
+    do {                                      \
+        if ((dtype) == F32)                   \
+            function(__VA_ARGS__, F32);       \
+        else if ((dtype) == BF16)             \
+            function(__VA_ARGS__, BF16);      \
+        else                                  \
+            function(__VA_ARGS__, F16);       \
+    } while (0)
 
 typedef void (*Body)(void *);
 typedef void (*Parallel)(Body, void *, unsigned threads, unsigned flags);
@@ -153,12 +165,7 @@ INLINE void up_rows(const Job *job, int64_t begin, int64_t end, int dtype) {
 }
 
 static FAST void up_of(const Job *job, int64_t begin, int64_t end) {
-    if (job->dtype == F32)
-        up_rows(job, begin, end, F32);
-    else if (job->dtype == BF16)
-        up_rows(job, begin, end, BF16);
-    else
-        up_rows(job, begin, end, F16);
+    BY_DTYPE(job->dtype, up_rows, job, begin, end);
 }
 
 static int enter(const Job *job, uint32_t submit, uint32_t wait) {
@@ -236,12 +243,7 @@ static FAST void down_body(void *data) {
         if (begin >= job->d)
             break;
         int64_t end = begin + job->wait < job->d ? begin + job->wait : job->d;
-        if (job->dtype == F32)
-            down_columns(job, begin, end, F32);
-        else if (job->dtype == BF16)
-            down_columns(job, begin, end, BF16);
-        else
-            down_columns(job, begin, end, F16);
+        BY_DTYPE(job->dtype, down_columns, job, begin, end);
     }
 }
 
@@ -355,12 +357,7 @@ INLINE void up_share(Several *s, int dtype) {
 
 static FAST void several_up_body(void *data) {
     Several *s = data;
-    if (s->dtype == F32)
-        up_share(s, F32);
-    else if (s->dtype == BF16)
-        up_share(s, BF16);
-    else
-        up_share(s, F16);
+    BY_DTYPE(s->dtype, up_share, s);
 }
 
 /* Columns `begin` to before `end` of every token. */
@@ -398,12 +395,7 @@ static FAST void several_down_body(void *data) {
         if (begin >= s->d)
             return;
         int64_t end = begin + columns < s->d ? begin + columns : s->d;
-        if (s->dtype == F32)
-            down_tile(s, begin, end, F32);
-        else if (s->dtype == BF16)
-            down_tile(s, begin, end, BF16);
-        else
-            down_tile(s, begin, end, F16);
+        BY_DTYPE(s->dtype, down_tile, s, begin, end);
     }
 }
 
@@ -592,12 +584,7 @@ static FAST int multiply_share(Matrix *m) {
         int64_t end = begin + step < m->rows ? begin + step : m->rows;
         int64_t row = begin;
         for (; row + 8 <= end && row + 8 <= eights; row += 8)
-            if (m->bias_dtype == F32)
-                multiply_rows(m, row, F32);
-            else if (m->bias_dtype == BF16)
-                multiply_rows(m, row, BF16);
-            else
-                multiply_rows(m, row, F16);
+            BY_DTYPE(m->bias_dtype, multiply_rows, m, row);
         for (; row < end; row++)
             multiply_row(m, row);
         last = atomic_fetch_add(&m->done, (int)(end - begin)) + (end - begin) == m->rows;

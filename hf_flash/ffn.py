@@ -282,8 +282,8 @@ class FlashFFN(nn.Module):
                 coming = None
                 if len(buffers) > 1 and number + 1 < len(call.blocks):
                     coming = _Block(engine, self, call, call.blocks[number + 1], buffers[(number + 1) % 2])
+                block.arrive(engine)
                 waited += perf_counter() - start
-                waited += block.arrive()
                 block.compute(engine, call, out)
                 block.keep(engine, keep)
         except BaseException:
@@ -379,18 +379,19 @@ class _Call:
         blocks: sorted ids. One token: `step` neurons of those it uses. Several: those used of `step` neighbours, which lie
             together on flash; in the window, where that matters to nobody, `step` used ones if every token is on its own.
         one_block: whether one token is done with a single one.
+        apart: whether rows are multiplied wherever they lie, each with the tokens that use it (`add_apart`).
+        spans: whether blocks are of neighbours.
     """
 
     def __init__(
         self, scratch: Scratch, ffn: FlashFFN, x: torch.Tensor, selected: torch.Tensor | None, ids: Ids, streamed: bool
     ) -> None:
-        self._scratch, self._ffn, self.x = scratch, ffn, x
-        self.tokens, self.step = len(x), block_rows(ffn.d_ff, len(x))
-        self.one_block = self.tokens == 1 and len(ids) <= self.step
-        self.several = None
-        if self.tokens > 1:
-            self.several = SeveralTokens(scratch, ffn.activation, x, selected, len(ids), ffn.bias)
-        self.spans = self.several is not None and (streamed or not self.several.apart)
+        self._scratch, self._ffn, self._x = scratch, ffn, x
+        self.step = block_rows(ffn.d_ff, len(x))
+        self.one_block = len(x) == 1 and len(ids) <= self.step
+        self._several = SeveralTokens(scratch, ffn.activation, x, selected, len(ids), ffn.bias) if len(x) > 1 else None
+        self.apart = self._several is not None and self._several.apart
+        self.spans = self._several is not None and (streamed or not self.apart)
         if self.spans:
             ends = np.searchsorted(ids, np.arange(0, ffn.d_ff + self.step, self.step)).tolist()
             self.blocks = [ids[start:end] for start, end in itertools.pairwise(ends) if end > start]
@@ -400,22 +401,27 @@ class _Call:
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
         """Add a block's share to `out` [tokens, d_model] float32; `rows` of `matrix` [any, 2 * d_model] hold neurons `ids`."""
         ffn = self._ffn
-        if self.several is None:
-            one_block = len(self.blocks) == 1
-            OneToken(self._scratch, ffn.activation, self.x, ffn.bias, matrix, rows, ids, one_block=one_block).finish(out)
-        elif self.several.apart:
-            self.several.add_apart(addresses(matrix, rows), ids, out)
-        else:
-            before = self.several.add(matrix, rows, ids, out)
+        if self.apart:
+            self.add_apart(addresses(matrix, rows), ids, out)
+        elif self._several is not None:
+            before = self._several.add(matrix, rows, ids, out)
             if ffn.observer is not None:
-                ffn.observer(self.several.x, ids, before)
+                ffn.observer(self._several.x, ids, before)
+        else:
+            token = OneToken(self._scratch, ffn.activation, self._x, ffn.bias, matrix, rows, ids, one_block=self.one_block)
+            token.finish(out)
+
+    def add_apart(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
+        """Only if `apart`: the same for neurons at addresses `places`."""
+        assert self._several is not None
+        self._several.add_apart(places, ids, out)
 
 
 class _Block:
     """Some neurons of a call: resident ones, and others on their way into a buffer."""
 
     def __init__(self, engine: Engine, ffn: FlashFFN, call: _Call, ids: Ids, buffer: torch.Tensor) -> None:
-        self._window, self._counters, self.ids, self.buffer = ffn.window, engine.counters, ids, buffer
+        self._window, self.ids, self.buffer = ffn.window, ids, buffer
         slots = ffn.window.slot_of[ids]
         self._there, self._away = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
         first = int(ids[0]) // call.step * call.step
@@ -428,20 +434,18 @@ class _Block:
         if len(missing):
             self._reading = engine.reader.start(ffn.index, missing, buffer, rows, background=True)
 
-    def arrive(self) -> float:
-        """Wait until what is read is there; returns the seconds of that."""
-        start = perf_counter()
+    def arrive(self, engine: Engine) -> None:
+        """Wait until what is read is there, and count it."""
         if self._reading is not None:
-            _note(self._counters, self._reading.wait())
-        return perf_counter() - start
+            _note(engine.counters, self._reading.wait())
 
     def compute(self, engine: Engine, call: _Call, out: torch.Tensor) -> None:
         """Add the share of these neurons to `out`."""
         matrix, slots, there = self._window.matrix, self._window.slot_of[self.ids[self._there]], self._there
-        if call.several is not None and call.several.apart:
+        if call.apart:
             places = addresses(self.buffer, self.rows)
             places[there] = addresses(matrix, slots)
-            call.several.add_apart(places, self.ids, out)
+            call.add_apart(places, self.ids, out)
         else:  # in id order in one matrix; over what was read through
             _copy_rows(engine.scratch, matrix, slots, self.buffer, self.rows[there])
             call.add(self.buffer, self.rows, self.ids, out)

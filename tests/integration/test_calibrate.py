@@ -41,7 +41,7 @@ from hf_flash.store import FlashStore
 from hf_flash.text import token_windows
 from hf_flash.training import training_bytes
 from hf_flash.writer import write_safetensors
-from tests.conftest import ROOT, TINY_OPT, make_opt
+from tests.conftest import ROOT, TINY_OPT, make_opt, torch_threads
 
 INDEX = "model.safetensors.index.json"
 LOWRANK, MEASURED = NEW = ("flash-predictor-lowrank.safetensors", "flash-calibration.safetensors")
@@ -58,10 +58,8 @@ MIB = 1 << 20
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """As in the processes that are started here: sums are rounded alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from transformers import (
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
+from tests.conftest import torch_threads
 
 NEW_TOKENS = 10
 SHAPES = ("pre_ln", "post_ln", "no_bias", "odd")
@@ -54,11 +55,8 @@ def write_bin(source: Path, target: Path, files: int, prefix: str = "model.") ->
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """One thread where matrices are too small to share: threads that wait for each other on a busy machine cost minutes."""
-    before = torch.get_num_threads()
-    if "tiny_opt" not in request.node.name:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(torch.get_num_threads() if "tiny_opt" in request.node.name else 1):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
-from tests.conftest import TINY_OPT
+from tests.conftest import TINY_OPT, torch_threads
 
 NEW = 8
 
@@ -110,10 +110,8 @@ MODELS = ["tiny_opt", "pre_ln", "post_ln", "no_bias"]
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

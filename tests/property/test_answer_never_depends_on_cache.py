@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
+from tests.conftest import torch_threads
 
 
 class Model(NamedTuple):
@@ -128,10 +129,8 @@ class Zoo:
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Two threads where a test says so. Elsewhere one: waiting for each other on a busy machine would cost minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2 if "threads=2" in request.node.name else 1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2 if "threads=2" in request.node.name else 1):
+        yield
 
 
 @pytest.fixture(scope="module")

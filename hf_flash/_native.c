@@ -1,5 +1,5 @@
-/* A feed-forward layer over scattered rows, for tokens that each use a few of them, and products with quantized matrices: what
- * torch has no operator for.
+/* A feed-forward layer over scattered rows, for tokens that each use a few of them, products with quantized matrices, and
+ * products of a few tokens at memory speed: what torch has no operator for, or a slow one.
  *
  * torch gathers rows into a buffer before it multiplies, starts a parallel region for each step, and lets its second thread spin
  * while the first waits for the disk. Here rows are multiplied where they lie, and whoever waits for the disk leaves its core to
@@ -21,6 +21,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -30,6 +31,7 @@
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 
 enum { F32, BF16, F16 };
+enum { TILE_ROWS = 4, TILE_TOKENS = 4, LINEAR_ROWS = 32 };
 enum { UP_ROWS = 16, MATRIX_ROWS = 64, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64, TILE_BYTES = 1 << 17 };
 enum { GETEVENTS = 1, ENTER = 426 };
 
@@ -622,7 +624,84 @@ void FAST hf_multiply(Matrix *m) {
     run(matrix_body, m, m->threads);
 }
 
-int hf_abi(void) { return 4; } /* native.py: ABI */
+/* --- matrices that stay in memory times a few tokens (linear.py) */
+
+typedef struct {
+    const void *weight, *bias, *x; /* [rows, columns], [rows] or null, [tokens, columns]; all of `dtype` */
+    float *wide;                   /* x in fp32 */
+    void *out;                     /* [tokens, rows] of `dtype` */
+    int64_t rows, columns, tokens;
+    int32_t dtype, threads, narrow; /* narrow: do without AVX-512 */
+    atomic_int next;
+} Linear;
+
+INLINE void put(const Linear *m, int64_t row, int64_t token, float sum, int dtype) {
+    const int64_t at = token * m->rows + row;
+    if (m->bias)
+        sum += one(m->bias, row, dtype);
+    if (dtype == F32) {
+        ((float *)m->out)[at] = sum;
+    } else if (dtype == F16) {
+        ((uint16_t *)m->out)[at] = _cvtss_sh(sum, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+        uint32_t bits;
+        sum = rounded(sum, dtype);
+        memcpy(&bits, &sum, 4);
+        ((uint16_t *)m->out)[at] = (uint16_t)(bits >> 16);
+    }
+}
+
+#define UNROLLED(...) _Pragma("GCC unroll 4") for (__VA_ARGS__)
+
+#define TARGET "avx2,fma,f16c"
+#define NAME(name) name##_of_8
+#define VEC __m256
+#define HALF __m128i
+#define LANES 8
+#define PARTS 2
+#define LOAD _mm256_loadu_ps
+#define LOAD_HALF _mm_loadu_si128
+#define FROM_F16 _mm256_cvtph_ps
+#define FROM_BF16(half) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))
+#define ZERO _mm256_setzero_ps
+#define FMA _mm256_fmadd_ps
+#define SUM(sum) total((sum)[0], (sum)[1])
+#include "_native_linear.h"
+
+#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#define NAME(name) name##_of_16
+#define VEC __m512
+#define HALF __m256i
+#define LANES 16
+#define PARTS 1
+#define LOAD _mm512_loadu_ps
+#define LOAD_HALF _mm256_loadu_si256
+#define FROM_F16 _mm512_cvtph_ps
+#define FROM_BF16(half) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
+#define ZERO _mm512_setzero_ps
+#define FMA _mm512_fmadd_ps
+#define SUM(sum) total(_mm512_castps512_ps256((sum)[0]), _mm512_extractf32x8_ps((sum)[0], 1))
+#include "_native_linear.h"
+
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+}
+
+/* out = x @ weight.T + bias, each token on its own: accumulated in fp32, rounded once. Returns whether there was memory. */
+int FAST hf_linear(Linear *m) {
+    m->wide = malloc((size_t)(m->tokens * m->columns) * sizeof(float));
+    if (!m->wide)
+        return 0;
+    for (int64_t i = 0; i < m->tokens * m->columns; i++)
+        m->wide[i] = one(m->x, i, m->dtype);
+    atomic_store(&m->next, 0);
+    run(m->narrow || !has_avx512() ? linear_body_of_8 : linear_body_of_16, m, m->threads);
+    free(m->wide);
+    return 1;
+}
+
+int hf_abi(void) { return 5; } /* native.py: ABI */
 
 #else
 

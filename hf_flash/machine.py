@@ -3,8 +3,8 @@
 A slice is a few layers in the model's real shape with random weights. It generates through transformers with the real
 `FlashFFN`, window, reader and predictor. Only what a token needs is prescribed: so many neurons of which so many are not in
 DRAM. So caches are as cold and Python as slow as in the real model, and reads come from the disk as they will, at random, in
-batches of a layer's size, past the page cache. The dense model is the slice's time outside the FFN plus two matrix-vector
-products a layer.
+batches of a layer's size, past the page cache. The dense model is the slice's time outside the FFN, with torch's own products,
+plus two matrix-vector products a layer.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .adapters import Adapter
 from .compute import Scratch
 from .ffn import Engine, FlashFFN
 from .folders import check_room
+from .linear import adopt
 from .lowrank import LowRankFormat, LowRankPredictor, lowrank_specs
 from .memory import aligned_empty, trim_heap
 from .predictor import NoPredictor, PredictorForm
@@ -102,6 +103,8 @@ class Measured:
     compute_ms: float
     rest_ms: float  # attention, norms, Python
     head_ms: float  # a token: embeddings, last norm and head, choosing the token
+    stock_rest_ms: float  # these two as transformers has them
+    stock_head_ms: float
     dense_ffn_ms: float  # both products of the stock layer
     dram_gb_per_s: float  # of these
 
@@ -130,6 +133,8 @@ def measure(model: Model, neurons: float, predicted: float, capacity: int, disk:
         try:
             cut = _Slice(model, neurons, predicted, engine, count, rows, capacity)
             scale = neurons / cut.needed
+            stock = cut.run(cut.misses[0])  # everything outside the FFN as transformers has it
+            adopt(cut.model, engine)
             runs = [cut.run(count) for count in tqdm(cut.misses, desc="Measuring", unit="setting", delay=2)]
             misses = tuple(round(count * scale) for count in cut.misses)
         finally:
@@ -152,6 +157,8 @@ def measure(model: Model, neurons: float, predicted: float, capacity: int, disk:
         compute_ms=scale * typical["compute"],
         rest_ms=typical["rest"],
         head_ms=typical["head"],
+        stock_rest_ms=1e3 * stock["rest"],
+        stock_head_ms=1e3 * stock["head"],
         dense_ffn_ms=1e3 * dense_s,
         dram_gb_per_s=gb_per_s,
     )

@@ -6,6 +6,7 @@ which gives up the interpreter's lock during a call. It computes on torch's own 
     TokenKernel      one token and the rows of some neurons, multiplied where they lie
     several_tokens   the same for tokens that each use neurons of their own
     Product          a quantized matrix, to be multiplied with tokens
+    linear           a matrix that stays in memory times a few tokens
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .uring import Held
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 4  # as in _native.c: to be raised with every change of what a function or a structure means
+ABI: Final = 5  # as in _native.c: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Ids = npt.NDArray[np.int64]
@@ -70,6 +71,16 @@ class _Matrix(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Linear(ctypes.Structure):
+    """A matrix in the dtype of compute and some tokens."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("weight", "bias", "x", "wide", "out")),
+        *((name, _long) for name in ("rows", "columns", "tokens")),
+        *((name, _int) for name in ("dtype", "threads", "narrow", "next")),
+    )
+
+
 @lru_cache
 def library() -> ctypes.CDLL | None:
     """The compiled part, if it is there, fits this processor, and is the one that this file was written for."""
@@ -90,6 +101,7 @@ def library() -> ctypes.CDLL | None:
     found.hf_up.argtypes = found.hf_down.argtypes = [ctypes.POINTER(_Job)]
     found.hf_several.argtypes = [ctypes.POINTER(_Several)]
     found.hf_multiply.argtypes = [ctypes.POINTER(_Matrix)]
+    found.hf_linear.argtypes = [ctypes.POINTER(_Linear)]
     return found
 
 
@@ -202,6 +214,30 @@ def several_tokens(
             dtype=DTYPES[dtype], threads=threads(),
         )  # fmt: skip
         library().hf_several(ctypes.byref(job))  # type: ignore[union-attr]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, narrow: bool = False) -> torch.Tensor:
+    """`x @ weight.T + bias`, accumulated in fp32 and rounded once. To be called only where there is a `library()`.
+
+    A token gets the same bits beside others and alone, on any number of threads, with AVX-512 and without.
+
+    Args:
+        x: [..., columns], contiguous. All in one dtype of `DTYPES`.
+        weight: [rows, columns], contiguous. bias: [rows].
+        narrow: do without AVX-512.
+
+    Returns:
+        [..., rows].
+    """
+    rows, columns = weight.shape
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    job = _Linear(
+        weight.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(), None, out.data_ptr(),
+        rows, columns, x.numel() // columns, DTYPES[x.dtype], threads(), narrow,
+    )  # fmt: skip
+    if not library().hf_linear(ctypes.byref(job)):  # type: ignore[union-attr]
+        raise MemoryError(f"no memory for {x.numel()} numbers")
+    return out
 
 
 def addresses(matrix: torch.Tensor, rows: Ids) -> Ids:

@@ -290,7 +290,6 @@ def plan(
     sizes = {empty.dense_bytes * share // 100 for share in SHARES} | {wanted.budget_bytes}
     plans = [replace(wanted, budget_bytes=size) for size in sorted(sizes) if size >= wanted.minimum_bytes]
     points = [_predict(item, found, demand, times, seen) for item in plans]
-    layers, head = wanted.layers, times.head_ms
     return Plan(
         model=found.folder.name if Path(model).is_dir() else str(model),
         model_type=found.adapter.model_type,
@@ -302,7 +301,7 @@ def plan(
         point=next(point for point in points if point.budget_bytes == wanted.budget_bytes),
         points=tuple(points),
         free_bytes=free,
-        dense_token_ms=layers * (times.rest_ms + times.dense_ffn_ms) + head,
+        dense_token_ms=wanted.layers * (times.stock_rest_ms + times.dense_ffn_ms) + times.stock_head_ms,
         suggested_bytes=_suggestion(points, ceiling_bytes(None)),
     )
 

@@ -19,6 +19,7 @@ from .config import FlashOffloadConfig
 from .demand import Demand, measured, supposed
 from .errors import UsageError
 from .ffn import Engine, FlashFFN
+from .linear import adopt
 from .lowrank import VARIANT
 from .memory import load_into_memory, trim_heap
 from .predictor import NoPredictor, PredictorForm
@@ -148,6 +149,7 @@ def attach(
     checkpoint.release()
     for ffn, predictor, capacity in zip(ffns, predictors, plan.capacities, strict=True):  # last: they fill the budget
         ffn.attach(engine, ResidentWindow(first.d_ff, first.d_model, capacity, config.window, dtype), predictor)
+    adopt(model, engine)
     runtime = FlashRuntime(config, plan, store, checkpoint, form, engine, ffns)
     model.flash_runtime = runtime  # type: ignore[assignment]
     engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle

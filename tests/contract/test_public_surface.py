@@ -137,7 +137,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"folders", "predictor", "reader"},
     {"lowrank", "quantized"},
     {"ffn", "training"},
-    {"adapters"},
+    {"adapters", "linear"},
     {"repack"},
     {"runtime"},
     {"bench", "bench_worker", "saving", "text"},

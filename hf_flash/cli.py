@@ -152,6 +152,7 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--tokens", type=_positive, metavar="N", help="predict the mean of so many (default: in the long run)")
     sub.add_argument("--prompt-tokens", type=_positive, metavar="N", default=16, help="before these (default 16)")
+    sub.add_argument("--reader", choices=["auto", "mmap", "direct"], default="auto", help="as loading would choose (default)")
     sub.add_argument("--revision", help="branch, tag or commit on the Hub")
     sub.add_argument("--json", metavar="FILE", help="write all figures there, or - to print them instead of tables")
 
@@ -268,7 +269,7 @@ def _plan(args: argparse.Namespace) -> int:
     found = planner.plan(
         args.model, memory=args.memory, predictor=args.predictor, dtype=args.dtype, disk=args.disk, active=args.active,
         fresh=args.fresh, predicted=args.predicted, tokens=args.tokens, prompt_tokens=args.prompt_tokens,
-        revision=args.revision,
+        reader=args.reader, revision=args.revision,
     )  # fmt: skip
     _say(json.dumps(found.to_dict(), indent=2) if args.json == "-" else found.describe())
     if args.json and args.json != "-":

@@ -3,7 +3,7 @@
 A slice is a few layers in the model's real shape with random weights. It generates through transformers with the real
 `FlashFFN`, window, reader and predictor. Only what a token needs is prescribed: so many neurons of which so many are not in
 DRAM. So caches are as cold and Python as slow as in the real model, and reads come from the disk as they will, at random, in
-batches of a layer's size, past the page cache. The dense model is the slice's time outside the FFN, with torch's own products,
+batches of a layer's size. The dense model is the slice's time outside the FFN, with torch's own products,
 plus two matrix-vector products a layer.
 """
 
@@ -115,7 +115,7 @@ class Measured:
         return io * beyond, float(np.interp(missing, self.misses, self.manage_ms))
 
 
-def measure(model: Model, neurons: float, predicted: float, capacity: int, disk: Path) -> Measured:
+def measure(model: Model, neurons: float, predicted: float, capacity: int, disk: Path, reader: str) -> Measured:
     """Run a slice of the model and time its parts.
 
     Args:
@@ -123,13 +123,16 @@ def measure(model: Model, neurons: float, predicted: float, capacity: int, disk:
         predicted: neurons that are named for one that is active.
         capacity: of the windows, as far as there is memory for them in a slice.
         disk: the folder to read from.
+        reader: `"mmap"`, with the files in the page cache, or `"direct"`.
     """
     layers, d_ff, d_model = model.dims
     attention = 4 * d_model * d_model * model.dtype.itemsize
     count = max(1, min(_SLICE_LAYERS, layers, _SLICE_BYTES // attention))
     with _readable(model, disk, count) as store, torch.no_grad():
         rows = store.layers[0].d_ff
-        engine = Engine(open_reader(store, "direct", 16, model.dtype, 0), Scratch(rows, d_model, model.dtype), model.dtype)
+        if reader == "mmap":
+            _into_page_cache({layer.path for layer in store.layers})
+        engine = Engine(open_reader(store, reader, 16, model.dtype, 0), Scratch(rows, d_model, model.dtype), model.dtype)
         try:
             cut = _Slice(model, neurons, predicted, engine, count, rows, capacity)
             scale = neurons / cut.needed
@@ -305,6 +308,13 @@ def _dense_ffn(d_ff: int, d_model: int, dtype: torch.dtype) -> tuple[float, floa
             times.append(perf_counter() - start)
     typical = float(np.median(times))
     return typical, 2 * size * dtype.itemsize / 1e9 / typical
+
+
+def _into_page_cache(paths: set[Path]) -> None:
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(1 << 22):
+                pass
 
 
 @contextmanager

@@ -14,8 +14,7 @@ Measured, on this machine (machine.py): all times, in a few layers of the model'
 interpolated.
 
 Left out: the prompt (it is computed, not read, most of the time); attention over a long context; lookahead, which hides reads
-where a core is free; the page cache, where the store fits into what memory is left: all but the first two make it faster than
-said here.
+where a core is free; what the disk adds before the page cache holds the store, where memory for that is left.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from transformers import AutoConfig
 from .adapters import Adapter, adapter_for
 from .budget import MemoryPlan, available_memory, ceiling_bytes, format_bytes, parse_share
 from .checkpoint import resolve_folder
-from .config import FlashOffloadConfig
+from .config import FlashOffloadConfig, ReaderName
 from .demand import Demand, everything, measured, supposed
 from .errors import ConfigError
 from .lowrank import LowRankFormat
@@ -249,6 +248,7 @@ def plan(
     predicted: float | None = None,
     tokens: int | None = None,
     prompt_tokens: int = 16,
+    reader: ReaderName = "auto",
     **hub: Any,
 ) -> Plan:
     """Predict how fast a model decodes on this machine, and how much memory it should have. Paper: sections 2 and 3.
@@ -268,6 +268,7 @@ def plan(
         tokens: predict the mean of so many tokens after a prompt of `prompt_tokens`, while the windows fill. Default: the
             long run.
         prompt_tokens: see `tokens`.
+        reader: as in `FlashOffloadConfig`; `"auto"` goes through the page cache where the whole store fits into free memory.
         hub: `revision`, `token`, `cache_dir`, `local_files_only`, as in `from_pretrained`.
 
     Raises:
@@ -285,7 +286,10 @@ def plan(
     wanted = _memory(found, None if scarce else whole if memory is None else parse_share(memory, empty.dense_bytes), demand)
     free = available_memory()
     place = Path(disk) if disk is not None else found.folder if found.store else cache_folder(None)
-    times = measure(found, demand.selected, demand.predicted, wanted.capacity, _existing(place, disk is not None))
+    if reader == "auto":  # as `open_reader` will decide
+        spare = free - wanted.minimum_bytes - wanted.window_bytes
+        reader = "mmap" if wanted.layers * wanted.d_ff * found.bundle_bytes <= spare else "direct"
+    times = measure(found, demand.selected, demand.predicted, wanted.capacity, _existing(place, disk is not None), reader)
     seen = None if tokens is None else (prompt_tokens, prompt_tokens + tokens - 1)
     sizes = {empty.dense_bytes * share // 100 for share in SHARES} | {wanted.budget_bytes}
     plans = [replace(wanted, budget_bytes=size) for size in sorted(sizes) if size >= wanted.minimum_bytes]

@@ -55,6 +55,23 @@ def test_config_json_is_enough(made: planner.Plan, bare: Path) -> None:
     assert [path.name for path in bare.iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize(("named", "free", "reader"), [("auto", 1 << 40, "mmap"), ("auto", 1, "direct"), ("mmap", 1, "mmap")])
+def test_reading_is_measured_as_loading_would_read(
+    named: Any, free: int, reader: str, made: planner.Plan, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def measure(*args: Any) -> Any:
+        asked.append(args[-1])
+        return machine.measure(*args)
+
+    monkeypatch.setattr(planner, "available_memory", lambda: free)
+    monkeypatch.setattr(planner, "measure", measure)
+    found = planner.plan(bare, memory="80%", disk=tmp_path, reader=named)
+    assert asked == [reader]
+    assert ("page cache" in found.measured.disk) == (reader == "mmap")
+
+
 def test_nothing_is_left_on_the_disk(bare: Path, tmp_path: Path) -> None:
     planner.plan(bare, disk=tmp_path, predictor="none")
     assert list(tmp_path.iterdir()) == []

@@ -21,11 +21,12 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm
+from rich.console import Console
 
 from . import bench, calibration, evaluation, inspection, planner
 from ._version import __version__
 from .bench_report import describe as describe_bench
-from .commandline import Commands, add_json, at_least_two, checked, finish, positive, quiet_pipe, say, size, tell
+from .commandline import Commands, add_json, at_least_two, checked, finish, positive, quiet_pipe, say, seconds, size, tell
 from .demo import demo
 from .errors import ConfigError, HfFlashError
 from .plots import plot, plot_bench
@@ -82,11 +83,13 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.group("see it")
     sub = command("demo", _demo, "Repack a small model, generate with its FFN on flash, compare with the stock model.",
-                  "hf-flash demo examples/tiny-opt --memory-budget 9MiB")  # fmt: skip
+                  "hf-flash demo examples/tiny-opt", "hf-flash demo examples/tiny-opt --watch   # token by token")  # fmt: skip
     sub.add_argument("model", help="folder or Hub repository of a plain OPT checkpoint")
     sub.add_argument("--prompt", default="In the beginning God created", help="text to continue")
     sub.add_argument("--max-new-tokens", type=positive, default=48, metavar="N", help="tokens to generate (default 48)")
     sub.add_argument("--memory-budget", type=size, metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
+    sub.add_argument("--watch", action="store_true", help="show what every token reads and reuses, layer by layer")
+    sub.add_argument("--pace", type=seconds, default=0.25, metavar="SECONDS", help="a token is shown so long (default 0.25)")
     add_json(sub)
 
     commands.group("make a model, keep it, share it")
@@ -223,7 +226,8 @@ def _bench_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     report = demo(
-        args.model, args.prompt, args.max_new_tokens, memory_budget=args.memory_budget, tell=lambda text: tell(args, text),
+        args.model, args.prompt, args.max_new_tokens, memory_budget=args.memory_budget, watch=args.watch,
+        pace=args.pace, tell=lambda text: tell(args, text), console=Console(stderr=args.json == "-"),
     )  # fmt: skip
     finish(args, report)
     return 0 if report["same_tokens"]["none"] else 1

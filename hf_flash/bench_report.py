@@ -16,18 +16,26 @@ from .budget import format_bytes
 from .disk import dram_gb_per_s
 
 
-def machine(folder: Path) -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = platform.processor() or platform.machine()
+def cpu_name() -> str:
+    """The processor's, as far as the system tells."""
     try:
         rows = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((row.partition(":")[2].strip() for row in rows if row.startswith("model name")), cpu)
-    except OSError:  # not Linux
-        pass
+        return next(row.partition(":")[2].strip() for row in rows if row.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
+
+
+def mount_of(folder: Path) -> Any:
+    """The mounted file system that a folder lies on, with `device`, `fstype` and `mountpoint`; `None` if it is not found."""
     mounts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
-    disk = max(mounts, key=lambda part: len(part.mountpoint), default=None)
+    return max(mounts, key=lambda part: len(part.mountpoint), default=None)
+
+
+def machine(folder: Path) -> dict[str, Any]:
+    """What the figures depend on."""
+    disk = mount_of(folder)
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": psutil.cpu_count(logical=True),
         "torch_threads": torch.get_num_threads(),
         "dram_bytes": psutil.virtual_memory().total,
@@ -56,7 +64,7 @@ def describe(report: dict[str, Any]) -> str:
         *_speed_table(report["rows"]),
         *_check_lines(report["rows"]),
         "",
-        *_disk_table(report["disk"]),
+        *disk_table(report["disk"]),
     ]
     if "same_tokens" in report:
         answer = {True: "yes", False: "NO", None: "not known, a row failed"}[report["same_tokens"]]
@@ -123,7 +131,8 @@ def _spread(row: dict[str, Any]) -> str:
     return f", {min(speeds):.2f}-{max(speeds):.2f} tok/s in {len(speeds)} runs" if len(row["runs_tokens_per_s"]) > 1 else ""
 
 
-def _disk_table(points: list[dict[str, Any]]) -> Iterator[str]:
+def disk_table(points: list[dict[str, Any]]) -> Iterator[str]:
+    """A curve as a table: GB/s by size of a read and reads at a time."""
     random = [point for point in points if point["pattern"] == "random"]
     sizes, depths = (sorted({point[key] for point in random}) for key in ("size", "depth"))
     how = "" if points[0]["direct"] else " (through the page cache: no direct I/O here)"

@@ -4,7 +4,7 @@ Exit codes, of all of them:
 
     0    done
     1    an error of hf_flash or of the Hub, its message on stderr; or what was to be checked is not so (`inspect --check`,
-         `bench --check`, `demo`)
+         `bench --check`, `demo`, `doctor`)
     2    wrong usage
     130  interrupted: nothing is half written, and what was finished is kept
     141  what reads the output went away, as `| head` does
@@ -28,6 +28,7 @@ from ._version import __version__
 from .bench_report import describe as describe_bench
 from .commandline import Commands, add_json, at_least_two, checked, finish, positive, quiet_pipe, say, seconds, size, tell
 from .demo import demo
+from .doctor import diagnose
 from .errors import ConfigError, HfFlashError
 from .plots import plot, plot_bench
 from .repack import repack, restore
@@ -41,6 +42,7 @@ _TASKS = "arc_easy,arc_challenge,hellaswag"
 
 _EPILOG = """\
 the usual path:
+  hf-flash doctor                                                 is this machine fit for it?
   hf-flash plan facebook/opt-6.7b --memory 6GiB                   how fast will it be here? before anything is downloaded
   hf-flash repack facebook/opt-6.7b opt-6.7b-flash                once: its FFN bundled, as flash likes to be read
   hf-flash calibrate opt-6.7b-flash --text my.txt                 if you like: better predictors, fewer reads
@@ -90,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory-budget", type=size, metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
     sub.add_argument("--watch", action="store_true", help="show what every token reads and reuses, layer by layer")
     sub.add_argument("--pace", type=seconds, default=0.25, metavar="SECONDS", help="a token is shown so long (default 0.25)")
+    add_json(sub)
+
+    sub = command("doctor", _doctor, "Look at this machine: is it fit for hf_flash, and what would make it fitter?",
+                  "hf-flash doctor", "hf-flash doctor opt-6.7b-flash     # the model too, and its disk")  # fmt: skip
+    sub.add_argument("folder", nargs="?", help="a model, or any folder whose disk to measure (default: the flash cache)")
     add_json(sub)
 
     commands.group("make a model, keep it, share it")
@@ -231,6 +238,14 @@ def _demo(args: argparse.Namespace) -> int:
     )  # fmt: skip
     finish(args, report)
     return 0 if report["same_tokens"]["none"] else 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    found = diagnose(args.folder)
+    if args.json != "-":
+        Console(highlight=False).print(found.describe(), soft_wrap=True)
+    finish(args, found.to_dict())
+    return 0 if found.works else 1
 
 
 def _repack(args: argparse.Namespace) -> int:

@@ -146,6 +146,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"inspection", "machine", "observing"},
     {"liveview"},
     {"demo", "planner"},
+    {"doctor"},
     {"calibrate", "cli", "__init__"},
     {"__main__"},
 ]

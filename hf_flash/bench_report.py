@@ -62,7 +62,7 @@ def describe(report: dict[str, Any]) -> str:
         *report["notes"],
         "",
         *_speed_table(report["rows"]),
-        *_check_lines(report["rows"]),
+        *check_lines(report["rows"]),
         "",
         *disk_table(report["disk"]),
     ]
@@ -72,7 +72,7 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_COLUMNS: Final = (  # heading, width, field, digits, unit
+COLUMNS: Final = (  # heading, width, field, digits, unit
     ("tok/s", 8, "tokens_per_s", 2, 1),
     ("median", 9, "median_ms", 1, 1),
     ("p95 ms", 9, "p95_ms", 1, 1),
@@ -95,17 +95,22 @@ _COLUMNS: Final = (  # heading, width, field, digits, unit
 def _speed_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """One system a line; all but the last columns are per decoded token. MB: asked of the reader, or else of the disk."""
     wide = max(len(row["system"]) for row in rows) + 2
-    yield f"{'a token:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in _COLUMNS) + "  cap"
+    yield f"{'a token:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in COLUMNS) + "  cap"
     for row in rows:
         if "failed" in row:
             yield f"{row['system']:<{wide}}  failed ({row['cap']}): {row['failed'][:200]}"
             continue
-        values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
-        cells = (f"{_number(values.get(key), digits, unit):>{width}}" for _, width, key, digits, unit in _COLUMNS)
-        yield f"{row['system']:<{wide}}{''.join(cells)}  {row['cap']}{_spread(row)}"
+        found = "".join(f"{cell:>{width}}" for cell, (_, width, *_) in zip(cells(row), COLUMNS, strict=True))
+        yield f"{row['system']:<{wide}}{found}  {row['cap']}{_spread(row)}"
 
 
-def _check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+def cells(row: dict[str, Any]) -> Iterator[str]:
+    """A row's figures, by `COLUMNS`."""
+    values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
+    return (_number(values.get(key), digits, unit) for _, _, key, digits, unit in COLUMNS)
+
+
+def check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What the rows of hf_flash are held against (bench_checks.py), two lines each."""
     held = [row for row in rows if "floor_ms" in row]
     yield from [""] if held else []

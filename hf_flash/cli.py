@@ -25,15 +25,30 @@ from rich.console import Console
 
 from . import bench, calibration, evaluation, inspection, planner
 from ._version import __version__
+from .bench_page import page
 from .bench_report import describe as describe_bench
-from .commandline import Commands, add_json, at_least_two, checked, finish, positive, quiet_pipe, say, seconds, size, tell
+from .commandline import (
+    Commands,
+    add_json,
+    at_least_two,
+    checked,
+    file_target,
+    finish,
+    positive,
+    quiet_pipe,
+    say,
+    seconds,
+    size,
+    tell,
+)
 from .demo import demo
 from .doctor import diagnose
 from .errors import ConfigError, HfFlashError
-from .plots import plot, plot_bench
+from .plots import check_installed, plot, plot_bench
 from .repack import repack, restore
 from .saving import push
 from .store import FlashStore
+from .writer import write_text
 
 _TRAIN_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:train"
 _TEST_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
@@ -162,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "bench", _bench, "Compare decode speed with stock transformers and accelerate, under one memory cap.",
         "hf-flash bench --preset tiny                                      # seconds: shows how it works",
-        "hf-flash bench opt-6.7b-flash --plain opt-6.7b --plot bench.svg",
+        "hf-flash bench opt-6.7b-flash --plain opt-6.7b --html bench.html",
         "hf-flash bench opt-6.7b-flash --sweep 40,50,60,70,80",
     )  # fmt: skip
     sub.add_argument("model", nargs="?", help="a repacked checkpoint")
@@ -226,6 +241,7 @@ def _bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--note", action="append", default=[], metavar="TEXT", help="a line for the report; may be repeated")
     add_json(sub)
     sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw where the time of a token goes, and over budgets")
+    sub.add_argument("--html", type=file_target, metavar="FILE", help="write a page with all figures and drawings")
 
 
 # --- what they do ------------------------------------------------------------------------------------------------------
@@ -337,6 +353,8 @@ def _plan(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if (args.model is None) == (args.preset is None) or (args.preset and args.plain):
         raise ConfigError("nothing to measure, or too much", expected="either a repacked MODEL or --preset tiny")
+    if args.plot or args.html:
+        check_installed()
     settings = {name: getattr(args, name) for name in ("tokens", "prompt_tokens", "memory", "headroom", "repeats", "timeout")}
     settings = {name: value for name, value in settings.items() if value is not None}
     settings |= {"cap": args.cap, "check": args.check, "notes": args.note}
@@ -349,4 +367,6 @@ def _bench(args: argparse.Namespace) -> int:
     finish(args, report)
     if args.plot:
         plot_bench(report, args.plot)
+    if args.html:
+        write_text(args.html, page(report))
     return 0 if report.get("same_tokens", True) else 1

@@ -64,11 +64,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def json_target(text: str) -> str:
-    """A file that can be written, or `-`; for argparse. Found wrong now, not after hours."""
+    """A file that can be written, or `-`; for argparse."""
+    return text if text == "-" else str(file_target(text))
+
+
+def file_target(text: str) -> Path:
+    """A file that can be written, for argparse: what is wrong is found now, not after hours."""
     path = Path(text)
-    if text != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder, or in none that exists")
-    return text
+    return path
 
 
 def say(text: object = "") -> None:

@@ -131,9 +131,9 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "demand", "errors", "memory", "uring"},
-    {"activity", "budget", "cap", "disk", "harness", "native", "plots", "window"},
-    {"bench_checks", "bench_job", "bench_report", "compute", "config", "stats", "store"},
-    {"checkpoint", "lowbit", "placement", "sources", "writer"},
+    {"activity", "budget", "cap", "disk", "harness", "native", "window"},
+    {"bench_checks", "bench_job", "bench_report", "compute", "config", "plots", "stats", "store"},
+    {"bench_page", "checkpoint", "lowbit", "placement", "sources", "writer"},
     {"commandline", "folders", "predictor", "reader"},
     {"lowrank", "quantized"},
     {"ffn", "training"},

@@ -24,8 +24,8 @@ h1 { margin: 0; font-size: 1.7rem; letter-spacing: -.01em } h2 { margin: 2.6rem 
 p { margin: .35rem 0; color: var(--soft) }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .8rem; margin-top: 1.6rem }
 .card, figure, .table { background: var(--card); border: 1px solid var(--lines); border-radius: .7rem }
-.card { padding: .9rem 1.1rem } .card b { display: block; white-space: nowrap; font-size: 1.5rem; line-height: 1.25; color: var(--accent);
-        font-variant-numeric: tabular-nums } .card span { color: var(--soft); font-size: .85rem }
+.card { padding: .9rem 1.1rem } .card b { display: block; white-space: nowrap; font-size: 1.45rem; line-height: 1.25;
+        color: var(--accent); font-variant-numeric: tabular-nums } .card span { color: var(--soft); font-size: .85rem }
 figure { margin: 0; padding: 1rem } svg { display: block; width: 100%; height: auto }
 .table { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .82rem;
          font-variant-numeric: tabular-nums; white-space: nowrap }

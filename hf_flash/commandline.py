@@ -77,8 +77,8 @@ def file_target(text: str) -> Path:
 
 
 def say(text: object = "") -> None:
-    """Print to stdout."""
-    print(text)  # noqa: T201
+    """Print to stdout, at once: what comes next may take hours."""
+    print(text, flush=True)  # noqa: T201
 
 
 def tell(args: argparse.Namespace, text: object) -> None:

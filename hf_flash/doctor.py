@@ -256,9 +256,7 @@ def _speed(points: tuple[DiskPoint, ...], where: str, kind: str) -> Finding:
         return Finding("disk", FAIR, found, "put models on a local SSD")
     if speed < _FAST:
         token = f"{_TOKEN_BYTES / 1e9 / speed:.1f} s"
-        return Finding(
-            "disk", FAIR, found, f"a token of OPT-6.7B at half of its memory reads for {token} from it: use a faster SSD"
-        )
+        return Finding("disk", FAIR, found, f"at half of its memory, OPT-6.7B reads {token} for a token: use a faster SSD")
     return Finding("disk", GOOD, found)
 
 

@@ -1,6 +1,6 @@
 """What every token read and reused, layer by layer: seen from outside, by comparing windows before and after a forward.
 
-A hook on each FFN, only while somebody watches: the path of a token knows nothing of it and is no slower without. Counters tell
+Hooks on each FFN, only while somebody watches: the path of a token knows nothing of it and is no slower without. Counters tell
 what a call cost; the window's own tables tell which neurons it was.
 """
 
@@ -28,7 +28,7 @@ Mask = npt.NDArray[np.bool_]
 class LayerSeen:
     """One layer after a token. All [d_ff]."""
 
-    read: Mask  # used, and not in DRAM when the last token was done: read ahead or now
+    read: Mask  # used, and not in DRAM before: read now, or just ahead
     reused: Mask  # used, and in DRAM already
     resident: Mask  # in DRAM now
     age: npt.NDArray[np.int64]  # tokens since the last use; huge if there was none
@@ -68,21 +68,24 @@ class TokenSeen:
 
 
 class _Eye:
-    """On one layer."""
+    """On one layer. Neurons that lookahead has under way are committed within the forward, so they count as read."""
 
     def __init__(self, ffn: FlashFFN) -> None:
-        self._ffn, self._clock = ffn, ffn.window.clock
-        self._resident = ffn.window.slot_of >= 0
-        self.seen = self._look()
+        self._window = ffn.window
+        self.seen: LayerSeen | None = None
+        self._handles = [ffn.register_forward_pre_hook(self._before), ffn.register_forward_hook(self._after)]
 
-    def _look(self) -> LayerSeen:
-        window, before = self._ffn.window, self._resident
+    def _before(self, *args: Any) -> None:
+        self._resident, self._clock = self._window.slot_of >= 0, self._window.clock
+
+    def _after(self, *args: Any) -> None:
+        window, before = self._window, self._resident
         used, age = window.last_used > self._clock, np.minimum(window.clock - window.last_used, 1 << 40)
-        self._resident, self._clock = window.slot_of >= 0, window.clock
-        return LayerSeen(used & ~before, used & before, self._resident, age)
+        self.seen = LayerSeen(used & ~before, used & before, window.slot_of >= 0, age)
 
-    def __call__(self, *args: Any) -> None:
-        self.seen = self._look()
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 class _Watcher(StoppingCriteria):
@@ -101,7 +104,7 @@ class _Watcher(StoppingCriteria):
             ms=1e3 * (start - self._start),
             read_bytes=now.read_bytes - before.read_bytes,
             reads=now.reads - before.reads,
-            layers=tuple(eye.seen for eye in self._eyes),
+            layers=tuple(eye.seen for eye in self._eyes if eye.seen is not None),
         ))  # fmt: skip
         sleep(max(0.0, self._pace - (perf_counter() - start)))
         self._before, self._number, self._start = now, self._number + 1, perf_counter()
@@ -122,9 +125,8 @@ def watched(model: Any, show: Callable[[TokenSeen], None], pace: float = 0.0) ->
     """
     runtime = find_runtime(model)
     eyes = [_Eye(ffn) for ffn in runtime.ffns]
-    handles = [ffn.register_forward_hook(eye) for ffn, eye in zip(runtime.ffns, eyes, strict=True)]
     try:
         yield _Watcher(runtime.engine.counters, eyes, show, pace)
     finally:
-        for handle in handles:
-            handle.remove()
+        for eye in eyes:
+            eye.close()

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from . import inspection
 from .config import FlashOffloadConfig
 from .errors import ConfigError
+from .folders import scratch_folder
 from .liveview import LiveView, view
 from .observing import TokenSeen, watched
 from .repack import repack
@@ -57,8 +58,8 @@ def demo(
         CalibrationError: there is no tokenizer.
     """
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(prefix="hf-flash-demo-") as place:
-        packed = repack(source, Path(place) / "packed")
+    with scratch_folder(Path(tempfile.gettempdir()), "demo") as place:
+        packed = repack(source, place / "packed")
         tell(f"\n{inspection.describe(inspection.facts(FlashStore.open_folder(packed)))}\n")
         tokenizer = tokenizer_of(packed)
         inputs = tokenizer(prompt, return_tensors="pt")

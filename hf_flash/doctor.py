@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,11 +30,10 @@ from .budget import available_memory, ceiling_bytes, format_bytes
 from .config import FlashOffloadConfig
 from .disk import DiskPoint, disk_curve, dram_gb_per_s, rate_at
 from .errors import ConfigError, HfFlashError
-from .folders import check_room
+from .folders import scratch_file
 from .repack import cache_folder
 from .store import FlashStore
 from .uring import Ring
-from .writer import writing
 
 GOOD, FAIR, BAD = "good", "could be better", "problem"
 _COLOURS: Final = {GOOD: "green", FAIR: "yellow", BAD: "bold red"}
@@ -233,16 +231,8 @@ def _readable(place: Path) -> Iterator[Path]:
     if max(sizes, default=0) >= _LEAST_FILE:
         yield place
         return
-    check_room(place, _SCRATCH_BYTES)
-    with writing(place):
-        folder = tempfile.TemporaryDirectory(prefix=".hf-flash-doctor-", dir=place)
-    with folder as name:
-        path = Path(name) / "scratch"
-        with writing(path, needed=_SCRATCH_BYTES), open(path, "wb") as file:
-            for _ in range(_SCRATCH_BYTES >> 20):
-                file.write(os.urandom(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
+    noise = (os.urandom(1 << 20) for _ in range(_SCRATCH_BYTES >> 20))
+    with scratch_file(place, "doctor", _SCRATCH_BYTES, noise) as path:
         yield path
 
 

@@ -56,7 +56,7 @@ def test_every_command_says_what_it_does_and_shows_how(name: str, capsys: pytest
         main([name, "--help"])
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: hf-flash {name} ")
-    assert re.search(rf"examples?:\n  hf-flash {name}\\b", printed)
+    assert re.search(rf"examples?:\n  hf-flash {name}\b", printed)
     assert all(action.help for action in commands()[name]._actions)
 
 
@@ -213,7 +213,7 @@ def test_an_interrupted_live_view_gives_the_terminal_back(tiny_opt: Path, tmp_pa
     assert b"Traceback" not in err
     assert "▀".encode() in shown
     assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")  # the cursor is there again
-    assert list(home.glob("hf-flash-*")) == []
+    assert list(home.glob(".hf-flash-*")) == []
 
 
 def test_a_reader_that_goes_away_is_no_error(packed: Path, tmp_path: Path) -> None:

@@ -309,6 +309,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if args.plots:
+        check_installed()
     report = evaluation.evaluate(
         args.folder, args.text, tokens=args.tokens, context=args.context, memory_budget=args.memory_budget, dtype=args.dtype,
     )  # fmt: skip

@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 RGB = tuple[int, int, int]
 
 _FLASH: Final[RGB] = (24, 26, 36)
-_DRAM: Final[RGB] = (48, 60, 104)
+_DRAM: Final[RGB] = (52, 66, 122)  # not grey where there are only 256 colours
 _LATELY: Final[RGB] = (38, 134, 148)
 _REUSED: Final[RGB] = (126, 224, 129)
 _READ: Final[RGB] = (255, 168, 38)

@@ -16,18 +16,26 @@ from .budget import format_bytes
 from .disk import dram_gb_per_s
 
 
-def machine(folder: Path) -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = platform.processor() or platform.machine()
+def cpu_name() -> str:
+    """The processor's, as far as the system tells."""
     try:
         rows = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((row.partition(":")[2].strip() for row in rows if row.startswith("model name")), cpu)
-    except OSError:  # not Linux
-        pass
+        return next(row.partition(":")[2].strip() for row in rows if row.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
+
+
+def mount_of(folder: Path) -> Any:
+    """The mounted file system that a folder lies on, with `device`, `fstype` and `mountpoint`; `None` if it is not found."""
     mounts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
-    disk = max(mounts, key=lambda part: len(part.mountpoint), default=None)
+    return max(mounts, key=lambda part: len(part.mountpoint), default=None)
+
+
+def machine(folder: Path) -> dict[str, Any]:
+    """What the figures depend on."""
+    disk = mount_of(folder)
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": psutil.cpu_count(logical=True),
         "torch_threads": torch.get_num_threads(),
         "dram_bytes": psutil.virtual_memory().total,
@@ -54,9 +62,9 @@ def describe(report: dict[str, Any]) -> str:
         *report["notes"],
         "",
         *_speed_table(report["rows"]),
-        *_check_lines(report["rows"]),
+        *check_lines(report["rows"]),
         "",
-        *_disk_table(report["disk"]),
+        *disk_table(report["disk"]),
     ]
     if "same_tokens" in report:
         answer = {True: "yes", False: "NO", None: "not known, a row failed"}[report["same_tokens"]]
@@ -64,7 +72,7 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_COLUMNS: Final = (  # heading, width, field, digits, unit
+COLUMNS: Final = (  # heading, width, field, digits, unit
     ("tok/s", 8, "tokens_per_s", 2, 1),
     ("median", 9, "median_ms", 1, 1),
     ("p95 ms", 9, "p95_ms", 1, 1),
@@ -87,17 +95,22 @@ _COLUMNS: Final = (  # heading, width, field, digits, unit
 def _speed_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """One system a line; all but the last columns are per decoded token. MB: asked of the reader, or else of the disk."""
     wide = max(len(row["system"]) for row in rows) + 2
-    yield f"{'a token:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in _COLUMNS) + "  cap"
+    yield f"{'a token:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in COLUMNS) + "  cap"
     for row in rows:
         if "failed" in row:
             yield f"{row['system']:<{wide}}  failed ({row['cap']}): {row['failed'][:200]}"
             continue
-        values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
-        cells = (f"{_number(values.get(key), digits, unit):>{width}}" for _, width, key, digits, unit in _COLUMNS)
-        yield f"{row['system']:<{wide}}{''.join(cells)}  {row['cap']}{_spread(row)}"
+        found = "".join(f"{cell:>{width}}" for cell, (_, width, *_) in zip(cells(row), COLUMNS, strict=True))
+        yield f"{row['system']:<{wide}}{found}  {row['cap']}{_spread(row)}"
 
 
-def _check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+def cells(row: dict[str, Any]) -> Iterator[str]:
+    """A row's figures, by `COLUMNS`."""
+    values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
+    return (_number(values.get(key), digits, unit) for _, _, key, digits, unit in COLUMNS)
+
+
+def check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What the rows of hf_flash are held against (bench_checks.py), two lines each."""
     held = [row for row in rows if "floor_ms" in row]
     yield from [""] if held else []
@@ -123,7 +136,8 @@ def _spread(row: dict[str, Any]) -> str:
     return f", {min(speeds):.2f}-{max(speeds):.2f} tok/s in {len(speeds)} runs" if len(row["runs_tokens_per_s"]) > 1 else ""
 
 
-def _disk_table(points: list[dict[str, Any]]) -> Iterator[str]:
+def disk_table(points: list[dict[str, Any]]) -> Iterator[str]:
+    """A curve as a table: GB/s by size of a read and reads at a time."""
     random = [point for point in points if point["pattern"] == "random"]
     sizes, depths = (sorted({point[key] for point in random}) for key in ("size", "depth"))
     how = "" if points[0]["direct"] else " (through the page cache: no direct I/O here)"

@@ -531,11 +531,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-budget", metavar="SIZE", help='weights and training in DRAM at most, such as "6GiB"')
 
 
-def run(args: argparse.Namespace) -> str:
-    """Calibrate as the command line says; returns a table of what came out."""
-    keywords = {k: v for k, v in vars(args).items() if k not in ("folder", "text", "run", "memory_budget")}
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Calibrate as the command line says; returns the report."""
+    keywords = {k: v for k, v in vars(args).items() if k not in ("folder", "text", "run", "memory_budget", "json")}
     budget = None if args.memory_budget is None else parse_bytes(args.memory_budget)
-    return describe(calibrate(args.folder, args.text, memory_budget=budget, **keywords))
+    return calibrate(args.folder, args.text, memory_budget=budget, **keywords)
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -574,7 +574,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m hf_flash.calibrate", description=__doc__.splitlines()[0])
     add_arguments(parser)
     try:
-        table = run(parser.parse_args())
+        table = describe(run(parser.parse_args()))
     except HfFlashError as error:
         print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
         return 1

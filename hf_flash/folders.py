@@ -6,10 +6,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
@@ -35,6 +36,46 @@ def check_room(folder: Path, needed: int) -> None:
             got=f"{format_bytes(free)} ({free} bytes)",
             hint="free some space or choose another disk",
         )
+
+
+@contextmanager
+def scratch_folder(parent: Path, purpose: str) -> Iterator[Path]:
+    """A folder that is gone afterwards, however often the user interrupts. Its name is known before it is made, and `finally`
+    is entered: an interrupt within `tempfile.TemporaryDirectory` can leave one behind."""
+    folder = parent / f".hf-flash-{purpose}-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        with writing(folder):
+            folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    interrupted: BaseException | None = None
+    while folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError:  # somebody else's matter; there may be an error on its way already
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+
+
+@contextmanager
+def scratch_file(parent: Path, purpose: str, nbytes: int, pieces: Iterable[Any]) -> Iterator[Path]:
+    """A file of `nbytes` on the disk, of `pieces`, that is gone afterwards."""
+    check_room(parent, nbytes)
+    with scratch_folder(parent, purpose) as folder:
+        path = folder / "scratch"
+        with writing(path, needed=nbytes), open(path, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        yield path
 
 
 @contextmanager

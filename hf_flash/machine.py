@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +26,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria
 from .adapters import Adapter
 from .compute import Scratch
 from .ffn import Engine, FlashFFN
-from .folders import check_room
+from .folders import scratch_file
 from .linear import adopt
 from .lowrank import LowRankFormat, LowRankPredictor, lowrank_specs
 from .memory import aligned_empty, trim_heap
@@ -37,7 +35,6 @@ from .quantized import QuantizedFormat, QuantizedPredictor
 from .reader import open_reader
 from .store import FlashStore, LayerStore, TensorSpec
 from .window import ResidentWindow
-from .writer import writing
 
 _SCRATCH_BYTES: Final = 128 << 20  # of a file to read from, where there is none
 _WINDOW_BYTES: Final = 64 << 20  # of a slice's layer
@@ -325,16 +322,8 @@ def _readable(model: Model, disk: Path, layers: int) -> Iterator[FlashStore]:
         return
     _, d_ff, d_model = model.dims
     rows = max(2, min(d_ff, _SCRATCH_BYTES // model.bundle_bytes))
-    check_room(disk, rows * model.bundle_bytes)
-    with writing(disk):
-        place = tempfile.TemporaryDirectory(prefix=".hf-flash-plan-", dir=disk)
-    with place as folder:
-        path = Path(folder) / "scratch"
-        with writing(path, needed=rows * model.bundle_bytes), open(path, "wb") as file:
-            block = torch.randn(min(rows, 1024), 2 * d_model).mul_(0.02).to(model.stored_dtype).view(torch.uint8).numpy()
-            for at in range(0, rows, len(block)):
-                file.write(block[: rows - at].data)
-            file.flush()
-            os.fsync(file.fileno())
+    block = torch.randn(min(rows, 1024), 2 * d_model).mul_(0.02).to(model.stored_dtype).view(torch.uint8).numpy()
+    blocks = (block[: rows - at].data for at in range(0, rows, len(block)))
+    with scratch_file(disk, "plan", rows * model.bundle_bytes, blocks) as path:
         layer = LayerStore(0, path, 0, "scratch", rows, d_model, model.stored_dtype, "", "", "")
         yield FlashStore(tuple(replace(layer, index=index) for index in range(layers)), {}, None, (), {})

@@ -81,16 +81,25 @@ class _Linear(ctypes.Structure):
     )
 
 
+def load() -> ctypes.CDLL:
+    """The compiled part.
+
+    Raises:
+        OSError, AttributeError: it is not there, does not fit this processor, or is not what this file was written for.
+    """
+    found = ctypes.CDLL(str(Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))))
+    if not found.hf_supported():
+        raise OSError("this processor lacks AVX2, FMA or F16C")
+    if (abi := found.hf_abi()) != ABI:
+        raise OSError(f"it is of version {abi}, not {ABI}: install hf_flash again")
+    return found
+
+
 @lru_cache
 def library() -> ctypes.CDLL | None:
-    """The compiled part, if it is there, fits this processor, and is the one that this file was written for."""
-    path = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
+    """[`load`], made ready; `None` without it."""
     try:
-        found = ctypes.CDLL(str(path))
-        if not found.hf_supported():
-            raise OSError("this processor lacks AVX2, FMA or F16C")
-        if (abi := found.hf_abi()) != ABI:
-            raise OSError(f"it is of version {abi}, not {ABI}: install hf_flash again")
+        found = load()
     except (OSError, AttributeError) as error:
         logger.info("hf_flash: computing with torch alone: no compiled part: %s", error)
         return None

@@ -38,7 +38,7 @@ from .lowrank import LowRankFormat
 from .machine import Measured, Model, fast_rank, measure
 from .predictor import PredictorForm
 from .repack import cache_folder, fresh_form, stored_form
-from .runtime import divide_memory, stored_report
+from .runtime import divide_memory, expected_demand, stored_report
 from .store import FlashStore, read_json
 
 SHARES: Final = (30, 40, 50, 60, 70, 80, 100)  # percent of the dense model that are looked at
@@ -75,6 +75,16 @@ def _memory(found: Model, budget: int | str | None, demand: Demand) -> MemoryPla
     kinds = found.dtype, found.stored_dtype
     need = demand if found.form else None
     return divide_memory(budget, resident, found.form, found.dims, *kinds, reader="auto", io_threads=16, demand=need)
+
+
+def needs(source: str | os.PathLike[str]) -> MemoryPlan:
+    """What a model holds in memory where it gets all it can use; its minimum. config.json is enough.
+
+    Raises:
+        ConfigError, UnsupportedModelError, StoreError: as [`plan`].
+    """
+    found = _open(source, None, None)
+    return _memory(found, 1 << 59, expected_demand(found.form, found.dims, found.store) or everything(*found.dims[:2]))
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

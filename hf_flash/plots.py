@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .budget import format_bytes
 from .errors import ConfigError
 
 
@@ -33,12 +37,17 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
-def _figure(height: float) -> Any:
+def check_installed() -> None:
+    """Raise now, not after hours, if there is no matplotlib."""
+    _figure(1.0)
+
+
+def _figure(height: float, width: float = 6.4) -> Any:
     try:
         import matplotlib.figure
     except ImportError as error:
         raise ConfigError("plots need matplotlib", hint="pip install hf-flash[eval]") from error
-    return matplotlib.figure.Figure(figsize=(6.4, height), layout="constrained")
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def _sparse(report: dict[str, Any]) -> dict[str, Any]:
@@ -147,3 +156,117 @@ def _sweep(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> Non
         xlabel="budget for weights in DRAM", ylabel="ms per decoded token", title=f"{report['model']['source']} over budgets"
     )
     axes.legend(fontsize=8)
+
+
+# --- for a page --------------------------------------------------------------------------------------------------------
+
+_TEXT, _LINES = "#010203", "#040506"  # stand for the page's own colours, light or dark
+_ON_A_PAGE = {
+    "svg.fonttype": "none", "text.color": _TEXT, "axes.labelcolor": _TEXT, "xtick.color": _TEXT, "ytick.color": _TEXT,
+    "axes.edgecolor": _LINES, "grid.color": _LINES, "figure.facecolor": "none", "axes.facecolor": "none",
+    "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 0, "font.size": 10.0,
+}  # fmt: skip
+_COLOURS = ("#ef8a2c", "#9a86e0", "#22a699", "#4a8fe0", "#8d99ab", "#d95f83", "#7fb43a", "#c9a227")
+
+
+def bench_drawings(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Titles and drawings of a bench report, as SVG that a page can hold: in its fonts and in its colours for text and lines.
+
+    Args:
+        report: from `hf_flash.bench.bench`.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    done = [row for row in report["rows"] if "failed" not in row]
+    systems = [row for row in done if not row["sweep"]]
+    sweep = sorted((row for row in report["rows"] if row["sweep"]), key=lambda row: row["memory_bytes"])
+    for title, draw, rows, height in (
+        ("Where the time of a token goes", _systems, systems, 1.3 + 0.4 * len(systems)),
+        ("Over budgets", _sweep, sweep, 3.6),
+        ("Token by token", _timeline, done, 3.4),
+        ("Memory", _memory, done, 1.3 + 0.4 * len(done)),
+        ("The disk, as it was in this run", _disk, done, 3.6),
+    ):
+        if rows:
+            yield title, _on_a_page(title, draw, rows, report, height)
+
+
+def _on_a_page(title: str, draw: Any, rows: list[dict[str, Any]], report: dict[str, Any], height: float) -> str:
+    figure = _figure(height, 9.2)
+    import matplotlib
+    from cycler import cycler
+
+    cycle = cycler(linestyle=["-", "--", ":"]) * cycler(color=_COLOURS)
+    with matplotlib.rc_context(_ON_A_PAGE | {"axes.prop_cycle": cycle, "svg.hashsalt": title}), io.StringIO() as file:
+        figure.set_facecolor("none")
+        axes = figure.subplots()
+        draw(axes, rows, report)
+        axes.set_title("")  # the page has it
+        axes.grid(alpha=0.6, linewidth=0.6, axis="x" if draw in (_systems, _memory) else "y")
+        axes.set_axisbelow(True)
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 inherit", text)
+    start, end = text.split(">", 1)
+    start = re.sub(r' (width|height)="[^"]*"', "", start) + f' role="img" aria-label="{title}">'
+    return start + end.replace(_TEXT, "currentColor").replace(_LINES, "var(--lines)")
+
+
+def _timeline(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> None:
+    """Every decoded token's time, a line for every system."""
+    for row in rows:
+        numbers = range(1, len(row["token_ms"]) + 1)
+        axes.plot(numbers, row["token_ms"], marker=".", linewidth=1.2, markersize=4, label=row["system"])
+    axes.set(xlabel="decoded token", ylabel="ms", yscale="log")
+    _plain_numbers(axes)
+    _legend_above(axes)
+
+
+def _plain_numbers(axes: Any) -> None:
+    """10 and 50 on a logarithmic axis, for people."""
+    from matplotlib.ticker import LogLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def _legend_above(axes: Any) -> None:
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=6)
+
+
+def _memory(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> None:
+    """Anonymous memory at its most, beside the cap: the page cache may be dropped, this may not."""
+    held = [(row["peak_anonymous_bytes"] or 0) / 1e6 for row in rows]
+    axes.barh(range(len(rows)), held, color=_COLOURS[3], label="anonymous memory of the process, at its most")
+    caps = [(number, row["cap_bytes"] / 1e6) for number, row in enumerate(rows) if row["cap_bytes"]]
+    for number, cap in caps:
+        axes.plot(
+            [cap, cap], [number - 0.42, number + 0.42], color=_COLOURS[5], label="its cap" if number == caps[0][0] else None
+        )
+    for number, (row, size) in enumerate(zip(rows, held, strict=True)):
+        axes.annotate(f" {format_bytes(row['peak_anonymous_bytes'] or 0)}", (size, number), va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["system"] for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    axes.set(xlabel="MB")
+    _legend_above(axes)
+
+
+def _disk(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> None:
+    """The curve over size and depth, and where the rows of hf_flash were on it."""
+    random = [point for point in report["disk"] if point["pattern"] == "random"]
+    for depth in sorted({point["depth"] for point in random}):
+        curve = sorted((point["size"], point["gb_per_s"]) for point in random if point["depth"] == depth)
+        axes.plot(*zip(*curve, strict=True), marker=".", label=f"{depth} at a time")
+    direct = [row for row in rows if "stats" in row and row["stats"]["reader"] == "direct" and row["read_gb_per_s"]]
+    for row in direct:
+        axes.plot(row["run_bytes"], row["read_gb_per_s"], "D", color=_COLOURS[5])
+        axes.annotate(f"  {row['system']}", (row["run_bytes"], row["read_gb_per_s"]), fontsize=8, va="center")
+    sizes = sorted({point["size"] for point in random})
+    axes.set(xlabel="bytes a read", ylabel="GB/s", xscale="log", yscale="log")
+    axes.set_xticks(sizes, [format_bytes(size) for size in sizes])
+    _plain_numbers(axes)
+    _legend_above(axes)

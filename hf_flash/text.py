@@ -71,11 +71,16 @@ def token_windows(
     return windows[torch.from_numpy(order[:most])]
 
 
-def _tokenize(folder: Path, parts: Iterator[str], wanted: int) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in a checkpoint's folder; an error if there is none."""
     if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):  # transformers would make up an empty one
         hint = "save the model's tokenizer there, or give token ids"
         raise CalibrationError("there is no tokenizer for the text", where=folder, hint=hint)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _tokenize(folder: Path, parts: Iterator[str], wanted: int) -> Any:
+    tokenizer = tokenizer_of(folder)
     ids: list[int] = []
     for part in parts:
         if part.strip():

@@ -226,9 +226,14 @@ def _metadata(**values: str) -> dict[str, str]:
     return {META + k: v for k, v in {"format_version": str(FORMAT_VERSION), "crc32": _NO_CRC, **values}.items()}
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object so that it appears complete or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it appears complete or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object so that it appears complete or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -36,8 +38,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any],
     folder = tmp_path_factory.mktemp("bench")
     code = main([
         "bench", "--preset", "tiny", "--tokens", "8", "--systems", "stock-ram,flash", "--check",
-        "--system", "too little: memory_budget=1000", "--note", "slow today",
+        "--system", "too little: memory_budget=1000", "--note", "slow & <today>",
         "--json", str(folder / "out.json"), "--plot", str(folder / "out.svg"),
+        "--html", str(folder / "out.html"),
     ])  # fmt: skip
     report: dict[str, Any] = json.loads((folder / "out.json").read_text())
     return code, report, folder
@@ -99,7 +102,7 @@ def test_the_report_says_on_what_it_ran_and_draws(made: tuple[int, dict[str, Any
     assert report["settings"]["cap_bytes"] > report["settings"]["memory_bytes"]
     assert {point["pattern"] for point in report["disk"]} == {"random", "sequential"}
     assert "same tokens without a cap: yes" in describe(report)
-    assert "\nslow today\n" in describe(report)
+    assert "\nslow & <today>\n" in describe(report)
     assert "whole token" in (folder / "out.svg").read_text()
 
 
@@ -169,6 +172,29 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_job, "_finish", finish)
     monkeypatch.setattr(bench_report, "dram_gb_per_s", lambda: 10.0)
     monkeypatch.setattr(bench, "disk_curve", lambda folder, max_seconds: disk_curve(folder, max_seconds=0.01))
+
+
+def test_the_page_is_whole_and_loads_nothing(made: tuple[int, dict[str, Any], Path]) -> None:
+    _, report, folder = made
+    text = (folder / "out.html").read_text()
+    assert "slow &amp; &lt;today&gt;" in text
+    assert not re.search(r"<(script|link|img|iframe)|@import|(src|href)=[\"'](?!#)|url\((?!#)", text)
+    assert "prefers-color-scheme: dark" in text
+    titles = re.findall(r"<h2>(.*?)</h2><figure>", text)
+    assert titles == ["Where the time of a token goes", "Token by token", "Memory", "The disk, as it was in this run"]
+    targets: list[str] = []  # of references, which must not be another drawing's
+    for title, drawing in zip(titles, re.findall(r"<svg.*?</svg>", text, re.DOTALL), strict=True):
+        assert ElementTree.fromstring(drawing).get("aria-label") == title
+        assert "currentColor" in drawing
+        assert "var(--lines)" in drawing
+        assert not re.search("#010203|#040506", drawing)  # what stood for them
+        own = set(re.findall(r'(?:href="#|url\(#)([^")]+)', drawing))
+        assert own <= set(re.findall(r'\bid="([^"]+)"', drawing))
+        targets += own
+    assert len(targets) == len(set(targets))
+    assert re.findall(r"<tr[^>]*><td>(.*?)</td>", text) == [row["system"] for row in report["rows"]]
+    assert text.count('class="failed"') == 1
+    assert f"<b>{row(report, 'flash')['tokens_per_s']:.3g}</b>" in text
 
 
 @pytest.mark.usefixtures("in_process")

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, machine, planner, runtime
+from hf_flash import FlashOffloadConfig, folders, planner, runtime
 from hf_flash.cli import main
 from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
 from hf_flash.runtime import find_runtime
@@ -235,7 +235,7 @@ def test_no_room_for_a_scratch_file(bare: Path, tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(machine.os, "fsync", full)
+        patch.setattr(folders.os, "fsync", full)
         with pytest.raises((RepackError, DiskSpaceError)):
             planner.plan(bare, disk=tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))

@@ -57,7 +57,7 @@ from .quantized import MEASURED_RECALL, measure_margin, quantized_forms
 from .repack import list_store, repacked_config
 from .runtime import close, find_runtime
 from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
-from .text import Text, quotations, token_windows
+from .text import Text, quotations, text_name, token_windows
 from .training import Targets, train_layer, training_bytes
 from .writer import calibration_metadata, place_layer, predictor_metadata, write_json, write_safetensors, writing
 
@@ -136,7 +136,7 @@ def calibrate(
         if len(job.finished()) < len(store.layers):
             job.check_room()
             job.run(budget, training)
-        return job.publish(config)
+        return job.publish(config, text_name(text))
 
 
 def _check(targets: Targets, samples: int, context: int, epochs: int, seed: int, d_model: int, longest: int) -> None:
@@ -388,9 +388,10 @@ class _Job:
 
     # --- the end
 
-    def publish(self, config: dict[str, Any]) -> dict[str, Any]:
+    def publish(self, config: dict[str, Any], text: str | None) -> dict[str, Any]:
         """Put the results of all layers into the model's folder. The index comes last: until then it works as before."""
         report = self._report(config["quantization_config"].get("predictor"))
+        report["text"]["name"] = text
         if self.crew.index == 0:
             self._place([layer["reads"]["worth"] and self.placement for layer in report["layers"]])
             self._write(PREDICTOR_FILE.format(VARIANT), "predictor", predictor_metadata(VARIANT, self.store.metadata))

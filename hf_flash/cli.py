@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm
 
-from . import bench, calibration, evaluation, planner
+from . import bench, calibration, evaluation, flash_cache, planner
 from ._version import __version__
 from .bench_report import describe as describe_bench
 from .budget import format_bytes, parse_bytes
@@ -78,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--predictor-bits", type=int, choices=[4, 8], help="width of the quantized predictor (default 4)")
     sub.add_argument("--predictor-group-size", type=int, metavar="N", help="weights that share a scale (default 64)")
     sub.add_argument("--revision", help="branch, tag or commit on the Hub")
+    sub.add_argument("--subfolder", default="", help="of the repository or folder, where the checkpoint is")
     sub.add_argument("--local-files-only", action="store_true", help="do not contact the Hub")
+    sub.add_argument("--delete-source", action="store_true",
+                     help="remove the source's weights from the Hub's cache, once compared with what was written")  # fmt: skip
 
     sub = command("calibrate", _calibrate, "Train predictors on text and measure what the neurons do; goes on if interrupted.")
     calibration.add_arguments(sub)
@@ -119,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch to upload to")
     sub.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     sub.add_argument("--commit-message", metavar="TEXT", help="of the commit")
+    sub.add_argument("--bench", metavar="FILE", help="JSON report of `hf-flash bench` on this model, for the model card")
+
+    sub = command("cache", _cache, "Show what plain checkpoints were repacked into, or remove it.")
+    flash_cache.add_arguments(sub)
     return parser
 
 
@@ -221,6 +228,7 @@ def _repack(args: argparse.Namespace) -> int:
     target = repack(
         args.source, args.target, predictor=args.predictor, predictor_bits=args.predictor_bits,
         predictor_group_size=args.predictor_group_size, revision=args.revision, local_files_only=args.local_files_only,
+        subfolder=args.subfolder, delete_source=args.delete_source,
     )  # fmt: skip
     _say(_describe(FlashStore.open_folder(target)))
     _say(f"\nload it:  import hf_flash; pipeline('text-generation', model={str(target)!r})")
@@ -303,10 +311,14 @@ def _restore(args: argparse.Namespace) -> int:
 def _push(args: argparse.Namespace) -> int:
     info = push(
         args.folder, args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
-        commit_message=args.commit_message,
+        commit_message=args.commit_message, bench=args.bench,
     )  # fmt: skip
     _say(info)
     return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    return flash_cache.run(args, _say)
 
 
 def _inspect(args: argparse.Namespace) -> int:

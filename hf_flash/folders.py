@@ -37,6 +37,11 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
+def lock_file(target: Path) -> Path:
+    """The file beside a target whose lock says that somebody is at work on it."""
+    return target.with_name(f".{target.name}.lock")
+
+
 @contextmanager
 def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
     """Hold a lock beside the target; says so when it has to wait.
@@ -44,7 +49,7 @@ def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
     Args:
         keep: leave the lock file, where many processes come and go. Otherwise the next owner must check the target again.
     """
-    path = target.with_name(f".{target.name}.lock")
+    path = lock_file(target)
     with writing(target):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()  # a folder that cannot be written to is an error here; a FileLock would wait for it

@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -25,37 +23,15 @@ import hf_flash
 from hf_flash import FlashOffloadConfig
 from hf_flash.cli import main
 from hf_flash.store import FlashStore
-from tests.hub import TOKEN, Hub, serve
+from tests.hub import TOKEN, UPLOAD_WARNING, Hub
 
-# huggingface_hub 2.4 uploads LFS files with an argument that httpx2 no longer likes
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 
 PROMPT = [[2, 44, 81, 63, 10]]
 Make = Callable[..., Path]
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serve() as hub:
-        yield hub
-        assert hub.unknown == []
-
-
-@pytest.fixture
-def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The Hub, with the client of this process pointed at it."""
-    huggingface_hub.close_session()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path.with_name(f"{tmp_path.name}-harnesses")), raising=False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield hub
-    huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -121,7 +97,8 @@ def sha256s(folder: Path) -> dict[str, str]:
 
 
 def pushed(hub: Hub, name: str, revision: str = "main") -> dict[str, str]:
-    return {path: blob for path, blob in hub.files(name, revision).items() if path != ".gitattributes"}
+    """Path -> sha256 of what was pushed, but for the card (test_card.py)."""
+    return {path: blob for path, blob in hub.files(name, revision).items() if path not in (".gitattributes", "README.md")}
 
 
 # --- the Hub itself ---------------------------------------------------------------------------------------------------

@@ -175,8 +175,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rm", help="remove entries", description="Remove entries of the flash cache; they are made again when they are needed."
     )
     rm.set_defaults(verb=_remove)
-    rm.add_argument("targets", nargs="*", metavar="TARGET", help="me/opt, me/*, the name of an entry, or a commit")
-    rm.add_argument("--all", action="store_true", help="everything that is there")
+    which = rm.add_mutually_exclusive_group(required=True)
+    which.add_argument("targets", nargs="*", default=[], metavar="TARGET", help="me/opt, me/*, the name of an entry, a commit")
+    which.add_argument("--all", action="store_true", help="everything that is there")
     rm.add_argument("-y", "--yes", action="store_true", help="do not ask")
     rm.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     for sub in (ls, rm):
@@ -198,8 +199,6 @@ def _list(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 
 
 def _remove(args: argparse.Namespace, say: Callable[[str], None]) -> int:
-    if args.all == bool(args.targets):
-        raise ConfigError("nothing to remove, or too much", where="cache rm", expected="either targets or --all")
     entries, folder = scan(args.cache_dir), cache_folder(args.cache_dir)
     found, unknown = (entries, []) if args.all else chosen(entries, args.targets)
     if unknown:

@@ -60,10 +60,10 @@ def small(opt: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hf_flash.repack(opt(), tmp_path_factory.mktemp("hub") / "small-flash")
 
 
-def tokens(source: str | Path, plain: bool = False, **kwargs: Any) -> list[int]:
+def tokens(source: str | Path, plain: bool = False, predictor: str | None = None, **kwargs: Any) -> list[int]:
     """What a model says to the prompt. `plain`: it is a plain checkpoint, to be loaded with its FFN on flash."""
-    if plain:
-        kwargs["quantization_config"] = FlashOffloadConfig(predictor="none")
+    if plain or predictor:
+        kwargs["quantization_config"] = FlashOffloadConfig(predictor=predictor or "none")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs)
     said = generated(model)
     if getattr(model, "is_quantized", False):
@@ -76,17 +76,25 @@ def generated(model: Any) -> list[int]:
     return said
 
 
-def elsewhere(hub: Hub, home: Path, *wishes: dict[str, Any], **env: str) -> list[list[int]]:
-    """`[tokens(**wish), ...]`, or what `repack(**wish)` makes, of another process whose caches are in `home`."""
+def elsewhere(hub: Hub, home: Path, *wishes: dict[str, Any], **env: str) -> list[Any]:
+    """`[tokens(**wish), ...]`, or what `repack(**wish)` makes, of another process whose caches are in `home`.
+
+    With `fails`, what the error says that it ends with.
+    """
     script = """
 import json, sys, hf_flash
 from tests.integration.test_hub import tokens
 def grant(wish):
+    if wish.pop("fails", False):
+        try:
+            return grant(wish)
+        except Exception as error:
+            return f"{type(error).__name__} {error}"
     return str(hf_flash.repack(**wish)) if "target" in wish else tokens(**wish)
 print(json.dumps([grant(wish) for wish in json.loads(sys.argv[1])]))
 """
     printed = hub.run(home, "-c", script, json.dumps(wishes), **env)
-    answers: list[list[int]] = json.loads(printed.splitlines()[-1])
+    answers: list[Any] = json.loads(printed.splitlines()[-1])
     return answers
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import tqdm
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx, tqdm
 
 from . import bench, calibration, evaluation, flash_cache, planner
 from ._version import __version__
@@ -44,8 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HfFlashError as error:
         print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except httpx.HTTPError as error:
+        print(f"hf-flash: the Hub cannot be reached: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:
         print("hf-flash: interrupted; what was finished is kept, run it again to go on", file=sys.stderr)  # noqa: T201
@@ -231,6 +234,8 @@ def _repack(args: argparse.Namespace) -> int:
         subfolder=args.subfolder, delete_source=args.delete_source,
     )  # fmt: skip
     _say(_describe(FlashStore.open_folder(target)))
+    if args.delete_source:
+        _say("\nthe source's weights were found again in it, bit for bit, and removed from the Hub's cache")
     _say(f"\nload it:  import hf_flash; pipeline('text-generation', model={str(target)!r})")
     return 0
 

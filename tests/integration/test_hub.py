@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -299,6 +302,15 @@ def test_the_command_says_what_the_hub_refused(
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(["push", str(small), "me/x"]) == 1
     assert "401" in capsys.readouterr().err
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # does not listen
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        assert main(["push", str(small), "me/x"]) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    assert main(["push", str(small), "me/x"]) == 1
+    assert "offline" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", ["target", "source"])

@@ -16,9 +16,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import hf_flash
+from hf_flash.cli import main
 from hf_flash.store import FlashStore
 from tests.hub import TOKEN, UPLOAD_WARNING, Hub
 from tests.integration.test_hub import elsewhere, tokens
@@ -92,13 +94,6 @@ def test_a_private_model_of_some_revision_in_some_cache(hub: Hub, small: Path, o
     assert hub.requests == []
 
 
-def test_a_model_in_a_subfolder(hub: Hub, small: Path, other: Path, tmp_path: Path) -> None:
-    hub.publish("me/both", nested(tmp_path / "both", a=small, b=other))
-    wishes = [{"source": "me/both", "subfolder": name} for name in ("a", "b")]
-    assert elsewhere(hub, tmp_path / "home", *wishes) == [tokens(small), tokens(other)]
-    assert "extra.safetensors" not in fetched(hub)
-
-
 def test_the_store_is_used_where_it_was_downloaded_to(hub: Hub, small: Path, tmp_path: Path) -> None:
     """Every byte of it is on the disk once, and the files that are mapped or open are the Hub cache's own."""
     folder = shutil.copytree(small, tmp_path / "model")
@@ -135,12 +130,13 @@ print(json.dumps(used))
     assert not (home / "flash").exists()
 
 
-# --- plain ------------------------------------------------------------------------------------------------------------
+# --- subfolders -------------------------------------------------------------------------------------------------------
 
 
-def test_plain_checkpoints_in_subfolders_are_told_apart(hub: Hub, opt: Make, tmp_path: Path) -> None:
-    """Two of the same shape at one commit; private; in a cache of their own; then without the Hub, and repacked."""
+def test_models_in_subfolders_are_told_apart(hub: Hub, opt: Make, small: Path, other: Path, tmp_path: Path) -> None:
+    """Two plain ones of the same shape at one commit; private, in a cache of their own; and repacked; and two repacked ones."""
     one, two = opt(), opt(seed=1)
+    hub.publish("me/flash", nested(tmp_path / "flash", a=small, b=other))
     hub.publish("me/both", nested(tmp_path / "both", a=one, b=two))
     hub.repos["me/both"].private = True
     hub.repos["me/both"].branches["dev"] = hub.repos["me/both"].branches["main"]
@@ -153,22 +149,19 @@ def test_plain_checkpoints_in_subfolders_are_told_apart(hub: Hub, opt: Make, tmp
         plain | {"subfolder": "b"},
         where | {"token": TOKEN, "target": targets[0], "subfolder": "a"},
         where | {"token": TOKEN, "target": targets[1], "subfolder": "b"},
+        {"source": "me/flash", "subfolder": "a"},
+        {"source": "me/flash", "subfolder": "b"},
         where | {"token": TOKEN, "target": str(tmp_path / "never"), "revision": "nothing", "fails": True},
     ]
     refused, *found, unknown = elsewhere(hub, tmp_path / "home", *wishes, **NO_TOKEN)
     assert "OSError" in refused
     assert "StoreMissingError" in unknown
-    assert found == [tokens(one), tokens(two), *targets]
+    assert found == [tokens(one), tokens(two), *targets, tokens(small), tokens(other)]
     for target, source in zip(targets, (one, two), strict=True):
         restored = load_file(hf_flash.restore(target, f"{target}-restored") / "model.safetensors")
         assert all(torch.equal(restored[name], tensor) for name, tensor in load_file(source / "model.safetensors").items())
     assert FlashStore.open_folder(targets[1]).metadata["source"] == "me/both/b"
-    assert fetched(hub) <= {path.name for path in (*one.iterdir(), *two.iterdir())}
-
-    hub.requests.clear()
-    again = [where | {"plain": True, "subfolder": name, "revision": "dev"} for name in ("a", "b")]
-    assert elsewhere(hub, tmp_path / "home", *again, HF_HUB_OFFLINE="1") == [tokens(one), tokens(two)]
-    assert hub.requests == []
+    assert "extra.safetensors" not in fetched(hub)
 
 
 # --- the source is removed ----------------------------------------------------------------------------------------------
@@ -180,7 +173,9 @@ def weights(cache: Path) -> dict[str, int]:
     return {name: found.count(name) for name in found}
 
 
-def test_the_weights_of_the_source_are_removed_once_they_are_repacked(here: Hub, opt: Make, tmp_path: Path) -> None:
+def test_the_weights_of_the_source_are_removed_once_they_are_repacked(
+    here: Hub, opt: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Those of that revision only; what another one shares stays, the small files stay, and they can be had again."""
     folder = Path(shutil.copytree(opt(shards="40KB"), tmp_path / "source"))
     here.publish("me/x", folder)
@@ -200,7 +195,9 @@ def test_the_weights_of_the_source_are_removed_once_they_are_repacked(here: Hub,
     found = {name: tensor for path in restored.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert all(torch.equal(found[name], tensor) for name, tensor in load_file(wanted / "model.safetensors").items())
 
-    hf_flash.repack("me/x", tmp_path / "again", revision=old, cache_dir=str(cache), delete_source=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    assert main(["repack", "me/x", str(tmp_path / "again"), "--revision", old, "--delete-source"]) == 0
+    assert "removed from the Hub's cache" in capsys.readouterr().out
     assert weights(cache) == {}
     assert len(list(cache.rglob("config.json"))) == 2
     hf_flash.repack("me/x", tmp_path / "third", cache_dir=str(cache))

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +28,10 @@ logger = logging.getLogger("hf_flash")
 
 _CARD: Final = "README.md"
 _NOT_PUSHED: Final = ["*.tmp", ".*"]
+_TOKENIZER: Final = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
 # What an earlier checkpoint in the repository may have left: transformers would prefer it to the index.
 _REPLACED: Final = [
     "model.safetensors",
@@ -109,7 +113,8 @@ def push_to_hub(
 ) -> Any:
     """Upload a flash model, with a card. Takes the place of `PreTrainedModel.push_to_hub` on the instance.
 
-    The store is uploaded from where it lies; only the other weights pass through a temporary folder in the flash cache.
+    The store is uploaded from where it lies; only the other weights pass through a temporary folder in the flash cache. The
+    tokenizer that lies beside the model's files comes along where the repository has none.
 
     Args:
         repo_id: the repository, created if it is not there.
@@ -121,11 +126,12 @@ def push_to_hub(
         return super(type(model), model).push_to_hub(repo_id, token=token, **kwargs)
     _known("push_to_hub", kwargs)
     with _staging() as place:
-        card = find_runtime(model).checkpoint.files[0].parent / _CARD
+        beside = find_runtime(model).checkpoint.files[0].parent
         _save(model, place, link=True)
-        if card.is_file():
-            shutil.copyfile(card, place / _CARD)
-        return _upload(place, repo_id, token=token, **kwargs)
+        for name in (_CARD, *_TOKENIZER):
+            if (beside / name).is_file():
+                shutil.copyfile(beside / name, place / name)
+        return _upload(place, repo_id, token=token, if_missing=_TOKENIZER, **kwargs)
 
 
 def push(
@@ -199,14 +205,20 @@ def _upload(
     revision: str | None = None,
     create_pr: bool = False,
     bench: str | os.PathLike[str] | None = None,
+    if_missing: Sequence[str] = (),
 ) -> Any:
-    """Write the card into a staging folder, which may be written to, and upload it as [`push`] says."""
+    """Write the card into a staging folder, which may be written to, and upload it as [`push`] says.
+
+    Args:
+        if_missing: files to upload only if the repository has none of them.
+    """
     if create_pr and revision is not None:
         raise ConfigError("a pull request goes to the default branch", where="push", got="create_pr and revision")
     api = huggingface_hub.HfApi(token=token)
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(name, branch=revision, exist_ok=True)
+    kept = if_missing if set(if_missing) & set(api.list_repo_files(name, revision=revision)) else ()
     text = _card_so_far(api, folder, name, revision)
     card = model_card(folder, name, text, bench=bench)
     (folder / _CARD).unlink(missing_ok=True)  # a link
@@ -218,7 +230,7 @@ def _upload(
         create_pr=create_pr,
         commit_message=commit_message or "Upload flash model",
         commit_description=commit_description,
-        ignore_patterns=_NOT_PUSHED,
+        ignore_patterns=[*_NOT_PUSHED, *kept],
         delete_patterns=_REPLACED,
     )
 

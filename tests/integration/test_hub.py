@@ -20,7 +20,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
@@ -143,6 +143,17 @@ def test_what_is_pushed_says_the_same_when_loaded_elsewhere(
     said = [tokens(flash), generated(model)]
     assert elsewhere(here, tmp_path / "home", {"source": "me/tiny-opt-flash"}, {"source": "me/other"}) == said
     assert not (tmp_path / "home" / "flash").exists()  # nothing had to be repacked
+
+
+def test_the_tokenizer_beside_a_model_comes_along_where_there_is_none(here: Hub, flash: Path, load: Callable[..., Any]) -> None:
+    model, tokenizer = load(flash), AutoTokenizer.from_pretrained(flash)
+    model.push_to_hub("me/x")
+    assert pushed(here, "me/x").keys() == sha256s(flash).keys()
+    tokenizer.model_max_length = 77
+    tokenizer.push_to_hub("me/y")
+    mine = here.files("me/y")["tokenizer_config.json"]
+    model.push_to_hub("me/y")
+    assert here.files("me/y")["tokenizer_config.json"] == mine != here.files("me/x")["tokenizer_config.json"]
 
 
 @pytest.mark.parametrize("plain", [True, False])

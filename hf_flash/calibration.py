@@ -132,11 +132,12 @@ def calibrate(
     budget = ceiling_bytes(memory_budget) // (1 if memory_budget else crew.here)
     with crew.alone(folder):
         job = _Job(folder, store, windows, targets, epochs, seed, placement, crew)
+        job.text_name = text_name(text)
         job.prepare(asdict(targets) | {"samples": samples, "context": context, "epochs": epochs, "seed": seed})
         if len(job.finished()) < len(store.layers):
             job.check_room()
             job.run(budget, training)
-        return job.publish(config, text_name(text))
+        return job.publish(config)
 
 
 def _check(targets: Targets, samples: int, context: int, epochs: int, seed: int, d_model: int, longest: int) -> None:
@@ -209,6 +210,7 @@ class _Job:
         self.folder, self.store, self.windows, self.crew = folder, store, windows, crew
         self.targets, self.epochs, self.seed, self.placement = targets, epochs, seed, placement
         self.work = folder / _WORK
+        self.text_name: str | None = None  # for the report alone: a text that is called otherwise is the same text
         self.context = windows.shape[1]
         self.tokens = windows.numel()
         self.held_out = max(1, len(windows) // _HELD_OUT) * self.context
@@ -388,10 +390,9 @@ class _Job:
 
     # --- the end
 
-    def publish(self, config: dict[str, Any], text: str | None) -> dict[str, Any]:
+    def publish(self, config: dict[str, Any]) -> dict[str, Any]:
         """Put the results of all layers into the model's folder. The index comes last: until then it works as before."""
         report = self._report(config["quantization_config"].get("predictor"))
-        report["text"]["name"] = text
         if self.crew.index == 0:
             self._place([layer["reads"]["worth"] and self.placement for layer in report["layers"]])
             self._write(PREDICTOR_FILE.format(VARIANT), "predictor", predictor_metadata(VARIANT, self.store.metadata))
@@ -427,7 +428,7 @@ class _Job:
         self.crew.wait()  # all have read before the first clears up
         return {
             "text": {"tokens": self.tokens, "held_out": self.held_out, "context": self.context}
-            | {"sha256": self.arguments["text"]},
+            | {"sha256": self.arguments["text"], "name": self.text_name},
             "targets": asdict(self.targets) | {"epochs": self.epochs, "seed": self.seed, "quantized_recall": MEASURED_RECALL},
             "reached": reached,
             "default": VARIANT if reached and smaller else before,

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -59,17 +59,13 @@ class Entry:
     @property
     def in_use(self) -> bool:
         """Whether a process is known to write it, or to have a model loaded from it."""
-        try:
-            with self._alone():
-                return inuse.held([self.path, *self.path.glob("*.safetensors")])
-        except Timeout:
-            return True
+        return inuse.held([self.path, self._lock, *self.path.glob("*.safetensors")])
 
-    def _alone(self) -> AbstractContextManager[Any]:
-        """The lock that writing takes, on the folder that this one is or was to become. Raises `Timeout` at once."""
+    @property
+    def _lock(self) -> Path:
+        """The lock file of the folder that this one is, or was to become."""
         match = _LEFT.fullmatch(self.name)
-        lock = lock_file(self.path.with_name(match["name"]) if match and match["name"] else self.path)
-        return FileLock(lock, timeout=0) if lock.exists() else nullcontext()
+        return lock_file(self.path.with_name(match["name"]) if match and match["name"] else self.path)
 
     def answers_to(self, target: str) -> bool:
         """Whether a name, a pattern or the beginning of a commit means this entry."""
@@ -85,7 +81,8 @@ class Entry:
             RepackError: the system does not let it go.
         """
         try:
-            with self._alone(), writing(self.path):
+            alone = FileLock(self._lock, timeout=0) if self._lock.exists() else nullcontext()
+            with alone, writing(self.path):
                 if inuse.held([self.path, *self.path.glob("*.safetensors")]):
                     raise UsageError("in use by a running process", where=self.path, hint="close the model first")
                 doomed = self.path

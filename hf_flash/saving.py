@@ -177,12 +177,10 @@ def push(
             if path.is_file() and not any(part.startswith(".") for part in inside.parts):
                 (place / inside).parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(path, place / inside)
-        arguments: dict[str, Any] = {
-            "commit_message": commit_message,
-            "commit_description": commit_description,
-            "private": private,
-        }
-        return _upload(place, repo_id, token=token, revision=revision, create_pr=create_pr, bench=bench, **arguments)
+        return _upload(
+            place, repo_id, token=token, commit_message=commit_message, commit_description=commit_description, private=private,
+            revision=revision, create_pr=create_pr, bench=bench,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -245,7 +243,7 @@ def _card_so_far(api: huggingface_hub.HfApi, folder: Path, name: str, revision: 
         try:
             if repo is not None:
                 return _read(Path(api.hf_hub_download(repo, _CARD, revision=commit)))
-        except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError) as error:
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             if repo == base and not isinstance(error, EntryNotFoundError):
                 logger.warning(
                     "hf_flash: the card of %s cannot be read, so that its licence is not carried over: %s", base, error

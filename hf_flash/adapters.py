@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 
 from .errors import StoreFormatError, UnsupportedModelError
 from .ffn import DownBias, FlashFFN
+from .store import NOTICE
 
 _EXACT_ZEROS: Final = frozenset({"relu"})  # activations that leave most neurons exactly zero
 
@@ -129,6 +130,7 @@ class Adapter:
             rf"layers\.\d+\.({self.up}|{self.down})\.weight$",
             rf"layers\.\d+\.{self.up}\.(bundles|place|predictor\..+|calibration\..+)$",
             r"^calibration\.",
+            f"^{re.escape(NOTICE)}$",
         ]
 
 

@@ -57,7 +57,7 @@ from .quantized import MEASURED_RECALL, measure_margin, quantized_forms
 from .repack import list_store, repacked_config
 from .runtime import close, find_runtime
 from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
-from .text import Text, quotations, token_windows
+from .text import Text, quotations, text_name, token_windows
 from .training import Targets, train_layer, training_bytes
 from .writer import calibration_metadata, place_layer, predictor_metadata, write_json, write_safetensors, writing
 
@@ -132,6 +132,7 @@ def calibrate(
     budget = ceiling_bytes(memory_budget) // (1 if memory_budget else crew.here)
     with crew.alone(folder):
         job = _Job(folder, store, windows, targets, epochs, seed, placement, crew)
+        job.text_name = text_name(text)
         job.prepare(asdict(targets) | {"samples": samples, "context": context, "epochs": epochs, "seed": seed})
         if len(job.finished()) < len(store.layers):
             job.check_room()
@@ -209,6 +210,7 @@ class _Job:
         self.folder, self.store, self.windows, self.crew = folder, store, windows, crew
         self.targets, self.epochs, self.seed, self.placement = targets, epochs, seed, placement
         self.work = folder / _WORK
+        self.text_name: str | None = None  # for the report alone: a text that is called otherwise is the same text
         self.context = windows.shape[1]
         self.tokens = windows.numel()
         self.held_out = max(1, len(windows) // _HELD_OUT) * self.context
@@ -426,7 +428,7 @@ class _Job:
         self.crew.wait()  # all have read before the first clears up
         return {
             "text": {"tokens": self.tokens, "held_out": self.held_out, "context": self.context}
-            | {"sha256": self.arguments["text"]},
+            | {"sha256": self.arguments["text"], "name": self.text_name},
             "targets": asdict(self.targets) | {"epochs": self.epochs, "seed": self.seed, "quantized_recall": MEASURED_RECALL},
             "reached": reached,
             "default": VARIANT if reached and smaller else before,

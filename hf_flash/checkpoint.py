@@ -18,7 +18,12 @@ from typing import Final
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import safe_open
 
 from .errors import ConfigError, StoreFormatError, StoreMissingError
@@ -33,7 +38,9 @@ _WEIGHTS: Final = (
     "pytorch_model.bin.index.json",
 )
 _SAMPLES: Final = 256
-_SNAPSHOT: Final = re.compile(r".*models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{7,64})(?:[/\\].*)?")
+_SNAPSHOT: Final = re.compile(
+    r"(?P<cache>.*)[/\\]models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{7,64})(?:[/\\](?P<inside>.*))?"
+)
 
 
 @dataclass
@@ -91,11 +98,12 @@ class Checkpoint:
     def origin(self) -> dict[str, str]:
         """Where it comes from, and a fingerprint that changes whenever the weights may have changed.
 
-        A Hub snapshot is named by its commit; a local one by path, sizes, times, headers and samples of the contents.
+        A Hub snapshot is named by its commit, and by the folder in it where it is not at the top; a local one by path, sizes,
+        times, headers and samples of the contents.
         """
         folder = self.files[0].parent
-        match = _SNAPSHOT.match(str(self.files[0]))
-        source, revision = (match["repo"].replace("--", "/"), match["commit"]) if match else (folder.name, "")
+        found = find_snapshot(folder)
+        source, revision = (found.name, found.commit) if found else (folder.name, "")
         digest = hashlib.sha256(f"{FORMAT_VERSION}\n{source}\n{revision or folder.resolve()}\n".encode())
         for path in sorted(self.files):
             state = path.stat()
@@ -103,6 +111,24 @@ class Checkpoint:
             digest.update(b"" if revision else _samples(path, state.st_size))
         digest.update(json.dumps([(n, str(d), list(s)) for n, (d, s) in sorted(self.specs.items())]).encode())
         return {"source": source, "revision": revision, "fingerprint": digest.hexdigest()[:32]}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A folder in the Hub's cache: which cache, the repository and the folder in it as one name, the commit."""
+
+    cache: Path
+    name: str
+    commit: str
+
+
+def find_snapshot(folder: Path) -> Snapshot | None:
+    """What a folder is in the Hub's cache, if it is one."""
+    match = _SNAPSHOT.fullmatch(str(folder))
+    if match is None:
+        return None
+    parts = [match["repo"].replace("--", "/"), *(part for part in [(match["inside"] or "").replace("\\", "/")] if part)]
+    return Snapshot(Path(match["cache"]), "/".join(parts), match["commit"])
 
 
 def _samples(path: Path, size: int) -> bytes:
@@ -165,32 +191,42 @@ def resolve_folder(
     token: str | bool | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
+    subfolder: str = "",
     config_only: bool = False,
 ) -> Path:
     """The local folder of a checkpoint, downloaded from the Hub if `source` is a repository's name.
 
-    Safetensors weights are preferred; pickles are downloaded only where there are none. `config_only` fetches nothing else.
+    Safetensors weights are preferred; pickles are downloaded only where there are none. `subfolder`: where in the repository
+    or folder it is. `config_only` fetches nothing else.
     """
     folder = Path(source)
     if folder.is_dir():
-        return folder
+        return folder / subfolder
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise ConfigError("neither a folder nor the name of a Hub repository", got=str(source))
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    inside = f"{subfolder.strip('/')}/" if subfolder.strip("/") else ""
+
+    def download(allow: list[str], ignore: list[str]) -> Path:
+        allow, ignore = [inside + pattern for pattern in allow], [inside + pattern for pattern in ignore]
+        found = huggingface_hub.snapshot_download(str(source), allow_patterns=allow, ignore_patterns=ignore, **where)
+        return Path(found) / inside
+
     try:
         if config_only:
-            return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["config.json"], **where))
+            return download(["config.json"], [])
         small = ["*.json", "*.txt", "*.model", "*.md", "*.jinja", "LICENSE*"]
         others = ["*/*", "*.*.safetensors", "pytorch_model.*.bin"]  # subfolders and variants
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            wanted = {"allow_patterns": [*small, weights], "ignore_patterns": others}
-            found = Path(huggingface_hub.snapshot_download(str(source), **wanted, **where))
+            found = download([*small, weights], others)
             if any(found.glob(weights)):
                 break
         return found
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, ConnectionError) as error:
+    except (
+        HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, ConnectionError,
+    ) as error:  # fmt: skip
         raise StoreMissingError(
-            "no such folder, and no such repository on the Hub, or the Hub cannot be reached",
+            "no such folder, and no such repository or revision on the Hub, or the Hub cannot be reached",
             where=source,
             got=str(error).splitlines()[0],
             hint="check the name, the connection, and `token` for a private repository",

@@ -19,11 +19,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import tqdm
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx, tqdm
 from rich.console import Console
 
-from . import bench, calibration, evaluation, inspection, planner
+from . import bench, calibration, evaluation, flash_cache, inspection, planner
 from ._version import __version__
 from .bench_page import page
 from .bench_report import describe as describe_bench
@@ -78,8 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
-    except (HfFlashError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (HfFlashError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except httpx.HTTPError as error:
+        print(f"hf-flash: the Hub cannot be reached: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except BrokenPipeError:
         quiet_pipe(sys.stdout)
@@ -123,7 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--predictor-bits", type=int, choices=[4, 8], help="width of the quantized predictor (default 4)")
     sub.add_argument("--predictor-group-size", type=int, metavar="N", help="weights that share a scale (default 64)")
     sub.add_argument("--revision", help="branch, tag or commit on the Hub")
+    sub.add_argument("--subfolder", default="", help="of the repository or folder, where the checkpoint is")
     sub.add_argument("--local-files-only", action="store_true", help="do not contact the Hub")
+    sub.add_argument("--delete-source", action="store_true",
+                     help="remove the source's weights from the Hub's cache, once compared with what was written")  # fmt: skip
     add_json(sub)
 
     sub = command("inspect", _inspect, "Show what is in a repacked checkpoint.", "hf-flash inspect opt-6.7b-flash --check")
@@ -139,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch to upload to")
     sub.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     sub.add_argument("--commit-message", metavar="TEXT", help="of the commit")
+    sub.add_argument("--bench", metavar="FILE", help="JSON report of `hf-flash bench` on this model, for the model card")
+
+    sub = command("cache", _cache, "Show what plain checkpoints were repacked into, or remove it.",
+                  "hf-flash cache ls", "hf-flash cache rm facebook/opt-6.7b")  # fmt: skip
+    flash_cache.add_arguments(sub)
 
     sub = command("restore", _restore, "Undo repack: the plain checkpoint, every tensor bit for bit.",
                   "hf-flash restore opt-6.7b-flash opt-6.7b")  # fmt: skip
@@ -269,9 +280,12 @@ def _repack(args: argparse.Namespace) -> int:
     target = repack(
         args.source, args.target, predictor=args.predictor, predictor_bits=args.predictor_bits,
         predictor_group_size=args.predictor_group_size, revision=args.revision, local_files_only=args.local_files_only,
+        subfolder=args.subfolder, delete_source=args.delete_source,
     )  # fmt: skip
     found = inspection.facts(FlashStore.open_folder(target))
     tell(args, inspection.describe(found))
+    if args.delete_source:
+        tell(args, "\nthe source's weights were found again in it, bit for bit, and removed from the Hub's cache")
     tell(args, f"\nload it:  import hf_flash; pipeline('text-generation', model={str(target)!r})")
     finish(args, found)
     return 0
@@ -291,10 +305,14 @@ def _inspect(args: argparse.Namespace) -> int:
 def _push(args: argparse.Namespace) -> int:
     info = push(
         args.folder, args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
-        commit_message=args.commit_message,
+        commit_message=args.commit_message, bench=args.bench,
     )  # fmt: skip
     say(info)
     return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    return flash_cache.run(args)
 
 
 def _restore(args: argparse.Namespace) -> int:

@@ -38,6 +38,11 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
+def lock_file(target: Path) -> Path:
+    """The file beside a target whose lock says that somebody is at work on it."""
+    return target.with_name(f".{target.name}.lock")
+
+
 @contextmanager
 def scratch_folder(parent: Path, purpose: str) -> Iterator[Path]:
     """A folder that is gone afterwards, however often the user interrupts. Its name is known before it is made, and `finally`
@@ -85,7 +90,7 @@ def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
     Args:
         keep: leave the lock file, where many processes come and go. Otherwise the next owner must check the target again.
     """
-    path = target.with_name(f".{target.name}.lock")
+    path = lock_file(target)
     with writing(target):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()  # a folder that cannot be written to is an error here; a FileLock would wait for it

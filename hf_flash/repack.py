@@ -25,16 +25,18 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import tqdm
 
+from . import hub_cache
 from .adapters import Adapter, FFNNames, adapter_for
-from .checkpoint import Checkpoint, resolve_folder
+from .checkpoint import Checkpoint, find_snapshot, resolve_folder
 from .config import FlashOffloadConfig
-from .errors import StoreError, StoreFormatError, StoreMissingError, UnsupportedModelError
+from .errors import ConfigError, StoreError, StoreFormatError, StoreMissingError, UnsupportedModelError
 from .folders import check_room, check_target, copy_small_files, locked, partial_folder
 from .lowrank import LowRankFormat
 from .memory import trim_heap
 from .predictor import PredictorForm
 from .quantized import QuantizedFormat, write_quantized
-from .store import INDEX_NAME, LAYER_FILE, PREDICTOR_FILE, FlashStore, TensorSpec, listed_files, read_header, read_json
+from .readme import without_ours
+from .store import INDEX_NAME, LAYER_FILE, NOTICE, PREDICTOR_FILE, FlashStore, TensorSpec, listed_files, read_header, read_json
 from .writer import layer_spec, rest_metadata, unbundle, write_json, write_layer, write_safetensors, writing
 
 logger = logging.getLogger("hf_flash")
@@ -54,6 +56,8 @@ def repack(
     token: str | bool | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
+    subfolder: str = "",
+    delete_source: bool = False,
 ) -> Path:
     """Write a checkpoint again with its FFN bundled for flash. Paper: section 3.2.
 
@@ -62,7 +66,9 @@ def repack(
         target: the folder to make; it must not exist or be empty.
         predictor: which one to store; unset: `"quantized"` for ReLU models, `"none"` for others.
         predictor_bits, predictor_group_size: as in [`FlashOffloadConfig`].
-        revision, token, cache_dir, local_files_only: for the Hub, as in `from_pretrained`.
+        revision, token, cache_dir, local_files_only, subfolder: for the Hub, as in `from_pretrained`.
+        delete_source: at the end, when every tensor of the source was compared with what was written, remove the source's
+            weight files from the Hub's cache, as far as no other revision uses them. A local folder is never touched.
 
     Returns:
         The target folder.
@@ -74,7 +80,15 @@ def repack(
     target = Path(target).resolve()
     wish = FlashOffloadConfig(predictor=predictor, predictor_bits=predictor_bits, predictor_group_size=predictor_group_size)
     check_target(target)
-    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    local = Path(source).is_dir()
+    if delete_source and local:
+        raise ConfigError(
+            "only what can be downloaded again is deleted: the source is a local folder",
+            where="delete_source",
+            got=source,
+            hint="remove its weights yourself afterwards; `hf_flash.restore` makes the same checkpoint again",
+        )
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
     folder = resolve_folder(source, config_only=True, revision=revision, **hub)
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
@@ -86,8 +100,8 @@ def repack(
         )
     adapter = adapter_for(config)
     form = fresh_form(wish, adapter, config)
-    if not Path(source).is_dir():
-        folder = resolve_folder(source, revision=folder.name, **hub)  # the commit that config.json is from
+    if (found := find_snapshot(folder)) and not local:
+        folder = resolve_folder(source, revision=found.commit, **hub)  # the commit that config.json is from
     checkpoint = Checkpoint.open_folder(folder)
     with locked(target), partial_folder(target) as partial:
         store = build_store(partial, checkpoint, adapter, form, rest=True)
@@ -95,6 +109,8 @@ def repack(
         config["quantization_config"] = wish.to_dict()
         _finish_folder(partial, checkpoint, store, config, {})
         copy_small_files(folder, partial)
+    if delete_source:
+        hub_cache.delete_source(checkpoint, target)
     return target
 
 
@@ -269,7 +285,7 @@ def _finish_folder(
         checkpoint: where the other tensors come from: the plain checkpoint, or a repacked one.
         changed: tensors whose values differ from the checkpoint's by now, or that it has not.
     """
-    rest = _rest(checkpoint, store)
+    rest = other_weights(checkpoint, store)
     rest |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in changed.items()}
     tombstones: dict[str, TensorSpec] = {}
     for layer in store.layers:
@@ -277,6 +293,7 @@ def _finish_folder(
             layer.up_name: (layer.dtype, (0, layer.d_model)),
             layer.down_name: (layer.dtype, (layer.d_model, 0)),
         }
+    tombstones[NOTICE] = (store.layers[0].dtype, (0,))
     _write_index(folder, store, _write_rest(folder, tombstones | rest, checkpoint, changed))
     write_json(folder / "config.json", config)
 
@@ -298,9 +315,9 @@ def list_store(folder: Path) -> None:
     _write_index(folder, store, {tensor: name for tensor, name in weight_map.items() if name not in ours})
 
 
-def _rest(checkpoint: Checkpoint, store: FlashStore) -> dict[str, TensorSpec]:
+def other_weights(checkpoint: Checkpoint, store: FlashStore) -> dict[str, TensorSpec]:
     """The tensors of a checkpoint, plain or repacked, that are neither FFN matrices nor the store's."""
-    passed_over = store.keys | store.ffn_names
+    passed_over = store.keys | store.ffn_names | {NOTICE}
     return {name: spec for name, spec in checkpoint.specs.items() if name not in passed_over}
 
 
@@ -367,7 +384,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
             layer.up_name: (layer.dtype, (layer.d_ff, layer.d_model)),
             layer.down_name: (layer.dtype, (layer.d_model, layer.d_ff)),
         }
-    rest = _rest(checkpoint, store)
+    rest = other_weights(checkpoint, store)
     config = repacked_config(folder)
     del config["quantization_config"]
     with locked(target), partial_folder(target) as partial:
@@ -383,7 +400,16 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
             write_json(partial / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_json(partial / "config.json", config)
         copy_small_files(folder, partial)
+        _plain_card(partial / "README.md")
     return target
+
+
+def _plain_card(path: Path) -> None:
+    """Take our part out of a model card that came from the Hub; one that is nothing else is removed."""
+    if path.exists() and (card := path.read_bytes()) != (plain := without_ours(card.decode("utf-8-sig")).encode()):
+        path.unlink()
+        if plain:
+            path.write_bytes(plain)
 
 
 def repacked_config(folder: Path) -> dict[str, Any]:
@@ -407,12 +433,12 @@ def _restored(checkpoint: Checkpoint, store: FlashStore, rest: Mapping[str, Tens
         yield from unbundle(layer)
 
 
-def _linked(path: Path, name: Path) -> bool:
+def link_or_copy(path: Path, name: Path) -> None:
+    """Make `name` a link to a file; a copy where there are no links."""
     try:
         name.symlink_to(path.resolve())
     except OSError:  # Windows without the right to
-        return False
-    return True
+        shutil.copyfile(path, name)
 
 
 def save_folder(
@@ -438,7 +464,9 @@ def save_folder(
         temporary = copy.with_name(copy.name + ".tmp")
         if not (copy.exists() and os.path.samefile(path, copy)):
             with writing(copy, needed=path.stat().st_size):
-                if not (link and _linked(path, temporary)):
+                if link:
+                    link_or_copy(path, temporary)
+                else:
                     shutil.copyfile(path, temporary)
                 os.replace(temporary, copy)
     _finish_folder(target, checkpoint, store, config, changed)

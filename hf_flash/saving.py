@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+from . import inuse
+from .card import base_model, model_card
 from .checkpoint import Checkpoint
 from .errors import ConfigError
-from .repack import cache_folder, repacked_config, save_folder
+from .repack import cache_folder, link_or_copy, save_folder
 from .runtime import find_runtime
 from .store import FlashStore
 
+logger = logging.getLogger("hf_flash")
+
+_CARD: Final = "README.md"
+_NOT_PUSHED: Final = ["*.tmp", ".*"]
+_TOKENIZER: Final = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
 # What an earlier checkpoint in the repository may have left: transformers would prefer it to the index.
 _REPLACED: Final = [
     "model.safetensors",
@@ -96,9 +111,10 @@ def save_pretrained(
 def push_to_hub(
     model: Any, repo_id: str, *, token: str | bool | None = None, max_shard_size: int | str | None = None, **kwargs: Any
 ) -> Any:
-    """Upload a flash model: store, other weights, config. Takes the place of `PreTrainedModel.push_to_hub` on the instance.
+    """Upload a flash model, with a card. Takes the place of `PreTrainedModel.push_to_hub` on the instance.
 
-    The store is uploaded from where it lies; only the other weights pass through a temporary folder in the flash cache.
+    The store is uploaded from where it lies; only the other weights pass through a temporary folder in the flash cache. The
+    tokenizer that lies beside the model's files comes along where the repository has none.
 
     Args:
         repo_id: the repository, created if it is not there.
@@ -109,11 +125,13 @@ def push_to_hub(
     if getattr(model, "_hf_peft_config_loaded", False):
         return super(type(model), model).push_to_hub(repo_id, token=token, **kwargs)
     _known("push_to_hub", kwargs)
-    cache = cache_folder(None)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".push-") as folder:
-        _save(model, Path(folder), link=True)
-        return push(folder, repo_id, token=token, **kwargs)
+    with _staging() as place:
+        beside = find_runtime(model).checkpoint.files[0].parent
+        _save(model, place, link=True)
+        for name in (_CARD, *_TOKENIZER):
+            if (beside / name).is_file():
+                shutil.copyfile(beside / name, place / name)
+        return _upload(place, repo_id, token=token, if_missing=_TOKENIZER, **kwargs)
 
 
 def push(
@@ -126,8 +144,13 @@ def push(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    bench: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Upload a repacked folder to the Hub, its files as they are. Weights of another layout in the repository are replaced.
+
+    A model card is written for the repository: where the model comes from, its licence, how to load it, what it takes. The
+    folder's own README.md is kept below it, else that of the repository, else the source's, and its metadata merged; the
+    folder stays as it is. An upload that was interrupted goes on when it is started again: what the Hub has is not sent again.
 
     Args:
         folder: as [`repack`] or `save_pretrained` made it.
@@ -136,22 +159,68 @@ def push(
         private: for a new repository.
         revision: branch to upload to, created if it is not there.
         create_pr: open a pull request instead.
+        bench: a JSON report of `hf-flash bench` on this model, for the card: without one it says nothing about speed.
 
     Returns:
         The Hub's `CommitInfo`.
 
     Raises:
         StoreError: the folder is no repacked checkpoint.
-        ConfigError: both `revision` and `create_pr`.
+        ConfigError: both `revision` and `create_pr`, `bench` is of another model, or the metadata of README.md cannot be read.
     """
-    FlashStore.open_folder(folder)
-    repacked_config(Path(folder))
+    folder = Path(folder)
+    text = folder / _CARD
+    model_card(folder, repo_id, _read(text) if text.is_file() else "", bench=bench)  # what is wrong is known before the Hub is
+    with _staging() as place:
+        for path in folder.rglob("*"):
+            inside = path.relative_to(folder)
+            if path.is_file() and not any(part.startswith(".") for part in inside.parts):
+                (place / inside).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(path, place / inside)
+        return _upload(
+            place, repo_id, token=token, commit_message=commit_message, commit_description=commit_description, private=private,
+            revision=revision, create_pr=create_pr, bench=bench,
+        )  # fmt: skip
+
+
+@contextmanager
+def _staging() -> Iterator[Path]:
+    """A folder in the flash cache for what is uploaded: links to large files, and the files that are made for it."""
+    cache = cache_folder(None)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".push-") as folder, inuse.holding(Path(folder)):
+        yield Path(folder)
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    bench: str | os.PathLike[str] | None = None,
+    if_missing: Sequence[str] = (),
+) -> Any:
+    """Write the card into a staging folder, which may be written to, and upload it as [`push`] says.
+
+    Args:
+        if_missing: files to upload only if the repository has none of them.
+    """
     if create_pr and revision is not None:
         raise ConfigError("a pull request goes to the default branch", where="push", got="create_pr and revision")
     api = huggingface_hub.HfApi(token=token)
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(name, branch=revision, exist_ok=True)
+    kept = if_missing if set(if_missing) & set(api.list_repo_files(name, revision=revision)) else ()
+    text = _card_so_far(api, folder, name, revision)
+    card = model_card(folder, name, text, bench=bench)
+    (folder / _CARD).unlink(missing_ok=True)  # a link
+    (folder / _CARD).write_bytes(card.encode())
     return api.upload_folder(
         repo_id=name,
         folder_path=folder,
@@ -159,14 +228,40 @@ def push(
         create_pr=create_pr,
         commit_message=commit_message or "Upload flash model",
         commit_description=commit_description,
-        ignore_patterns=["*.tmp", ".*"],
+        ignore_patterns=[*_NOT_PUSHED, *kept],
         delete_patterns=_REPLACED,
     )
 
 
+def _card_so_far(api: huggingface_hub.HfApi, folder: Path, name: str, revision: str | None) -> str:
+    """The folder's own card, else the repository's, else that of the source, from which the licence is known."""
+    if (folder / _CARD).is_file():
+        return _read(folder / _CARD)
+    store = FlashStore.open_folder(folder)
+    base = base_model(store)
+    for repo, commit in [(name, revision), (base, store.metadata["revision"])]:
+        try:
+            if repo is not None:
+                return _read(Path(api.hf_hub_download(repo, _CARD, revision=commit)))
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            if repo == base and not isinstance(error, EntryNotFoundError):
+                logger.warning(
+                    "hf_flash: the card of %s cannot be read, so that its licence is not carried over: %s", base, error
+                )
+    return ""
+
+
+def _read(card: Path) -> str:
+    """The text as it is, with its line ends."""
+    try:
+        return card.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError("the model card is not UTF-8", where=card, got=str(error)) from error
+
+
 def _known(where: str, kwargs: dict[str, Any]) -> None:
     """Refuse what [`push`] would not understand before anything is written."""
-    known = {"commit_message", "commit_description", "private", "revision", "create_pr"}
+    known = {"commit_message", "commit_description", "private", "revision", "create_pr", "bench"}
     if kwargs.keys() - known:
         raise ConfigError(
             "unknown arguments", where=where, expected=f"of {', '.join(sorted(known))}", got=", ".join(kwargs.keys() - known)

@@ -28,6 +28,7 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .inuse import hold
 from .memory import anonymous
 from .store import FlashStore
 from .uring import Batch, Held, Ring
@@ -138,6 +139,7 @@ class MmapReader:
         self._maps: list[mmap.mmap] = []
         for layer in store.layers:
             with open(layer.path, "rb") as file:
+                hold(file.fileno())  # for as long as the map lasts, which keeps the file open
                 item = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._maps.append(item)
             if hasattr(mmap, "MADV_RANDOM"):
@@ -199,6 +201,8 @@ class DirectReader:
     def __init__(self, store: FlashStore, threads: int, align: int, *, uring: bool = True) -> None:
         self._align, self._threads = align, threads
         self._fds = [os.open(layer.path, os.O_RDONLY | os.O_DIRECT) for layer in store.layers]
+        for fd in self._fds:
+            hold(fd)
         self._ring: Ring | None = None
         self._futures: list[Future[int]] = []  # not known to be done
         size = store.layers[0].bundle_bytes

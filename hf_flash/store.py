@@ -4,7 +4,8 @@ A repacked checkpoint is an ordinary folder of safetensors files, all of them li
 
     model-00001-of-00001.safetensors        everything but the FFN matrices, under the names of the source, and a
                                             zero-size "tombstone" in place of every FFN matrix: a loader that does not
-                                            know hf_flash then fails on the shape instead of making up random weights
+                                            know hf_flash then fails on the shape instead of making up random weights,
+                                            and names a tensor that says what is missing
     flash-layer-00000.safetensors           one file a layer with `<prefix>.fc1.bundles`, and `<prefix>.fc1.place` if its
                                             neurons are not in the order of their ids (placement.py)
     flash-predictor-int4-g64.safetensors    what a predictor needs, per layer
@@ -55,6 +56,7 @@ LAYER_FILE: Final = "flash-layer-{:05d}.safetensors"
 PREDICTOR_FILE: Final = "flash-predictor-{}.safetensors"
 CALIBRATION_FILE: Final = "flash-calibration.safetensors"
 META: Final = "hf_flash."
+NOTICE: Final = "this model needs hf_flash: pip install hf-flash, then import hf_flash before loading it"  # an empty tensor
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,

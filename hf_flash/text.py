@@ -22,6 +22,13 @@ _GRAM: Final = 32  # tokens that are taken for a quotation
 _KEPT: Final = 16  # one in so many of these is remembered
 
 
+def text_name(text: Text) -> str | None:
+    """What a text is called: a dataset's name, a file's without its folder; `None` for token ids."""
+    if not isinstance(text, str | os.PathLike):
+        return None
+    return Path(text).name if Path(text).is_file() else str(text)
+
+
 def token_windows(
     folder: Path, text: Text, context: int, vocab_size: int, *, most: int, seed: int | None = None, least: int = 1
 ) -> torch.Tensor:

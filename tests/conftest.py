@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import hf_flash
+from tests.hub import TOKEN, Hub, serve
 
 ROOT = Path(__file__).parent.parent
 TINY_OPT = ROOT / "examples" / "tiny-opt"
@@ -95,3 +98,24 @@ def plain(opt: Callable[..., Path]) -> Path:
 def packed(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, repacked, never calibrated. Do not write to it."""
     return hf_flash.repack(plain, tmp_path_factory.mktemp("packed") / "opt-flash")
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as hub:
+        yield hub
+        assert hub.unknown == []
+
+
+@pytest.fixture
+def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The Hub, with the client of this process pointed at it."""
+    huggingface_hub.close_session()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path.with_name(f"{tmp_path.name}-harnesses")), raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield hub
+    huggingface_hub.close_session()

@@ -23,6 +23,8 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 TOKEN: Final = "hf_dummy"
+# huggingface_hub 2.4 uploads LFS files with an argument that httpx2 no longer likes
+UPLOAD_WARNING: Final = "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"
 _LARGE: Final = (".safetensors", ".bin")
 _REPO: Final = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
@@ -45,12 +47,15 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []  # "GET /path", in the order they came
         self.unknown: list[str] = []
+        self.uploaded: list[str] = []  # the sha256 of what came by LFS, in the order in which it was complete
+        self.after_upload: Callable[[], None] = lambda: None  # called when something was added there
         self.lock = threading.RLock()
 
     def publish(self, name: str, folder: Path) -> str:
         """Make a repository hold exactly what is in a local folder; returns the commit."""
         repo = self.repos.setdefault(name, Repo())
-        return self.commit(repo, "main", {p.name: self.keep(p.read_bytes()) for p in folder.iterdir()})
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return self.commit(repo, "main", {p.relative_to(folder).as_posix(): self.keep(p.read_bytes()) for p in files})
 
     def keep(self, data: bytes) -> str:
         oid = hashlib.sha256(data).hexdigest()
@@ -240,6 +245,8 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_upload(self, oid: str) -> None:
         if self.hub.keep(self.body) != oid:
             raise _Refused(400, "the bytes are not what their name says")
+        self.hub.uploaded.append(oid)
+        self.hub.after_upload()
         self._answer(200, b"")
 
     def lfs_verify(self) -> None:
@@ -283,8 +290,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, repo: str, revision: str, folder: str | None = None) -> None:
         files = self._at(repo, revision)[2]
-        if folder is not None:  # the repositories here are flat
-            raise _Refused(404, "EntryNotFound")
+        if folder is not None:
+            files = {path: blob for path, blob in files.items() if path.startswith(f"{folder}/")}
+            if not files:
+                raise _Refused(404, "EntryNotFound")
         entries = []
         for path, blob in sorted(files.items()):
             data = self.hub.blobs[blob]

@@ -130,17 +130,18 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 # --- imports -------------------------------------------------------------------------------------------------------
 
 LAYERS = [  # a module imports only from lines above its own
-    {"_version", "demand", "errors", "memory", "uring"},
+    {"_version", "demand", "errors", "inuse", "memory", "uring"},
     {"activity", "budget", "cap", "disk", "harness", "native", "window"},
     {"bench_checks", "bench_job", "bench_report", "compute", "config", "plots", "stats", "store"},
-    {"bench_page", "checkpoint", "lowbit", "placement", "sources", "writer"},
-    {"commandline", "folders", "predictor", "reader"},
+    {"bench_page", "checkpoint", "lowbit", "placement", "readme", "sources", "writer"},
+    {"commandline", "folders", "hub_cache", "predictor", "reader"},
     {"lowrank", "quantized"},
     {"ffn", "training"},
     {"adapters", "linear"},
     {"repack"},
     {"runtime"},
-    {"bench", "bench_worker", "saving", "text"},
+    {"bench", "bench_worker", "card", "flash_cache", "text"},
+    {"saving"},
     {"quantizer"},
     {"calibration", "evaluation"},
     {"inspection", "machine", "observing"},
@@ -166,9 +167,21 @@ MAY_IMPORT = {
         "quantizer",
         "text",
     },
-    "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "uring"},
+    "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "uring", "inuse"},
     "safetensors": {"store", "checkpoint", "predictor"},
-    "huggingface_hub": {"bench", "checkpoint", "repack", "saving", "calibration", "cli", "evaluation", "machine", "planner"},
+    "huggingface_hub": {
+        "bench",
+        "checkpoint",
+        "hub_cache",
+        "readme",
+        "repack",
+        "saving",
+        "calibration",
+        "cli",
+        "evaluation",
+        "machine",
+        "planner",
+    },
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,43 +20,21 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
 from hf_flash.cli import main
 from hf_flash.store import FlashStore
-from tests.hub import TOKEN, Hub, serve
+from tests.hub import TOKEN, UPLOAD_WARNING, Hub
 
-# huggingface_hub 2.4 uploads LFS files with an argument that httpx2 no longer likes
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 
 PROMPT = [[2, 44, 81, 63, 10]]
 Make = Callable[..., Path]
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serve() as hub:
-        yield hub
-        assert hub.unknown == []
-
-
-@pytest.fixture
-def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The Hub, with the client of this process pointed at it."""
-    huggingface_hub.close_session()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path.with_name(f"{tmp_path.name}-harnesses")), raising=False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield hub
-    huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -84,10 +63,10 @@ def small(opt: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hf_flash.repack(opt(), tmp_path_factory.mktemp("hub") / "small-flash")
 
 
-def tokens(source: str | Path, plain: bool = False, **kwargs: Any) -> list[int]:
+def tokens(source: str | Path, plain: bool = False, predictor: str | None = None, **kwargs: Any) -> list[int]:
     """What a model says to the prompt. `plain`: it is a plain checkpoint, to be loaded with its FFN on flash."""
-    if plain:
-        kwargs["quantization_config"] = FlashOffloadConfig(predictor="none")
+    if plain or predictor:
+        kwargs["quantization_config"] = FlashOffloadConfig(predictor=predictor or "none")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs)
     said = generated(model)
     if getattr(model, "is_quantized", False):
@@ -100,17 +79,25 @@ def generated(model: Any) -> list[int]:
     return said
 
 
-def elsewhere(hub: Hub, home: Path, *wishes: dict[str, Any], **env: str) -> list[list[int]]:
-    """`[tokens(**wish), ...]`, or what `repack(**wish)` makes, of another process whose caches are in `home`."""
+def elsewhere(hub: Hub, home: Path, *wishes: dict[str, Any], **env: str) -> list[Any]:
+    """`[tokens(**wish), ...]`, or what `repack(**wish)` makes, of another process whose caches are in `home`.
+
+    With `fails`, what the error says that it ends with.
+    """
     script = """
 import json, sys, hf_flash
 from tests.integration.test_hub import tokens
 def grant(wish):
+    if wish.pop("fails", False):
+        try:
+            return grant(wish)
+        except Exception as error:
+            return f"{type(error).__name__} {error}"
     return str(hf_flash.repack(**wish)) if "target" in wish else tokens(**wish)
 print(json.dumps([grant(wish) for wish in json.loads(sys.argv[1])]))
 """
     printed = hub.run(home, "-c", script, json.dumps(wishes), **env)
-    answers: list[list[int]] = json.loads(printed.splitlines()[-1])
+    answers: list[Any] = json.loads(printed.splitlines()[-1])
     return answers
 
 
@@ -121,7 +108,8 @@ def sha256s(folder: Path) -> dict[str, str]:
 
 
 def pushed(hub: Hub, name: str, revision: str = "main") -> dict[str, str]:
-    return {path: blob for path, blob in hub.files(name, revision).items() if path != ".gitattributes"}
+    """Path -> sha256 of what was pushed, but for the card (test_card.py)."""
+    return {path: blob for path, blob in hub.files(name, revision).items() if path not in (".gitattributes", "README.md")}
 
 
 # --- the Hub itself ---------------------------------------------------------------------------------------------------
@@ -155,6 +143,17 @@ def test_what_is_pushed_says_the_same_when_loaded_elsewhere(
     said = [tokens(flash), generated(model)]
     assert elsewhere(here, tmp_path / "home", {"source": "me/tiny-opt-flash"}, {"source": "me/other"}) == said
     assert not (tmp_path / "home" / "flash").exists()  # nothing had to be repacked
+
+
+def test_the_tokenizer_beside_a_model_comes_along_where_there_is_none(here: Hub, flash: Path, load: Callable[..., Any]) -> None:
+    model, tokenizer = load(flash), AutoTokenizer.from_pretrained(flash)
+    model.push_to_hub("me/x")
+    assert pushed(here, "me/x").keys() == sha256s(flash).keys()
+    tokenizer.model_max_length = 77
+    tokenizer.push_to_hub("me/y")
+    mine = here.files("me/y")["tokenizer_config.json"]
+    model.push_to_hub("me/y")
+    assert here.files("me/y")["tokenizer_config.json"] == mine != here.files("me/x")["tokenizer_config.json"]
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -314,6 +313,15 @@ def test_the_command_says_what_the_hub_refused(
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(["push", str(small), "me/x"]) == 1
     assert "401" in capsys.readouterr().err
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # does not listen
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        assert main(["push", str(small), "me/x"]) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    assert main(["push", str(small), "me/x"]) == 1
+    assert "offline" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", ["target", "source"])

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, folders, planner, runtime
+from hf_flash import FlashOffloadConfig, folders, machine, planner, runtime
 from hf_flash.cli import main
 from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
 from hf_flash.runtime import find_runtime

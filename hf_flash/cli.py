@@ -21,7 +21,7 @@ from . import bench, calibration, evaluation, planner
 from ._version import __version__
 from .bench_report import describe as describe_bench
 from .budget import format_bytes, parse_bytes
-from .config import FlashOffloadConfig
+from .config import ARGUMENTS, FlashOffloadConfig, configure
 from .errors import ConfigError, HfFlashError
 from .plots import plot, plot_bench
 from .repack import repack, restore
@@ -103,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", nargs="?", help="a repacked checkpoint")
     _bench_arguments(sub)
 
+    sub = command("serve", _serve, "Serve a model to OpenAI clients and `transformers chat`, with transformers' own server.")
+    sub.add_argument("model", help="folder or Hub repository, repacked or plain; name@revision for another revision")
+    _serve_arguments(sub)
+
     sub = command("restore", _restore, "Undo repack: the plain checkpoint, every tensor bit for bit.")
     sub.add_argument("folder", help="a repacked checkpoint")
     sub.add_argument("target", help="folder to make")
@@ -178,6 +182,29 @@ def _bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--note", action="append", default=[], metavar="TEXT", help="a line for the report; may be repeated")
     sub.add_argument("--json", metavar="FILE", help="write all figures there, or - to print them instead of tables")
     sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw where the time of a token goes, and over budgets")
+
+
+def _serve_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--host", default="localhost", help="address to listen on (default localhost)")
+    sub.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default 8000)")
+    sub.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template for a model without one")
+    sub.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of compute")
+    sub.add_argument("--attn-implementation", choices=["eager", "sdpa"], help="default: transformers' choice")
+    sub.add_argument("--continuous-batching", action="store_true", help="decode requests together, sampled as the first says")
+    sub.add_argument("--kv-cache", type=_size, default="1GiB", metavar="SIZE", help="for continuous batching (default 1GiB)")
+    sub.add_argument("--enable-cors", action="store_true", help="let web pages from anywhere call it")
+    sub.add_argument("--log-level", choices=["error", "warning", "info", "debug"], default="info", help="default info")
+    flash = sub.add_argument_group("flash", "arguments of FlashOffloadConfig; what is left out is as the model stores it")
+    flash.add_argument("--memory-budget", metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
+    flash.add_argument("--predictor", choices=["quantized", "lowrank", "none"], help="who names the neurons of a token")
+    flash.add_argument("--predictor-bits", type=int, choices=[4, 8], help="of the quantized one, for a plain checkpoint")
+    flash.add_argument("--predictor-group-size", type=int, metavar="N", help="weights that share a scale, likewise")
+    flash.add_argument("--predictor-margin", type=float, metavar="X", help="standard deviations of its rounding error")
+    flash.add_argument("--window", type=int, metavar="N", help="tokens a neuron stays in DRAM for")
+    flash.add_argument("--lookahead", type=int, choices=[0, 1], help="start reading before a layer's attention")
+    flash.add_argument("--reader", choices=["auto", "mmap", "direct"], help="through the page cache or past it")
+    flash.add_argument("--io-threads", type=int, metavar="N", help="parallel direct reads without io_uring")
+    flash.add_argument("--cache-dir", metavar="DIR", help="where plain checkpoints are repacked to")
 
 
 def _at_least_two(text: str) -> int:
@@ -293,6 +320,23 @@ def _bench(args: argparse.Namespace) -> int:
     if args.plot:
         plot_bench(report, args.plot)
     return 0 if report.get("same_tokens", True) else 1
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        from .server import Server
+    except ImportError as error:
+        raise ConfigError("serving needs more packages", got=error, hint="pip install 'hf-flash[serve]'") from error
+    configure(**{name: getattr(args, name) for name in ARGUMENTS})
+    server = Server(
+        args.model, host=args.host, port=args.port, dtype=args.dtype, attn_implementation=args.attn_implementation,
+        chat_template=args.chat_template, kv_cache_bytes=args.kv_cache if args.continuous_batching else None,
+        enable_cors=args.enable_cors, log_level=args.log_level,
+    )  # fmt: skip
+    _say(server.describe())
+    sys.stdout.flush()
+    server.run()
+    return 0
 
 
 def _restore(args: argparse.Namespace) -> int:

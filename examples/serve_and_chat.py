@@ -53,9 +53,9 @@ def chat(url: str) -> None:
         messages.append({"role": "assistant", "content": answer})
 
     with urllib.request.urlopen(url.removesuffix("/v1") + "/flash/stats") as answered:
-        stats = json.load(answered)
-    print(f"{stats['tokens']} tokens, {stats['read_bytes_per_token'] / 1e3:.0f} kB read for each, {stats['hit_rate']:.0%} hits,")
-    print(f"{stats['dram_bytes'] / 1e6:.1f} MB of weights in DRAM; the dense model has {stats['dense_bytes'] / 1e6:.1f} MB")
+        found = json.load(answered)
+    print(f"{found['tokens']} tokens, {found['read_bytes_per_token'] / 1e3:.0f} kB read for each, hits {found['hit_rate']:.0%}")
+    print(f"{found['dram_bytes'] / 1e6:.1f} MB of weights in DRAM, {found['dense_bytes'] / 1e6:.1f} MB in the dense model")
 
 
 if __name__ == "__main__":

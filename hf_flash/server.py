@@ -7,20 +7,23 @@ Routes, requests and answers are those of `transformers serve`. What is added:
     /flash/stats        what `hf_flash.stats` says, as JSON
     /metrics            the same for Prometheus
     the context         a request gets no more tokens than the model has positions left; without any it is refused
-    errors              what a request got wrong is answered with 400 and the reason, not with 500
+    errors              come with their reason, where OpenAI's clients show it; what a request got wrong is no 500
 """
 
 from __future__ import annotations
 
 import logging
 import socket
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
+import torch
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
-from transformers import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -40,7 +43,7 @@ logger = logging.getLogger("hf_flash")
 
 _PAGE_TOKENS: Final = 256  # of the KV cache in continuous batching; transformers' default
 _BATCH_TOKENS: Final = 512  # through the model at once, prompts in parts of it
-_GRACE_S: Final = 3  # after Ctrl-C, for answers under way
+_GRACE_S: Final = 10  # after Ctrl-C, for the token that answers under way are at
 
 
 class Server:
@@ -80,27 +83,15 @@ class Server:
             raise ConfigError("what follows @ is a revision", where="MODEL", got=model, hint="rename the folder, or link to it")
         self._socket = _bound(host, port)
         self.url = f"http://{host}:{self._socket.getsockname()[1]}/v1"
-        batching = kv_cache_bytes is not None
         try:
-            self._models = _FlashModels(model, template, dtype, attn_implementation, batching)
-        except HfFlashError:
+            self._models = _loaded(model, template, dtype, attn_implementation, kv_cache_bytes is not None)
+            cache = None if kv_cache_bytes is None else _paged(kv_cache_bytes, self.stats())
+        except BaseException:
+            self._socket.close()
             raise
-        except (OSError, ValueError) as error:
-            raise ConfigError("the model cannot be loaded", where=model, got=error) from error
-        state = _State(batching, None if kv_cache_bytes is None else _paged(kv_cache_bytes, self.stats()))
-        app = build_server(
-            self._models,
-            ChatCompletionHandler(self._models, state),
-            completion_handler=CompletionHandler(self._models, state),
-            response_handler=ResponseHandler(self._models, state),
-            transcription_handler=TranscriptionHandler(self._models, state),
-            systemone_handler=SystemOneHandler(model_manager=self._models, generation_state=state),
-            generation_state=state,
-            enable_cors=enable_cors,
-        )
-        self._add_routes(app)
-        self._state = state
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_GRACE_S))
+        self._state = _State(cache)
+        config = uvicorn.Config(self._app(enable_cors), log_level=log_level, timeout_graceful_shutdown=_GRACE_S)
+        self._server = _Uvicorn(config, self._state.stop)
         self._socket.listen()  # clients that come before `run` wait
 
     def stats(self) -> FlashStats:
@@ -131,7 +122,7 @@ class Server:
         return "\n".join(f"{name:<20}{value}" for name, value in rows)
 
     def run(self) -> None:
-        """Serve until Ctrl-C or SIGTERM. Answers under way get a few seconds to finish."""
+        """Serve until Ctrl-C or SIGTERM. Answers under way end with the token they are at."""
         try:
             self._server.run(sockets=[self._socket])
         except KeyboardInterrupt:
@@ -140,7 +131,24 @@ class Server:
             self._state.shutdown()
             self._socket.close()
 
-    def _add_routes(self, app: FastAPI) -> None:
+    def stop(self) -> None:
+        """Let [`run`] return, as Ctrl-C does; from any thread."""
+        self._state.stop.set()
+        self._server.should_exit = True
+
+    def _app(self, enable_cors: bool) -> FastAPI:
+        models, state = self._models, self._state
+        app: FastAPI = build_server(
+            models,
+            ChatCompletionHandler(models, state),
+            completion_handler=CompletionHandler(models, state),
+            response_handler=ResponseHandler(models, state),
+            transcription_handler=TranscriptionHandler(models, state),
+            systemone_handler=SystemOneHandler(model_manager=models, generation_state=state),
+            generation_state=state,
+            enable_cors=enable_cors,
+        )
+
         @app.get("/flash/stats")
         def flash_stats() -> JSONResponse:
             return JSONResponse(self.stats().to_dict())
@@ -149,14 +157,34 @@ class Server:
         def metrics() -> PlainTextResponse:
             return PlainTextResponse(prometheus(self.stats()), media_type="text/plain; version=0.0.4")
 
+        @app.exception_handler(HTTPException)
+        async def refused(_: Request, error: HTTPException) -> JSONResponse:
+            return _failure(error.status_code, error.detail)
+
         @app.exception_handler(ValueError)
         async def wrong_request(_: Request, error: ValueError) -> JSONResponse:
-            return _refused(400, "invalid_request_error", error)
+            return _failure(400, error)
 
         @app.exception_handler(HfFlashError)
         async def failed(_: Request, error: HfFlashError) -> JSONResponse:
+            if isinstance(error, ConfigError):
+                return _failure(400, error)
             logger.error("hf_flash: %s", error)
-            return _refused(503, "server_error", error)
+            return _failure(503, error)
+
+        return app
+
+
+class _Uvicorn(uvicorn.Server):
+    """Says when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, stop: threading.Event) -> None:
+        super().__init__(config)
+        self._stop = stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._stop.set()
+        super().handle_exit(sig, frame)
 
 
 class _FlashModels(ModelManager):
@@ -199,21 +227,31 @@ class _FlashModels(ModelManager):
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "hf_flash"}]
 
 
-class _State(GenerationState):
-    """Hands out generators that respect the model's context."""
+def _loaded(model: str, *settings: Any) -> _FlashModels:
+    try:
+        return _FlashModels(model, *settings)
+    except HfFlashError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError("the model cannot be loaded", where=model, got=error) from error
 
-    def __init__(self, continuous_batching: bool, cache: ContinuousBatchingConfig | None) -> None:
-        super().__init__(continuous_batching=continuous_batching, cb_config=cache)
+
+class _State(GenerationState):
+    """Hands out generators that respect the model's context, and end when the server is told to stop."""
+
+    def __init__(self, cache: ContinuousBatchingConfig | None) -> None:
+        super().__init__(continuous_batching=cache is not None, cb_config=cache)
+        self.stop = threading.Event()
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
-        return _Fitting(super().get_manager(model_id, use_cb=use_cb))
+        return _Fitting(super().get_manager(model_id, use_cb=use_cb), self.stop)
 
 
 class _Fitting:
     """A generation manager of transformers that never asks for positions the model does not have: OPT's are learnt."""
 
-    def __init__(self, manager: Any) -> None:
-        self._manager = manager
+    def __init__(self, manager: Any, stop: threading.Event) -> None:
+        self._manager, self._stop = manager, stop
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
@@ -221,23 +259,28 @@ class _Fitting:
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        _fit(model, inputs, gen_config)
+        self._fit(model, inputs, gen_config)
         queue, streamer = self._manager.generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
         return queue, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        _fit(model, inputs, gen_config)
+        self._fit(model, inputs, gen_config)
         return await self._manager.generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
 
+    def _fit(self, model: Any, inputs: Any, gen_config: Any) -> None:
+        ids, context = inputs["input_ids"], model.config.max_position_embeddings
+        one_by_one = not isinstance(ids, list)  # else continuous batching, which takes token ids and nothing else
+        length = ids.shape[-1] if one_by_one else len(ids)
+        if length >= context:
+            raise ConfigError("the prompt is too long for the model", expected=f"fewer than {context} tokens", got=length)
+        gen_config.max_new_tokens = min(gen_config.max_new_tokens or context, context - length)
+        if one_by_one:
+            inputs["stopping_criteria"] = StoppingCriteriaList([self._stopped])
 
-def _fit(model: Any, inputs: Any, gen_config: Any) -> None:
-    ids, context = inputs["input_ids"], model.config.max_position_embeddings
-    length = len(ids) if isinstance(ids, list) else ids.shape[-1]
-    if length >= context:
-        raise ConfigError("the prompt is too long for the model", expected=f"fewer than {context} tokens", got=length)
-    gen_config.max_new_tokens = min(gen_config.max_new_tokens or context, context - length)
+    def _stopped(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(ids),), self._stop.is_set())
 
 
 def prometheus(found: FlashStats) -> str:
@@ -283,5 +326,7 @@ def _read(template: Path) -> str:
         raise ConfigError("cannot read the chat template", where=template, got=error) from error
 
 
-def _refused(status: int, kind: str, error: Exception) -> JSONResponse:
-    return JSONResponse({"error": {"message": str(error), "type": kind}}, status_code=status)
+def _failure(status: int, what: object) -> JSONResponse:
+    """In the form that OpenAI's clients show."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": str(what), "type": kind}}, status_code=status)

@@ -131,7 +131,7 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "demand", "errors", "memory", "uring"},
-    {"activity", "budget", "cap", "disk", "harness", "native", "plots", "window"},
+    {"activity", "budget", "cap", "devices", "disk", "harness", "native", "plots", "window"},
     {"bench_checks", "bench_job", "bench_report", "compute", "config", "stats", "store"},
     {"checkpoint", "lowbit", "placement", "sources", "writer"},
     {"folders", "predictor", "reader"},

@@ -12,6 +12,7 @@ Routes, requests and answers are those of `transformers serve`. What is added:
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import threading
@@ -260,6 +261,7 @@ class _Fitting:
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         self._fit(model, inputs, gen_config)
+        model = _Escaping(model)
         queue, streamer = self._manager.generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
         return queue, streamer
 
@@ -281,6 +283,23 @@ class _Fitting:
 
     def _stopped(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((len(ids),), self._stop.is_set())
+
+
+class _Escaping:
+    """A model whose errors can be put between the quotes of JSON on one line, which is what transformers does in a stream."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate(self, **kwargs: Any) -> Any:
+        try:
+            return self._model.generate(**kwargs)
+        except HfFlashError as error:
+            logger.error("hf_flash: %s", error)
+            raise RuntimeError(json.dumps(str(error))[1:-1]) from error
 
 
 def prometheus(found: FlashStats) -> str:

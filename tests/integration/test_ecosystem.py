@@ -99,6 +99,12 @@ def test_a_pipeline_leaves_the_model_on_the_cpu(packed: Path, tokenizer: Any) ->
 
 
 @pytest.mark.usefixtures("with_an_accelerator")
+def test_there_a_pipeline_wants_no_device(packed: Path) -> None:
+    with pytest.raises(ValueError, match="discard the `device` argument"):  # transformers', to any model with a device map
+        pipeline("text-generation", model=packed.as_posix(), device="cpu")
+
+
+@pytest.mark.usefixtures("with_an_accelerator")
 def test_a_model_that_stays_can_be_saved_and_used_in_every_way(packed: Path, stock: Any, tmp_path: Path) -> None:
     """The device map that keeps it on the CPU is not taken for accelerate's offloading."""
     model = load(packed)
@@ -204,7 +210,7 @@ def test_the_harness_loads_a_repacked_folder_by_name(packed: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    tasks = TaskManager(include_path=str(ROOT / "examples" / "tasks"))
+    tasks = TaskManager(include_path=str(ROOT / "examples" / "tasks"), include_defaults=False)
 
     def accuracy(folder: Path) -> Any:
         found = simple_evaluate(

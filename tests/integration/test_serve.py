@@ -180,6 +180,9 @@ def test_a_disk_that_fails_is_said_and_the_server_goes_on(packed_tiny: Path, tmp
             os.truncate(next(iter(sorted(folder.glob("flash-layer-*.safetensors")))), 8192)
             with pytest.raises(openai.InternalServerError, match="flash-layer"):
                 talk.completions.create(model=str(folder), prompt=PROMPTS[0], max_tokens=5)
+            with pytest.raises(openai.APIError) as caught:
+                list(talk.completions.create(model=str(folder), prompt=PROMPTS[0], max_tokens=5, stream=True))
+            assert "flash-layer" in str(caught.value.body)
             assert requests.get(server.url.removesuffix("/v1") + "/health", timeout=30).ok
     finally:
         hf_flash.configure(reader=None, memory_budget=None)

@@ -119,6 +119,12 @@ def test_clients_at_once_get_what_generate_says(server: Server, continued: Calla
         assert answer == continued(text, ids=None if ask is completed else chatted(tokenizer, text)), (ask, text)
 
 
+def test_the_responses_api_answers_too(talk: openai.OpenAI, continued: Callable[..., str], tokenizer: Any) -> None:
+    settings = {"max_output_tokens": 12, "temperature": 0, "stream": False}  # transformers streams here unless told not to
+    found = talk.responses.create(model=str(TINY_OPT), input=PROMPTS[0], **settings)
+    assert found.output_text == continued(PROMPTS[0], ids=chatted(tokenizer, PROMPTS[0]))
+
+
 def test_the_counters_are_those_of_the_model(server: Server, talk: openai.OpenAI) -> None:
     root = server.url.removesuffix("/v1")
     before = requests.get(f"{root}/flash/stats", timeout=30).json()

@@ -83,7 +83,8 @@ class Server:
         if "@" in model and Path(model).exists():
             raise ConfigError("what follows @ is a revision", where="MODEL", got=model, hint="rename the folder, or link to it")
         self._socket = _bound(host, port)
-        self.url = f"http://{host}:{self._socket.getsockname()[1]}/v1"
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}/v1"
         try:
             self._models = _loaded(model, template, dtype, attn_implementation, kv_cache_bytes is not None)
             cache = None if kv_cache_bytes is None else _paged(kv_cache_bytes, self.stats())

@@ -41,6 +41,7 @@ from .commandline import (
     size,
     tell,
 )
+from .config import ARGUMENTS, configure
 from .demo import demo
 from .doctor import diagnose
 from .errors import ConfigError, HfFlashError
@@ -193,6 +194,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("model", nargs="?", help="a repacked checkpoint")
     _bench_arguments(sub)
+
+    commands.group("talk to it")
+    sub = command("serve", _serve, "Serve a model to OpenAI clients and `transformers chat`, with transformers' own server.",
+                  "hf-flash serve opt-6.7b-flash --memory-budget 6GiB --port 8000")  # fmt: skip
+    sub.add_argument("model", help="folder or Hub repository, repacked or plain; name@revision for another revision")
+    _serve_arguments(sub)
     return parser
 
 
@@ -254,6 +261,29 @@ def _bench_arguments(sub: argparse.ArgumentParser) -> None:
     add_json(sub)
     sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw where the time of a token goes, and over budgets")
     sub.add_argument("--html", type=file_target, metavar="FILE", help="write a page with all figures and drawings")
+
+
+def _serve_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--host", default="localhost", help="address to listen on (default localhost)")
+    sub.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default 8000)")
+    sub.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template for a model without one")
+    sub.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of compute")
+    sub.add_argument("--attn-implementation", choices=["eager", "sdpa"], help="default: transformers' choice")
+    sub.add_argument("--continuous-batching", action="store_true", help="decode requests together, sampled as the first says")
+    sub.add_argument("--kv-cache", type=size, default="1GiB", metavar="SIZE", help="for continuous batching (default 1GiB)")
+    sub.add_argument("--enable-cors", action="store_true", help="let web pages from anywhere call it")
+    sub.add_argument("--log-level", choices=["error", "warning", "info", "debug"], default="info", help="default info")
+    flash = sub.add_argument_group("flash", "arguments of FlashOffloadConfig; what is left out is as the model stores it")
+    flash.add_argument("--memory-budget", metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
+    flash.add_argument("--predictor", choices=["quantized", "lowrank", "none"], help="who names the neurons of a token")
+    flash.add_argument("--predictor-bits", type=int, choices=[4, 8], help="of the quantized one, for a plain checkpoint")
+    flash.add_argument("--predictor-group-size", type=int, metavar="N", help="weights that share a scale, likewise")
+    flash.add_argument("--predictor-margin", type=float, metavar="X", help="standard deviations of its rounding error")
+    flash.add_argument("--window", type=int, metavar="N", help="tokens a neuron stays in DRAM for")
+    flash.add_argument("--lookahead", type=int, choices=[0, 1], help="start reading before a layer's attention")
+    flash.add_argument("--reader", choices=["auto", "mmap", "direct"], help="through the page cache or past it")
+    flash.add_argument("--io-threads", type=int, metavar="N", help="parallel direct reads without io_uring")
+    flash.add_argument("--cache-dir", metavar="DIR", help="where plain checkpoints are repacked to")
 
 
 # --- what they do ------------------------------------------------------------------------------------------------------
@@ -391,3 +421,19 @@ def _bench(args: argparse.Namespace) -> int:
     if args.html:
         write_text(args.html, page(report))
     return 0 if report.get("same_tokens", True) else 1
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        from .server import Server
+    except ImportError as error:
+        raise ConfigError("serving needs more packages", got=error, hint="pip install 'hf-flash[serve]'") from error
+    configure(**{name: getattr(args, name) for name in ARGUMENTS})
+    server = Server(
+        args.model, host=args.host, port=args.port, dtype=args.dtype, attn_implementation=args.attn_implementation,
+        chat_template=args.chat_template, kv_cache_bytes=args.kv_cache if args.continuous_batching else None,
+        enable_cors=args.enable_cors, log_level=args.log_level,
+    )  # fmt: skip
+    say(server.describe())
+    server.run()
+    return 0

@@ -43,6 +43,8 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "io_threads": 16,
     "cache_dir": None,
 }
+ARGUMENTS: Final = tuple(_DEFAULTS)
+"""Names of all arguments of `FlashOffloadConfig`."""
 _THIS_MACHINE_ONLY: Final = ("cache_dir",)  # never serialised
 _LOADING_KEY: Final = "flash_arguments"
 _process_defaults: dict[str, Any] = {}

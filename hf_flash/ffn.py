@@ -28,7 +28,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ from .predictor import Predictor
 from .reader import BundleReader, ReadCount, Reading
 from .stats import Counters
 from .window import Ids, ResidentWindow, uses
+
+_ON_FLASH: Final = "weights on flash, LoRA only on attention"  # what PEFT quotes when it refuses a layer
 
 Observer = Callable[[torch.Tensor, Ids, torch.Tensor], None]
 """Called with a layer's input x [tokens, d_model], the ids of a block and their pre-activations [tokens, ids]."""
@@ -317,7 +319,7 @@ class FlashFFN(nn.Module):
         return self.engine
 
     def extra_repr(self) -> str:
-        return f"layer={self.index}, d_model={self.d_model}, d_ff={self.d_ff}, on flash"
+        return f"layer={self.index}, d_model={self.d_model}, d_ff={self.d_ff}, {_ON_FLASH}"
 
 
 class DownBias(nn.Module):
@@ -330,6 +332,9 @@ class DownBias(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.empty(d_model), requires_grad=False) if bias else None
         self.dtype = dtype
+
+    def extra_repr(self) -> str:
+        return _ON_FLASH
 
     def forward(self, total: torch.Tensor) -> torch.Tensor:
         return (total if self.bias is None else total + self.bias.float()).to(self.dtype)

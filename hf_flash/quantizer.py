@@ -19,6 +19,7 @@ from .adapters import Adapter, adapter_for
 from .budget import MemoryPlan, format_bytes
 from .checkpoint import Checkpoint
 from .config import AUTO, FlashOffloadConfig
+from .devices import stay_on_cpu
 from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
 from .predictor import PredictorForm, find_predictor
 from .quantized import QuantizedFormat
@@ -49,7 +50,13 @@ class FlashHfQuantizer(HfQuantizer):
                 hint='remove "disk" from device_map; memory_budget says how much may stay in DRAM',
             )
         if places - {"None", "cpu", *_AUTOMATIC}:
-            raise ConfigError("the FFN computes on the CPU", where="device_map", expected='"cpu" or None', got=device_map)
+            raise ConfigError(
+                "the FFN computes on the CPU",
+                where="device_map",
+                expected='"cpu", "auto" or None',
+                got=device_map,
+                hint="lm-eval, which passes its --device on: --device cpu",
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         """`"auto"` means the CPU, where the FFN computes."""
@@ -152,6 +159,7 @@ class FlashHfQuantizer(HfQuantizer):
         if ahead and self._form is not None:
             adapter_for(model.config).watch(model, self._ffns)
         bind(model)
+        stay_on_cpu(model)
         logger.info(
             "hf_flash: memory budget %s%s\n%s",
             format_bytes(plan.budget_bytes),

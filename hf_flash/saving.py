@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from . import inuse
 from .card import base_model, model_card
 from .checkpoint import Checkpoint
+from .devices import METHODS
 from .errors import ConfigError
 from .repack import cache_folder, link_or_copy, save_folder
 from .runtime import find_runtime
@@ -48,12 +49,13 @@ _REPLACED: Final = [
 
 def bind(model: Any) -> None:
     """Give a loaded model its own `save_pretrained` and `push_to_hub`: the stock ones would rewrite the store, unaligned.
+    And what `devices` has for it.
 
     By a subclass of its class for this one model, under the same name: methods on the instance would be a reference cycle,
     and a model that is dropped would keep its memory until the next garbage collection.
     """
     stock = type(model)
-    own = {"save_pretrained": save_pretrained, "push_to_hub": push_to_hub}
+    own = {"save_pretrained": save_pretrained, "push_to_hub": push_to_hub, **METHODS}
     model.__class__ = type(stock.__name__, (stock,), {"__module__": stock.__module__, "__doc__": stock.__doc__, **own})
 
 

@@ -131,7 +131,7 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "demand", "errors", "inuse", "memory", "uring"},
-    {"activity", "budget", "cap", "disk", "harness", "native", "window"},
+    {"activity", "budget", "cap", "devices", "disk", "harness", "native", "window"},
     {"bench_checks", "bench_job", "bench_report", "compute", "config", "plots", "stats", "store"},
     {"bench_page", "checkpoint", "lowbit", "placement", "readme", "sources", "writer"},
     {"commandline", "folders", "hub_cache", "predictor", "reader"},
@@ -141,7 +141,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"repack"},
     {"runtime"},
     {"bench", "bench_worker", "card", "flash_cache", "text"},
-    {"saving"},
+    {"saving", "server"},
     {"quantizer"},
     {"calibration", "evaluation"},
     {"inspection", "machine", "observing"},
@@ -165,6 +165,7 @@ MAY_IMPORT = {
         "observing",
         "planner",
         "quantizer",
+        "server",
         "text",
     },
     "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "uring", "inuse"},

@@ -2,8 +2,8 @@
 
 `predictor="none"`: the stock model's tokens. With a predictor: the same whatever the budget and the reader (contract C3).
 
-Not here, because transformers itself cannot: contrastive search, DoLa, diverse and constrained beams (code from the Hub), a
-quantized KV cache (needs optimum-quanto or hqq), an offloaded one (needs an accelerator).
+Not here, because transformers itself cannot: contrastive search, DoLa, diverse and constrained beams (code from the Hub), an
+offloaded KV cache (needs an accelerator).
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     TextIteratorStreamer,
     set_seed,
 )
@@ -84,6 +87,8 @@ def only_even(_: int, ids: torch.Tensor) -> list[int]:
     return list(range(4 + int(ids[-1]) % 2, 90, 2))
 
 
+QUANTIZED = {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4}
+
 MODES: dict[str, Callable[[Any], Any]] = {
     "a batch": lambda m: generate(m, 8),
     "one token": lambda m: generate(m, 2, 3, max_new_tokens=1, min_new_tokens=1),
@@ -98,6 +103,7 @@ MODES: dict[str, Callable[[Any], Any]] = {
     "forced tokens": lambda m: generate(m, 2, forced_eos_token_id=7, suppress_tokens=[4, 8]),
     "warped samples": lambda m: generate(m, 2, do_sample=True, temperature=0.7, top_p=0.9, min_p=0.01, typical_p=0.9),
     "static cache": lambda m: generate(m, 2, cache_implementation="static"),
+    "quantized cache": lambda m: generate(m, 2, 30, cache_implementation="quantized", cache_config=QUANTIZED),
     "no cache": lambda m: generate(m, 2, use_cache=False),
     "prompt lookup": lambda m: generate(m, 1, 12, prompt_lookup_num_tokens=4),
     "streamed": streamed,
@@ -165,6 +171,32 @@ def test_the_model_without_a_head(load: Callable[..., Any]) -> None:
     stock, flash = load("pre_ln", auto=AutoModel), load("pre_ln", auto=AutoModel, predictor="none")
     wanted = stock(**prompt(stock, 2)).last_hidden_state
     torch.testing.assert_close(flash(**prompt(flash, 2)).last_hidden_state, wanted, atol=1e-5, rtol=0)
+
+
+def batched(model: Any) -> list[list[int]]:
+    """Prompts of several lengths, each token of a step another sequence's. Left alone, the cache takes most of the memory."""
+    prompts = [prompt(model, 1, length, seed=length)["input_ids"][0].tolist() for length in (3, 9, 18)]
+    settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+    cache = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=24)
+    found = model.generate_batch(inputs=prompts, generation_config=settings, continuous_batching_config=cache)
+    return [found[request].generated_tokens for request in sorted(found)]
+
+
+@pytest.mark.parametrize("source", ["tiny_opt", "post_ln"])
+def test_continuous_batching(load: Callable[..., Any], source: str) -> None:
+    assert batched(load(source, predictor="none")) == batched(load(source))
+    least = hf_flash.stats(load(source, predictor="quantized", reader="direct")).minimum_bytes
+    tight = load(source, predictor="quantized", reader="direct", memory_budget=least + (1 << 14))
+    assert batched(tight) == batched(load(source, predictor="quantized", reader="mmap"))
+
+
+def test_a_classifier_on_the_same_checkpoint(load: Callable[..., Any]) -> None:
+    """Its head is new; the one of the stock model is as good as any."""
+    models = [load("pre_ln", auto=AutoModelForSequenceClassification, **more) for more in ({}, {"predictor": "none"})]
+    models[1].score.load_state_dict(models[0].score.state_dict())
+    wanted, found = (model(**prompt(model, 2)).logits for model in models)
+    assert found.shape == (2, 2)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("roles", ["draft", "target", "both"])

@@ -40,17 +40,35 @@ def plain(name: str) -> str:
 
 
 def imported() -> tuple[set[str], set[str]]:
-    """Libraries that the package imports at the top of its modules, and only inside of functions."""
-    found: tuple[set[str], set[str]] = set(), set()
-    for module in MODULES:
-        tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    """Libraries that come with the package and its commands, and those that are imported when something needs them.
+
+    The first are imported at the top of modules that are themselves reached so; the second inside of functions, or at the top
+    of modules that are.
+    """
+    top: dict[str, set[str]] = {}
+    inside: set[str] = set()
+    for path in (ROOT / "hf_flash").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        at_top = top.setdefault(path.stem, set())
         for node in ast.walk(tree):
+            kept = at_top if node in tree.body else inside
             if isinstance(node, ast.Import):
-                found[node not in tree.body].update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                found[node not in tree.body].add(node.module or "")
-    top, inside = ({plain(name.split(".")[0]) for name in names if name.split(".")[0] not in STDLIB} for names in found)
-    return top, inside - top
+                kept.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                kept.update("." * node.level + name for name in names)
+    reached, todo = set(), ["__init__", "__main__", "calibrate"]
+    while todo:
+        reached.add(module := todo.pop())
+        todo += [name[1:] for name in top[module] if name[0] == "." and name[1:] not in reached]
+    always = set().union(*(top[module] for module in reached))
+    others = inside.union(*top.values())
+    return libraries(always), libraries(others) - libraries(always)
+
+
+def libraries(names: set[str]) -> set[str]:
+    """Of what is imported, the distributions that are neither Python's nor ours."""
+    return {plain(name.split(".")[0]) for name in names if name[0] != "." and name.split(".")[0] not in STDLIB}
 
 
 def test_what_is_imported_is_what_is_required() -> None:

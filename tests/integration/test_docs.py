@@ -32,7 +32,7 @@ from tests.hub import TOKEN, serve
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 AWAITED = {"serve", "cache", "doctor"}  # commands that the pages tell of and that may not be there yet
-AWAITED_OPTIONS = {"--watch", "--html"}
+AWAITED_OPTIONS = {"--watch", "--html", "--delete-source", "--bench", "--chat-template"}
 
 
 def every(pages: list[Path]) -> Any:

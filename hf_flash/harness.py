@@ -24,7 +24,7 @@ class Harness:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ConfigError("zero-shot tasks need lm-eval", hint="pip install hf-flash[eval]") from error
+            raise ConfigError("zero-shot tasks need lm-eval", hint='pip install "hf-flash[eval]"') from error
         self._manager, self._tasks, self._limit = TaskManager(include_path=include_path), list(tasks), limit
         unknown = [task for task in tasks if not self._manager.match_tasks([task])]
         if unknown:

@@ -1,4 +1,4 @@
-"""Plots of an evaluation report (evaluate.py) and of a bench report (bench.py), with matplotlib from the `eval` extra."""
+"""Plots of an evaluation report (evaluate.py) and of a bench report (bench.py), with matplotlib from the `plots` extra."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _figure(height: float, width: float = 6.4) -> Any:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise ConfigError("plots need matplotlib", hint="pip install hf-flash[eval]") from error
+        raise ConfigError("plots need matplotlib", hint='pip install "hf-flash[plots]"') from error
     return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 

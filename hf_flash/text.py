@@ -118,8 +118,9 @@ def _dataset(name: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
+        hint = 'pip install "hf-flash[eval]"'
         raise ConfigError(
-            "no such file, and the datasets library is not installed", where="text", got=name, hint="pip install hf-flash[eval]"
+            "no such file, and the datasets library is not installed", where="text", got=name, hint=hint
         ) from error
     path, config, split = [*name.split(":"), "", ""][:3]
     try:

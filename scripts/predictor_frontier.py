@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The frontier of predictors on a model: bytes against perplexity, reads and time. Writes JSON and the plot of the README.
+"""The frontier of predictors on a model: bytes against perplexity, reads and time. Writes JSON and the plot of the docs.
 
     scripts/predictor_frontier.py MODEL --train FILE --test FILE [FILE ...] --out FOLDER
 

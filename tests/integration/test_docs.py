@@ -1,0 +1,242 @@
+"""README.md and docs/: programs run, commands parse, links lead somewhere, tables and figures that can be worked out are right.
+
+Programs run with the small model that is shipped in place of models on the Hub, and with the Hub of `tests/hub.py`. The store
+format has a test of its own, tests/contract/test_store_format.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, OPTConfig
+
+import hf_flash
+from hf_flash import BudgetError, FlashOffloadConfig, config, planner
+from hf_flash.cli import _parser
+from hf_flash.lowrank import LowRankFormat
+from hf_flash.quantized import DEFAULT_MARGIN, QuantizedFormat
+from tests.conftest import ROOT, TINY_OPT
+from tests.docs import PAGES, anchors, blocks, prose, tables
+from tests.hub import TOKEN, serve
+
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+
+
+def every(pages: list[Path]) -> Any:
+    return pytest.mark.parametrize("page", pages, ids=[page.name for page in pages])
+
+
+# --- programs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty folder to be in, a Hub on the loopback, and this process as it was afterwards."""
+    logger, level = logging.getLogger("hf_flash"), logging.getLogger("hf_flash").level
+    with serve() as hub:
+        huggingface_hub.close_session()
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.chdir(tmp_path)
+        yield tmp_path
+        assert hub.unknown == []
+    huggingface_hub.close_session()
+    logger.setLevel(level)
+    hf_flash.configure(memory_budget=None, window=None)
+
+
+# huggingface_hub 2.4 uploads LFS files with an argument that httpx2 no longer likes
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+@every([page for page in PAGES if blocks(page, "python") and page.name != "store-format.md"])
+def test_the_programs_of_a_page_run_one_after_the_other(
+    own_place: Path, page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "\n".join(blocks(page, "python")).replace('"facebook/opt-6.7b"', repr(str(TINY_OPT)))
+    if "hf_flash.repack" not in code:
+        hf_flash.repack(TINY_OPT, "opt-6.7b-flash")
+    names: dict[str, Any] = {}
+    exec(compile(code, page.name, "exec"), names)
+    made = [names[name] for name in ("model", "pipe") if name in names]
+    assert made or page.name == "faq.md"
+    assert all(hf_flash.stats(model).layers == 6 for model in made)
+    if page == README:
+        assert hf_flash.stats(names["model"]).budget_bytes == 6 << 30
+        assert capsys.readouterr().out.count("Once upon a time") == 2
+
+
+def test_the_error_on_the_page_is_the_one_that_comes() -> None:
+    (shown,) = [block for block in blocks(DOCS / "budget.md", "") if block.startswith("the memory budget is too small")]
+    wanted = FlashOffloadConfig(memory_budget="6MiB", predictor="quantized")
+    with pytest.raises(BudgetError) as caught:
+        AutoModelForCausalLM.from_pretrained(TINY_OPT, quantization_config=wanted)
+    assert str(caught.value) == shown.strip()
+
+
+# --- commands -----------------------------------------------------------------------------------------------------------
+
+
+def parsers(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command with its parser, commands of commands too."""
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, sub in action.choices.items():
+                yield from parsers(sub, f"{name} {word}".strip())
+
+
+COMMANDS = dict(parsers(_parser()))
+
+
+def command_lines(page: Path) -> list[str]:
+    """The lines of a page's blocks that call `hf-flash`."""
+    lines = [line for block in blocks(page, "") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("hf-flash ")]
+
+
+@every([page for page in PAGES if command_lines(page)])
+def test_command_lines_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in command_lines(page):
+        words = shlex.split(line, comments=True)[1:]
+        try:
+            _parser().parse_args(words)
+        except SystemExit:
+            pytest.fail(f"{line}\n{capsys.readouterr().err}")
+
+
+@every(PAGES)
+def test_commands_and_options_that_are_spoken_of_exist(page: Path) -> None:
+    spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", prose(page))
+    for span in spans:
+        if match := re.match(r"(?:hf-flash|python -m hf_flash) ([a-z]+)", span):
+            assert match[1] in COMMANDS, span
+    elsewhere = "".join(path.read_text() for path in (ROOT / "scripts").iterdir() if path.is_file())
+    own = {option for parser in COMMANDS.values() for action in parser._actions for option in action.option_strings}
+    for option in {word for span in spans if "accelerate" not in span for word in re.findall(r"(?<!\S)--[a-z][a-z-]+", span)}:
+        assert option in own or f'"{option}"' in elsewhere, option
+
+
+def first_words(page: Path, head: str, pattern: str) -> list[str]:
+    """What the first cells of a table name; `head`: what the table's first cell begins with."""
+    (rows,) = [rows for top, rows in tables(page) if re.match(head, top[0])]
+    return [re.match(pattern, row[0])[1] for row in rows]  # type: ignore[index]
+
+
+def test_the_reference_has_every_command() -> None:
+    named = set(first_words(DOCS / "reference.md", "command$", r"`hf-flash ([a-z]+)"))
+    assert named == {name for name in COMMANDS if name and " " not in name}
+
+
+def test_the_reference_has_every_function() -> None:
+    named = first_words(DOCS / "reference.md", "function$", r"`hf_flash\.(\w+)\(")
+    assert sorted(named) == [name for name in hf_flash.__all__ if name.islower() and callable(getattr(hf_flash, name))]
+
+
+def test_the_reference_has_every_argument_with_its_default() -> None:
+    (rows,) = [rows for head, rows in tables(DOCS / "reference.md") if head[0].startswith("argument of")]
+    assert [row[0].strip("`") for row in rows] == list(config._DEFAULTS)
+    assert {row[0].strip("`") for row in rows} < inspect.signature(FlashOffloadConfig).parameters.keys()
+    for name, shown, _ in rows:
+        default = getattr(FlashOffloadConfig(), name.strip("`"))
+        literal = shown.strip('`"')
+        assert literal == str(default) if re.fullmatch(r'\d+|`"\w+"`', shown) else default is None, name
+    margins = next(shown for name, shown, _ in rows if "margin" in name)
+    assert f"{DEFAULT_MARGIN[4]} (4 bits), {DEFAULT_MARGIN[8]} (8 bits)" in margins
+
+
+# --- links and paths ----------------------------------------------------------------------------------------------------
+
+
+@every(PAGES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert found.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(found), target
+
+
+@every(PAGES)
+def test_files_that_are_named_exist(page: Path) -> None:
+    text = re.sub(r"https?://\S+", "", page.read_text())
+    for path in re.findall(r"\b(?:scripts|examples|hf_flash|tests|docs)/[\w./-]*\w", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    linked = {(README.parent / target).resolve() for target in re.findall(r"\]\((docs/[\w.-]+\.md)", README.read_text())}
+    assert linked == {page for page in PAGES if page != README}
+
+
+def test_the_readme_is_short_and_has_one_table() -> None:
+    assert len(README.read_text().splitlines()) <= 120
+    assert len(list(tables(README))) == 1
+
+
+def test_the_table_of_the_readme_is_part_of_the_one_it_is_from() -> None:
+    """The figures of one day, not of two."""
+    ((_, short),) = tables(README)
+    rows = {row[0]: row for _, table in tables(DOCS / "speed.md") for row in table}
+    for system, speed, times, read in short:
+        assert rows[system][1:3] == [speed, times], system
+        assert rows[system][4].startswith(read), system
+
+
+# --- figures that follow from the code ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """config.json of OPT-6.7B."""
+    folder: Path = tmp_path_factory.mktemp("opt-6.7b")
+    sizes = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32}
+    OPTConfig(vocab_size=50272, num_attention_heads=32, dtype=torch.float16, **sizes).save_pretrained(folder)
+    return folder
+
+
+def memory_of(shape: Path, predictor: str | None) -> Any:
+    model = planner._open(shape, predictor, None)
+    return planner._memory(model, "6GiB", planner._demand(model, None, None, None, None))
+
+
+def test_the_budget_of_the_page_is_how_it_is_divided(shape: Path) -> None:
+    ((_, rows),) = [(head, rows) for head, rows in tables(DOCS / "budget.md") if head[0] == "part"]
+    for column, predictor in enumerate([None, "lowrank"], start=1):
+        lines = [re.split(r"\s{2,}", line) for line in memory_of(shape, predictor).describe().splitlines()]
+        wanted = [size for _, size in lines]
+        wanted[-1] += lines[-1][0].removeprefix("windows")
+        assert [row[column] for row in rows] == wanted
+
+
+def test_the_minimum_of_the_page_is_the_minimum(shape: Path) -> None:
+    plans = [memory_of(shape, predictor) for predictor in (None, "lowrank")]
+    gib = [f"{size / 2**30:.2f} GiB" for size in (plans[0].dense_bytes, *(plan.minimum_bytes for plan in plans))]
+    text = " ".join(prose(DOCS / "faq.md").split())
+    assert f"{gib[0]} of weights, the minimum is {gib[1]} with the default predictor and {gib[2]} with the low-rank one" in text
+
+
+def test_the_memory_of_predictors_is_what_the_page_says() -> None:
+    ((_, rows),) = [(head, rows) for head, rows in tables(DOCS / "predictors.md") if head[:2] == ["", "low rank 64"]]
+    layers, sizes = 32, (32, 16384, 4096)
+    ranks = [(64,) * layers, (128,) * layers, (128,) * 28 + (1024,) * 4, (256,) * layers, (512,) * layers]
+    found = [LowRankFormat(own).dram_bytes(*sizes) for own in ranks]
+    found += [QuantizedFormat(bits, 64).dram_bytes(*sizes) for bits in (4, 8)]
+    assert rows[0][1:] == [f"{size / 2**20:.0f}" for size in found]
+    weights = 2 * layers * (2 * 16384 * 4096 + 4 * 4096 * 4096)
+    shares = [float(cell.rstrip(" %")) for cell in rows[1][1:]]
+    assert shares == pytest.approx([100 * size / weights for size in found], abs=0.05)

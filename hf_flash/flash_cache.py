@@ -164,7 +164,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hf-flash cache`."""
-    verbs = parser.add_subparsers(metavar="ls|rm", required=True)
+    verbs = parser.add_subparsers(metavar="ls|rm", required=True, help="list what is there, or remove entries")
     ls = verbs.add_parser("ls", help="list what is there", description="List what is in the flash cache.")
     ls.set_defaults(verb=_list)
     add_json(ls)

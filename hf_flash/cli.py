@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import httpx, tqdm
 from rich.console import Console
 
-from . import bench, calibration, evaluation, flash_cache, inspection, planner
+from . import bench, calibration, evaluation, flash_cache, inspection, pairing, planner
 from ._version import __version__
 from .bench_page import page
 from .bench_report import describe as describe_bench
@@ -234,6 +234,9 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tokens", type=positive, metavar="N", help="predict the mean of so many (default: in the long run)")
     sub.add_argument("--prompt-tokens", type=positive, metavar="N", default=16, help="before these (default 16)")
     sub.add_argument("--reader", choices=["auto", "mmap", "direct"], default="auto", help="as loading would choose (default)")
+    sub.add_argument("--assistant", metavar="MODEL", help="a model that drafts for it: divide --memory between the two")
+    sub.add_argument("--draft-tokens", type=positive, metavar="N", default=pairing.DRAFT_TOKENS,
+                     help="that it proposes at a time (default 4)")  # fmt: skip
     sub.add_argument("--revision", help="branch, tag or commit on the Hub")
     add_json(sub)
 
@@ -391,11 +394,14 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    found = planner.plan(
-        args.model, memory=args.memory, predictor=args.predictor, dtype=args.dtype, disk=args.disk, active=args.active,
-        fresh=args.fresh, predicted=args.predicted, tokens=args.tokens, prompt_tokens=args.prompt_tokens,
-        reader=args.reader, revision=args.revision,
-    )  # fmt: skip
+    options = {name: getattr(args, name) for name in (
+        "memory", "predictor", "dtype", "disk", "active", "fresh", "predicted", "tokens", "prompt_tokens", "reader", "revision",
+    )}  # fmt: skip
+    found: planner.Plan | pairing.Pair
+    if args.assistant:
+        found = pairing.plan_pair(args.model, args.assistant, draft_tokens=args.draft_tokens, **options)
+    else:
+        found = planner.plan(args.model, **options)
     tell(args, found.describe())
     finish(args, found.to_dict())
     return 0

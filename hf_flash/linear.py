@@ -35,14 +35,15 @@ class ResidentLinear(nn.Linear):
     engine: Engine  # its `scratch.wide` is what rows are widened into
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return super().forward(x)
         tokens, dtype = x.numel() // self.in_features, x.dtype
         few = tokens <= _FEW.get(dtype, 0) and library() is not None
         if not (few or tokens >= _widened_from(dtype)):
             return super().forward(x)
-        weight, bias = self._parameters["weight"], self._parameters["bias"]  # a step of Python less each: caches are cold here
-        if weight is None or not _plain(x, weight):
+        own = self._parameters.get  # a step of Python less than an attribute: caches are cold here
+        weight, bias = own("weight"), own("bias")
+        if weight is None or not _plain(x, weight, bias):
             return super().forward(x)
         return linear(x.contiguous(), weight, bias) if few else self._widened(x)
 
@@ -61,12 +62,12 @@ class ResidentLinear(nn.Linear):
         return out
 
 
-def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether this is inference with ordinary tensors, and not of none."""
     return (
-        type(x) is torch.Tensor
-        and type(weight) is nn.Parameter
+        type(weight) is nn.Parameter
         and x.dtype == weight.dtype
+        and (bias is None or (type(bias) is nn.Parameter and bias.dtype == x.dtype and bias.is_contiguous()))
         and x.is_cpu
         and weight.is_cpu
         and x.shape[-1:] == weight.shape[-1:]

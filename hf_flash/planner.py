@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
@@ -77,13 +78,16 @@ def _memory(found: Model, budget: int | str | None, demand: Demand) -> MemoryPla
     return divide_memory(budget, resident, found.form, found.dims, *kinds, reader="auto", io_threads=16, demand=need)
 
 
-def needs(source: str | os.PathLike[str]) -> MemoryPlan:
+def needs(source: str | os.PathLike[str], predictor: str | None = None, dtype: str | None = None) -> MemoryPlan:
     """What a model holds in memory where it gets all it can use; its minimum. config.json is enough.
+
+    Args:
+        source, predictor, dtype: as in [`plan`].
 
     Raises:
         ConfigError, UnsupportedModelError, StoreError: as [`plan`].
     """
-    found = _open(source, None, None)
+    found = _open(source, predictor, dtype)
     return _memory(found, 1 << 59, expected_demand(found.form, found.dims, found.store) or everything(*found.dims[:2]))
 
 
@@ -186,6 +190,11 @@ class Plan:
     @property
     def kv_cache_bytes_per_token(self) -> int:
         return self.memory.layers * self.memory.bundle_bytes
+
+    def token_ms(self, budget_bytes: float) -> float:
+        """The time of a token with another budget, between those that were looked at."""
+        sizes = [point.budget_bytes for point in self.points]
+        return float(np.interp(budget_bytes, sizes, [point.token_ms for point in self.points]))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, derived ones included."""
@@ -301,7 +310,7 @@ def plan(
         reader = "mmap" if wanted.layers * wanted.d_ff * found.bundle_bytes <= spare else "direct"
     times = measure(found, demand.selected, demand.predicted, wanted.capacity, _existing(place, disk is not None), reader)
     seen = None if tokens is None else (prompt_tokens, prompt_tokens + tokens - 1)
-    sizes = {empty.dense_bytes * share // 100 for share in SHARES} | {wanted.budget_bytes}
+    sizes = {empty.dense_bytes * share // 100 for share in SHARES} | {wanted.minimum_bytes, wanted.budget_bytes}
     plans = [replace(wanted, budget_bytes=size) for size in sorted(sizes) if size >= wanted.minimum_bytes]
     points = [_predict(item, found, demand, times, seen) for item in plans]
     return Plan(

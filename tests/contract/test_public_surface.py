@@ -147,7 +147,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"inspection", "machine", "observing"},
     {"liveview"},
     {"demo", "planner"},
-    {"doctor"},
+    {"doctor", "pairing"},
     {"calibrate", "cli", "__init__"},
     {"__main__"},
 ]

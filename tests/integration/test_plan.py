@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, folders, machine, planner, runtime
+from hf_flash import FlashOffloadConfig, folders, machine, pairing, planner, runtime
+from hf_flash.budget import parse_bytes
 from hf_flash.cli import main
 from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
 from hf_flash.runtime import find_runtime
@@ -255,3 +257,57 @@ def test_an_automatic_budget_is_the_default_spelt_out(packed: Path, tmp_path: Pa
     assert hf_flash.stats(model).capacity == FlashStore.open_folder(packed).layers[0].d_ff
     with pytest.raises(ConfigError):
         FlashOffloadConfig(memory_budget="automatic")
+
+
+# --- two models, one budget ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def draft(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model half as deep, with the same tokens."""
+    folder = tmp_path_factory.mktemp("draft") / "draft"
+    folder.mkdir()
+    config = json.loads((bare / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 1, "hidden_size": 256, "word_embed_proj_dim": 256})
+    )
+    return folder
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("memory", ["70%", "90%", "130%", None])
+def test_two_models_share_a_budget_so_that_a_round_is_short(bare: Path, draft: Path, memory: str | None) -> None:
+    pair = pairing.plan_pair(bare, draft, memory=memory, active=0.1)
+    total, least = pair.target_bytes + pair.assistant_bytes, pair.assistant.memory.minimum_bytes
+    whole = sum(planner.needs(each).dense_bytes for each in (bare, draft))
+    assert total == (int(whole * float(memory[:-1]) / 100) if memory else pytest.approx(total))
+    assert least <= pair.assistant_bytes <= total - pair.target.memory.minimum_bytes
+    assert pair.round_ms == pytest.approx(pair.draft_tokens * pair.draft_token_ms + pair.call_ms)
+    most = min(total - pair.target.memory.minimum_bytes, max(least, planner.needs(draft).dense_bytes))
+    for step in range(9):
+        share = least + (most - least) * step // 8
+        other = pair.draft_tokens * pair.assistant.token_ms(share) + pair.target.token_ms(total - share)
+        assert pair.round_ms <= 1.011 * other
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_two_models_that_do_not_fit_together_are_an_error(bare: Path, draft: Path) -> None:
+    least = sum(planner.needs(each).minimum_bytes for each in (bare, draft))
+    with pytest.raises(BudgetError, match="both models") as caught:
+        pairing.plan_pair(bare, draft, memory=least - 1)
+    assert caught.value.minimum_bytes == least
+    assert pairing.plan_pair(bare, draft, memory=least).assistant_bytes == planner.needs(draft).minimum_bytes
+    with pytest.raises(ConfigError, match="no drafts"):
+        pairing.plan_pair(bare, draft, draft_tokens=0)
+
+
+def test_the_command_divides_a_budget(bare: Path, draft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "pair.json"
+    arguments = ["--assistant", str(draft), "--draft-tokens", "3", "--memory", "80%", "--disk", str(tmp_path)]
+    assert main(["plan", str(bare), *arguments, "--json", str(out)]) == 0
+    printed, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert found["draft_tokens"] == 3
+    assert found["round_ms"] == pytest.approx(3 * found["draft_token_ms"] + found["call_ms"])
+    budgets = [parse_bytes(size) for size in re.findall(r'"(\d+[KM]B)"', printed.splitlines()[-2])]
+    for size, exact in zip(budgets, (found["target_bytes"], found["assistant_bytes"]), strict=True):
+        assert exact - 10**6 < size <= exact

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM
 
 from hf_flash import FlashOffloadConfig, linear, native
@@ -167,8 +168,32 @@ def test_more_than_inference_is_left_to_torch(tokens: int, monkeypatch: pytest.M
         for wrong in (x.float(), x[:, :31]):
             with pytest.raises(RuntimeError):
                 ours(wrong)
-        assert ours.to("meta")(x.to("meta")).shape == (tokens, 12)
+        assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(ours))(x), stock(x))
     assert seen == []
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_weights_that_something_has_replaced_are_used_as_they_are(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls(monkeypatch)
+    x, weight, b = matrices(12, 32, tokens, True, torch.bfloat16, 2)
+    with torch.no_grad():
+        halved = module(weight, b)
+        parametrize.register_parametrization(halved, "weight", _Half())
+        assert torch.equal(halved(x), F.linear(x, weight / 2, b))
+        pruned = module(weight, b)
+        prune.random_unstructured(pruned, "weight", 0.5)
+        assert torch.equal(pruned(x), F.linear(x, pruned.weight, b))
+        mixed = module(weight, b)
+        mixed.bias = nn.Parameter(b.float())
+        with pytest.raises(RuntimeError):
+            mixed(x)
+        assert module(weight, b).to("meta")(x.to("meta")).shape == (tokens, 12)
+    assert seen == []
+
+
+class _Half(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
 
 
 def test_small_matrices_and_others_classes_are_left_alone() -> None:

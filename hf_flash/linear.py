@@ -93,6 +93,8 @@ def _widened_from(dtype: torch.dtype) -> float:
 def adopt(model: nn.Module, engine: Engine) -> None:
     """Make a loaded model's linear layers ours. Those that something else has made its own are left alone."""
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype in DTYPES and module.weight.nbytes >= _WORTH_BYTES:
+        if type(module) is not nn.Linear or module.weight.dtype not in DTYPES:
+            continue
+        if module.weight.nbytes >= _WORTH_BYTES and module.in_features <= engine.scratch.wide.numel():
             module.__class__ = ResidentLinear
             module.engine = engine  # type: ignore[assignment]

@@ -200,9 +200,10 @@ def test_small_matrices_and_others_classes_are_left_alone() -> None:
     class Own(nn.Linear):
         pass
 
-    model = nn.Sequential(nn.Linear(8, 8), Own(1024, 1024), nn.Linear(1024, 1024), nn.Linear(1024, 1024, dtype=torch.float64))
-    linear.adopt(model, SimpleNamespace())  # type: ignore[arg-type]
-    assert [type(part) for part in model] == [nn.Linear, Own, ResidentLinear, nn.Linear]
+    long = nn.Linear(1 << 18, 1)  # a row that the buffer does not hold
+    model = nn.Sequential(nn.Linear(8, 8), Own(1024, 1024), nn.Linear(1024, 1024), nn.Linear(1024, 1024).double(), long)
+    linear.adopt(model, SimpleNamespace(scratch=SimpleNamespace(wide=torch.empty(4, 1024))))  # type: ignore[arg-type]
+    assert [type(part) for part in model] == [nn.Linear, Own, ResidentLinear, nn.Linear, nn.Linear]
 
 
 @needs_library

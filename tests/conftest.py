@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers.utils.hub
 from huggingface_hub import constants
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -112,6 +113,7 @@ def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     """The Hub, with the client of this process pointed at it."""
     huggingface_hub.close_session()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # one for the process: of whichever Hub was asked first
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path.with_name(f"{tmp_path.name}-harnesses")), raising=False)

@@ -18,6 +18,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers.utils.hub
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, OPTConfig
 
@@ -47,6 +48,7 @@ def own_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     with serve() as hub:
         huggingface_hub.close_session()
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")

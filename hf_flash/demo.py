@@ -18,8 +18,9 @@ from .errors import ConfigError
 from .folders import scratch_folder
 from .liveview import LiveView, view
 from .observing import TokenSeen, watched
+from .planner import needs
 from .repack import repack
-from .runtime import close, stats
+from .runtime import stats
 from .store import FlashStore
 from .text import tokenizer_of
 
@@ -106,9 +107,7 @@ def _both(first: Callable[[TokenSeen], object], second: Callable[[TokenSeen], ob
 
 def _tight(folder: Path) -> int:
     """A budget with room for a part of the FFN."""
-    model = _load(folder, FlashOffloadConfig())
-    found = stats(model)
-    close(model)
+    found = needs(folder)
     return found.minimum_bytes + int(_SHOWN * (found.dense_bytes - found.resident_bytes))
 
 

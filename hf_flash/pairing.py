@@ -22,6 +22,7 @@ from .errors import BudgetError, ConfigError
 from .planner import Plan, needs, plan
 
 DRAFT_TOKENS: Final = 4  # the paper's lambda
+_OPENING: Final = ("dtype", "token", "cache_dir", "local_files_only")  # options that say how both models are found
 _STEPS: Final = 64  # divisions that are looked at
 _NEARLY: Final = 1.01  # as short as the shortest: the smallest share of the assistant that is
 
@@ -91,15 +92,18 @@ def plan_pair(
         model, assistant: as in [`plan`].
         memory: for both, a size or a share of both dense models. Default: most of what is free.
         draft_tokens: that the assistant proposes for one call of the model. Paper: section 5.2 has 4.
-        options: of [`plan`], for the model; `dtype`, `disk` and `reader` for the assistant too.
+        options: of [`plan`], for the model; `dtype`, `disk`, `reader`, and the Hub's but `revision`, for both.
 
     Raises:
         BudgetError: the two do not fit into it together. Otherwise as [`plan`].
     """
     if draft_tokens < 1:
         raise ConfigError("no drafts", where="draft_tokens", expected="at least 1", got=draft_tokens)
-    shared = {name: options[name] for name in ("dtype", "disk", "reader") if name in options}
-    whole = needs(model, options.get("predictor"), options.get("dtype")), needs(assistant, None, options.get("dtype"))
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in (*_OPENING, *names) if name in options}
+
+    whole = needs(model, **given("predictor", "revision")), needs(assistant, **given())
     least = [each.minimum_bytes for each in whole]
     total = ceiling_bytes(None) if memory is None else parse_share(memory, sum(each.dense_bytes for each in whole))
     if total < sum(least):
@@ -111,7 +115,7 @@ def plan_pair(
             got=format_bytes(total),
         )
     target = plan(model, memory=total - least[1], **options)
-    draft = plan(assistant, memory=total - least[0], **shared)
+    draft = plan(assistant, memory=total - least[0], **given("disk", "reader"))
     shares = np.linspace(least[1], min(total - least[0], max(least[1], whole[1].dense_bytes)), _STEPS + 1).astype(int)
     rounds = [draft_tokens * draft.token_ms(share) + target.token_ms(total - share) for share in shares.tolist()]
     chosen = next(share for share, ms in zip(shares.tolist(), rounds, strict=True) if ms <= _NEARLY * min(rounds))

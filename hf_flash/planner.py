@@ -78,16 +78,16 @@ def _memory(found: Model, budget: int | str | None, demand: Demand) -> MemoryPla
     return divide_memory(budget, resident, found.form, found.dims, *kinds, reader="auto", io_threads=16, demand=need)
 
 
-def needs(source: str | os.PathLike[str], predictor: str | None = None, dtype: str | None = None) -> MemoryPlan:
+def needs(source: str | os.PathLike[str], predictor: str | None = None, dtype: str | None = None, **hub: Any) -> MemoryPlan:
     """What a model holds in memory where it gets all it can use; its minimum. config.json is enough.
 
     Args:
-        source, predictor, dtype: as in [`plan`].
+        source, predictor, dtype, hub: as in [`plan`].
 
     Raises:
         ConfigError, UnsupportedModelError, StoreError: as [`plan`].
     """
-    found = _open(source, predictor, dtype)
+    found = _open(source, predictor, dtype, **hub)
     return _memory(found, 1 << 59, expected_demand(found.form, found.dims, found.store) or everything(*found.dims[:2]))
 
 

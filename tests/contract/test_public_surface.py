@@ -146,8 +146,8 @@ LAYERS = [  # a module imports only from lines above its own
     {"calibration", "evaluation"},
     {"inspection", "machine", "observing"},
     {"liveview"},
-    {"demo", "planner"},
-    {"doctor", "pairing"},
+    {"planner"},
+    {"demo", "doctor", "pairing"},
     {"calibrate", "cli", "__init__"},
     {"__main__"},
 ]

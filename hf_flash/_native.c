@@ -32,7 +32,8 @@
 
 enum { F32, BF16, F16 };
 enum { TILE_ROWS = 4, TILE_TOKENS = 4, LINEAR_ROWS = 32 };
-enum { UP_ROWS = 16, MATRIX_ROWS = 64, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64, TILE_BYTES = 1 << 17 };
+enum { SHARE = 256, GROUP = 128, TILE_PARTS = 8, TILE_BYTES = 512, AHEAD = 4, PACKED_USES = 4 };
+enum { UP_ROWS = 16, MATRIX_ROWS = 64, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64 };
 enum { GETEVENTS = 1, ENTER = 426 };
 
 /* Calls an inlined function with its last argument, the dtype, known when it is compiled. */
@@ -262,157 +263,6 @@ void FAST hf_down(Job *job) {
         run(down_body, job, job->threads);
 }
 
-/* --- several tokens, each with neurons of its own
- *
- * A neuron's row is fetched once and multiplied with the tokens that use it, two at a time; every sum is made as for one token. */
-
-typedef struct {
-    const float *x;            /* [tokens, d] */
-    const void *bias;          /* as for one token */
-    const char *const *rows;   /* [n] where the neurons are, in memory, up row and down row together */
-    const int64_t *ids;        /* [n] which they are */
-    const uint8_t *used;       /* [tokens, d_ff] whether a token uses a neuron */
-    float *hidden, *out;       /* [n, tokens] room, for values that are not zero; [tokens, d] */
-    int32_t *token, *count;    /* [n, tokens] room: whose they are; [n] room: how many */
-    int64_t *active;           /* [n] room */
-    int64_t n, d, d_ff, tokens, todo;
-    int32_t dtype, threads;
-    atomic_int next;
-} Several;
-
-/* `dot` for two tokens at once: the same sums in the same order. */
-INLINE void two_dots(const void *row, const void *ahead, const float *x, const float *y, int64_t d, int dtype, float *sums) {
-    const int64_t size = dtype == F32 ? 4 : 2;
-    __m256 a[4] = {0}, b[4] = {0};
-    int64_t i = 0;
-    for (; i + 32 <= d; i += 32) {
-        _mm_prefetch((const char *)ahead + i * size, _MM_HINT_T0);
-        if (dtype == F32)
-            _mm_prefetch((const char *)ahead + i * size + 64, _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            __m256 some = load(row, i + 8 * j, dtype);
-            a[j] = _mm256_fmadd_ps(some, _mm256_loadu_ps(x + i + 8 * j), a[j]);
-            b[j] = _mm256_fmadd_ps(some, _mm256_loadu_ps(y + i + 8 * j), b[j]);
-        }
-    }
-    float first = 0.0f, second = 0.0f;
-    for (; i < d; i++) {
-        first = __builtin_fmaf(one(row, i, dtype), x[i], first);
-        second = __builtin_fmaf(one(row, i, dtype), y[i], second);
-    }
-    sums[0] = total(_mm256_add_ps(a[0], a[1]), _mm256_add_ps(a[2], a[3])) + first;
-    sums[1] = total(_mm256_add_ps(b[0], b[1]), _mm256_add_ps(b[2], b[3])) + second;
-}
-
-/* Hidden values of neuron `k` for the `named` tokens in its row of `token`; those that are not zero stay there. */
-INLINE void up_neuron(const Several *s, int64_t k, int64_t next, int64_t named, int dtype) {
-    const char *row = s->rows[k], *ahead = s->rows[next];
-    const float bias = s->bias ? one(s->bias, s->ids[k], dtype) : 0.0f;
-    float *hidden = s->hidden + k * s->tokens;
-    int32_t *token = s->token + k * s->tokens;
-    int64_t kept = 0;
-    for (int64_t j = 0; j < named; j += 2, ahead = row) {
-        const float *x = s->x + token[j] * s->d;
-        float sums[2];
-        if (j + 1 < named)
-            two_dots(row, ahead, x, s->x + token[j + 1] * s->d, s->d, dtype, sums);
-        else
-            sums[0] = dot(row, ahead, x, s->d, dtype);
-        for (int64_t i = j; i < j + 2 && i < named; i++) {
-            float sum = rounded(s->bias ? sums[i - j] + bias : sums[i - j], dtype);
-            hidden[kept] = sum < 0.0f ? 0.0f : sum;
-            token[kept] = token[i];
-            kept += hidden[kept] != 0.0f;
-        }
-    }
-    s->count[k] = (int32_t)kept;
-}
-
-/* Up to UP_ROWS neurons: who uses them, then the sums. */
-INLINE void up_neurons(const Several *s, int64_t begin, int64_t end, int dtype) {
-    int32_t named[UP_ROWS] = {0};
-    int64_t used[UP_ROWS], count = 0;
-    for (int64_t t = 0; t < s->tokens; t++)
-        for (int64_t k = begin; k < end; k++) {
-            s->token[k * s->tokens + named[k - begin]] = (int32_t)t;
-            named[k - begin] += s->used[t * s->d_ff + s->ids[k]] != 0;
-        }
-    for (int64_t k = begin; k < end; k++) {
-        s->count[k] = 0;
-        used[count] = k;
-        count += named[k - begin] != 0;
-    }
-    for (int64_t i = 0; i < count; i++)
-        up_neuron(s, used[i], used[i + 1 < count ? i + 1 : i], named[used[i] - begin], dtype);
-}
-
-INLINE void up_share(Several *s, int dtype) {
-    for (;;) {
-        int64_t begin = (int64_t)atomic_fetch_add(&s->next, UP_ROWS);
-        if (begin >= s->n)
-            return;
-        int64_t end = begin + UP_ROWS < s->n ? begin + UP_ROWS : s->n;
-        up_neurons(s, begin, end, dtype);
-    }
-}
-
-static FAST void several_up_body(void *data) {
-    Several *s = data;
-    BY_DTYPE(s->dtype, up_share, s);
-}
-
-/* Columns `begin` to before `end` of every token. */
-INLINE void down_tile(const Several *s, int64_t begin, int64_t end, int dtype) {
-    const int64_t size = dtype == F32 ? 4 : 2, half = s->d * size;
-    for (int64_t at = 0; at < s->todo; at++) {
-        const int64_t k = s->active[at], next = s->active[at + 1 < s->todo ? at + 1 : at];
-        const char *row = s->rows[k] + half, *ahead = s->rows[next] + half;
-        for (int64_t i = begin; i < end; i += 32)
-            _mm_prefetch(ahead + i * size, _MM_HINT_T0);
-        for (int64_t j = 0; j < s->count[k]; j++) {
-            const float h = s->hidden[k * s->tokens + j];
-            float *out = s->out + s->token[k * s->tokens + j] * s->d;
-            const __m256 weight = _mm256_set1_ps(h);
-            int64_t i = begin;
-            for (; i + 8 <= end; i += 8)
-                _mm256_storeu_ps(out + i, _mm256_fmadd_ps(load(row, i, dtype), weight, _mm256_loadu_ps(out + i)));
-            for (; i < end; i++)
-                out[i] = __builtin_fmaf(one(row, i, dtype), h, out[i]);
-        }
-    }
-}
-
-static int64_t tile(const Several *s) { /* columns: as many as keep the output in a core's cache, and each thread busy */
-    int64_t fit = TILE_BYTES / 4 / s->tokens, share = (s->d + s->threads - 1) / s->threads;
-    int64_t columns = fit < share ? fit : share;
-    return columns < COLUMNS ? COLUMNS : (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
-}
-
-static FAST void several_down_body(void *data) {
-    Several *s = data;
-    const int64_t columns = tile(s);
-    for (;;) {
-        int64_t begin = (int64_t)atomic_fetch_add(&s->next, (int)columns);
-        if (begin >= s->d)
-            return;
-        int64_t end = begin + columns < s->d ? begin + columns : s->d;
-        BY_DTYPE(s->dtype, down_tile, s, begin, end);
-    }
-}
-
-/* out[t] += relu(x[t] @ up + bias) @ down, over the neurons that token t uses. */
-void FAST hf_several(Several *s) {
-    atomic_store(&s->next, 0);
-    run(several_up_body, s, s->threads);
-    s->todo = 0;
-    for (int64_t k = 0; k < s->n; k++)
-        if (s->count[k])
-            s->active[s->todo++] = k;
-    atomic_store(&s->next, 0);
-    run(several_down_body, s, s->threads);
-}
-
 /* --- quantized matrices times a few tokens (lowbit.py)
  *
  * x becomes whole multiples of a step, 16 bits each, so that products with codes are exact and twice as many to an instruction
@@ -624,6 +474,42 @@ void FAST hf_multiply(Matrix *m) {
     run(matrix_body, m, m->threads);
 }
 
+/* --- several tokens, each with neurons of its own (_native_wide.h) */
+
+typedef struct {
+    const void *x, *bias;      /* [tokens, d], [d_ff] or null; of `dtype` */
+    const char *const *rows;   /* [n] where the neurons are, in memory, up row and down row together; at most 65536 */
+    const int64_t *ids;        /* [n] which they are */
+    const uint8_t *used;       /* [tokens, d_ff] whether a token uses a neuron */
+    float *hidden, *out;       /* [tokens, n] room, for values that are not zero; [tokens, d] */
+    uint16_t *place;           /* [tokens, n] room: which of `rows` they are of */
+    int32_t *count;            /* [tokens, shares] room: how many, of each `share` neurons */
+    char *packed;              /* [threads, n, TILE_BYTES] room */
+    int64_t n, d, d_ff, tokens, share;
+    int32_t dtype, threads, narrow, pack; /* narrow: do without AVX-512; pack: whether that pays */
+    atomic_int next;
+} Several;
+
+static int64_t shares_of(const Several *s) { return (s->n + s->share - 1) / s->share; }
+
+/* What `up` left in shares becomes one list for each token. Returns how long they are in all. */
+static int64_t join(const Several *s) {
+    const int64_t shares = shares_of(s);
+    int64_t all = 0;
+    for (int64_t t = 0; t < s->tokens; t++) {
+        float *hidden = s->hidden + t * s->n;
+        uint16_t *place = s->place + t * s->n;
+        int32_t *count = s->count + t * shares;
+        for (int64_t share = 1; share < shares; share++) {
+            memmove(hidden + count[0], hidden + share * s->share, (size_t)count[share] * sizeof *hidden);
+            memmove(place + count[0], place + share * s->share, (size_t)count[share] * sizeof *place);
+            count[0] += count[share];
+        }
+        all += count[0];
+    }
+    return all;
+}
+
 /* --- matrices that stay in memory times a few tokens (linear.py) */
 
 typedef struct {
@@ -651,7 +537,7 @@ INLINE void put(const Linear *m, int64_t row, int64_t token, float sum, int dtyp
     }
 }
 
-#define UNROLLED(...) _Pragma("GCC unroll 4") for (__VA_ARGS__)
+#define UNROLLED(...) _Pragma("GCC unroll 8") for (__VA_ARGS__)
 
 #define TARGET "avx2,fma,f16c"
 #define NAME(name) name##_of_8
@@ -666,7 +552,10 @@ INLINE void put(const Linear *m, int64_t row, int64_t token, float sum, int dtyp
 #define ZERO _mm256_setzero_ps
 #define FMA _mm256_fmadd_ps
 #define SUM(sum) total((sum)[0], (sum)[1])
-#include "_native_linear.h"
+#define SUM_32(sum) total(_mm256_add_ps((sum)[0], (sum)[1]), _mm256_add_ps((sum)[2], (sum)[3]))
+#define FILL _mm256_set1_ps
+#define STORE _mm256_storeu_ps
+#include "_native_wide.h"
 
 #define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #define NAME(name) name##_of_16
@@ -680,12 +569,30 @@ INLINE void put(const Linear *m, int64_t row, int64_t token, float sum, int dtyp
 #define FROM_BF16(half) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
 #define ZERO _mm512_setzero_ps
 #define FMA _mm512_fmadd_ps
+#define HALVES(sum) _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1))
 #define SUM(sum) total(_mm512_castps512_ps256((sum)[0]), _mm512_extractf32x8_ps((sum)[0], 1))
-#include "_native_linear.h"
+#define SUM_32(sum) total(HALVES((sum)[0]), HALVES((sum)[1]))
+#define FILL _mm512_set1_ps
+#define STORE _mm512_storeu_ps
+#include "_native_wide.h"
 
 static int has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq");
+}
+
+/* out[t] += relu(x[t] @ up + bias) @ down, over the neurons that token t uses. */
+void FAST hf_several(Several *s) {
+    if (!s->n)
+        return;
+    const int wide = !s->narrow && has_avx512();
+    const int64_t fair = s->n / (4 * s->threads); /* with few tokens, all threads should have something to do */
+    s->share = s->tokens > GROUP || fair > SHARE ? SHARE : fair < UP_ROWS ? UP_ROWS : fair;
+    atomic_store(&s->next, 0);
+    run(wide ? several_up_of_16 : several_up_of_8, s, s->threads);
+    s->pack = join(s) >= PACKED_USES * s->n;
+    atomic_store(&s->next, 0);
+    run(wide ? several_down_of_16 : several_down_of_8, s, s->threads);
 }
 
 /* out = x @ weight.T + bias, each token on its own: accumulated in fp32, rounded once. Returns whether there was memory. */
@@ -701,7 +608,7 @@ int FAST hf_linear(Linear *m) {
     return 1;
 }
 
-int hf_abi(void) { return 5; } /* native.py: ABI */
+int hf_abi(void) { return 6; } /* native.py: ABI */
 
 #else
 

@@ -229,7 +229,7 @@ class _Record:
         assert self._last is not None
         end = self._count + len(self._last)
         self._bits[self._count : end] = np.packbits(self._last.numpy(), axis=1)
-        self._count = end
+        self._count, self._last = end, None
 
     def used(self) -> Any:
         """bool [tokens, d_ff]."""

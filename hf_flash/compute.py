@@ -12,8 +12,8 @@ Neither depends on where the rows of a block lie, so that results are bit-identi
              several blocks in 16 bits would be rounded once a block: there the rows of non-zero neurons are widened and the
              sum over all blocks is kept in fp32.
     several, each with few neurons of its own
-             the compiled part fetches a neuron's row once and multiplies it with the tokens that use it. A token gets the same
-             bits as alone.
+             the compiled part multiplies rows with the tokens that use them: up a share of the rows at a time, which stays in a
+             core's cache while the tokens go by; down a tile of columns at a time. A token gets the same bits as alone.
     several, with (nearly) all neurons, or without the compiled part
              rows are widened to fp32 and both products are fp32 GEMMs that accumulate over blocks; the hidden activations are
              rounded to the dtype of compute in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .memory import aligned_empty
-from .native import Ids, TokenKernel, several_tokens
+from .native import Ids, TokenKernel, TokensKernel
 from .uring import Held
 
 _HALVES = 2
@@ -151,7 +151,7 @@ class OneToken:
 
 
 class SeveralTokens:
-    """A call's tokens.
+    """A call's tokens. `x` float32 [tokens, d] is there for those that are not `apart`.
 
     Args:
         x: [tokens, d] in the dtype of compute.
@@ -170,14 +170,21 @@ class SeveralTokens:
         bias: torch.Tensor | None,
     ) -> None:
         self._scratch, self._activation, self._bias = scratch, activation, bias
-        self._selected = None if selected is None else selected.contiguous()
-        self.x = x.float().contiguous()
-        self.apart = (  # whether every token is multiplied with its own neurons alone
+        self._selected, self._kernel = selected, None
+        if (
             selected is not None
             and scratch.kernel.fits(x)
             and is_relu(activation)
             and np.count_nonzero(selected.numpy()) <= _DENSE * len(x) * union
-        )
+        ):
+            self._kernel = TokensKernel(x, selected.contiguous(), bias, min(union, len(scratch.gathered)))
+        else:
+            self.x = x.float().contiguous()
+
+    @property
+    def apart(self) -> bool:
+        """Whether every token is multiplied with its own neurons alone, by `add_apart`."""
+        return self._kernel is not None
 
     def add_apart(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
         """Only if `apart`: add what a block of neurons gives to `out`, float32 [tokens, d].
@@ -185,8 +192,8 @@ class SeveralTokens:
         Args:
             places: addresses of their bundles (`native.addresses`).
         """
-        assert self._selected is not None
-        several_tokens(self.x, self._selected, self._bias, self._scratch.gathered.dtype, places, ids, out)
+        assert self._kernel is not None
+        self._kernel.add(places, ids, out)
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
         """Add what a block of neurons gives to `out`, float32 [tokens, d], in a GEMM.

@@ -36,6 +36,7 @@ from torch import nn
 
 from .compute import OneToken, Scratch, SeveralTokens, block_rows
 from .errors import HfFlashError, StoreReadError, UsageError
+from .memory import Heap
 from .native import addresses
 from .predictor import Predictor
 from .reader import BundleReader, ReadCount, Reading
@@ -53,7 +54,7 @@ class Engine:
 
     def __init__(self, reader: BundleReader, scratch: Scratch, dtype: torch.dtype) -> None:
         self.reader, self.scratch, self.dtype = reader, scratch, dtype
-        self.counters = Counters()
+        self.counters, self.heap = Counters(), Heap()
         self.lock = threading.RLock()
         self.closed = False
         self.runtime: Callable[[], Any] = lambda: None  # weak reference to the `FlashRuntime`, for `hf_flash.stats(model)`
@@ -113,6 +114,7 @@ class FlashFFN(nn.Module):
         with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
             engine.check_open()
             try:
+                engine.heap.prepare(x.nbytes)
                 out = self._run(engine, x.detach().to(engine.dtype))
             except HfFlashError:
                 raise  # nothing was committed that is not whole

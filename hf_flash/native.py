@@ -4,7 +4,7 @@ It is a plain shared library beside this file, made at installation where there 
 which gives up the interpreter's lock during a call. It computes on torch's own threads.
 
     TokenKernel      one token and the rows of some neurons, multiplied where they lie
-    several_tokens   the same for tokens that each use neurons of their own
+    TokensKernel     the same for tokens that each use neurons of their own
     Product          a quantized matrix, to be multiplied with tokens
     linear           a matrix that stays in memory times a few tokens
 """
@@ -27,13 +27,15 @@ from .uring import Held
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 5  # as in _native.c: to be raised with every change of what a function or a structure means
+ABI: Final = 6  # as in _native.c: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Ids = npt.NDArray[np.int64]
 _PID: Final = os.getpid()
 _SHARED: Final = 1 << 18  # products that waking another thread is worth
-_INPUTS: Final = 640 << 10  # bytes of tokens that `several_tokens` takes at a time: they stay in a core's cache
+_TOKENS: Final = 1024  # that `TokensKernel` takes at a time: for more, its room would grow
+_SHARE: Final = 16  # neurons, at least, that are counted together (UP_ROWS of _native.c)
+_TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of _native.c)
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -54,9 +56,9 @@ class _Several(ctypes.Structure):
     """Several tokens and some neurons."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("x", "bias", "rows", "ids", "used", "hidden", "out", "token", "count", "active")),
-        *((name, _long) for name in ("n", "d", "d_ff", "tokens", "todo")),
-        *((name, _int) for name in ("dtype", "threads", "next")),
+        *((name, _pointer) for name in ("x", "bias", "rows", "ids", "used", "hidden", "out", "place", "count", "packed")),
+        *((name, _long) for name in ("n", "d", "d_ff", "tokens", "share")),
+        *((name, _int) for name in ("dtype", "threads", "narrow", "pack", "next")),
     )
 
 
@@ -194,35 +196,47 @@ class TokenKernel:
         function(ctypes.byref(self._job))
 
 
-def several_tokens(
-    x: torch.Tensor, used: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, rows: Ids, ids: Ids, out: torch.Tensor
-) -> None:
-    """Add to each token's `out` what the neurons give that it uses. To be called only where there is a `library()`.
+class TokensKernel:
+    """The arithmetic of several tokens that each use neurons of their own. To be made only where there is a `library()`.
 
-    The sums are those of [`TokenKernel`], in the same order: beside others or alone, a token gets the same bits.
+    The sums are those of [`TokenKernel`], in the same order: beside others or alone, on any number of threads, with AVX-512 and
+    without, a token gets the same bits.
 
     Args:
-        x: float32 [tokens, d], contiguous.
-        used: bool [tokens, d_ff], contiguous.
+        x: [tokens, d] in the dtype of compute, contiguous.
+        used: bool [tokens, d_ff], contiguous: which neurons each token uses.
         bias: [d_ff] of the up projection. Hidden values below zero become zero.
-        dtype: of compute.
-        rows, ids: [n] addresses of bundles, [2 * d] in the dtype of compute, and the neurons that they are of.
-        out: float32 [tokens, d], contiguous.
+        neurons: the most in one call.
+        narrow: do without AVX-512.
     """
-    rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
-    n, (d_ff, d) = len(rows), (used.shape[1], x.shape[1])
-    most = min(len(x), max(16, _INPUTS // (4 * d)))
-    hidden, token = torch.empty(n, most), torch.empty(n, most, dtype=torch.int32)
-    count, active = np.empty(n, dtype=np.int32), np.empty(n, dtype=np.int64)
-    for at in range(0, len(x), most):
-        part = slice(at, at + most)
-        job = _Several(
-            x=x[part].data_ptr(), bias=None if bias is None else bias.data_ptr(), rows=rows.ctypes.data, ids=ids.ctypes.data,
-            used=used[part].data_ptr(), hidden=hidden.data_ptr(), out=out[part].data_ptr(), token=token.data_ptr(),
-            count=count.ctypes.data, active=active.ctypes.data, n=n, d=d, d_ff=d_ff, tokens=len(x[part]),
-            dtype=DTYPES[dtype], threads=threads(),
-        )  # fmt: skip
-        library().hf_several(ctypes.byref(job))  # type: ignore[union-attr]
+
+    def __init__(
+        self, x: torch.Tensor, used: torch.Tensor, bias: torch.Tensor | None, neurons: int, *, narrow: bool = False
+    ) -> None:
+        self._x, self._used, self._bias, self._narrow = x, used, bias, narrow
+        self._threads, self._most = threads(), min(len(x), _TOKENS)
+        room = (4 * neurons, 2 * neurons, 4 * -(-neurons // _SHARE))  # a token's: hidden values, whose they are, how many
+        self._room = [torch.empty(self._most * size, dtype=torch.uint8) for size in room]
+        self._packed = torch.empty(self._threads * neurons * _TILE_BYTES, dtype=torch.uint8)
+
+    def add(self, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
+        """Add to each token's `out` what the neurons give that it uses.
+
+        Args:
+            rows, ids: [n] addresses of bundles, [2 * d] in the dtype of compute, and the neurons that they are of.
+            out: float32 [tokens, d], contiguous.
+        """
+        rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
+        hidden, place, count = (part.data_ptr() for part in self._room)
+        for at in range(0, len(self._x), self._most):
+            x, used = self._x[at : at + self._most], self._used[at : at + self._most]
+            job = _Several(
+                x=x.data_ptr(), bias=None if self._bias is None else self._bias.data_ptr(), rows=rows.ctypes.data,
+                ids=ids.ctypes.data, used=used.data_ptr(), hidden=hidden, out=out[at:].data_ptr(), place=place, count=count,
+                packed=self._packed.data_ptr(), n=len(rows), d=x.shape[1], d_ff=used.shape[1], tokens=len(x),
+                dtype=DTYPES[x.dtype], threads=self._threads, narrow=self._narrow,
+            )  # fmt: skip
+            library().hf_several(ctypes.byref(job))  # type: ignore[union-attr]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, narrow: bool = False) -> torch.Tensor:
@@ -250,7 +264,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
 
 
 def addresses(matrix: torch.Tensor, rows: Ids) -> Ids:
-    """Where rows of a contiguous matrix are in memory, as [`several_tokens`] wants them."""
+    """Where rows of a contiguous matrix are in memory, as [`TokensKernel`] wants them."""
     return np.asarray(matrix.data_ptr() + rows * (matrix.shape[1] * matrix.element_size()))
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_flash import compute, native
@@ -73,29 +73,42 @@ def test_threads_and_order_change_no_bit(dtype: torch.dtype, monkeypatch: pytest
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(list(ROUNDING)), d=st.integers(1, 200), d_ff=st.integers(1, 70), tokens=st.integers(1, 40),
-    share=st.floats(0, 1), bias=st.booleans(), threads=st.integers(1, 3), blocks=st.integers(1, 3), seed=st.integers(0, 999),
+    share=st.floats(0, 1), bias=st.booleans(), threads=st.integers(1, 3), blocks=st.integers(1, 3),
+    at_a_time=st.integers(1, 50), seed=st.integers(0, 999),
 )  # fmt: skip
+@example(torch.bfloat16, 150, 700, 300, 0.1, True, 2, 2, 1000, 0)  # groups of tokens, shares of neurons, tiles of columns
 def test_several_tokens_get_the_bits_that_each_gets_alone(
-    dtype: torch.dtype, d: int, d_ff: int, tokens: int, share: float, bias: bool, threads: int, blocks: int, seed: int
+    dtype: torch.dtype,
+    d: int,
+    d_ff: int,
+    tokens: int,
+    share: float,
+    bias: bool,
+    threads: int,
+    blocks: int,
+    at_a_time: int,
+    seed: int,
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     matrix = torch.randn(d_ff + 3, 2 * d, generator=random).to(dtype)
     x, b = torch.randn(tokens, d, generator=random).to(dtype), torch.randn(d_ff, generator=random).to(dtype) if bias else None
     rows = torch.randperm(d_ff + 3, generator=random)[:d_ff].numpy()
     used = torch.rand(tokens, d_ff, generator=random) < share
-    alone, together = torch.zeros(tokens, d), torch.zeros(tokens, d)
+    alone = torch.zeros(tokens, d)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "threads", lambda: threads)
-        patch.setattr(native, "_INPUTS", 0)  # not all tokens at once
+        patch.setattr(native, "_TOKENS", at_a_time)
         kernel = native.TokenKernel(d_ff, d)
         for token in range(tokens):
             ids = used[token].nonzero()[:, 0].numpy()
             kernel.set(x[token : token + 1], b, matrix, rows[ids], ids, relu=True)
             kernel.up()
             kernel.down(alone[token : token + 1])
-        for part in np.array_split(np.flatnonzero(used.any(0).numpy()), blocks):
-            native.several_tokens(x.float(), used, b, dtype, native.addresses(matrix, rows[part]), part, together)
-    assert torch.equal(together, alone)
+        for narrow, together in ((False, torch.zeros(tokens, d)), (True, torch.zeros(tokens, d))):
+            several = native.TokensKernel(x, used, b, d_ff, narrow=narrow)
+            for part in np.array_split(np.flatnonzero(used.any(0).numpy()), blocks):
+                several.add(native.addresses(matrix, rows[part]), part, together)
+            assert torch.equal(together, alone)
 
 
 @needs_library

@@ -24,7 +24,9 @@ window. So after prefill it holds what the prompt's last tokens used, without a 
 from __future__ import annotations
 
 import itertools
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import perf_counter
@@ -58,6 +60,7 @@ class Engine:
         self.lock = threading.RLock()
         self.closed = False
         self.runtime: Callable[[], Any] = lambda: None  # weak reference to the `FlashRuntime`, for `hf_flash.stats(model)`
+        _engines[id(self)] = self
 
     @property
     def scratch_bytes(self) -> int:
@@ -78,6 +81,28 @@ class Engine:
             if not self.closed:
                 self.closed = True
                 self.reader.close()
+
+
+_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+_held: list[Engine] = []
+
+
+def _before_fork() -> None:
+    """Wait for layers that other threads run, and for reads: a child would wait for ever, and not know which rows are whole."""
+    for _, engine in sorted(_engines.items()):
+        engine.lock.acquire()
+        _held.append(engine)
+        if not engine.closed:
+            engine.reader.settle()
+
+
+def _after_fork() -> None:
+    while _held:
+        _held.pop().lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 class FlashFFN(nn.Module):

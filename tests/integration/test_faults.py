@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,16 +106,55 @@ def test_a_forked_worker_reads_with_threads_of_its_own(opt: Load, load: Load) ->
     torch.set_num_threads(1)
     model = load(opt(), reader="direct", memory_budget=hf_flash.stats(load(opt())).minimum_bytes)
     wanted = logits(model)
-    ours, theirs = os.pipe()
+    assert in_a_fork(lambda: torch.equal(logits(model), wanted))
+    assert torch.equal(logits(model), wanted)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_worker_forked_while_another_thread_computes_does_not_wait_for_it(opt: Load, load: Load) -> None:
+    torch.set_num_threads(1)
+    model = load(opt(), memory_budget=hf_flash.stats(load(opt())).minimum_bytes)
+    ffn, wanted = model.model.decoder.layers[0].fc1, logits(model)
+    inside, select = threading.Event(), ffn.predictor.select
+
+    def slowly(x: torch.Tensor) -> Any:  # with the lock held
+        inside.set()
+        time.sleep(0.3)
+        return select(x)
+
+    ffn.predictor = SimpleNamespace(select=slowly)
+    thread = threading.Thread(target=logits, args=[model])
+    thread.start()
+    assert inside.wait(30)
+    assert in_a_fork(lambda: torch.equal(logits(model), wanted))
+    thread.join()
+    assert torch.equal(logits(model), wanted)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_what_is_read_ahead_at_a_fork_is_there_for_both(opt: Load, load: Load) -> None:
+    torch.set_num_threads(1)
+    model = load(opt(), predictor="quantized", reader="direct", lookahead=1, memory_budget=None)
+    wanted, ffns = logits(model), [layer.fc1 for layer in model.model.decoder.layers]
+    for ffn in ffns:
+        ffn.window.forget()
+        ffn.look_ahead(torch.randn(1, ffn.d_model))
+    assert all(ffn._ahead is not None for ffn in ffns)
+    assert in_a_fork(lambda: torch.equal(logits(model), wanted))
+    assert torch.equal(logits(model), wanted)
+
+
+def in_a_fork(check: Callable[[], bool]) -> bool:
     child = os.fork()
     if child == 0:
         try:
-            os.write(theirs, b"same" if torch.equal(logits(model), wanted) else b"other")
+            signal.alarm(30)
+            os._exit(0 if check() else 1)
         finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(ours, 10) == b"same"
-    assert torch.equal(logits(model), wanted)
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("reader", ["mmap", "direct"])

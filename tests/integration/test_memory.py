@@ -138,7 +138,7 @@ heap = Heap()
 for nbytes in map(int, sys.argv[1:]):
     heap.prepare(nbytes)
 before = anonymous()
-pairs = [(torch.ones(1 << 20), torch.ones(1 << 12)) for _ in range(32)]
+pairs = [(torch.ones(1 << 20), torch.ones(1 << 15)) for _ in range(32)]
 assert anonymous() - before > 64 << 20
 kept = [small for large, small in pairs]
 del pairs
@@ -155,7 +155,11 @@ print(anonymous() - before)
         ([2 * MIB], {}, True),
         ([2 * MIB, 1000], {}, False),
         ([2 * MIB, 1000, 2 * MIB], {}, True),
-        ([2 * MIB], {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB)}, False),  # the user's word
+        (
+            [2 * MIB],
+            {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(256 * MIB)},
+            False,
+        ),  # the user's word
     ],
 )
 def test_what_a_long_prompt_frees_goes_back_to_the_system(
@@ -165,4 +169,4 @@ def test_what_a_long_prompt_frees_goes_back_to_the_system(
     command = [sys.executable, "-c", HEAP, *map(str, activations)]
     done = subprocess.run(command, env=clean | environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (int(done.stdout) < 8 * MIB) == goes_back, done.stdout
+    assert (int(done.stdout) < 12 * MIB) == goes_back, done.stdout

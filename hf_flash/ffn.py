@@ -43,7 +43,7 @@ from .native import addresses
 from .predictor import Predictor
 from .reader import BundleReader, ReadCount, Reading
 from .stats import Counters
-from .window import Ids, ResidentWindow, uses
+from .window import Ids, Mask, ResidentWindow, uses
 
 _ON_FLASH: Final = "weights on flash, LoRA only on attention"  # what PEFT quotes when it refuses a layer
 
@@ -175,8 +175,11 @@ class FlashFFN(nn.Module):
                 for block in call.blocks:
                     call.add(window.matrix, window.slot_of[block], block, out)
         else:
-            before, keep = waited, window.worth_keeping(ids)
-            window.evict(np.setdiff1d(window.resident, np.union1d(keep, ids)))
+            before, keep = waited, np.zeros(self.d_ff, dtype=np.bool_)
+            keep[window.worth_keeping(ids)] = True
+            unused = ~keep
+            unused[ids] = False
+            window.evict(window.resident[unused[window.resident]])
             waited += self._stream(engine, call, keep, out)
         count.calls += 1
         count.tokens += tokens
@@ -295,8 +298,11 @@ class FlashFFN(nn.Module):
         token.finish(out)
         return spent
 
-    def _stream(self, engine: Engine, call: _Call, keep: Ids, out: torch.Tensor) -> float:
+    def _stream(self, engine: Engine, call: _Call, keep: Mask, out: torch.Tensor) -> float:
         """Work off what does not fit into the window, the next block on its way while one is computed.
+
+        Args:
+            keep: [d_ff] which neurons should be in the window afterwards.
 
         Returns:
             Seconds spent on reading and nothing else.
@@ -482,11 +488,12 @@ class _Block:
             _copy_rows(engine.scratch, matrix, slots, self.buffer, self.rows[there])
             call.add(self.buffer, self.rows, self.ids, out)
 
-    def keep(self, engine: Engine, keep: Ids) -> None:
+    def keep(self, engine: Engine, keep: Mask) -> None:
         """Leave in the window, or take into it, what is worth keeping."""
         window, ids = self._window, self.ids
-        window.evict(np.setdiff1d(ids[self._there], keep, assume_unique=True))
-        staying = self._away[np.isin(ids[self._away], keep, assume_unique=True)][: window.free]
+        there = ids[self._there]
+        window.evict(there[~keep[there]])
+        staying = self._away[keep[ids[self._away]]][: window.free]
         if len(staying):
             slots = window.reserve(len(staying))
             _copy_rows(engine.scratch, self.buffer, self.rows[staying], window.matrix, slots)

@@ -30,13 +30,14 @@ import torch
 from .memory import aligned_empty
 
 Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 _DECAY: Final = 0.99  # of worth, per token: half of it is the last 69 tokens
 _RENEW: Final = 1e9  # when weights have grown this large they start from 1 again
 _FORGOTTEN: Final = 2000  # tokens after which older uses count for nothing, and their weight still is a number
 
 
-def uses(selected: npt.NDArray[np.bool_]) -> Ids:
+def uses(selected: Mask) -> Ids:
     """How many tokens use each neuron, int64 [d_ff], from bool [tokens, d_ff]."""
     total = np.zeros(selected.shape[1], dtype=np.int64)
     for at in range(0, len(selected), 255):  # bytes are added much faster than wider numbers
@@ -70,7 +71,7 @@ class ResidentWindow:
         """The neurons in DRAM, sorted."""
         return np.flatnonzero(self.slot_of >= 0)
 
-    def note_use(self, selected: npt.NDArray[np.bool_] | None, tokens: int, union: Ids) -> None:
+    def note_use(self, selected: Mask | None, tokens: int, union: Ids) -> None:
         """Advance the clock by a call's tokens and mark which neurons they use.
 
         Args:

@@ -84,21 +84,23 @@ class Engine:
 
 
 _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
-_held: list[Engine] = []
+_forking = threading.local()
 
 
 def _before_fork() -> None:
     """Wait for layers that other threads run, and for reads: a child would wait for ever, and not know which rows are whole."""
-    for _, engine in sorted(_engines.items()):
+    found = (reference() for reference in _engines.valuerefs())
+    _forking.held = []
+    for engine in sorted((engine for engine in found if engine is not None), key=id):  # one order for all who fork
         engine.lock.acquire()
-        _held.append(engine)
+        _forking.held.append(engine)
         if not engine.closed:
             engine.reader.settle()
 
 
 def _after_fork() -> None:
-    while _held:
-        _held.pop().lock.release()
+    while _forking.held:
+        _forking.held.pop().lock.release()
 
 
 if hasattr(os, "register_at_fork"):
@@ -141,6 +143,8 @@ class FlashFFN(nn.Module):
             try:
                 engine.heap.prepare(x.nbytes)
                 out = self._run(engine, x.detach().to(engine.dtype))
+                if self.index == len(engine.reader.layers) - 1:
+                    engine.heap.prepare(0)
             except HfFlashError:
                 raise  # nothing was committed that is not whole
             except BaseException:

@@ -63,8 +63,8 @@ class Heap:
     """glibc's heap, for a call of many tokens and for those of few.
 
     Between the blocks of a long prompt, freed in any order, a heap keeps hundreds of MiB (1024 tokens of OPT-2.7B: 490). So a
-    call with large blocks has them as pages of their own, which go back to the system one by one. Not so later: providing pages
-    anew for a growing KV cache would cost decoding a quarter of its time, and a heap reuses blocks that are alike.
+    call with large blocks has them as pages of their own, which go back to the system one by one. Not so afterwards: providing
+    pages anew for a growing KV cache would cost decoding a quarter of its time, and a heap reuses blocks that are alike.
 
     Nothing is set before the first call of many tokens, nor where the user has set it, nor without glibc.
     """
@@ -73,7 +73,7 @@ class Heap:
         self._large = False
 
     def prepare(self, nbytes: int) -> None:
-        """For a call whose activations take `nbytes` each."""
+        """For a call whose activations take `nbytes` each; with 0, that it is over."""
         large = nbytes >= _OFF_HEAP_BYTES
         if large == self._large:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,11 @@ from tests.hub import TOKEN, Hub, serve
 
 ROOT = Path(__file__).parent.parent
 TINY_OPT = ROOT / "examples" / "tiny-opt"
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a job in the background; what tests start would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "pre_ln": {},

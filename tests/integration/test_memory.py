@@ -151,10 +151,8 @@ print(anonymous() - before)
     ("activations", "environment", "goes_back"),
     [
         ([], {}, False),
-        ([1000], {}, False),
         ([2 * MIB], {}, True),
         ([2 * MIB, 1000], {}, False),
-        ([2 * MIB, 1000, 2 * MIB], {}, True),
         (
             [2 * MIB],
             {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(256 * MIB)},

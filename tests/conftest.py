@@ -22,9 +22,7 @@ from tests.hub import TOKEN, Hub, serve
 ROOT = Path(__file__).parent.parent
 TINY_OPT = ROOT / "examples" / "tiny-opt"
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a job in the background; what tests start would ignore it, too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background; what tests start would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -181,9 +181,9 @@ class FlashFFN(nn.Module):
         else:
             before, keep = waited, np.zeros(self.d_ff, dtype=np.bool_)
             keep[window.worth_keeping(ids)] = True
-            unused = ~keep
+            unused = (window.slot_of >= 0) & ~keep
             unused[ids] = False
-            window.evict(window.resident[unused[window.resident]])
+            window.evict(np.flatnonzero(unused))
             waited += self._stream(engine, call, keep, out)
         count.calls += 1
         count.tokens += tokens

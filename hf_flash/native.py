@@ -34,7 +34,7 @@ Ids = npt.NDArray[np.int64]
 _PID: Final = os.getpid()
 _SHARED: Final = 1 << 18  # products that waking another thread is worth
 _TOKENS: Final = 1024  # that `TokensKernel` takes at a time: for more, its room would grow
-_SHARE: Final = 16  # neurons, at least, that are counted together (UP_ROWS of _native.c)
+_LEAST_SHARE: Final = 16  # neurons, at least, that are counted together (UP_ROWS of _native.c)
 _TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of _native.c)
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -215,7 +215,7 @@ class TokensKernel:
     ) -> None:
         self._x, self._used, self._bias, self._narrow = x, used, bias, narrow
         self._threads, self._most = threads(), min(len(x), _TOKENS)
-        room = (4 * neurons, 2 * neurons, 4 * -(-neurons // _SHARE))  # a token's: hidden values, whose they are, how many
+        room = (4 * neurons, 2 * neurons, 4 * -(-neurons // _LEAST_SHARE))  # a token's: hidden values, whose they are, how many
         self._room = [torch.empty(self._most * size, dtype=torch.uint8) for size in room]
         self._packed = torch.empty(self._threads * neurons * _TILE_BYTES, dtype=torch.uint8)
 

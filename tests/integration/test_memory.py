@@ -153,11 +153,8 @@ print(anonymous() - before)
         ([], {}, False),
         ([2 * MIB], {}, True),
         ([2 * MIB, 1000], {}, False),
-        (
-            [2 * MIB],
-            {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(256 * MIB)},
-            False,
-        ),  # the user's word
+        # the user's word
+        ([2 * MIB], {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(256 * MIB)}, False),
     ],
 )
 def test_what_a_long_prompt_frees_goes_back_to_the_system(

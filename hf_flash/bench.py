@@ -40,7 +40,7 @@ from .bench_job import Job, System
 from .bench_report import machine
 from .budget import parse_bytes, parse_share
 from .config import FlashOffloadConfig
-from .disk import disk_curve
+from .disk import disk_curve, mean_curve
 from .errors import ConfigError
 from .repack import repack
 from .store import FlashStore
@@ -101,7 +101,7 @@ def bench(
         check: whether "flash" must generate the tokens of "flash-uncapped", which is added.
         arguments: of FlashOffloadConfig, for every row of hf_flash that does not name them itself.
         timeout: seconds for a system.
-        disk_seconds: for each point of the disk's curve.
+        disk_seconds: for each point of the disk's curve, which is measured between the rows: disks drift.
         seed: of the prompt.
         notes: what else the figures depend on, for the report.
 
@@ -119,13 +119,16 @@ def bench(
     budget, extra = parse_share(memory, dense), parse_bytes(headroom)
     job = Job(folder, plain, _prompt(folder, prompt_tokens, seed), tokens, dense, budget, extra, cap, timeout)
     runs: dict[str, list[dict[str, Any]]] = {system.label: [] for system in wanted}
+    there, curves = machine(folder), [disk_curve(folder, max_seconds=disk_seconds)]
     with tqdm(total=repeats * len(wanted), desc="Benchmark", unit="system") as bar:
         for system in [*wanted] * repeats:
             bar.set_postfix_str(system.label)
-            runs[system.label].append(job.run(system))
+            row = job.run(system)
+            curves.append(disk_curve(folder, max_seconds=disk_seconds))
+            around = mean_curve(curves[-2:])
+            runs[system.label].append(add_checks(row, around, there["dram_gb_per_s"]))
             bar.update()
-    there, points = machine(folder), disk_curve(folder, max_seconds=disk_seconds)
-    rows = [add_checks(_median_run(found), points, there["dram_gb_per_s"]) for found in runs.values()]
+    rows, points = [_median_run(found) for found in runs.values()], mean_curve(curves)
     report: dict[str, Any] = {
         "machine": there,
         "model": {"folder": folder.name, "source": store.metadata["source"], "dense_bytes": dense, "ffn_bytes": store.nbytes,

@@ -9,11 +9,11 @@ Of every row of hf_flash, from its own counters and from the speeds that the sam
                       it. `expected_ratio` is the bytes that were read, wrong guesses and rounding to pages included, to
                       these: below 1, what is kept is chosen better.
     disk_rate_share   bytes read per second of I/O, to what the disk's curve has at the row's mean size of a read, with as many
-                      at a time as a layer asks for at once. I/O is counted from the list of neurons to the last byte: issuing
-                      the reads is in it, as it is in the curve, and so is the end of each batch, when few reads are left; the
-                      curve has none. The curve reads with threads, so io_uring may be above 1, and so are reads that
-                      lookahead hides behind attention: they take no time of the token. None where the page cache answers
-                      (reader "mmap"), or nothing was read.
+                      at a time as a layer asks for at once; the curve is the mean of one before the row and one after. I/O is
+                      counted from the list of neurons to the last byte: issuing the reads is in it, as it is in the curve, and
+                      so is the end of each batch, when few reads are left; the curve has none. The curve reads with threads, so
+                      io_uring may be above 1, and so are reads that lookahead hides behind attention: they take no time of the
+                      token. None where the page cache answers (reader "mmap"), or nothing was read.
     floor_ms          the least a token takes: weights it goes through in DRAM at DRAM's speed, and missing neurons at the
                       disk's best speed for reads of this size; the larger of both if they overlap, their sum if they do
                       not. Left out: the KV cache, activations, and that small products do not reach the speed of large ones.

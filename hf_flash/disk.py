@@ -9,12 +9,13 @@ Python threads, a fast disk shows the cost of issuing a read as much as its own:
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Final
@@ -173,6 +174,18 @@ def _measure(pattern: str, direct: bool, reads: list[tuple[int, int]], size: int
     if failed:
         raise failed[0]
     return DiskPoint(pattern, direct, size, lanes, sum(done), seconds)
+
+
+def mean_curve(curves: Iterable[Iterable[DiskPoint]]) -> list[DiskPoint]:
+    """Curves of one disk, measured at different times, as one: what was read in all of them, in all their time."""
+    found: dict[tuple[str, int, int], DiskPoint] = {}
+    for point in itertools.chain.from_iterable(curves):
+        key = point.pattern, point.size, point.depth
+        before = found.get(key)
+        found[key] = point if before is None else replace(
+            point, nbytes=before.nbytes + point.nbytes, seconds=before.seconds + point.seconds
+        )  # fmt: skip
+    return list(found.values())
 
 
 def rate_at(points: Iterable[DiskPoint], size: float, depth: float | None = None) -> float:

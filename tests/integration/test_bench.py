@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from hf_flash.bench_checks import add_checks, window_law
 from hf_flash.bench_report import describe
 from hf_flash.cap import memory_cap
 from hf_flash.cli import main
-from hf_flash.disk import DiskPoint, disk_curve, dram_gb_per_s, rate_at
+from hf_flash.disk import DiskPoint, disk_curve, dram_gb_per_s, mean_curve, rate_at
 from hf_flash.errors import ConfigError, HfFlashError, StoreReadError
 from hf_flash.store import FlashStore
 
@@ -373,6 +374,29 @@ CURVE = [
 ])  # fmt: skip
 def test_a_curve_is_read_between_its_points(size: int, depth: float | None, rate: float) -> None:
     assert rate_at(CURVE, size, depth) == pytest.approx(rate)
+
+
+def test_curves_of_one_disk_are_averaged_over_their_time() -> None:
+    slower = [replace(point, nbytes=500_000_000, seconds=2 * point.seconds) for point in CURVE]
+    found = mean_curve([CURVE, slower])
+    assert [(point.pattern, point.size, point.depth) for point in found] == [(p.pattern, p.size, p.depth) for p in CURVE]
+    assert [point.gb_per_s for point in found] == pytest.approx([point.gb_per_s / 2 for point in CURVE])
+    assert mean_curve([CURVE]) == CURVE
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_disk_is_measured_around_every_row(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that is half as fast each time, a row is held against its own two curves, the report against all."""
+    curves = [[replace(point, seconds=point.seconds * 2**turn) for point in CURVE] for turn in range(3)]
+    left = iter(curves)
+    monkeypatch.setattr(bench, "disk_curve", lambda folder, max_seconds: next(left))
+    least = bench_worker._least_budget(str(packed), {})
+    report = bench.bench(packed, systems=["flash", "none"], tokens=6, memory=least + 20_000, arguments={"reader": "direct"})
+    for row, around in zip(report["rows"], itertools.pairwise(curves), strict=True):
+        count = row["stats"]["counters"]
+        rate = rate_at(mean_curve(around), row["run_bytes"], count["reads"] / count["calls"])
+        assert row["disk_rate_share"] == pytest.approx(row["read_gb_per_s"] / rate)
+    assert [point["seconds"] for point in report["disk"]] == pytest.approx([7 * point.seconds for point in CURVE])
 
 
 def a_row(**stats: Any) -> dict[str, Any]:

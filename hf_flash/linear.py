@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import platform
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -83,11 +83,14 @@ def _widened_from(dtype: torch.dtype) -> float:
     """Tokens from which on an fp32 GEMM of widened rows is faster than torch's own product on this processor."""
     if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
         return float("inf")
-    can: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     matrix, vector = ("amx_bf16", "avx512_bf16") if dtype == torch.bfloat16 else ("amx_fp16", "avx512_fp16")
-    if not can or can.get(matrix) or (dtype == torch.float16 and can.get(vector)):
+    if not can or can.get(matrix):
         return float("inf")
-    return _MANY if can.get(vector) else _FEW[dtype] + 1
+    if not can.get(vector):
+        return _FEW[dtype] + 1
+    twice = dtype == torch.float16 or "AMD" in str(can.get("cpu_name"))  # as fast as fp32; Intel's dot products of bf16 are not
+    return float("inf") if twice else _MANY
 
 
 def adopt(model: nn.Module, engine: Engine) -> None:

@@ -143,6 +143,26 @@ def test_how_many_tokens_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.clear()
 
 
+@pytest.mark.parametrize(("can", "bf16", "fp16"), [
+    ({}, "never", "never"),
+    ({"avx2": True}, 17, 17),
+    ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, 96, 17),
+    ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, "never", 17),
+    ({"avx512_bf16": True, "avx512_fp16": True, "cpu_name": "Intel Xeon"}, 96, "never"),
+    ({"amx_bf16": True, "avx512_bf16": True, "avx512_fp16": True, "cpu_name": "Intel Xeon"}, "never", "never"),
+])  # fmt: skip
+def test_from_where_on_widening_pays(
+    can: dict[str, Any], bf16: int | str, fp16: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As measured on processors that can do this; docs/experiments.md has the figures."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    monkeypatch.setattr(linear.platform, "machine", lambda: "x86_64")
+    found = [linear._widened_from.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    assert found == [float("inf") if name == "never" else name for name in (bf16, fp16, "never")]
+    monkeypatch.setattr(linear.platform, "machine", lambda: "aarch64")
+    assert linear._widened_from.__wrapped__(torch.float16) == float("inf")
+
+
 class Marked(torch.Tensor):
     pass
 

@@ -74,6 +74,7 @@ def bench(
     systems: Sequence[str | System] | None = None,
     tokens: int = 64,
     prompt_tokens: int = 16,
+    batch_size: int = 1,
     memory: int | str = "50%",
     headroom: int | str = "0.6GB",
     repeats: int = 1,
@@ -93,7 +94,9 @@ def bench(
         systems: names from `SYSTEMS`, the groups "ablation" and "peers", or own ones (see [`parse_system`], [`parse_sweep`]).
             Default: the peers if there is a plain checkpoint, "none" and "flash".
         tokens: to generate; slow systems stop earlier.
-        prompt_tokens: of the prompt, random ids.
+        prompt_tokens: of each prompt, random ids.
+        batch_size: sequences that are generated at once. With more than one, figures are per step, which makes a token of each,
+            tokens per second count all of them, and the window law, which is one of single tokens, is left out.
         memory: budget for weights in DRAM, a size or a share of the dense model such as `"50%"`.
         headroom: what the cap allows beyond it.
         repeats: rounds through all systems; a row shows its median run.
@@ -117,7 +120,7 @@ def bench(
     wanted = _resolve(systems or default_systems(plain), arguments or {}, check, plain)
     dense = _dense_bytes(folder, store)
     budget, extra = parse_share(memory, dense), parse_bytes(headroom)
-    job = Job(folder, plain, _prompt(folder, prompt_tokens, seed), tokens, dense, budget, extra, cap, timeout)
+    job = Job(folder, plain, _prompts(folder, (batch_size, prompt_tokens), seed), tokens, dense, budget, extra, cap, timeout)
     runs: dict[str, list[dict[str, Any]]] = {system.label: [] for system in wanted}
     there, curves = machine(folder), [disk_curve(folder, max_seconds=disk_seconds)]
     with tqdm(total=repeats * len(wanted), desc="Benchmark", unit="system") as bar:
@@ -134,8 +137,8 @@ def bench(
         "model": {"folder": folder.name, "source": store.metadata["source"], "dense_bytes": dense, "ffn_bytes": store.nbytes,
                   "layers": len(store.layers), "d_ff": store.layers[0].d_ff, "d_model": store.layers[0].d_model,
                   "dtype": str(store.layers[0].dtype).removeprefix("torch.")},
-        "settings": {"tokens": tokens, "prompt_tokens": prompt_tokens, "memory_bytes": budget, "cap_bytes": budget + extra,
-                     "repeats": repeats, "seed": seed},
+        "settings": {"tokens": tokens, "prompt_tokens": prompt_tokens, "batch_size": batch_size, "memory_bytes": budget,
+                     "cap_bytes": budget + extra, "repeats": repeats, "seed": seed},
         "notes": list(notes),
         "disk": [vars(point) | {"gb_per_s": point.gb_per_s} for point in points],
         "rows": rows,
@@ -236,10 +239,10 @@ def _resolve(names: Sequence[str | System], arguments: Mapping[str, Any], check:
     return list(found.values())
 
 
-def _prompt(folder: Path, count: int, seed: int) -> list[int]:
-    """Random token ids, past the special ones."""
+def _prompts(folder: Path, shape: tuple[int, int], seed: int) -> list[list[int]]:
+    """Random token ids [sequences, tokens], past the special ones."""
     vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    ids: list[int] = np.random.default_rng(seed).integers(4, vocabulary, count).tolist()
+    ids: list[list[int]] = np.random.default_rng(seed).integers(4, vocabulary, shape).tolist()
     return ids
 
 

@@ -36,7 +36,7 @@ class Job:
 
     folder: Path
     plain: Path | None
-    prompt: list[int]
+    prompts: list[list[int]]  # of one length
     tokens: int
     dense: int  # bytes of the whole model
     memory: int | str  # budget for weights in DRAM, a size or a share of it
@@ -51,7 +51,7 @@ class Job:
     def spec(self, system: System) -> dict[str, Any]:
         """What the child is told."""
         return {
-            "kind": system.kind, "folder": str(self.folder if system.kind == "flash" else self.plain), "prompt": self.prompt,
+            "kind": system.kind, "folder": str(self.folder if system.kind == "flash" else self.plain), "prompts": self.prompts,
             "tokens": self.tokens, "in_memory": system.in_memory, "window_off": system.window_off, "pieces": system.pieces,
             "arguments": {"memory_budget": self.budget(system)} | system.arguments,
         }  # fmt: skip

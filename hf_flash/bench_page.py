@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from ._version import __version__
-from .bench_report import COLUMNS, cells, check_lines, disk_table
+from .bench_report import COLUMNS, cells, check_lines, disk_table, each, what
 from .budget import format_bytes
 from .plots import bench_drawings
 
@@ -54,7 +54,7 @@ def page(report: dict[str, Any]) -> str:
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>", *_about(report), *_cards(report),
         *(f"<h2>{title}</h2><figure>{drawing}</figure>" for title, drawing in bench_drawings(report)),
-        "<h2>All figures</h2>", *_table(report["rows"]),
+        "<h2>All figures</h2>", *_table(report["rows"], each(report["settings"])),
         *_lines("What hf_flash is held against", check_lines(report["rows"])),
         *_lines("The disk's curve", disk_table(report["disk"])),
         f"<p>hf_flash {__version__}. Every system ran in a process of its own, in turn, from a cold page cache, greedy.</p>",
@@ -68,7 +68,7 @@ def _about(report: dict[str, Any]) -> Iterator[str]:
     there, model, settings = report["machine"], report["model"], report["settings"]
     yield (
         f"<p>{format_bytes(model['dense_bytes'])} in {model['dtype']}, {model['layers']} layers, d_model {model['d_model']}, "
-        f"d_ff {model['d_ff']}; {settings['tokens']} tokens after a prompt of {settings['prompt_tokens']}</p>"
+        f"d_ff {model['d_ff']}; {what(settings)}</p>"
     )
     versions = ", ".join(f"{name} {number}" for name, number in there["versions"].items())
     yield (
@@ -94,16 +94,15 @@ def _cards(report: dict[str, Any]) -> Iterator[str]:
             figures.append((f"{ours['tokens_per_s'] / done[name]['tokens_per_s']:.2g}x", f"as fast as {words}"))
     if ours["memory_bytes"]:
         figures.append((f"{ours['memory_bytes'] / report['model']['dense_bytes']:.0%}", "of the weights fit into DRAM"))
-    figures.append(
-        (f"{ours['read_bytes'] / 1e6:.3g} MB", f"read for a token; {ours['hit_rate']:.0%} of its neurons were there")
-    )
+    read, one = f"{ours['read_bytes'] / 1e6:.3g} MB", each(report["settings"])
+    figures.append((read, f"read for a {one}; {ours['hit_rate']:.0%} of its neurons were there"))
     yield '<div class="cards">'
     yield from (f'<div class="card"><b>{number}</b><span>{escape(words)}</span></div>' for number, words in figures)
     yield "</div>"
 
 
-def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield '<div class="table"><table><tr><th>a token</th>'
+def _table(rows: list[dict[str, Any]], one: str) -> Iterator[str]:
+    yield f'<div class="table"><table><tr><th>a {one}</th>'
     yield "".join(f"<th>{heading}</th>" for heading, *_ in COLUMNS) + "<th>cap</th></tr>"
     for row in rows:
         name, ours = escape(row["system"]), ' class="ours"' if row["system"] == "flash" else ""

@@ -55,13 +55,12 @@ def describe(report: dict[str, Any]) -> str:
     if all(row["sweep"] for row in report["rows"]):
         memory = "weights and cap as each row says"
     lines = [
-        f"{model['source']}: {format_bytes(model['dense_bytes'])}, {model['dtype']}; {settings['tokens']} tokens after a "
-        f"prompt of {settings['prompt_tokens']}; {memory}",
+        f"{model['source']}: {format_bytes(model['dense_bytes'])}, {model['dtype']}; {what(settings)}; {memory}",
         f"{there['cpu']}, {there['cores']} cores, {there['torch_threads']} torch threads, "
         f"DRAM {there['dram_gb_per_s']:.1f} GB/s; {there['disk']}; {there['kernel']}; {there['date']}",
         *report["notes"],
         "",
-        *_speed_table(report["rows"]),
+        *_speed_table(report["rows"], each(settings)),
         *check_lines(report["rows"]),
         "",
         *disk_table(report["disk"]),
@@ -92,10 +91,21 @@ COLUMNS: Final = (  # heading, width, field, digits, unit
 )
 
 
-def _speed_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """One system a line; all but the last columns are per decoded token. MB: asked of the reader, or else of the disk."""
+def what(settings: dict[str, Any]) -> str:
+    """What was generated."""
+    found = f"{settings['tokens']} tokens after a prompt of {settings['prompt_tokens']}"
+    return found + (f", {settings['batch_size']} sequences at once" if each(settings) == "step" else "")
+
+
+def each(settings: dict[str, Any]) -> str:
+    """What figures are per: a token, or a step that makes one of every sequence. Reports of old say nothing of batches."""
+    return "step" if settings.get("batch_size", 1) > 1 else "token"
+
+
+def _speed_table(rows: list[dict[str, Any]], one: str) -> Iterator[str]:
+    """One system a line; all but the last columns are per token or step. MB: asked of the reader, or else of the disk."""
     wide = max(len(row["system"]) for row in rows) + 2
-    yield f"{'a token:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in COLUMNS) + "  cap"
+    yield f"{f'a {one}:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in COLUMNS) + "  cap"
     for row in rows:
         if "failed" in row:
             yield f"{row['system']:<{wide}}  failed ({row['cap']}): {row['failed'][:200]}"
@@ -116,9 +126,11 @@ def check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield from [""] if held else []
     for row in held:
         floor, window = row["floor_ms"], row["window_tokens"]
-        law = f"{row['expected_bytes'] / 1e6:.2f} MB a token by the window law"
-        law += "" if window is None else f", {window:.1f} tokens kept"
-        read = f"; read {row['read_bytes'] / 1e6:.2f}: {_number(row['expected_ratio'], 2)} of it"
+        law, read = "", f"read {row['read_bytes'] / 1e6:.2f} MB"
+        if row["expected_bytes"] is not None:
+            law = f"{row['expected_bytes'] / 1e6:.2f} MB a token by the window law"
+            law += "; " if window is None else f", {window:.1f} tokens kept; "
+            read = f"read {row['read_bytes'] / 1e6:.2f}: {_number(row['expected_ratio'], 2)} of it"
         rate = row["disk_rate_share"]
         yield f"{row['system']}: {law}{read}" + ("" if rate is None else f", at {rate:.0%} of the disk's rate")
         yield (

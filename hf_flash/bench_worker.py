@@ -49,7 +49,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     """Load, generate, measure.
 
     Args:
-        spec: `kind` ("stock", "accelerate" or "flash"), `folder`, `prompt` (token ids), `tokens`; stock: `in_memory`; flash:
+        spec: `kind` ("stock", "accelerate" or "flash"), `folder`, `prompts` (token ids), `tokens`; stock: `in_memory`; flash:
             `arguments` of FlashOffloadConfig, `window_off` (the least memory the model runs in), `pieces` (reads a neuron is
             torn into, 0: as hf_flash reads).
     """
@@ -60,7 +60,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         load_s = perf_counter() - start
         clock = _Clock(model if spec["kind"] == "flash" else None)
         start = perf_counter()
-        tokens = _generate(model, spec["prompt"], spec["tokens"], [clock])
+        tokens = _generate(model, spec["prompts"], spec["tokens"], [clock])
         found = {
             "tokens": tokens,
             "load_s": load_s,
@@ -69,16 +69,17 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "cgroup_peak_bytes": peak_bytes(),
         } | clock.summary() | watch.stop()  # fmt: skip
-        return found | (_expected(model, spec["prompt"], tokens) if spec["kind"] == "flash" else {})
+        return found | (_expected(model, spec["prompts"], tokens) if spec["kind"] == "flash" else {})
 
 
-def _generate(model: Any, prompt: list[int], tokens: int, criteria: list[Any]) -> list[int]:
-    ids = torch.tensor([prompt])
+def _generate(model: Any, prompts: list[list[int]], tokens: int, criteria: list[Any]) -> list[int]:
+    """What was generated: the first token of every sequence, the second, and so on."""
+    ids = torch.tensor(prompts)
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1,
         stopping_criteria=criteria,
     )  # fmt: skip
-    new: list[int] = output[0, len(prompt) :].tolist()
+    new: list[int] = output[:, ids.shape[1] :].T.flatten().tolist()
     return new
 
 
@@ -86,7 +87,7 @@ def _generate(model: Any, prompt: list[int], tokens: int, criteria: list[Any]) -
 
 
 class _Clock(StoppingCriteria):
-    """Takes the time of every token; never stops a run, unless it is slow.
+    """Takes the time of every step, a token of each sequence; never stops a run, unless it is slow.
 
     Args:
         model: the flash model whose counters to read, if it is one.
@@ -94,6 +95,7 @@ class _Clock(StoppingCriteria):
 
     def __init__(self, model: Any) -> None:
         self.model, self.times, self._disk_bytes = model, list[float](), list[int | None]()
+        self._batch_size = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if not self.times and self.model is not None:
@@ -101,48 +103,49 @@ class _Clock(StoppingCriteria):
         if len(self.times) < 2:
             self._disk_bytes.append(_disk_bytes())
         self.times.append(perf_counter())
+        self._batch_size = len(input_ids)
         steps = len(self.times) - 1
         slow = steps >= _SLOW_TOKENS and self.times[-1] - self.times[0] > _SLOW_S * steps
         return torch.full((len(input_ids),), slow, dtype=torch.bool)
 
     def summary(self) -> dict[str, Any]:
-        """Per decoded token: milliseconds, and where they and the bytes went."""
+        """Per step: milliseconds, and where they and the bytes went."""
         ms, steps, disk = 1e3 * np.diff(self.times), len(self.times) - 1, _disk_bytes()
         first = self._disk_bytes[0]
         found: dict[str, Any] = {
             "token_ms": [round(float(x), 3) for x in ms],
-            "tokens_per_s": steps / (self.times[-1] - self.times[0]),
+            "tokens_per_s": steps * self._batch_size / (self.times[-1] - self.times[0]),
             "mean_ms": float(ms.mean()),
             "median_ms": float(np.median(ms)),
             "p95_ms": float(np.percentile(ms, 95)),
             "disk_bytes": None if disk is None or first is None else (disk - first) / steps,
         }
-        return found if self.model is None else found | self._of_flash(found["mean_ms"])
+        return found if self.model is None else found | self._of_flash(found["mean_ms"], steps)
 
-    def _of_flash(self, mean_ms: float) -> dict[str, Any]:
+    def _of_flash(self, mean_ms: float, steps: int) -> dict[str, Any]:
         snapshot = stats(self.model)
-        count, tokens = snapshot.counters, snapshot.tokens
+        count = snapshot.counters
         bundle_bytes = find_runtime(self.model).store.layers[0].bundle_bytes
-        parts = {part: 1e3 * getattr(count, part + "_s") / tokens for part in PARTS}
+        parts = {part: 1e3 * getattr(count, part + "_s") / steps for part in PARTS}
         return {
             "parts_ms": parts | {"rest": mean_ms - sum(parts.values())},
-            "read_bytes": count.read_bytes / tokens,
-            "missing_bytes": (count.missing_bytes + count.ahead_used * bundle_bytes) / tokens,  # without wrong guesses
-            "touched_bytes": self._touched(snapshot),
-            "reads": count.reads / tokens,
+            "read_bytes": count.read_bytes / steps,
+            "missing_bytes": (count.missing_bytes + count.ahead_used * bundle_bytes) / steps,  # without wrong guesses
+            "touched_bytes": self._touched(snapshot, steps),
+            "reads": count.reads / steps,
             "run_bytes": count.read_bytes / max(1, count.reads),
             "read_gb_per_s": snapshot.read_gb_per_s,
             "hit_rate": snapshot.hit_rate,
             "stats": snapshot.to_dict(),
         }
 
-    def _touched(self, found: FlashStats) -> float:
-        """Weights in DRAM that a token goes through: all but its neurons and the tables of which it looks up a row."""
+    def _touched(self, found: FlashStats, steps: int) -> float:
+        """Weights in DRAM that a step goes through: all but its neurons and the tables of which it looks up a row."""
         head = self.model.get_output_embeddings().weight
         tables = [item.weight for item in self.model.modules() if isinstance(item, torch.nn.Embedding)]
         resident = found.resident_bytes - sum(table.nbytes for table in tables if table is not head)
         neuron = (found.dense_bytes - found.resident_bytes) / (found.layers * found.d_ff)
-        return resident + found.predictor_bytes + neuron * found.counters.selected / found.tokens
+        return resident + found.predictor_bytes + neuron * found.counters.selected / steps
 
 
 class _Watch:
@@ -188,21 +191,24 @@ def _disk_bytes() -> int | None:
 # --- what a window should have read --------------------------------------------------------------------------------------
 
 
-def _expected(model: Any, prompt: list[int], tokens: list[int]) -> dict[str, float | None]:
+def _expected(model: Any, prompts: list[list[int]], tokens: list[int]) -> dict[str, float | None]:
     """`expected_bytes` per token and `window_tokens` (bench_checks.py), from what the tokens of the run selected.
 
     They are generated once more for it, without a clock: the answer does not depend on what is in memory (contract C3), and
-    recording costs the run that is measured nothing.
+    recording costs the run that is measured nothing. `None` for a batch: the law is of tokens that come one after the other.
     """
     runtime = find_runtime(model)
     bundle_bytes, ffns = runtime.store.layers[0].bundle_bytes, runtime.ffns
     if runtime.form is None:  # every token uses everything
         neurons = sum(ffn.d_ff for ffn in ffns if ffn.window.capacity < ffn.d_ff)
         return {"expected_bytes": float(neurons * bundle_bytes), "window_tokens": None}
-    records = [_Record(ffn, len(prompt) + len(tokens)) for ffn in ffns]
-    if _generate(model, prompt, len(tokens), []) != tokens:
+    if len(prompts) > 1:
+        return {"expected_bytes": None, "window_tokens": None}
+    first = len(prompts[0])
+    records = [_Record(ffn, first + len(tokens)) for ffn in ffns]
+    if _generate(model, prompts, len(tokens), []) != tokens:
         raise HfFlashError("the same prompt gave other tokens the second time")
-    found = [window_law(record.used(), len(prompt), ffn.window.capacity) for record, ffn in zip(records, ffns, strict=True)]
+    found = [window_law(record.used(), first, ffn.window.capacity) for record, ffn in zip(records, ffns, strict=True)]
     read, kept = np.sum(found, axis=0) / (len(tokens) - 1)
     return {"expected_bytes": float(read) * bundle_bytes, "window_tokens": float(kept) / len(ffns)}
 

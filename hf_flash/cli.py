@@ -253,7 +253,8 @@ def _bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sweep", default=[], type=checked(bench.parse_sweep), metavar="40,50,60:quantized",
                      help="hf_flash at each of these budgets: percent or sizes, and which predictor")  # fmt: skip
     sub.add_argument("--tokens", type=at_least_two, metavar="N", help="to generate; slow systems stop at 8 (default 64)")
-    sub.add_argument("--prompt-tokens", type=positive, metavar="N", help="of the random prompt (default 16)")
+    sub.add_argument("--prompt-tokens", type=positive, metavar="N", help="of each random prompt (default 16)")
+    sub.add_argument("--batch-size", type=positive, metavar="N", help="sequences at once (default 1)")
     sub.add_argument("--memory", metavar="SIZE", help='weights in DRAM: a size, or a share of the model (default "50%%")')
     sub.add_argument("--headroom", type=size, metavar="SIZE", help='what the cap allows beyond it (default "0.6GB")')
     sub.add_argument("--repeats", type=positive, metavar="N", help="rounds; a row shows its median one (default 1)")
@@ -412,7 +413,9 @@ def _bench(args: argparse.Namespace) -> int:
         raise ConfigError("nothing to measure, or too much", expected="either a repacked MODEL or --preset tiny")
     if args.plot or args.html:
         check_installed()
-    settings = {name: getattr(args, name) for name in ("tokens", "prompt_tokens", "memory", "headroom", "repeats", "timeout")}
+    settings = {name: getattr(args, name) for name in (
+        "tokens", "prompt_tokens", "batch_size", "memory", "headroom", "repeats", "timeout",
+    )}  # fmt: skip
     settings = {name: value for name, value in settings.items() if value is not None}
     settings |= {"cap": args.cap, "check": args.check, "notes": args.note}
     settings["arguments"] = {k: v for item in args.flash_arg for k, v in item.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .bench_report import each
 from .budget import format_bytes
 from .errors import ConfigError
 
@@ -140,7 +141,8 @@ def _systems(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> N
     axes.invert_yaxis()
     axes.margins(x=0.12)
     size = report["settings"]["memory_bytes"] / report["model"]["dense_bytes"]
-    axes.set(xlabel="ms per decoded token", title=f"{report['model']['source']}, {size:.0%} of the weights in DRAM")
+    title = f"{report['model']['source']}, {size:.0%} of the weights in DRAM"
+    axes.set(xlabel=f"ms a {each(report['settings'])}", title=title)
     axes.legend(fontsize=8)
 
 
@@ -152,9 +154,8 @@ def _sweep(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> Non
         axes.annotate(text, (number, at), ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(rows)), [row["system"].removeprefix("flash ") for row in rows])
     axes.margins(y=0.12)
-    axes.set(
-        xlabel="budget for weights in DRAM", ylabel="ms per decoded token", title=f"{report['model']['source']} over budgets"
-    )
+    title = f"{report['model']['source']} over budgets"
+    axes.set(xlabel="budget for weights in DRAM", ylabel=f"ms a {each(report['settings'])}", title=title)
     axes.legend(fontsize=8)
 
 

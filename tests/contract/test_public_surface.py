@@ -132,9 +132,9 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "demand", "errors", "inuse", "memory", "uring"},
     {"activity", "budget", "cap", "devices", "disk", "harness", "native", "window"},
-    {"bench_checks", "bench_job", "bench_report", "compute", "config", "plots", "stats", "store"},
-    {"bench_page", "checkpoint", "lowbit", "placement", "readme", "sources", "writer"},
-    {"commandline", "folders", "hub_cache", "predictor", "reader"},
+    {"bench_checks", "bench_job", "bench_report", "compute", "config", "stats", "store"},
+    {"checkpoint", "lowbit", "placement", "plots", "readme", "sources", "writer"},
+    {"bench_page", "commandline", "folders", "hub_cache", "predictor", "reader"},
     {"lowrank", "quantized"},
     {"ffn", "training"},
     {"adapters", "linear"},

@@ -111,7 +111,7 @@ def test_the_steps_of_the_paper_read_less_and_less(packed: Path, monkeypatch: py
     monkeypatch.setattr(reader, "chunked", reader.chunked)  # put back what a worker replaces
     store, found = FlashStore.open_folder(packed), {}
     for name in bench.ABLATION[:-1]:
-        job = bench_job.Job(packed, None, [5, 6, 7], 8, 0, 1 << 30, 1 << 30, False, 60)
+        job = bench_job.Job(packed, None, [[5, 6, 7]], 8, 0, 1 << 30, 1 << 30, False, 60)
         found[name] = bench_worker.run(job.spec(bench.SYSTEMS[name]))
     assert found["hybrid"]["hit_rate"] == found["+predictor"]["hit_rate"] == 0 < found["+window"]["hit_rate"]
     assert found["hybrid"]["stats"]["counters"]["missing_bytes"] == 7 * store.nbytes
@@ -131,7 +131,7 @@ def test_the_window_law_is_exact_where_there_is_nothing_to_choose(
     """Windows that hold nothing read everything again; windows that hold everything read what is used the first time."""
     monkeypatch.setattr(reader, "chunked", reader.chunked)
     least = bench_worker._least_budget(str(packed), {"predictor": "none"} if name == "none" else {})
-    job = bench_job.Job(packed, None, [5, 6, 7], 8, 0, least, 1 << 30, False, 60)
+    job = bench_job.Job(packed, None, [[5, 6, 7]], 8, 0, least, 1 << 30, False, 60)
     found = bench_worker.run(job.spec(replace(bench.SYSTEMS[name], arguments=bench.SYSTEMS[name].arguments | arguments)))
     assert found["expected_bytes"] == found["missing_bytes"]
     assert (found["expected_bytes"] > 0) is (name != "none" or not arguments)
@@ -139,7 +139,7 @@ def test_the_window_law_is_exact_where_there_is_nothing_to_choose(
 
 def test_what_lookahead_guesses_is_not_what_a_token_selected(packed: Path) -> None:
     """And the run that is recorded leaves no trace in the one that is measured."""
-    job = bench_job.Job(packed, None, [5, 6, 7], 8, 0, 1 << 30, 1 << 30, False, 60)
+    job = bench_job.Job(packed, None, [[5, 6, 7]], 8, 0, 1 << 30, 1 << 30, False, 60)
     found = [bench_worker.run(job.spec(bench.System("flash", arguments={"lookahead": n, "reader": "direct"}))) for n in (0, 1)]
     assert found[0]["expected_bytes"] == found[1]["expected_bytes"] == found[0]["missing_bytes"] >= found[1]["missing_bytes"]
     assert found[1]["missing_bytes"] > 0
@@ -148,7 +148,7 @@ def test_what_lookahead_guesses_is_not_what_a_token_selected(packed: Path) -> No
 
 @pytest.mark.parametrize(("kind", "in_memory"), [("stock", False), ("stock", True), ("accelerate", False)])
 def test_the_others_generate_what_none_generates(kind: str, in_memory: bool, plain: Path, packed: Path) -> None:
-    job = bench_job.Job(packed, plain, [5, 6, 7], 8, 0, 1 << 30, 1 << 30, False, 60)
+    job = bench_job.Job(packed, plain, [[5, 6, 7]], 8, 0, 1 << 30, 1 << 30, False, 60)
     other = bench_worker.run(job.spec(bench.System("other", kind, in_memory=in_memory)))
     assert other["tokens"] == bench_worker.run(job.spec(bench.SYSTEMS["none"]))["tokens"]
     assert "parts_ms" not in other
@@ -156,7 +156,7 @@ def test_the_others_generate_what_none_generates(kind: str, in_memory: bool, pla
 
 def test_a_slow_system_stops_early(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_worker, "_SLOW_S", 0.0)
-    job = bench_job.Job(packed, None, [5, 6, 7], 30, 0, 1 << 30, 1 << 30, False, 60)
+    job = bench_job.Job(packed, None, [[5, 6, 7]], 30, 0, 1 << 30, 1 << 30, False, 60)
     assert len(bench_worker.run(job.spec(bench.SYSTEMS["flash"]))["token_ms"]) == 8
 
 
@@ -220,6 +220,33 @@ def test_a_sweep_is_a_row_for_every_budget(packed: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_batch_is_measured_by_the_step(packed: Path, tmp_path: Path) -> None:
+    """Each sequence as alone (contract C3); figures that are of a token are left out."""
+    arguments = ["--tokens", "6", "--systems", "flash", "--memory", "5MB"]
+    reports = []
+    for size in (1, 3):
+        out = tmp_path / f"{size}.json"
+        files = ["--json", str(out), "--html", str(tmp_path / "a.html"), "--plot", str(tmp_path / "a.svg")]
+        assert main(["bench", str(packed), *arguments, "--batch-size", str(size), *files]) == 0
+        reports.append(json.loads(out.read_text()))
+    alone, batch = (row(report, "flash") for report in reports)
+    assert (len(batch["tokens"]), len(batch["token_ms"])) == (18, 5)
+    assert batch["tokens"][::3] == alone["tokens"]
+    assert batch["tokens_per_s"] == pytest.approx(3e3 / batch["mean_ms"])
+    assert sum(batch["parts_ms"].values()) == pytest.approx(batch["mean_ms"])
+    assert batch["touched_bytes"] > alone["touched_bytes"]
+    assert (batch["expected_bytes"], batch["window_tokens"], batch["expected_ratio"]) == (None, None, None)
+    text = describe(reports[1])
+    assert "6 tokens after a prompt of 16, 3 sequences at once; " in text
+    assert "\na step: " in text
+    assert f"\nflash: read {batch['read_bytes'] / 1e6:.2f} MB" in text
+    assert "3 sequences at once</p>" in (tmp_path / "a.html").read_text()
+    assert "ms a step" in (tmp_path / "a.svg").read_text()
+    reports[0]["settings"].pop("batch_size")  # as reports of old
+    assert "\na token: " in describe(reports[0])
+
+
+@pytest.mark.usefixtures("in_process")
 def test_systems_and_a_sweep_are_two_plots_of_one_figure(packed: Path, tmp_path: Path) -> None:
     arguments = ["--tokens", "3", "--memory", "5MB", "--systems", "flash", "--sweep", "6MB", "--system", "more: window=9"]
     assert main(["bench", str(packed), *arguments, "--plot", str(tmp_path / "a.svg")]) == 0
@@ -231,6 +258,7 @@ def test_systems_and_a_sweep_are_two_plots_of_one_figure(packed: Path, tmp_path:
 @pytest.mark.parametrize("arguments", [
     *(["--sweep", text] for text in ("", "half", "40,-5", "1.2.3", "0", "40:oracle", "40:")),
     ["--preset", "large"], ["--tokens", "1"], ["--headroom", "much"], ["--preset", "tiny", "--repeats", "0"],
+    ["--batch-size", "0"],
     ["--system", "no arguments"], ["--system", "flash: window=3"], ["--system", "a: windw=3"], ["--flash-arg", "window"],
 ])  # fmt: skip
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

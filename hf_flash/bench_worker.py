@@ -58,7 +58,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hf-flash-bench-") as scratch:
         model = _LOADERS[spec["kind"]](spec, scratch)
         load_s = perf_counter() - start
-        clock = _Clock(model if spec["kind"] == "flash" else None)
+        clock = _Clock(model if spec["kind"] == "flash" else None, len(spec["prompts"]))
         start = perf_counter()
         tokens = _generate(model, spec["prompts"], spec["tokens"], [clock])
         found = {
@@ -91,11 +91,12 @@ class _Clock(StoppingCriteria):
 
     Args:
         model: the flash model whose counters to read, if it is one.
+        batch_size: sequences.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, batch_size: int) -> None:
         self.model, self.times, self._disk_bytes = model, list[float](), list[int | None]()
-        self._batch_size = 0
+        self._batch_size = batch_size
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if not self.times and self.model is not None:
@@ -103,7 +104,6 @@ class _Clock(StoppingCriteria):
         if len(self.times) < 2:
             self._disk_bytes.append(_disk_bytes())
         self.times.append(perf_counter())
-        self._batch_size = len(input_ids)
         steps = len(self.times) - 1
         slow = steps >= _SLOW_TOKENS and self.times[-1] - self.times[0] > _SLOW_S * steps
         return torch.full((len(input_ids),), slow, dtype=torch.bool)

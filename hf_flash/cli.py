@@ -413,10 +413,8 @@ def _bench(args: argparse.Namespace) -> int:
         raise ConfigError("nothing to measure, or too much", expected="either a repacked MODEL or --preset tiny")
     if args.plot or args.html:
         check_installed()
-    settings = {name: getattr(args, name) for name in (
-        "tokens", "prompt_tokens", "batch_size", "memory", "headroom", "repeats", "timeout",
-    )}  # fmt: skip
-    settings = {name: value for name, value in settings.items() if value is not None}
+    given = "tokens", "prompt_tokens", "batch_size", "memory", "headroom", "repeats", "timeout"
+    settings = {name: value for name in given if (value := getattr(args, name)) is not None}
     settings |= {"cap": args.cap, "check": args.check, "notes": args.note}
     settings["arguments"] = {k: v for item in args.flash_arg for k, v in item.items()}
     names = args.systems and [name.strip() for name in args.systems.split(",") if name.strip()]

@@ -89,8 +89,9 @@ def _widened_from(dtype: torch.dtype) -> float:
         return float("inf")
     if not can.get(vector):
         return _FEW[dtype] + 1
-    twice = dtype == torch.float16 or "AMD" in str(can.get("cpu_name"))  # as fast as fp32; Intel's dot products of bf16 are not
-    return float("inf") if twice else _MANY
+    if dtype == torch.bfloat16 and "AMD" not in str(can.get("cpu_name")):  # Intel's multiply no more at a time than fp32 does
+        return _MANY
+    return float("inf")
 
 
 def adopt(model: nn.Module, engine: Engine) -> None:

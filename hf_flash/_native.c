@@ -33,7 +33,7 @@
 enum { F32, BF16, F16 };
 enum { TILE_ROWS = 4, TILE_TOKENS = 4, LINEAR_ROWS = 32 };
 enum { SHARE = 256, GROUP = 128, TILE_PARTS = 8, TILE_BYTES = 512, AHEAD = 4, PACKED_USES = 4 };
-enum { UP_ROWS = 16, MATRIX_ROWS = 64, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64 };
+enum { UP_ROWS = 16, MATRIX_ROWS = 64, COPY_ROWS = 16, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64 };
 enum { GETEVENTS = 1, ENTER = 426 };
 
 /* Calls an inlined function with its last argument, the dtype, known when it is compiled. */
@@ -608,7 +608,28 @@ int FAST hf_linear(Linear *m) {
     return 1;
 }
 
-int hf_abi(void) { return 6; } /* native.py: ABI */
+/* --- rows from here to there */
+
+typedef struct {
+    char **from, **to; /* [n] */
+    int64_t n, bytes;  /* rows, and what each has */
+    int32_t threads;
+    atomic_int next;
+} Rows;
+
+static void rows_body(void *job) {
+    Rows *r = job;
+    for (int64_t at; (at = atomic_fetch_add(&r->next, 1) * (int64_t)COPY_ROWS) < r->n;)
+        for (int64_t i = at; i < at + COPY_ROWS && i < r->n; i++)
+            memcpy(r->to[i], r->from[i], (size_t)r->bytes);
+}
+
+void hf_copy(Rows *r) {
+    atomic_store(&r->next, 0);
+    run(rows_body, r, r->threads);
+}
+
+int hf_abi(void) { return 7; } /* native.py: ABI */
 
 #else
 

@@ -27,6 +27,7 @@ import itertools
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import perf_counter
@@ -39,7 +40,7 @@ from torch import nn
 from .compute import OneToken, Scratch, SeveralTokens, block_rows
 from .errors import HfFlashError, StoreReadError, UsageError
 from .memory import Heap
-from .native import addresses
+from .native import addresses, copy_rows
 from .predictor import Predictor
 from .reader import BundleReader, ReadCount, Reading
 from .stats import Counters
@@ -54,8 +55,8 @@ Observer = Callable[[torch.Tensor, Ids, torch.Tensor], None]
 class Engine:
     """What the layers of one model share: the reader, the scratch buffers, the counters, and the lock around them."""
 
-    def __init__(self, reader: BundleReader, scratch: Scratch, dtype: torch.dtype) -> None:
-        self.reader, self.scratch, self.dtype = reader, scratch, dtype
+    def __init__(self, reader: BundleReader, scratch: Scratch, dtype: torch.dtype, *, early: bool = True) -> None:
+        self.reader, self.scratch, self.dtype, self.early = reader, scratch, dtype, early
         self.counters, self.heap = Counters(), Heap()
         self.lock = threading.RLock()
         self.closed = False
@@ -162,7 +163,7 @@ class FlashFFN(nn.Module):
         selected = self.predictor.select(x)
         ids = self._all_ids if selected is None else _union(selected)
         predicted = perf_counter()
-        waited = self._arrive(engine, selected)
+        waited = self._arrive(engine, ids)
         window.note_use(None if selected is None else selected.numpy(), tokens, ids)
         missing = window.missing(ids)
         managed, out = perf_counter(), torch.zeros(tokens, self.d_model, dtype=torch.float32)
@@ -227,13 +228,30 @@ class FlashFFN(nn.Module):
         ids = _union(selected)
         missing = window.missing(ids)
         missing = missing[: window.spare(ids)]  # a guess pushes nothing out that recent tokens used
+        self._read_ahead(engine, missing, ids)
+        engine.counters.manage_s += perf_counter() - predicted
+
+    def _start_next_layer(self, engine: Engine) -> None:
+        """This call uses most of this layer, so it will of the next: fill what is empty of that window, behind attention."""
+        runtime = engine.runtime()
+        if runtime is None or not engine.early or engine.reader.converts or self.index + 1 == len(runtime.ffns):
+            return
+        after: FlashFFN = runtime.ffns[self.index + 1]
+        if after._ahead is None:
+            try:
+                after._read_ahead(engine, after.window.missing(after._all_ids)[: after.window.free], after._all_ids)
+            except BaseException:
+                after._forget(engine)
+                raise
+
+    def _read_ahead(self, engine: Engine, missing: Ids, ids: Ids) -> None:
+        """Start to read `missing` into the window, without evicting any of `ids`; the next forward takes it in."""
         if len(missing):
             slots = self._reserve(missing, ids)
             with suppress(StoreReadError):  # the forward reads it again, and says what is wrong
                 self._ahead = missing, slots, self._start(engine, missing, slots, background=True)
-        engine.counters.manage_s += perf_counter() - predicted
 
-    def _arrive(self, engine: Engine, selected: torch.Tensor | None) -> float:
+    def _arrive(self, engine: Engine, used: Ids) -> float:
         """Take in what was read ahead; returns the seconds that had to be waited."""
         if self._ahead is None:
             return 0.0
@@ -244,7 +262,9 @@ class FlashFFN(nn.Module):
         except StoreReadError:  # the forward reads what it needs again, and says what is wrong
             return perf_counter() - start
         engine.counters.ahead += len(ids)
-        engine.counters.ahead_used += len(ids) if selected is None else int(selected.any(0).numpy()[ids].sum())
+        of_use = np.zeros(self.d_ff, dtype=np.bool_)
+        of_use[used] = True
+        engine.counters.ahead_used += int(of_use[ids].sum())
         return waited
 
     def _reserve(self, missing: Ids, ids: Ids) -> Ids:
@@ -312,19 +332,22 @@ class FlashFFN(nn.Module):
             Seconds spent on reading and nothing else.
         """
         rows, waited = engine.scratch.rows, 0.0
-        buffers = [rows[at : at + call.step] for at in range(0, len(rows), call.step)]
+        free = [rows[at : at + call.step] for at in range(0, len(rows), call.step)]
+        blocks = [_Block(self, call, ids) for ids in call.blocks]
+        waiting = deque(blocks)
         try:
-            coming: _Block | None = None
-            for number, ids in enumerate(call.blocks):
+            for block in blocks:
                 start = perf_counter()
-                block = coming or _Block(engine, self, call, ids, buffers[0])
-                coming = None
-                if len(buffers) > 1 and number + 1 < len(call.blocks):
-                    coming = _Block(engine, self, call, call.blocks[number + 1], buffers[(number + 1) % 2])
+                while waiting and (free or waiting[0].complete):
+                    waiting.popleft().start(engine, free)
                 block.arrive(engine)
+                if block is blocks[-1] and call.most:
+                    self._start_next_layer(engine)
                 waited += perf_counter() - start
                 block.compute(engine, call, out)
                 block.keep(engine, keep)
+                if not block.complete:
+                    free.append(block.buffer)
         except BaseException:
             engine.reader.settle()  # nothing may write to the buffers any more
             raise
@@ -423,6 +446,7 @@ class _Call:
         one_block: whether one token is done with a single one.
         apart: whether rows are multiplied wherever they lie, each with the tokens that use it (`add_apart`).
         spans: whether blocks are of neighbours.
+        most: whether these are most of the layer's neurons.
     """
 
     def __init__(
@@ -431,6 +455,7 @@ class _Call:
         self._scratch, self._ffn, self._x = scratch, ffn, x
         self.step = block_rows(ffn.d_ff, len(x))
         self.one_block = len(x) == 1 and len(ids) <= self.step
+        self.most = 2 * len(ids) > ffn.d_ff
         self._several = SeveralTokens(scratch, ffn.activation, x, selected, len(ids), ffn.bias) if len(x) > 1 else None
         self.apart = self._several is not None and self._several.apart
         self.spans = self._several is not None and (streamed or not self.apart)
@@ -460,21 +485,29 @@ class _Call:
 
 
 class _Block:
-    """Some neurons of a call: resident ones, and others on their way into a buffer."""
+    """Some neurons of a call: resident ones, and others that are to be read into a buffer. It is `complete` without those."""
 
-    def __init__(self, engine: Engine, ffn: FlashFFN, call: _Call, ids: Ids, buffer: torch.Tensor) -> None:
-        self._window, self.ids, self.buffer = ffn.window, ids, buffer
+    buffer: torch.Tensor
+
+    def __init__(self, ffn: FlashFFN, call: _Call, ids: Ids) -> None:
+        self._layer, self._window, self.ids = ffn.index, ffn.window, ids
         slots = ffn.window.slot_of[ids]
         self._there, self._away = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        self.complete = len(self._away) == 0
         first = int(ids[0]) // call.step * call.step
-        self.rows: Ids = ids - first if call.spans else np.arange(len(ids))
-        missing, rows = ids[self._away], self.rows[self._away]
+        self._span = (first, min(first + call.step, ffn.d_ff)) if call.spans else None
+        self._rows: Ids = ids - first if call.spans else np.arange(len(ids))
         self._reading: Reading | None = None
-        if call.spans and len(missing):
-            missing = engine.reader.bridged(ffn.index, missing, first, min(first + call.step, ffn.d_ff), buffer)
-            rows = missing - first
-        if len(missing):
-            self._reading = engine.reader.start(ffn.index, missing, buffer, rows, background=True)
+
+    def start(self, engine: Engine, free: list[torch.Tensor]) -> None:
+        """Start to read what is missing, if anything is, into a buffer taken from `free`."""
+        if self.complete:
+            return
+        self.buffer, missing, rows = free.pop(0), self.ids[self._away], self._rows[self._away]
+        if self._span is not None:
+            missing = engine.reader.bridged(self._layer, missing, *self._span, self.buffer)
+            rows = missing - self._span[0]
+        self._reading = engine.reader.start(self._layer, missing, self.buffer, rows, background=True)
 
     def arrive(self, engine: Engine) -> None:
         """Wait until what is read is there, and count it."""
@@ -484,13 +517,15 @@ class _Block:
     def compute(self, engine: Engine, call: _Call, out: torch.Tensor) -> None:
         """Add the share of these neurons to `out`."""
         matrix, slots, there = self._window.matrix, self._window.slot_of[self.ids[self._there]], self._there
-        if call.apart:
-            places = addresses(self.buffer, self.rows)
+        if self.complete:
+            call.add(matrix, slots, self.ids, out)
+        elif call.apart:
+            places = addresses(self.buffer, self._rows)
             places[there] = addresses(matrix, slots)
             call.add_apart(places, self.ids, out)
         else:  # in id order in one matrix; over what was read through
-            _copy_rows(engine.scratch, matrix, slots, self.buffer, self.rows[there])
-            call.add(self.buffer, self.rows, self.ids, out)
+            _copy_rows(engine.scratch, matrix, slots, self.buffer, self._rows[there])
+            call.add(self.buffer, self._rows, self.ids, out)
 
     def keep(self, engine: Engine, keep: Mask) -> None:
         """Leave in the window, or take into it, what is worth keeping."""
@@ -500,7 +535,7 @@ class _Block:
         staying = self._away[keep[ids[self._away]]][: window.free]
         if len(staying):
             slots = window.reserve(len(staying))
-            _copy_rows(engine.scratch, self.buffer, self.rows[staying], window.matrix, slots)
+            _copy_rows(engine.scratch, self.buffer, self._rows[staying], window.matrix, slots)
             window.commit(ids[staying], slots)
 
 
@@ -510,7 +545,9 @@ def _note(counters: Counters, read: ReadCount) -> None:
 
 
 def _copy_rows(scratch: Scratch, source: torch.Tensor, those: Ids, target: torch.Tensor, places: Ids) -> None:
-    """`target[places] = source[those]`, some rows at a time through a scratch buffer."""
+    """`target[places] = source[those]`; without the compiled part some rows at a time through a scratch buffer."""
+    if copy_rows(source, those, target, places):
+        return
     step = len(scratch.gathered)
     for at in range(0, len(those), step):
         part = torch.from_numpy(those[at : at + step])

@@ -7,6 +7,7 @@ which gives up the interpreter's lock during a call. It computes on torch's own 
     TokensKernel     the same for tokens that each use neurons of their own
     Product          a quantized matrix, to be multiplied with tokens
     linear           a matrix that stays in memory times a few tokens
+    copy_rows        scattered rows to scattered places
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from .uring import Held
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 6  # as in _native.c: to be raised with every change of what a function or a structure means
+ABI: Final = 7  # as in _native.c: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Ids = npt.NDArray[np.int64]
 _PID: Final = os.getpid()
 _SHARED: Final = 1 << 18  # products that waking another thread is worth
+_WORTH_COPYING: Final = 1 << 18  # bytes that waking another thread is worth
 _TOKENS: Final = 1024  # that `TokensKernel` takes at a time: for more, its room would grow
 _LEAST_SHARE: Final = 16  # neurons, at least, that are counted together (UP_ROWS of _native.c)
 _TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of _native.c)
@@ -83,6 +85,16 @@ class _Linear(ctypes.Structure):
     )
 
 
+class _Rows(ctypes.Structure):
+    """Rows of equal size to be copied."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("source", "target")),
+        *((name, _long) for name in ("n", "bytes")),
+        *((name, _int) for name in ("threads", "next")),
+    )
+
+
 def load() -> ctypes.CDLL:
     """The compiled part.
 
@@ -113,6 +125,7 @@ def library() -> ctypes.CDLL | None:
     found.hf_several.argtypes = [ctypes.POINTER(_Several)]
     found.hf_multiply.argtypes = [ctypes.POINTER(_Matrix)]
     found.hf_linear.argtypes = [ctypes.POINTER(_Linear)]
+    found.hf_copy.argtypes = [ctypes.POINTER(_Rows)]
     return found
 
 
@@ -261,6 +274,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
     if not library().hf_linear(ctypes.byref(job)):  # type: ignore[union-attr]
         raise MemoryError(f"no memory for {x.numel()} numbers")
     return out
+
+
+def copy_rows(source: torch.Tensor, those: Ids, target: torch.Tensor, places: Ids) -> bool:
+    """`target[places] = source[those]`, of contiguous matrices as wide. Returns whether there is a `library()` to do it."""
+    compiled = library()
+    if compiled is None:
+        return False
+    there, here, size = addresses(source, those), addresses(target, places), source.shape[1] * source.element_size()
+    job = _Rows(there.ctypes.data, here.ctypes.data, len(there), size, threads() if len(there) * size >= _WORTH_COPYING else 1)
+    compiled.hf_copy(ctypes.byref(job))
+    return True
 
 
 def addresses(matrix: torch.Tensor, rows: Ids) -> Ids:

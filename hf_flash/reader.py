@@ -27,7 +27,8 @@ from .window import Ids
 logger = logging.getLogger("hf_flash")
 
 _STAGING_ROWS: Final = 128
-_SAMPLE: Final = 64  # bundles that `gap` is measured with
+_SAMPLE: Final = 256  # reads, as many as are under way at once, that `gap` is measured with
+_SMALL: Final = 128  # neurons in a layer, below which it is not
 
 
 @dataclass
@@ -169,7 +170,7 @@ class BundleReader:
         """
         store = self.layers[layer]
         if self.gap is None:
-            self.gap = self._measured_gap(store, buffer) if store.d_ff >= 2 * _SAMPLE else 0
+            self.gap = self._measured_gap(store, buffer) if store.d_ff >= _SMALL else 0
         if not self.gap or len(ids) < 2:
             return ids
         at = ids
@@ -185,21 +186,24 @@ class BundleReader:
         return every if store.place is None else np.sort(np.argsort(placed)[every - first] + first)
 
     def _measured_gap(self, store: LayerStore, buffer: torch.Tensor) -> int:
-        """How many bundles are read in the time that a read of its own costs more."""
+        """How many bundles are read, among many, in the time that a read of its own costs more."""
         target: Bytes = (buffer if self._staging is None else self._staging).view(torch.uint8).numpy()
-        rows, apart = np.arange(_SAMPLE), store.d_ff // _SAMPLE
+        many = min(len(target), store.d_ff)
+        some = min(_SAMPLE, many, store.d_ff // 2)
+        apart = store.d_ff // some
 
         def seconds(at: Ids) -> float:
+            """For a neuron; the better of two, of which the first may find neither the pages nor the kernel's threads."""
             start = perf_counter()
-            chunks = chunked(at, rows, store.offset, store.bundle_bytes)
-            _Reading(store, chunks, self.source, target, False, False).wait()
-            return perf_counter() - start
+            chunks = chunked(at, np.arange(len(at)), store.offset, store.bundle_bytes)
+            _Reading(store, chunks, self.source, target, True, False).wait()  # as a prompt does
+            return (perf_counter() - start) / len(at)
 
-        alone = min(seconds(rows * apart + turn) for turn in range(2))
-        together = min(seconds(rows + turn * (store.d_ff - _SAMPLE)) for turn in range(2))
+        together = min(seconds(np.arange(many) + turn * (store.d_ff - many)) for turn in range(2))
+        alone = min(seconds(np.arange(some) * apart + turn) for turn in range(2))
         found = max(0, int((alone - together) / together))
         logger.info(
-            "hf_flash: gaps of up to %d neurons are read through (%.2f ms against %.2f)", found, 1e3 * alone, 1e3 * together
+            "hf_flash: gaps of up to %d neurons are read through (%.1f us against %.1f)", found, 1e6 * alone, 1e6 * together
         )
         return found
 

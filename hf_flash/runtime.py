@@ -139,7 +139,8 @@ def attach(
     spare_bytes = available_memory() - plan.predictor_bytes - plan.scratch_bytes - plan.window_bytes  # for the page cache
     first = store.layers[0]
     scratch = Scratch(first.d_ff, first.d_model, dtype)
-    engine = Engine(open_reader(store, config.reader, config.io_threads, dtype, spare_bytes), scratch, dtype)
+    reader = open_reader(store, config.reader, config.io_threads, dtype, spare_bytes)
+    engine = Engine(reader, scratch, dtype, early=config.lookahead != 0)
     predictors = [
         NoPredictor() if form is None else form.load(store, layer, ffn.bias)
         for ffn, layer in zip(ffns, store.layers, strict=True)

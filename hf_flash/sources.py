@@ -243,15 +243,15 @@ class DirectReader:
     def _start_ring(self, fd: int, chunks: Chunks, out: Bytes, base: int, background: bool, hold: bool) -> Pending:
         if self._ring is None:
             self._ring = Ring()
-        addresses = base + chunks.rows * chunks.size
-        if len(chunks) == len(chunks.rows):
-            lengths, vectored = chunks.nbytes, False
-            keep: object = out
-        else:
-            iovecs = np.empty((len(addresses), 2), dtype=np.int64)
-            iovecs[:, 0], iovecs[:, 1] = addresses, chunks.size
-            addresses, lengths = iovecs.ctypes.data + 16 * chunks.first[:-1], np.diff(chunks.first)
-            keep, vectored = (iovecs, out), True
+        begins = np.diff(chunks.rows, prepend=-2) != 1  # where memory, or a chunk, is not the continuation of the row before
+        begins[chunks.first[:-1]] = True
+        pieces = np.flatnonzero(begins)
+        addresses, lengths = base + chunks.rows[pieces] * chunks.size, np.diff(pieces, append=len(begins)) * chunks.size
+        keep: object = out
+        if vectored := len(pieces) > len(chunks):
+            iovecs = np.stack([addresses, lengths], axis=1)
+            ends = np.searchsorted(pieces, chunks.first)
+            addresses, lengths, keep = iovecs.ctypes.data + iovecs.strides[0] * ends[:-1], np.diff(ends), (iovecs, out)
         how = {"vectored": vectored, "background": background, "hold": hold}
         batch = self._ring.read(fd, chunks.offset, addresses, lengths, keep, **how)
         return _Ringed(batch, _Job(fd, chunks, out, self._align, self._bounce), self._ring.held(batch) if hold else None)

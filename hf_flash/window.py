@@ -124,9 +124,17 @@ class ResidentWindow:
 
         Among equals what is in DRAM already, then the lower id.
         """
-        candidates = np.union1d(self.resident, union)
-        best_first = np.lexsort((candidates, self.slot_of[candidates] < 0, -self._rank(candidates)))
-        return np.sort(candidates[best_first[: self.capacity]])
+        wanted = self.slot_of >= 0
+        wanted[union] = True
+        ids = np.flatnonzero(wanted)
+        excess = len(ids) - self.capacity
+        if excess <= 0 or not self.capacity:
+            return ids[: self.capacity]
+        rank = self._rank(ids)
+        least = np.partition(rank, excess)[excess]
+        better, equal = ids[rank > least], ids[rank == least]
+        there_first = equal[np.argsort(self.slot_of[equal] < 0, kind="stable")]
+        return np.sort(np.append(better, there_first[: self.capacity - len(better)]))
 
     def evict(self, ids: Ids) -> None:
         """Free the slots of these neurons."""

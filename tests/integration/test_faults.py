@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import mmap
 import os
-import signal
 import threading
 import time
 import weakref
@@ -25,7 +24,7 @@ import hf_flash
 from hf_flash import FlashOffloadConfig, StoreFormatError, TargetExistsError, UsageError, sources
 from hf_flash.native import TokenKernel, library
 from hf_flash.store import FlashStore
-from tests.conftest import make_opt
+from tests.conftest import in_a_fork, make_opt
 
 IDS = torch.arange(5, 15)[None]
 Load = Callable[..., Any]
@@ -144,17 +143,6 @@ def test_what_is_read_ahead_at_a_fork_is_there_for_both(opt: Load, load: Load) -
     assert all(ffn._ahead is not None for ffn in ffns)
     assert in_a_fork(lambda: torch.equal(logits(model), wanted))
     assert torch.equal(logits(model), wanted)
-
-
-def in_a_fork(check: Callable[[], bool]) -> bool:
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(30)
-            os._exit(0 if check() else 1)
-        finally:
-            os._exit(2)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("reader", ["mmap", "direct"])

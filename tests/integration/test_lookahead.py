@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hf_flash import FlashOffloadConfig, StoreReadError
 from hf_flash.reader import BundleReader
 from hf_flash.runtime import find_runtime
 from hf_flash.store import FlashStore
-from tests.conftest import TINY_OPT
+from tests.conftest import TINY_OPT, in_a_fork
 
 MIB = 1 << 20
 Load = Callable[..., Any]
@@ -30,6 +32,13 @@ def load(tmp_path: Path) -> Load:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
 
     return get
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """[1, 96, vocabulary], of a prompt whose tokens use most of a layer together."""
+    found: torch.Tensor = model(torch.arange(5, 101)[None]).logits
+    return found
 
 
 def story(model: Any, tokens: int = 24) -> list[int]:
@@ -68,10 +77,64 @@ def test_a_store_that_is_converted_is_not_read_ahead(load: Load) -> None:
     assert hf_flash.stats(model).counters.ahead == 0
 
 
-def test_several_tokens_are_not_guessed(load: Load) -> None:
-    model = load(lookahead=1)
-    model(torch.tensor([[5, 6, 7]]))
+@pytest.mark.parametrize("predictor", ["quantized", "none"])
+def test_a_prompt_begins_with_the_next_layer_before_its_attention(load: Load, predictor: str) -> None:
+    plain, model = load(lookahead=0, predictor=predictor), load(predictor=predictor)
+    ffns, under_way = find_runtime(model).ffns, []
+    for layer, ffn in zip(model.model.decoder.layers, ffns, strict=True):
+        layer.self_attn.register_forward_pre_hook(lambda *_, ffn=ffn: under_way.append(ffn._ahead is not None))
+    assert torch.equal(logits(model), logits(plain))
+    assert not under_way[0]  # nothing comes before it
+    assert sum(under_way) >= 3  # a layer that uses half of its neurons starts nothing
+    found, without = (hf_flash.stats(one) for one in (model, plain))
+    count, bundle = found.counters, find_runtime(model).store.layers[0].bundle_bytes
+    assert 0 < count.ahead_used <= count.ahead <= sum(under_way) * found.capacity
+    assert count.missing_bytes + bundle * count.ahead_used == without.counters.missing_bytes
+    assert without.counters.ahead == 0
+    assert found.dram_bytes <= found.budget_bytes
+
+    hf_flash.stats(model, reset=True)
+    assert torch.equal(logits(model), logits(plain))
+    assert hf_flash.stats(model).counters.ahead == 0  # windows are full
+
+
+def test_tokens_that_use_half_of_a_layer_read_nothing_ahead(load: Load) -> None:
+    model = load()
+    for ffn in find_runtime(model).ffns:
+        half = torch.arange(ffn.d_ff) % 2 == 0
+        ffn.predictor = Mock(select=lambda x, half=half: half.repeat(len(x), 1), nbytes=0)
+    logits(model)
     assert hf_flash.stats(model).counters.ahead == 0
+
+
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_prompt_that_ends_in_attention_leaves_reads_that_harm_nobody(load: Load, reader: str) -> None:
+    torch.set_num_threads(1)
+    model = load(reader=reader, predictor="none")
+    wanted, ffns = logits(model), find_runtime(model).ffns
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("attention")
+
+    def left_behind() -> Any:
+        for ffn in ffns:
+            ffn.window.forget()
+        hook = model.model.decoder.layers[2].self_attn.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="attention"):
+            logits(model)
+        hook.remove()
+        assert ffns[2]._ahead is not None
+
+    left_behind()
+    model(torch.tensor([[5]]))  # another call takes them in
+    assert torch.equal(logits(model), wanted)
+    left_behind()
+    if hasattr(os, "fork"):
+        assert in_a_fork(lambda: torch.equal(logits(model), wanted))
+    assert torch.equal(logits(model), wanted)
+    left_behind()
+    hf_flash.close(model)
 
 
 def test_without_io_uring_threads_read_the_same(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +183,57 @@ def test_an_interrupted_guess_leaves_no_wrong_rows(load: Load, monkeypatch: pyte
             story(model)
     monkeypatch.undo()
     assert story(model) == wanted
+
+
+def test_a_prompt_interrupted_at_any_read_leaves_no_wrong_rows(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load()
+    wanted, ffns, real = logits(model), find_runtime(model).ffns, BundleReader.start
+    for number in itertools.count(1):
+        calls = 0
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            reading = real(*args, **kwargs)
+            if calls == number:  # noqa: B023
+                raise KeyboardInterrupt
+            return reading
+
+        for ffn in ffns:
+            ffn.window.forget()
+        with monkeypatch.context() as patch:
+            patch.setattr(BundleReader, "start", interrupted)
+            if finished(lambda: logits(model)):
+                break
+        assert torch.equal(logits(model), wanted), number
+        assert all(ffn.window.free + len(ffn.window.resident) == ffn.window.capacity for ffn in ffns), number
+    assert number > 20
+
+
+def finished(action: Callable[[], object]) -> bool:
+    try:
+        action()
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+def test_a_prompt_on_a_disk_that_fails_is_an_error_of_its_layer(load: Load, tmp_path: Path, reader: str) -> None:
+    folder = hf_flash.repack(TINY_OPT, tmp_path / "packed")
+    model = load(folder, reader=reader)
+    wanted, path = logits(model), FlashStore.open_folder(folder).layers[3].path
+    whole = path.read_bytes()
+    for ffn in find_runtime(model).ffns:
+        ffn.window.forget()
+    with open(path, "r+b") as file:
+        file.truncate(8192)
+    for _ in range(2):
+        with pytest.raises(StoreReadError, match="layer 3"):
+            logits(model)
+    with open(path, "r+b") as file:
+        file.write(whole)
+    assert torch.equal(logits(model), wanted)
 
 
 @pytest.mark.parametrize("reader", ["direct", "mmap"])

@@ -112,6 +112,23 @@ def test_several_tokens_get_the_bits_that_each_gets_alone(
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(0, 200), width=st.sampled_from([1, 7, 64, 2000]), seed=st.integers(0, 999), threads=st.integers(1, 3))
+def test_rows_are_copied_whole_and_nothing_else(dtype: torch.dtype, n: int, width: int, seed: int, threads: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    source, target = (torch.randn(rows, width, generator=random).to(dtype) for rows in (n + 1, n + 9))
+    those, places = (torch.randperm(len(part), generator=random)[:n].numpy() for part in (source, target))
+    wanted = target.clone()
+    wanted[places] = source[those]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "threads", lambda: threads)
+        patch.setattr(native, "_WORTH_COPYING", 1)
+        assert native.copy_rows(source, those, target, places)
+    assert torch.equal(target, wanted)
+
+
+@needs_library
 def test_what_is_not_a_number_stays_so() -> None:
     matrix, bias = torch.ones(4, 64), torch.zeros(4)
     x = torch.ones(1, 32)

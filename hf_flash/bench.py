@@ -99,7 +99,7 @@ def bench(
             tokens per second count all of them, and the window law, which is one of single tokens, is left out.
         memory: budget for weights in DRAM, a size or a share of the dense model such as `"50%"`.
         headroom: what the cap allows beyond it.
-        repeats: rounds through all systems; a row shows its median run.
+        repeats: rounds through all systems; a row shows its median run, and the median time to the first token.
         cap: `False` runs everything without a ceiling.
         check: whether "flash" must generate the tokens of "flash-uncapped", which is added.
         arguments: of FlashOffloadConfig, for every row of hf_flash that does not name them itself.
@@ -256,9 +256,11 @@ def _dense_bytes(folder: Path, store: FlashStore) -> int:
 
 
 def _median_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run with the median speed, and the speeds of all; one that failed counts as the slowest."""
+    """The run with the median speed, a failed one being the slowest, and the median time to the first token."""
     ordered = sorted(runs, key=lambda run: run.get("tokens_per_s", 0.0))
-    return ordered[len(ordered) // 2] | {"runs_tokens_per_s": [run.get("tokens_per_s") for run in runs]}
+    found = ordered[len(ordered) // 2] | {"runs_tokens_per_s": [run.get("tokens_per_s") for run in runs]}
+    first = [run["first_token_s"] for run in runs if "first_token_s" in run]
+    return found | ({"first_token_s": float(np.median(first)), "runs_first_token_s": first} if "first_token_s" in found else {})
 
 
 def same_tokens(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> bool | None:

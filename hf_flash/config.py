@@ -67,7 +67,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
             used longest. Default 5. Paper: section 3.1.
         lookahead (`int`): layers that reading starts ahead, on a guess that never decides what is computed: 0 for not at all,
             1 for before the layer's own attention runs. It hides reads, and costs some more of them and some computing.
-            Unset: 1 where torch leaves a core free, else 0.
+            Unset: 1 where torch leaves a core free; elsewhere only where a call used most of the layer before, as prompts do.
         memory_budget (`int` or `str`): ceiling on all weight bytes in DRAM, as bytes or text such as `"6GiB"`. Unset or
             `"auto"`: what is free on this machine or in its cgroup; `"auto"` also where the model stores a budget.
         reader (`"auto"`, `"mmap"` or `"direct"`): how chunks get into memory: through the page cache, or past it with

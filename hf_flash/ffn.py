@@ -18,7 +18,8 @@ that follow from the call alone (`_Call`), and in the order of their ids.
 When a call's neurons do not all fit into the window (prefill, a tight budget), or several tokens miss more than a block of
 them, blocks are *streamed* through two buffers, one of them being filled while the other is computed: what is missing is
 read, straight through small gaps where that is faster (`BundleReader.bridged`), and what is worth keeping goes on to the
-window. So after prefill it holds what the prompt's last tokens used, without a second read.
+window. So after prefill it holds what the prompt's last tokens used, without a second read. Behind the last block what is
+empty of the next layer's window begins to be filled, so that the disk has something to do during attention.
 """
 
 from __future__ import annotations

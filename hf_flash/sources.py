@@ -65,6 +65,15 @@ class Chunks:
         """[n]"""
         return np.diff(self.first) * self.size
 
+    @property
+    def parts(self) -> Ids:
+        """[parts] where in `rows` a part of a chunk begins that lies together in memory, too."""
+        if len(self) == len(self.rows):
+            return self.first[:-1]
+        begins = np.diff(self.rows, prepend=-2) != 1
+        begins[self.first[:-1]] = True
+        return np.flatnonzero(begins)
+
     def pieces(self, chunk: int, first: int = 0, last: int | None = None) -> Iterator[tuple[int, slice]]:
         """Byte offset in the file and rows in memory of the parts of a chunk that are contiguous in both.
 
@@ -243,14 +252,12 @@ class DirectReader:
     def _start_ring(self, fd: int, chunks: Chunks, out: Bytes, base: int, background: bool, hold: bool) -> Pending:
         if self._ring is None:
             self._ring = Ring()
-        begins = np.diff(chunks.rows, prepend=-2) != 1  # where memory, or a chunk, is not the continuation of the row before
-        begins[chunks.first[:-1]] = True
-        pieces = np.flatnonzero(begins)
-        addresses, lengths = base + chunks.rows[pieces] * chunks.size, np.diff(pieces, append=len(begins)) * chunks.size
         keep: object = out
-        if vectored := len(pieces) > len(chunks):
-            iovecs = np.stack([addresses, lengths], axis=1)
-            ends = np.searchsorted(pieces, chunks.first)
+        parts = chunks.parts
+        addresses, lengths = base + chunks.rows[parts] * chunks.size, np.diff(parts, append=len(chunks.rows)) * chunks.size
+        vectored = len(parts) > len(chunks)
+        if vectored:  # else a plain read each: the kernel looks at every piece of a vectored one
+            iovecs, ends = np.stack([addresses, lengths], axis=1), np.searchsorted(parts, chunks.first)
             addresses, lengths, keep = iovecs.ctypes.data + iovecs.strides[0] * ends[:-1], np.diff(ends), (iovecs, out)
         how = {"vectored": vectored, "background": background, "hold": hold}
         batch = self._ring.read(fd, chunks.offset, addresses, lengths, keep, **how)

@@ -19,7 +19,7 @@ class Counters:
     missing_bytes: int = 0  # bundles that were missing, times their size on flash
     read_bytes: int = 0  # what was asked of the disk: missing_bytes plus page and sector rounding
     reads: int = 0  # chunks: contiguous requests to the disk
-    ahead: int = 0  # neurons that lookahead read
+    ahead: int = 0  # neurons read before the forward that may need them: by lookahead, or behind the layer before
     ahead_used: int = 0  # of these, computed by the forward they were read for
     predict_s: float = 0.0
     manage_s: float = 0.0

@@ -62,6 +62,7 @@ def test_every_system_is_a_row_with_sane_counters(made: tuple[int, dict[str, Any
         assert len(found["tokens"]) == 8
         assert len(found["token_ms"]) == 7  # what is timed begins after the first token
         assert found["runs_tokens_per_s"] == [found["tokens_per_s"]]
+        assert found["runs_first_token_s"] == [found["first_token_s"]]
     flash = row(report, "flash")
     assert flash["stats"]["counters"]["tokens"] == 7 * report["model"]["layers"]
     assert 0 < flash["hit_rate"] < 1
@@ -314,6 +315,8 @@ def test_tokens_are_compared_as_far_as_both_came(one: list[int] | None, other: l
 def test_the_median_run_stands_for_all() -> None:
     runs = [{"tokens_per_s": 3.0}, {"failed": "why"}, {"tokens_per_s": 2.0}]
     assert bench._median_run(runs) == {"tokens_per_s": 2.0, "runs_tokens_per_s": [3.0, None, 2.0]}
+    timed = [{"tokens_per_s": speed, "first_token_s": first} for speed, first in ((3.0, 1.0), (2.0, 9.0), (1.0, 4.0))]
+    assert bench._median_run([*timed, {"failed": "x"}])["first_token_s"] == 4.0
 
 
 @pytest.mark.parametrize(("code", "err", "reason"), [

@@ -193,14 +193,14 @@ class BundleReader:
         apart = store.d_ff // some
 
         def seconds(at: Ids) -> float:
-            """For a neuron; the better of two, of which the first may find neither the pages nor the kernel's threads."""
+            """For a neuron. The first time neither the pages nor the kernel's threads may be there."""
             start = perf_counter()
             chunks = chunked(at, np.arange(len(at)), store.offset, store.bundle_bytes)
             _Reading(store, chunks, self.source, target, True, False).wait()  # as a prompt does
             return (perf_counter() - start) / len(at)
 
-        together = min(seconds(np.arange(many) + turn * (store.d_ff - many)) for turn in range(2))
-        alone = min(seconds(np.arange(some) * apart + turn) for turn in range(2))
+        together = min(seconds(np.arange(many) + turn * (store.d_ff - many) // 2) for turn in range(3))
+        alone = min(seconds(np.arange(some) * apart + turn % apart) for turn in range(3))
         found = max(0, int((alone - together) / together))
         logger.info(
             "hf_flash: gaps of up to %d neurons are read through (%.1f us against %.1f)", found, 1e6 * alone, 1e6 * together

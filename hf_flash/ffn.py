@@ -213,11 +213,7 @@ class FlashFFN(nn.Module):
         with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
             if engine.closed or engine.reader.converts or self._ahead is not None:
                 return
-            try:
-                self._start_ahead(engine, x.to(engine.dtype))
-            except BaseException:
-                self._forget(engine)
-                raise
+            self._start_ahead(engine, x.to(engine.dtype))
 
     def _start_ahead(self, engine: Engine, x: torch.Tensor) -> None:
         start, window = perf_counter(), self.window
@@ -239,18 +235,19 @@ class FlashFFN(nn.Module):
             return
         after: FlashFFN = runtime.ffns[self.index + 1]
         if after._ahead is None:
-            try:
-                after._read_ahead(engine, after.window.missing(after._all_ids)[: after.window.free], after._all_ids)
-            except BaseException:
-                after._forget(engine)
-                raise
+            after._read_ahead(engine, after.window.missing(after._all_ids)[: after.window.free], after._all_ids)
 
     def _read_ahead(self, engine: Engine, missing: Ids, ids: Ids) -> None:
         """Start to read `missing` into the window, without evicting any of `ids`; the next forward takes it in."""
-        if len(missing):
+        if not len(missing):
+            return
+        try:
             slots = self._reserve(missing, ids)
             with suppress(StoreReadError):  # the forward reads it again, and says what is wrong
                 self._ahead = missing, slots, self._start(engine, missing, slots, background=True)
+        except BaseException:
+            self._forget(engine)
+            raise
 
     def _arrive(self, engine: Engine, used: Ids) -> float:
         """Take in what was read ahead; returns the seconds that had to be waited."""

@@ -15,6 +15,8 @@ OF_WIDTH(VEC) NAME(load)(const char *row, int64_t i, int dtype) {
     return dtype == F16 ? FROM_F16(half) : FROM_BF16(half);
 }
 
+/* Several rows are several streams, and the next tile is fetched ahead, in the order in which it lies in memory; one row is one
+ * stream, which processors fetch ahead best by themselves. */
 OF_WIDTH(void) NAME(tile)(const Linear *m, int64_t row, int64_t token, int rows, int tokens, int dtype) {
     const int64_t size = dtype == F32 ? 4 : 2, stride = m->columns * size, ahead = TILE_ROWS * stride;
     const char *weight = (const char *)m->weight + row * stride;
@@ -25,21 +27,22 @@ OF_WIDTH(void) NAME(tile)(const Linear *m, int64_t row, int64_t token, int rows,
             UNROLLED(int p = 0; p < PARTS; p++)
                 sums[r][t][p] = ZERO();
     int64_t i = 0;
-    for (; i + 16 <= m->columns; i += 16)
+    for (; i + 16 <= m->columns; i += 16) {
+        if (rows > 1)
+            UNROLLED(int line = 0; line < rows * size / 4; line++)
+                _mm_prefetch(weight + ahead + i * size * rows + line * 64, _MM_HINT_T1);
         UNROLLED(int p = 0; p < PARTS; p++) {
             const int64_t at = i + p * LANES;
             VEC w[TILE_ROWS];
-            UNROLLED(int r = 0; r < rows; r++) {
+            UNROLLED(int r = 0; r < rows; r++)
                 w[r] = NAME(load)(weight + r * stride, at, dtype);
-                if (p == 0)
-                    _mm_prefetch(weight + r * stride + at * size + ahead, _MM_HINT_T0);
-            }
             UNROLLED(int t = 0; t < tokens; t++) {
                 VEC some = LOAD(x + t * m->columns + at);
                 UNROLLED(int r = 0; r < rows; r++)
                     sums[r][t][p] = FMA(w[r], some, sums[r][t][p]);
             }
         }
+    }
     UNROLLED(int r = 0; r < rows; r++)
         UNROLLED(int t = 0; t < tokens; t++) {
             float rest = 0.0f;
@@ -72,7 +75,7 @@ OF_WIDTH(void) NAME(linear_share)(Linear *m, int dtype) {
         if (row >= m->rows)
             return;
         const int64_t end = row + LINEAR_ROWS < m->rows ? row + LINEAR_ROWS : m->rows;
-        for (; row + TILE_ROWS <= end; row += TILE_ROWS)
+        for (; m->tokens > 1 && row + TILE_ROWS <= end; row += TILE_ROWS)
             NAME(tiles)(m, row, TILE_ROWS, dtype);
         for (; row < end; row++)
             NAME(tiles)(m, row, 1, dtype);

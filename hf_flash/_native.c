@@ -34,7 +34,7 @@ enum { F32, BF16, F16 };
 enum { TILE_ROWS = 4, TILE_TOKENS = 4, LINEAR_ROWS = 32 };
 enum { SHARE = 256, GROUP = 128, TILE_PARTS = 8, TILE_BYTES = 512, AHEAD = 4, PACKED_USES = 4 };
 enum { UP_ROWS = 16, MATRIX_ROWS = 64, COPY_ROWS = 16, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64 };
-enum { GETEVENTS = 1, ENTER = 426 };
+enum { GETEVENTS = 1, READV = 1, READ = 22, ENTER = 426 }; /* of io_uring */
 
 /* Calls an inlined function with its last argument, the dtype, known when it is compiled. */
 #define BY_DTYPE(dtype, function, ...)        \
@@ -121,17 +121,18 @@ INLINE float total(__m256 a, __m256 b) {
 
 /* --- one token through the layer */
 
+typedef struct Step Step;
+
 typedef struct {
     const void *x, *matrix, *bias; /* [d], [any, 2 d], [d_ff] or null; all of `dtype` */
     const int64_t *rows, *ids;     /* [n] where the neurons lie in `matrix`, and which they are */
     const int64_t *which;          /* [todo] positions in these two, for `hf_up` */
     float *hidden, *out, *wide;    /* [n], [d], and room for x in fp32 [d] */
     int64_t *active;               /* [n] room */
-    int64_t n, d, todo;
-    int32_t dtype, threads, relu, ring; /* ring: -1, or where reads are waited for */
-    uint32_t submit, wait;
-    double waited;                 /* out: seconds of the calling thread */
-    int32_t taken;                 /* out: entries that the kernel took, or minus the error */
+    int64_t n, d, todo, share;     /* share: columns that a thread takes */
+    Step *step;                    /* null, or what is to be read meanwhile (_native_step.h) */
+    double waited;                 /* out: seconds that the calling thread spent on that */
+    int32_t dtype, threads, relu;
     atomic_int next, settled;
 } Job;
 
@@ -171,19 +172,16 @@ static FAST void up_of(const Job *job, int64_t begin, int64_t end) {
     BY_DTYPE(job->dtype, up_rows, job, begin, end);
 }
 
-static int enter(const Job *job, uint32_t submit, uint32_t wait) {
-    long got = syscall(ENTER, job->ring, submit, wait, wait ? GETEVENTS : 0, NULL, 0);
-    return got < 0 ? -errno : (int)got;
-}
+static void submit(Step *);
+static void settle(Step *);
 
 static void up_body(void *data) {
     Job *job = data;
     const int caller = me(job->threads) == 0;
-    if (caller && job->ring >= 0) {
+    if (caller && job->step) {
         double start = seconds();
-        if (job->submit)
-            job->taken = enter(job, job->submit, 0);
-        job->waited = seconds() - start;
+        submit(job->step);
+        job->waited += seconds() - start;
     }
     for (;;) {
         int64_t begin = (int64_t)atomic_fetch_add(&job->next, UP_ROWS);
@@ -191,12 +189,11 @@ static void up_body(void *data) {
             break;
         up_of(job, begin, begin + UP_ROWS < job->todo ? begin + UP_ROWS : job->todo);
     }
-    if (job->ring < 0)
+    if (!job->step)
         return;
     if (caller) {
         double start = seconds();
-        if (job->taken == (int)job->submit && job->wait)
-            enter(job, 0, job->wait); /* an error or a signal: the caller waits for the rest and says what happened */
+        settle(job->step);
         job->waited += seconds() - start;
         atomic_store(&job->settled, 1);
         syscall(SYS_futex, &job->settled, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
@@ -206,13 +203,10 @@ static void up_body(void *data) {
     }
 }
 
-/* hidden[at] for every `at` of `which`. Reads may arrive meanwhile: `submit` entries are handed to the ring first, and
- * `wait` completions waited for at the end. */
+/* hidden[at] for every `at` of `which`. What is to be read meanwhile is handed to the kernel first, and waited for at the end. */
 void FAST hf_up(Job *job) {
     for (int64_t i = 0; i < job->d; i++)
         job->wide[i] = one(job->x, i, job->dtype);
-    job->taken = 0;
-    job->waited = 0.0;
     atomic_store(&job->next, 0);
     atomic_store(&job->settled, 0);
     run(up_body, job, job->threads);
@@ -242,10 +236,10 @@ INLINE void down_columns(const Job *job, int64_t begin, int64_t end, int dtype) 
 static FAST void down_body(void *data) {
     Job *job = data;
     for (;;) {
-        int64_t begin = (int64_t)atomic_fetch_add(&job->next, (int)job->wait);
+        int64_t begin = (int64_t)atomic_fetch_add(&job->next, (int)job->share);
         if (begin >= job->d)
             break;
-        int64_t end = begin + job->wait < job->d ? begin + job->wait : job->d;
+        int64_t end = begin + job->share < job->d ? begin + job->share : job->d;
         BY_DTYPE(job->dtype, down_columns, job, begin, end);
     }
 }
@@ -257,11 +251,13 @@ void FAST hf_down(Job *job) {
         if (job->hidden[at] != 0.0f)
             job->active[job->todo++] = at;
     int64_t share = (job->d + job->threads - 1) / job->threads;
-    job->wait = (uint32_t)((share + COLUMNS - 1) / COLUMNS * COLUMNS); /* columns a thread takes */
+    job->share = (share + COLUMNS - 1) / COLUMNS * COLUMNS;
     atomic_store(&job->next, 0);
     if (job->todo)
         run(down_body, job, job->threads);
 }
+
+#include "_native_step.h"
 
 /* --- quantized matrices times a few tokens (lowbit.py)
  *
@@ -629,7 +625,7 @@ void hf_copy(Rows *r) {
     run(rows_body, r, r->threads);
 }
 
-int hf_abi(void) { return 7; } /* native.py: ABI */
+int hf_abi(void) { return 8; } /* native.py: ABI */
 
 #else
 

@@ -33,7 +33,6 @@ from torch import nn
 
 from .memory import aligned_empty
 from .native import Ids, TokenKernel, TokensKernel
-from .uring import Held
 
 _HALVES = 2
 _DENSE = 0.5  # share of the products of tokens and neurons from which on making all of them in a GEMM is faster
@@ -105,14 +104,10 @@ class OneToken:
         if self.compiled:
             scratch.kernel.set(x, bias, matrix, rows, ids, relu=self._relu)
 
-    def up(self, there: Ids, left: Ids, held: Held | None) -> float:
-        """Only if `compiled`: compute for positions `there` of `rows` while the rows of positions `left` are read.
-
-        Returns:
-            Seconds spent on reading.
-        """
+    def up(self, there: Ids, left: Ids) -> None:
+        """Only if `compiled`: compute for positions `there` of `rows` while the rows of positions `left` are read."""
         self._left = left
-        return self._scratch.kernel.up(there, held)
+        self._scratch.kernel.up(there)
 
     def finish(self, out: torch.Tensor) -> None:
         """Add what the block gives to `out`, float32 [1, d]. Every row must be there."""

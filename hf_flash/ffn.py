@@ -12,6 +12,9 @@ What is computed depends on the weights, the predictor and the tokens alone (con
 arrive, never the arithmetic. To keep results bit-identical whatever is resident, a call's neurons are worked off in *blocks*
 that follow from the call alone (`_Call`), and in the order of their ids.
 
+One token whose neurons fit into the window is the rule in decoding: steps 2 to 4 are one call of the compiled part then, where
+there is one (`step.py`). All others go step by step (`_run`).
+
 *Lookahead* starts step 3 early: while the layer's attention runs, on what the predictor says of the layer's own input
 (`look_ahead`). That brings most neurons in time; what it missed is read as ever.
 
@@ -38,13 +41,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .compute import OneToken, Scratch, SeveralTokens, block_rows
+from .compute import OneToken, Scratch, SeveralTokens, block_rows, is_relu
 from .errors import HfFlashError, StoreReadError, UsageError
 from .memory import Heap
 from .native import addresses, copy_rows
 from .predictor import Predictor
 from .reader import BundleReader, ReadCount, Reading
 from .stats import Counters
+from .step import TokenStep
 from .window import Ids, Mask, ResidentWindow, uses
 
 _ON_FLASH: Final = "weights on flash, LoRA only on attention"  # what PEFT quotes when it refuses a layer
@@ -136,6 +140,9 @@ class FlashFFN(nn.Module):
         self.engine, self.window, self.predictor = engine, window, predictor
         self._all_ids: Ids = np.arange(self.d_ff)
         self._ahead: tuple[Ids, Ids, Reading] | None = None  # neurons on their way, the slots they go to
+        store = engine.reader.layers[self.index]
+        kernel = engine.scratch.kernel
+        self.step = TokenStep(kernel.room, window, store) if kernel.compiled and is_relu(self.activation) else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numpy, locks, system calls: not for tracing
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -162,9 +169,13 @@ class FlashFFN(nn.Module):
         count, window, tokens = engine.counters, self.window, x.shape[0]
         start = perf_counter()
         selected = self.predictor.select(x)
-        ids = self._all_ids if selected is None else _union(selected)
         predicted = perf_counter()
-        waited = self._arrive(engine, ids)
+        waited = self._arrive(engine, selected)
+        count.predict_s += predicted - start
+        if tokens == 1 and selected is not None and (whole := self._whole(engine, x, selected)) is not None:
+            count.io_s += waited
+            return whole
+        ids = self._all_ids if selected is None else _union(selected)
         window.note_use(None if selected is None else selected.numpy(), tokens, ids)
         missing = window.missing(ids)
         managed, out = perf_counter(), torch.zeros(tokens, self.d_model, dtype=torch.float32)
@@ -192,10 +203,29 @@ class FlashFFN(nn.Module):
         count.selected += len(ids)
         count.hits += len(ids) - len(missing)
         count.missing_bytes += len(missing) * engine.reader.layers[self.index].bundle_bytes
-        count.predict_s += predicted - start
         count.manage_s += managed - predicted - before
         count.io_s += waited
         count.compute_s += perf_counter() - managed - (waited - before)
+        return out
+
+    def _whole(self, engine: Engine, x: torch.Tensor, selected: torch.Tensor) -> torch.Tensor | None:
+        """The main path of one token by the compiled part alone, if that can be."""
+        if self.step is None:
+            return None
+        start, count, did = perf_counter(), engine.counters, self.step.did
+        out = self.step.run(x.contiguous(), selected.contiguous(), self.bias, engine.reader.ring(self.index))
+        if out is None:
+            return None
+        count.calls += 1
+        count.tokens += 1
+        count.selected += did.used
+        count.hits += did.used - did.missing
+        count.missing_bytes += did.missing * engine.reader.layers[self.index].bundle_bytes
+        count.read_bytes += did.nbytes
+        count.reads += did.chunks
+        count.manage_s += did.managed
+        count.io_s += did.job.waited
+        count.compute_s += perf_counter() - start - did.managed - did.job.waited
         return out
 
     # --- lookahead
@@ -249,7 +279,7 @@ class FlashFFN(nn.Module):
             self._forget(engine)
             raise
 
-    def _arrive(self, engine: Engine, used: Ids) -> float:
+    def _arrive(self, engine: Engine, selected: torch.Tensor | None) -> float:
         """Take in what was read ahead; returns the seconds that had to be waited."""
         if self._ahead is None:
             return 0.0
@@ -260,9 +290,7 @@ class FlashFFN(nn.Module):
         except StoreReadError:  # the forward reads what it needs again, and says what is wrong
             return perf_counter() - start
         engine.counters.ahead += len(ids)
-        of_use = np.zeros(self.d_ff, dtype=np.bool_)
-        of_use[used] = True
-        engine.counters.ahead_used += int(of_use[ids].sum())
+        engine.counters.ahead_used += len(ids) if selected is None else int(selected[:, torch.from_numpy(ids)].any(0).sum())
         return waited
 
     def _reserve(self, missing: Ids, ids: Ids) -> Ids:
@@ -284,10 +312,10 @@ class FlashFFN(nn.Module):
             self.window.give_back(slots)
             raise
 
-    def _start(self, engine: Engine, ids: Ids, slots: Ids, *, background: bool = False, hold: bool = False) -> Reading:
+    def _start(self, engine: Engine, ids: Ids, slots: Ids, *, background: bool = False) -> Reading:
         """Start to read bundles into slots of the window."""
         with self._given_back_on_failure(slots):
-            return engine.reader.start(self.index, ids, self.window.matrix, slots, background=background, hold=hold)
+            return engine.reader.start(self.index, ids, self.window.matrix, slots, background=background)
 
     def _take_in(self, engine: Engine, ids: Ids, slots: Ids, reading: Reading) -> float:
         """Wait for what [`_start`] started, and count it; returns the seconds it took."""
@@ -312,10 +340,10 @@ class FlashFFN(nn.Module):
         token = OneToken(engine.scratch, self.activation, x, self.bias, window.matrix, rows, ids, one_block=True)
         spent, start = 0.0, perf_counter()
         if len(missing):
-            reading = self._start(engine, missing, slots, hold=token.compiled)
+            reading = self._start(engine, missing, slots)
             spent = perf_counter() - start
             if token.compiled:
-                spent += token.up(np.flatnonzero(~away), np.flatnonzero(away), reading.held)
+                token.up(np.flatnonzero(~away), np.flatnonzero(away))
             spent += self._take_in(engine, missing, slots, reading)
         token.finish(out)
         return spent

@@ -3,7 +3,7 @@
 It is a plain shared library beside this file, made at installation where there is a C compiler, and called through ctypes,
 which gives up the interpreter's lock during a call. It computes on torch's own threads.
 
-    TokenKernel      one token and the rows of some neurons, multiplied where they lie
+    TokenKernel      one token and the rows of some neurons, multiplied where they lie; what comes before that is step.py
     TokensKernel     the same for tokens that each use neurons of their own
     Product          a quantized matrix, to be multiplied with tokens
     linear           a matrix that stays in memory times a few tokens
@@ -24,11 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .uring import Held
-
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 7  # as in _native.c: to be raised with every change of what a function or a structure means
+ABI: Final = 8  # as in _native.c: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Ids = npt.NDArray[np.int64]
@@ -42,15 +40,13 @@ _TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of _na
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
-class _Job(ctypes.Structure):
+class Job(ctypes.Structure):
     """One token and some neurons; the fields are explained in _native.c."""
 
     _fields_ = (
         *((name, _pointer) for name in ("x", "matrix", "bias", "rows", "ids", "which", "hidden", "out", "wide", "active")),
-        *((name, _long) for name in ("n", "d", "todo")),
-        *((name, _int) for name in ("dtype", "threads", "relu", "ring")),
-        ("submit", ctypes.c_uint32), ("wait", ctypes.c_uint32), ("waited", ctypes.c_double), ("taken", _int),
-        ("next", _int), ("settled", _int),
+        *((name, _long) for name in ("n", "d", "todo", "share")), ("step", _pointer), ("waited", ctypes.c_double),
+        *((name, _int) for name in ("dtype", "threads", "relu", "next", "settled")),
     )  # fmt: skip
 
 
@@ -121,7 +117,7 @@ def library() -> ctypes.CDLL | None:
     start, number = (getattr(everything, name, None) for name in ("GOMP_parallel", "omp_get_thread_num"))
     if start is not None and number is not None:  # torch's own OpenMP, which it loads for all to see
         found.hf_use_threads_of(start, number)
-    found.hf_up.argtypes = found.hf_down.argtypes = [ctypes.POINTER(_Job)]
+    found.hf_up.argtypes = found.hf_down.argtypes = [ctypes.POINTER(Job)]
     found.hf_several.argtypes = [ctypes.POINTER(_Several)]
     found.hf_multiply.argtypes = [ctypes.POINTER(_Matrix)]
     found.hf_linear.argtypes = [ctypes.POINTER(_Linear)]
@@ -134,6 +130,27 @@ def threads() -> int:
     return torch.get_num_threads() if os.getpid() == _PID else 1
 
 
+class TokenRoom:
+    """What one token needs beside its neurons; all layers of a model share it.
+
+    Args:
+        neurons: the most that it uses.
+        d_model: width.
+    """
+
+    reads: Final = 1024  # missing neurons, at most, that the compiled part reads by itself: what a ring has room for
+
+    def __init__(self, neurons: int, d_model: int) -> None:
+        self.neurons = neurons
+        self.hidden, self.wide = torch.empty(neurons), np.empty(d_model, dtype=np.float32)
+        self.active, *self.ids = (np.empty(neurons, dtype=np.int64) for _ in range(5))
+        self.pairs, self.parts = (np.empty(2 * self.reads, dtype=np.int64) for _ in range(2))
+
+    @classmethod
+    def nbytes(cls, neurons: int, d_model: int) -> int:
+        return 44 * neurons + 4 * d_model + 32 * cls.reads
+
+
 class TokenKernel:
     """The arithmetic of one token over rows of a matrix, wherever they lie: `up`, as often as it takes, then `down`.
 
@@ -144,14 +161,18 @@ class TokenKernel:
 
     def __init__(self, neurons: int, d_model: int) -> None:
         self._library = library()
-        self._wide, self._active = np.empty(d_model, dtype=np.float32), np.empty(neurons, dtype=np.int64)
-        self._hidden = torch.empty(neurons)
+        self.room = TokenRoom(neurons, d_model)
         self._everything: Ids = np.arange(neurons)
-        self._job = _Job()
+        self._job = Job()
 
     @staticmethod
     def nbytes(neurons: int, d_model: int) -> int:
-        return 20 * neurons + 4 * d_model
+        return 8 * neurons + TokenRoom.nbytes(neurons, d_model)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether there is a `library()`."""
+        return self._library is not None
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether this can compute with `x`."""
@@ -169,36 +190,27 @@ class TokenKernel:
         """
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
         self._keep = x, bias, matrix, rows, ids
-        self._job = _Job(
+        self._job = Job(
             x=x.data_ptr(), matrix=matrix.data_ptr(), bias=None if bias is None else bias.data_ptr(), rows=rows.ctypes.data,
-            ids=ids.ctypes.data, hidden=self._hidden.data_ptr(), wide=self._wide.ctypes.data, active=self._active.ctypes.data,
-            n=len(rows), d=x.shape[1], dtype=DTYPES[x.dtype], relu=relu, threads=threads(), ring=-1,
+            ids=ids.ctypes.data, hidden=self.room.hidden.data_ptr(), wide=self.room.wide.ctypes.data,
+            active=self.room.active.ctypes.data,
+            n=len(rows), d=x.shape[1], dtype=DTYPES[x.dtype], relu=relu, threads=threads(),
         )  # fmt: skip
 
-    def up(self, which: Ids | None = None, held: Held | None = None) -> float:
-        """Hidden values of some neurons; meanwhile start reads and wait for them.
+    def up(self, which: Ids | None = None) -> None:
+        """Hidden values of some neurons.
 
         Args:
             which: positions in `rows`; `None`: all.
-            held: reads that are not started yet.
-
-        Returns:
-            Seconds spent on reading.
         """
         which = self._everything[: self._job.n] if which is None else which
         self._job.which, self._job.todo = which.ctypes.data, len(which)
-        if held is not None:
-            self._job.ring, self._job.submit, self._job.wait = held.fd, held.count, held.count
         self._call(self._library.hf_up)  # type: ignore[union-attr]  # `fits` was asked
-        self._job.ring = -1
-        if held is not None:
-            held.taken(self._job.taken)
-        return float(self._job.waited)
 
     @property
     def hidden(self) -> torch.Tensor:
         """float32 [n], to be read and changed between `up` and `down`."""
-        return self._hidden[: self._job.n]
+        return self.room.hidden[: self._job.n]
 
     def down(self, out: torch.Tensor) -> None:
         """Add hidden values times down projections to `out`, float32 [1, d], in the order of `rows`."""

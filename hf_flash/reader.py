@@ -21,7 +21,7 @@ from .errors import StoreReadError
 from .memory import aligned_empty
 from .sources import PAGE, ByteReader, Bytes, Chunks, DirectReader, MmapReader, chunked, direct_alignment
 from .store import FlashStore, LayerStore
-from .uring import Held
+from .uring import Ring
 from .window import Ids
 
 logger = logging.getLogger("hf_flash")
@@ -42,10 +42,6 @@ class ReadCount:
 class Reading(Protocol):
     """Bundles on their way; [`BundleReader.start`] makes it."""
 
-    @property
-    def held(self) -> Held | None:
-        """Reads that were prepared only, to be started by somebody else; else [`wait`] does."""
-
     def wait(self) -> ReadCount:
         """Wait until the rows are filled.
 
@@ -57,14 +53,10 @@ class Reading(Protocol):
 class _Reading:
     """Straight into the caller's rows."""
 
-    def __init__(self, layer: LayerStore, chunks: Chunks, source: ByteReader, out: Bytes, background: bool, hold: bool) -> None:
+    def __init__(self, layer: LayerStore, chunks: Chunks, source: ByteReader, out: Bytes, background: bool) -> None:
         self._layer, self._chunks = layer, chunks
         with self._errors():
-            self._pending = source.start(layer.index, chunks, out, background=background, hold=hold)
-
-    @property
-    def held(self) -> Held | None:
-        return self._pending.held
+            self._pending = source.start(layer.index, chunks, out, background=background)
 
     def wait(self) -> ReadCount:
         with self._errors():
@@ -95,7 +87,6 @@ class _Converting:
     ids: Ids
     out: torch.Tensor
     rows: Ids
-    held: Held | None = None
 
     def wait(self) -> ReadCount:
         total = ReadCount()
@@ -134,9 +125,11 @@ class BundleReader:
         """Whether rows are converted on the way: then nothing is read before it is waited for."""
         return self._staging is not None
 
-    def start(
-        self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False, hold: bool = False
-    ) -> Reading:
+    def ring(self, layer: int) -> tuple[Ring, int] | None:
+        """What the compiled part can read rows of this layer with itself, now: an idle ring and a descriptor."""
+        return None if self.converts else self.source.ring(layer)
+
+    def start(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False) -> Reading:
         """Begin to fill `out[rows[j]]` with the bundle of neuron `ids[j]`.
 
         Args:
@@ -145,7 +138,6 @@ class BundleReader:
             out: contiguous [any, 2 * d_model] in the dtype of compute.
             rows: different rows of `out`, as many as `ids`.
             background: whether the caller has something else to do before it waits.
-            hold: whether to prepare only, where that can be (`Reading.held`).
         """
         store = self.layers[layer]
         if self._staging is not None and out is not self._staging:
@@ -159,7 +151,7 @@ class BundleReader:
             at = store.place[ids].astype(np.int64)
             order = np.argsort(at)
             ids, rows = at[order], rows[order]
-        return _Reading(store, chunked(ids, rows, store.offset, store.bundle_bytes), self.source, target, background, hold)
+        return _Reading(store, chunked(ids, rows, store.offset, store.bundle_bytes), self.source, target, background)
 
     def bridged(self, layer: int, ids: Ids, first: int, last: int, buffer: torch.Tensor) -> Ids:
         """`ids`, and those between them on flash that are read sooner than skipped.
@@ -196,7 +188,7 @@ class BundleReader:
             """For a neuron. The first time neither the pages nor the kernel's threads may be there."""
             start = perf_counter()
             chunks = chunked(at, np.arange(len(at)), store.offset, store.bundle_bytes)
-            _Reading(store, chunks, self.source, target, True, False).wait()  # as a prompt does
+            _Reading(store, chunks, self.source, target, True).wait()  # as a prompt does
             return (perf_counter() - start) / len(at)
 
         together = min(seconds(np.arange(many) + turn * (store.d_ff - many) // 2) for turn in range(3))

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from .inuse import hold
 from .memory import anonymous
 from .store import FlashStore
-from .uring import Batch, Held, Ring
+from .uring import Batch, Ring
 from .window import Ids
 
 logger = logging.getLogger("hf_flash")
@@ -97,7 +97,7 @@ def chunked(ids: Ids, rows: Ids, offset: int, size: int) -> Chunks:
         offset: where the file's bundles begin.
         size: bytes of a bundle.
     """
-    longest = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // size))
+    longest = longest_chunk(size)
     at = np.arange(len(ids))
     begins = np.diff(ids, prepend=-2) != 1
     run_start = np.maximum.accumulate(np.where(begins, at, 0))
@@ -105,10 +105,13 @@ def chunked(ids: Ids, rows: Ids, offset: int, size: int) -> Chunks:
     return Chunks(offset + ids[first] * size, np.append(first, len(ids)), rows, size)
 
 
+def longest_chunk(size: int) -> int:
+    """The most bundles of `size` bytes that are one read."""
+    return max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // size))
+
+
 class Pending(Protocol):
     """A read under way."""
-
-    held: Held | None  # what was only prepared, because `start` was told to hold it
 
     def wait(self) -> int:
         """Wait until nothing writes to the buffer any more; bytes asked of the disk. Raises `OSError`."""
@@ -122,13 +125,16 @@ class ByteReader(Protocol):
     means: str  # what it reads with
     buffer_bytes: int  # DRAM that it holds itself
 
-    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False, hold: bool = False) -> Pending:
+    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False) -> Pending:
         """Begin to fill rows of `out`, uint8 [any, bundle bytes], contiguous.
 
         Args:
             background: there is something else to do before it is waited for.
-            hold: prepare only, if that can be: somebody else starts it (`Pending.held`).
         """
+        ...
+
+    def ring(self, layer: int) -> tuple[Ring, int] | None:
+        """A ring in which nothing is under way, and the layer's descriptor, if page-aligned rows can be read with them."""
         ...
 
     def settle(self) -> None:
@@ -157,7 +163,7 @@ class MmapReader:
         if not self._can_advise:
             logger.warning("hf_flash: this system has no madvise; the mmap reader faults pages in one by one, which is slow")
 
-    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False, hold: bool = False) -> Pending:
+    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False) -> Pending:
         source = self._maps[layer]
         first = chunks.offset // PAGE * PAGE
         length = -(-(chunks.offset + chunks.nbytes) // PAGE) * PAGE - first
@@ -165,6 +171,9 @@ class MmapReader:
             for begin, nbytes in zip(first.tolist(), length.tolist(), strict=True):
                 source.madvise(mmap.MADV_WILLNEED, begin, nbytes)
         return _Mapped(source, chunks, out, int(length.sum()))
+
+    def ring(self, layer: int) -> None:
+        return None
 
     def settle(self) -> None:
         pass  # nothing is copied but in `wait`
@@ -183,7 +192,6 @@ class _Mapped:
     chunks: Chunks
     out: Bytes
     nbytes: int
-    held: Held | None = None
 
     def wait(self) -> int:
         if self.source.size() < len(self.source):  # touching the lost pages would kill the process
@@ -210,6 +218,7 @@ class DirectReader:
     def __init__(self, store: FlashStore, threads: int, align: int, *, uring: bool = True) -> None:
         self._align, self._threads = align, threads
         self._fds = [os.open(layer.path, os.O_RDONLY | os.O_DIRECT) for layer in store.layers]
+        self._base = [layer.offset for layer in store.layers]
         for fd in self._fds:
             hold(fd)
         self._ring: Ring | None = None
@@ -232,14 +241,14 @@ class DirectReader:
         """DRAM for bounce buffers: none when bundles are aligned by themselves."""
         return (threads + 1) * _BOUNCE_BYTES if bundle_bytes % align else 0
 
-    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False, hold: bool = False) -> Pending:
+    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False) -> Pending:
         if os.getpid() != self._pid:  # a forked worker: neither threads nor rings survive a fork
             self._finalize.detach()
             self._begin()
         fd, base = self._fds[layer], out.ctypes.data
         aligned = not (int(np.bitwise_or.reduce(chunks.offset, initial=chunks.size)) | base) & (self._align - 1)
         if self._uring and aligned and len(chunks):
-            return self._start_ring(fd, chunks, out, base, background, hold)
+            return self._start_ring(fd, chunks, out, base, background)
         job = _Job(fd, chunks, out, self._align if aligned else -self._align, self._bounce)
         lanes = min(self._threads, -(-len(chunks) // 2))
         self._futures = [future for future in self._futures if not future.done()]
@@ -249,7 +258,7 @@ class DirectReader:
         self._futures.append(self._pool.submit(job.run, lane, lanes))
         return self._futures[-1]
 
-    def _start_ring(self, fd: int, chunks: Chunks, out: Bytes, base: int, background: bool, hold: bool) -> Pending:
+    def _start_ring(self, fd: int, chunks: Chunks, out: Bytes, base: int, background: bool) -> Pending:
         if self._ring is None:
             self._ring = Ring()
         keep: object = out
@@ -259,9 +268,13 @@ class DirectReader:
         if vectored:  # else a plain read each: the kernel looks at every piece of a vectored one
             iovecs, ends = np.stack([addresses, lengths], axis=1), np.searchsorted(parts, chunks.first)
             addresses, lengths, keep = iovecs.ctypes.data + iovecs.strides[0] * ends[:-1], np.diff(ends), (iovecs, out)
-        how = {"vectored": vectored, "background": background, "hold": hold}
-        batch = self._ring.read(fd, chunks.offset, addresses, lengths, keep, **how)
-        return _Ringed(batch, _Job(fd, chunks, out, self._align, self._bounce), self._ring.held(batch) if hold else None)
+        batch = self._ring.read(fd, chunks.offset, addresses, lengths, keep, vectored=vectored, background=background)
+        return _Ringed(batch, _Job(fd, chunks, out, self._align, self._bounce))
+
+    def ring(self, layer: int) -> tuple[Ring, int] | None:
+        if not (self._uring and self._ring is not None and self._ring.idle and os.getpid() == self._pid):
+            return None
+        return None if self._base[layer] % self._align else (self._ring, self._fds[layer])
 
     def settle(self) -> None:
         _wait_for_all(self._futures)
@@ -334,7 +347,6 @@ class _Lanes:
 
     job: _Job
     futures: list[Future[int]] | None
-    held: Held | None = None
 
     def wait(self) -> int:
         if self.futures is None:
@@ -349,7 +361,6 @@ class _Ringed:
 
     batch: Batch
     job: _Job
-    held: Held | None
 
     def wait(self) -> int:
         expected = self.job.chunks.nbytes

@@ -18,8 +18,6 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -50,7 +48,6 @@ class Batch:
         self.ring, self.entries, self.keep = ring, entries, keep  # `keep`: memory the kernel still reads or writes
         self.results = np.zeros(len(entries), dtype=np.int64)
         self.submitted = self.done = 0
-        self.held = 0  # entries in the ring that the kernel was not told of
 
     def wait(self) -> Longs:
         """Wait for all of them, however often the user interrupts; then raise the interruption."""
@@ -64,15 +61,6 @@ class Batch:
         if interrupted is not None:
             raise interrupted
         return self.results
-
-
-@dataclass
-class Held:
-    """Reads that are prepared, for somebody else to start: `count` entries of the ring `fd`. Say what became of it: `taken`."""
-
-    fd: int
-    count: int
-    taken: Callable[[int], object]  # how many the kernel took, or minus the error number
 
 
 class Ring:
@@ -94,14 +82,16 @@ class Ring:
             close()
             raise OSError(errno.ENOSYS, "the kernel's io_uring is too old")
         sq, cq = params["sq"][0].tolist(), params["cq"][0].tolist()  # head, tail, mask, entries, ..., array | cqes at 5
-        self._fd, self._entries, completions = fd, count, int(params["cq_entries"][0])
+        self.fd, self._entries, completions = fd, count, int(params["cq_entries"][0])
         length = max(sq[6] + 4 * count, cq[5] + completions * _COMPLETION.itemsize)
         shared = mmap.mmap(fd, length)
         self._sqes = np.frombuffer(mmap.mmap(fd, count * _ENTRY.itemsize, offset=_OFF_SQES), _ENTRY)
         words = np.frombuffer(shared, np.uint32, length // 4)
-        self._sq_tail, self._cq_head, self._cq_tail = (words[at // 4 :][:1] for at in (sq[1], cq[0], cq[1]))
+        self._sq_tail, self._cq_head, self._cq_tail = parts = [words[at // 4 :][:1] for at in (sq[1], cq[0], cq[1])]
         self._completions = np.frombuffer(shared, _COMPLETION, completions, cq[5])
         words[sq[6] // 4 :][:count] = np.arange(count)
+        self.memory = tuple(part.ctypes.data for part in (self._sqes, self._completions, *parts))  # of the compiled part
+        self.room = count, completions
         self._lock = threading.Lock()
         self._batches: dict[int, Batch] = {}
         self._number = self._in_flight = 0
@@ -116,7 +106,6 @@ class Ring:
         *,
         vectored: bool,
         background: bool = False,
-        hold: bool = False,
     ) -> Batch:
         """Start reads; returns at once.
 
@@ -128,7 +117,6 @@ class Ring:
             keep: objects that own this memory, kept until the reads are done.
             background: let kernel threads do all of it. Starting reads costs the caller 2 microseconds each instead of 6, and
                 another core the difference.
-            hold: only prepare what there is room for; [`held`] starts it, or waiting does. Nothing else may be read meanwhile.
         """
         entries = np.zeros(len(offsets), _ENTRY)
         entries["flags"] = _ASYNC if background else 0
@@ -139,15 +127,13 @@ class Ring:
             self._number += 1
             entries["user_data"] = (self._number << 32) + np.arange(len(entries), dtype=np.uint64)
             self._batches[self._number] = batch
-            if hold:
-                batch.held = self._queue(batch)
-            else:
-                self._submit(batch)
+            self._submit(batch)
         return batch
 
-    def held(self, batch: Batch) -> Held:
-        """What a batch holds back, for somebody else to start."""
-        return Held(self._fd, batch.held, lambda taken: self._took(batch, max(0, taken)))
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way. Only then, and while no other thread starts anything, may somebody else use it."""
+        return not self._batches
 
     def advance(self, batch: Batch) -> None:
         """Submit what is left of a batch, wait for a completion, and note all there are."""
@@ -160,31 +146,22 @@ class Ring:
 
     def _submit(self, batch: Batch) -> None:
         """Hand entries of a batch to the kernel, as many as there is room for."""
-        batch.held = batch.held or self._queue(batch)
-        while (count := batch.held) and self._took(batch, self._enter(count, 0)) == count:
-            batch.held = self._queue(batch)
-
-    def _queue(self, batch: Batch) -> int:
-        """Put entries of a batch into the ring, as many as there is room for; their number."""
-        count = min(len(batch.entries) - batch.submitted, self._entries - self._in_flight)
-        tail = int(self._sq_tail[0])
-        places = (tail + np.arange(count)) % self._entries
-        self._sqes[places] = batch.entries[batch.submitted : batch.submitted + count]
-        self._sq_tail[0] = (tail + count) & 0xFFFFFFFF
-        return count
-
-    def _took(self, batch: Batch, taken: int) -> int:
-        """The kernel took so many of the entries held; the others, when it is short of something, are for another try."""
-        self._sq_tail[0] = (int(self._sq_tail[0]) - batch.held + taken) & 0xFFFFFFFF
-        batch.held = 0
-        batch.submitted += taken
-        self._in_flight += taken
-        return taken
+        while count := min(len(batch.entries) - batch.submitted, self._entries - self._in_flight):
+            tail = int(self._sq_tail[0])
+            places = (tail + np.arange(count)) % self._entries
+            self._sqes[places] = batch.entries[batch.submitted : batch.submitted + count]
+            self._sq_tail[0] = (tail + count) & 0xFFFFFFFF
+            taken = self._enter(count, 0)
+            self._sq_tail[0] = (tail + taken) & 0xFFFFFFFF  # the others, when the kernel is short of something, some other time
+            batch.submitted += taken
+            self._in_flight += taken
+            if taken < count:
+                return
 
     def _enter(self, submit: int, wait: int) -> int:
         """`io_uring_enter`; the number of entries that the kernel took."""
         try:
-            return self._call(_ENTER, self._fd, submit, wait, _GETEVENTS, 0, 0)
+            return self._call(_ENTER, self.fd, submit, wait, _GETEVENTS, 0, 0)
         except OSError as error:
             if error.errno in _RETRY:
                 return 0

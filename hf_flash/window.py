@@ -32,8 +32,8 @@ from .memory import aligned_empty
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-_DECAY: Final = 0.99  # of worth, per token: half of it is the last 69 tokens
-_RENEW: Final = 1e9  # when weights have grown this large they start from 1 again
+GROWTH: Final = 1 / 0.99  # of what a use is worth, per token: half of a neuron's worth is of the last 69 tokens
+RENEW: Final = 1e9  # when weights have grown this large they start from 1 again
 _FORGOTTEN: Final = 2000  # tokens after which older uses count for nothing, and their weight still is a number
 
 
@@ -61,10 +61,16 @@ class ResidentWindow:
         self.matrix = aligned_empty((capacity, 2 * d_model), dtype).zero_()  # now, or reads wait for pages the first time
         self.last_used = np.full(d_ff, np.iinfo(np.int64).min, dtype=np.int64)
         self.worth = np.zeros(d_ff)
-        self._gain = 1.0  # what a use adds to `worth` now; it grows, instead of all of `worth` shrinking
+        self.gain = 1.0  # what a use adds to `worth` now; it grows, instead of all of `worth` shrinking
         self.clock = 0  # tokens seen
-        self.slot_of = np.full(d_ff, -1, dtype=np.int64)
+        self.slot_of, self.pointer = np.empty(d_ff, dtype=np.int64), np.empty(capacity, dtype=np.int64)
+        self._free = np.empty(capacity, dtype=np.int64)
         self.forget()
+
+    @property
+    def arrays(self) -> tuple[Ids, Ids, Ids, Ids, npt.NDArray[np.float64]]:
+        """`slot_of`, `pointer`, `last_used`, the stack of free slots and `worth`: the same arrays for good."""
+        return self.slot_of, self.pointer, self.last_used, self._free, self.worth
 
     @property
     def resident(self) -> Ids:
@@ -80,15 +86,15 @@ class ResidentWindow:
             union: sorted ids used by any of them.
         """
         start, self.clock = self.clock, self.clock + tokens
-        self._gain *= _DECAY ** -min(tokens, _FORGOTTEN)
-        if self._gain > _RENEW:
-            self.worth /= self._gain
-            self._gain = 1.0
+        self.gain *= GROWTH ** min(tokens, _FORGOTTEN)
+        if self.gain > RENEW:
+            self.worth /= self.gain
+            self.gain = 1.0
         if selected is None or tokens == 1:
             self.last_used[union] = self.clock
-            self.worth[union] += self._gain * tokens
+            self.worth[union] += self.gain * tokens
             return
-        self.worth += self._gain * uses(selected)
+        self.worth += self.gain * uses(selected)
         recent = max(0, tokens - self.window)
         self.last_used[union] = np.maximum(self.last_used[union], start + recent)  # used, but before the window
         for token in range(recent, tokens):
@@ -162,9 +168,8 @@ class ResidentWindow:
 
     def forget(self) -> None:
         """Drop every neuron: after an interruption nobody knows which rows are whole."""
-        self.slot_of[:] = -1
-        self.pointer = np.full(self.capacity, -1, dtype=np.int64)
-        self._free = np.arange(self.capacity)[::-1].copy()  # a stack: the first slots come first
+        self.slot_of[:] = self.pointer[:] = -1
+        self._free[:] = np.arange(len(self._free))[::-1]  # a stack: the first slots come first
         self.free = self.capacity
 
     def release(self) -> None:

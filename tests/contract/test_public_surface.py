@@ -134,7 +134,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"activity", "budget", "cap", "devices", "disk", "harness", "native", "window"},
     {"bench_checks", "bench_job", "bench_report", "compute", "config", "stats", "store"},
     {"checkpoint", "lowbit", "placement", "plots", "readme", "sources", "writer"},
-    {"bench_page", "commandline", "folders", "hub_cache", "predictor", "reader"},
+    {"bench_page", "commandline", "folders", "hub_cache", "predictor", "reader", "step"},
     {"lowrank", "quantized"},
     {"ffn", "training"},
     {"adapters", "linear"},

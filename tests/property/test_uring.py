@@ -112,17 +112,3 @@ def test_an_interruption_waits_for_the_reads_first(ring: Ring, file: int, monkey
     with pytest.raises(KeyboardInterrupt):
         batch.wait()
     assert (batch.results == UNIT).all()
-
-
-def test_reads_that_are_held_back_start_when_somebody_starts_them_or_waits(ring: Ring, file: int) -> None:
-    rows = np.arange(20)
-    for taken in (None, 0, 3, 8, -errno.EBUSY):
-        out = np.zeros((20, UNIT), dtype=np.uint8)
-        where = out.ctypes.data + rows * UNIT
-        batch = ring.read(file, rows * UNIT, where, np.full(20, UNIT), out, vectored=False, hold=True)
-        held = ring.held(batch)
-        assert held.count == 8  # what the ring has room for
-        if taken is not None:
-            held.taken(ring._enter(taken, 0) if taken > 0 else taken)
-        assert batch.wait().tolist() == [UNIT] * 20
-        assert np.array_equal(out, np.frombuffer(os.pread(file, 20 * UNIT, 0), np.uint8).reshape(20, UNIT))

@@ -1,0 +1,284 @@
+/* One token through one layer in one call. Included by _native.c.
+ *
+ * What ffn.py does step by step for any call, done for the one that decoding consists of: a token whose neurons fit into the
+ * window. In Python the same takes ten times as long as it needs, because attention has emptied the caches each time. The rules
+ * are those of window.py (who goes when room is needed) and sources.py (neighbours on flash are one read); its tests hold them
+ * against each other. Whatever is not as it mostly is, is refused before anything is changed, and done there. */
+
+typedef struct { /* window.py: ResidentWindow */
+    int64_t *slot_of, *pointer, *last_used, *unused;
+    double *worth;
+    int64_t d_ff, capacity, window, clock, free;
+    double gain, growth, renew;
+} Window;
+
+typedef struct { /* io_uring's entries and completions, as the kernel has them */
+    uint8_t opcode, flags;
+    uint16_t priority;
+    int32_t fd;
+    uint64_t offset, address;
+    uint32_t length, rw_flags;
+    uint64_t user_data, rest[3];
+} Entry;
+
+typedef struct {
+    uint64_t user_data;
+    int32_t result;
+    uint32_t flags;
+} Completion;
+
+typedef struct { /* uring.py: Ring. Nothing of anybody else's is under way in it */
+    Entry *entries;
+    Completion *completions;
+    _Atomic uint32_t *tail, *head, *end; /* of the entries; of the completions, where they begin and end */
+    uint32_t room, completion_room;
+    int32_t fd;
+} Ring;
+
+typedef struct {
+    int64_t at, slot; /* a neuron's place on flash, or a rank's bits; where it goes, or is */
+} Pair;
+
+typedef struct {
+    const char *address;
+    uint64_t length;
+} Part;
+
+struct Step {
+    Job job;
+    Window window;
+    Ring ring;               /* fd -1: nothing can be read here */
+    const uint8_t *selected; /* [d_ff] */
+    const int32_t *place;    /* [d_ff] or null */
+    int64_t *ids, *rows, *there, *away; /* [most] room */
+    Pair *pairs;             /* [reads] room, and twice as much for what may go */
+    Part *parts;             /* [reads] room */
+    int64_t most, reads;     /* neurons, and missing ones, that fit into these */
+    int64_t offset, bundle, longest; /* where bundles begin in the file, their size, the most that are one read */
+    int32_t file;
+    int32_t failed;          /* out: a read did not bring what it should have */
+    int64_t used, missing, nbytes, chunks; /* out */
+    double managed;          /* out: seconds that the window took; `job.waited`: that reading took the calling thread */
+};
+
+/* --- the window */
+
+static void note_use(Window *w, const int64_t *ids, int64_t n) {
+    w->clock++;
+    w->gain *= w->growth;
+    if (w->gain > w->renew) {
+        for (int64_t i = 0; i < w->d_ff; i++)
+            w->worth[i] /= w->gain;
+        w->gain = 1.0;
+    }
+    for (int64_t k = 0; k < n; k++) {
+        w->last_used[ids[k]] = w->clock;
+        w->worth[ids[k]] += w->gain;
+    }
+}
+
+typedef struct {
+    double rank;
+    int64_t slot;
+} Idle;
+
+static int before(Idle a, Idle b) { return a.rank < b.rank || (a.rank == b.rank && a.slot < b.slot); }
+
+/* Free `excess` slots of those that the token does not use. `heap` holds those to go, the last of them on top. */
+static void evict(Window *w, const uint8_t *selected, int64_t excess, Idle *heap) {
+    int64_t size = 0;
+    for (int64_t slot = 0; slot < w->capacity; slot++) {
+        const int64_t id = w->pointer[slot];
+        if (id < 0 || selected[id])
+            continue;
+        const int64_t last = w->last_used[id];
+        const Idle idle = {last > w->clock - w->window ? 1e30 * (double)last : w->worth[id], slot};
+        int64_t at;
+        if (size < excess) {
+            for (at = size++; at && before(heap[(at - 1) / 2], idle); at = (at - 1) / 2)
+                heap[at] = heap[(at - 1) / 2];
+        } else if (before(idle, heap[0])) {
+            at = 0;
+            for (int64_t child; (child = 2 * at + 1) < size; at = child) {
+                if (child + 1 < size && before(heap[child], heap[child + 1]))
+                    child++;
+                if (!before(idle, heap[child]))
+                    break;
+                heap[at] = heap[child];
+            }
+        } else {
+            continue;
+        }
+        heap[at] = idle;
+    }
+    for (int64_t k = 0; k < size; k++) {
+        const int64_t slot = heap[k].slot;
+        w->slot_of[w->pointer[slot]] = -1;
+        w->pointer[slot] = -1;
+        w->unused[w->free++] = slot;
+    }
+}
+
+/* --- reading */
+
+static int by_slot(const void *a, const void *b) {
+    const int64_t x = ((const Pair *)a)->slot, y = ((const Pair *)b)->slot;
+    return (x > y) - (x < y);
+}
+
+static int by_place(const void *a, const void *b) {
+    const int64_t x = ((const Pair *)a)->at, y = ((const Pair *)b)->at;
+    return (x > y) - (x < y);
+}
+
+/* Entries for the missing neurons behind the ring's tail; the kernel is not told yet. */
+static void queue(Step *s) {
+    Ring *ring = &s->ring;
+    const uint32_t tail = atomic_load(ring->tail);
+    const int64_t bundle = s->bundle;
+    Part *part = s->parts;
+    s->chunks = 0;
+    s->nbytes = s->missing * bundle;
+    for (int64_t i = 0, end; i < s->missing; i = end) {
+        const Part *first = part;
+        for (end = i; end < s->missing && end - i < s->longest && s->pairs[end].at == s->pairs[i].at + end - i; end++) {
+            const char *address = (const char *)s->job.matrix + s->pairs[end].slot * bundle;
+            if (end > i && part[-1].address + part[-1].length == address)
+                part[-1].length += (uint64_t)bundle;
+            else
+                *part++ = (Part){address, (uint64_t)bundle};
+        }
+        const int alone = part == first + 1;
+        ring->entries[(tail + (uint32_t)s->chunks++) & (ring->room - 1)] = (Entry){
+            .opcode = alone ? READ : READV,
+            .fd = s->file,
+            .offset = (uint64_t)(s->offset + s->pairs[i].at * bundle),
+            .address = (uint64_t)(alone ? first->address : (const char *)first),
+            .length = alone ? (uint32_t)first->length : (uint32_t)(part - first),
+            .user_data = (uint64_t)((end - i) * bundle), /* what it has to bring */
+        };
+    }
+    atomic_store(ring->tail, tail + (uint32_t)s->chunks);
+}
+
+static long enter(const Ring *ring, int64_t submit, int64_t wait) {
+    const long got = syscall(ENTER, ring->fd, (unsigned)submit, (unsigned)wait, wait ? GETEVENTS : 0, NULL, 0);
+    return got < 0 ? -errno : got;
+}
+
+/* Hand the entries to the kernel. Those that it does not take are taken back; there are fewer chunks then. */
+static void submit(Step *s) {
+    int64_t taken = 0;
+    while (taken < s->chunks) {
+        const long got = enter(&s->ring, s->chunks - taken, 0);
+        if (got <= 0 && got != -EINTR)
+            break;
+        taken += got > 0 ? got : 0;
+    }
+    atomic_fetch_sub(s->ring.tail, (uint32_t)(s->chunks - taken));
+    s->failed = taken < s->chunks;
+    s->chunks = taken;
+}
+
+/* Wait for what was submitted, whatever happens: until then it is written to memory. */
+static void settle(Step *s) {
+    Ring *ring = &s->ring;
+    const uint32_t head = atomic_load(ring->head), count = (uint32_t)s->chunks;
+    while (atomic_load(ring->end) - head < count)
+        if (enter(ring, 0, count) < 0)
+            sched_yield();
+    for (uint32_t k = 0; k < count; k++) {
+        const Completion *one = &ring->completions[(head + k) & (ring->completion_room - 1)];
+        s->failed |= one->result < 0 || (uint64_t)one->result != one->user_data;
+    }
+    atomic_store(ring->head, head + count);
+}
+
+/* --- the whole */
+
+/* Neurons, who of them are there, and slots for the others. Returns 0, with nothing changed, where that is not for here. */
+static int arrange(Step *s) {
+    Window *w = &s->window;
+    int64_t n = 0, there = 0, away = 0;
+    for (int64_t id = 0; id < w->d_ff; id++)
+        if (s->selected[id]) {
+            if (n == s->most)
+                return 0;
+            const int64_t slot = w->slot_of[id];
+            s->ids[n] = id;
+            s->rows[n] = slot;
+            if (slot < 0)
+                s->away[away++] = n++;
+            else
+                s->there[there++] = n++;
+        }
+    if (n > w->capacity || (away && (s->ring.fd < 0 || away > s->reads)))
+        return 0;
+    s->used = s->job.n = n;
+    s->missing = away;
+    note_use(w, s->ids, n);
+    if (away > w->free)
+        evict(w, s->selected, away - w->free, (Idle *)s->pairs);
+    w->free -= away;
+    for (int64_t k = 0; k < away; k++)
+        s->pairs[k].slot = w->unused[w->free + k];
+    qsort(s->pairs, (size_t)away, sizeof *s->pairs, by_slot);
+    for (int64_t k = 0; k < away; k++) {
+        const int64_t id = s->ids[s->away[k]];
+        s->rows[s->away[k]] = s->pairs[k].slot;
+        s->pairs[k].at = s->place ? s->place[id] : id;
+    }
+    if (s->place)
+        qsort(s->pairs, (size_t)away, sizeof *s->pairs, by_place);
+    return 1;
+}
+
+/* The slots of missing neurons hold them now; or, after a failure, nothing. */
+static void take_in(Step *s) {
+    Window *w = &s->window;
+    for (int64_t k = 0; k < s->missing; k++) {
+        const int64_t id = s->ids[s->away[k]], slot = s->rows[s->away[k]];
+        if (s->failed) {
+            w->unused[w->free++] = slot;
+        } else {
+            w->pointer[slot] = id;
+            w->slot_of[id] = slot;
+        }
+    }
+}
+
+/* Returns whether it is done. If not, nothing was changed, or (`failed`) the window lacks what it lacked before and some more. */
+int FAST hf_step(Step *s) {
+    Job *job = &s->job;
+    double start = seconds();
+    s->failed = 0;
+    s->chunks = s->nbytes = 0;
+    job->waited = 0.0;
+    if (!arrange(s))
+        return 0;
+    s->managed = seconds() - start;
+    job->rows = s->rows;
+    job->ids = s->ids;
+    job->which = s->there;
+    job->todo = job->n - s->missing;
+    if (s->missing) {
+        start = seconds();
+        queue(s);
+        job->step = s;
+        job->waited = seconds() - start;
+    }
+    hf_up(job);
+    job->step = NULL;
+    if (s->missing)
+        take_in(s);
+    if (s->failed)
+        return 0;
+    if (s->missing) {
+        job->which = s->away;
+        job->todo = s->missing;
+        hf_up(job);
+    }
+    memset(job->out, 0, (size_t)job->d * sizeof(float));
+    hf_down(job);
+    return 1;
+}

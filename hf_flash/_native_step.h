@@ -2,8 +2,8 @@
  *
  * What ffn.py does step by step for any call, done for the one that decoding consists of: a token whose neurons fit into the
  * window. In Python the same takes ten times as long as it needs, because attention has emptied the caches each time. The rules
- * are those of window.py (who goes when room is needed) and sources.py (neighbours on flash are one read); its tests hold them
- * against each other. Whatever is not as it mostly is, is refused before anything is changed, and done there. */
+ * are those of window.py (who goes when room is needed) and sources.py (neighbours on flash are one read); tests hold both
+ * against the same model. Whatever is not as it mostly is, is refused before anything is changed, and done there. */
 
 typedef struct { /* window.py: ResidentWindow */
     int64_t *slot_of, *pointer, *last_used, *unused;
@@ -36,7 +36,7 @@ typedef struct { /* uring.py: Ring. Nothing of anybody else's is under way in it
 } Ring;
 
 typedef struct {
-    int64_t at, slot; /* a neuron's place on flash, or a rank's bits; where it goes, or is */
+    int64_t at, slot; /* a neuron's place on flash, and the slot that it goes to */
 } Pair;
 
 typedef struct {
@@ -51,7 +51,7 @@ struct Step {
     const uint8_t *selected; /* [d_ff] */
     const int32_t *place;    /* [d_ff] or null */
     int64_t *ids, *rows, *there, *away; /* [most] room */
-    Pair *pairs;             /* [reads] room, and twice as much for what may go */
+    Pair *pairs;             /* [reads] room, first for what has to go */
     Part *parts;             /* [reads] room */
     int64_t most, reads;     /* neurons, and missing ones, that fit into these */
     int64_t offset, bundle, longest; /* where bundles begin in the file, their size, the most that are one read */
@@ -79,10 +79,12 @@ static void note_use(Window *w, const int64_t *ids, int64_t n) {
 
 typedef struct {
     double rank;
-    int64_t slot;
+    int64_t id;
 } Idle;
 
-static int before(Idle a, Idle b) { return a.rank < b.rank || (a.rank == b.rank && a.slot < b.slot); }
+_Static_assert(sizeof(Idle) == sizeof(Pair), "they share their room");
+
+static int before(Idle a, Idle b) { return a.rank < b.rank || (a.rank == b.rank && a.id > b.id); }
 
 /* Free `excess` slots of those that the token does not use. `heap` holds those to go, the last of them on top. */
 static void evict(Window *w, const uint8_t *selected, int64_t excess, Idle *heap) {
@@ -92,7 +94,7 @@ static void evict(Window *w, const uint8_t *selected, int64_t excess, Idle *heap
         if (id < 0 || selected[id])
             continue;
         const int64_t last = w->last_used[id];
-        const Idle idle = {last > w->clock - w->window ? 1e30 * (double)last : w->worth[id], slot};
+        const Idle idle = {last > w->clock - w->window ? 1e30 * (double)last : w->worth[id], id};
         int64_t at;
         if (size < excess) {
             for (at = size++; at && before(heap[(at - 1) / 2], idle); at = (at - 1) / 2)
@@ -112,9 +114,8 @@ static void evict(Window *w, const uint8_t *selected, int64_t excess, Idle *heap
         heap[at] = idle;
     }
     for (int64_t k = 0; k < size; k++) {
-        const int64_t slot = heap[k].slot;
-        w->slot_of[w->pointer[slot]] = -1;
-        w->pointer[slot] = -1;
+        const int64_t slot = w->slot_of[heap[k].id];
+        w->slot_of[heap[k].id] = w->pointer[slot] = -1;
         w->unused[w->free++] = slot;
     }
 }
@@ -212,7 +213,7 @@ static int arrange(Step *s) {
             else
                 s->there[there++] = n++;
         }
-    if (n > w->capacity || (away && (s->ring.fd < 0 || away > s->reads)))
+    if (n > w->capacity || (away && (s->ring.fd < 0 || away > s->reads || away > (int64_t)s->ring.room)))
         return 0;
     s->used = s->job.n = n;
     s->missing = away;

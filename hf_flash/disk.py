@@ -13,7 +13,7 @@ import itertools
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Final
 import numpy as np
 
 from .errors import StoreReadError
-from .memory import anonymous
+from .memory import aligned_empty, anonymous
 
 SIZES: Final = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 DEPTHS: Final = (1, 8, 32)
@@ -208,16 +208,19 @@ def rate_at(points: Iterable[DiskPoint], size: float, depth: float | None = None
 def dram_gb_per_s(nbytes: int = 256 << 20, repeats: int = 5) -> float:
     """Speed at which a matrix-vector product goes through a weight matrix in DRAM, with torch's current threads.
 
-    What bounds the decoding of a dense model: every weight is read once a token.
+    What bounds decoding: every weight in memory is read once a token. By torch or the compiled part, who is faster.
     """
     import torch
 
+    from .native import library, linear
+
+    ways: list[Callable[..., torch.Tensor]] = [torch.nn.functional.linear, *([] if library() is None else [linear])]
     d_model = 4096
-    weight = torch.ones(max(1, nbytes // (4 * d_model)), d_model)
+    weight = aligned_empty((max(1, nbytes // (4 * d_model)), d_model), torch.float32).fill_(1.0)  # where weights are, too
     x, best = torch.ones(1, d_model), float("inf")
     with torch.no_grad():
-        for _ in range(repeats):
+        for way in ways * repeats:
             start = perf_counter()
-            torch.nn.functional.linear(x, weight)
+            way(x, weight, None)
             best = min(best, perf_counter() - start)
     return weight.nbytes / 1e9 / best

@@ -61,7 +61,7 @@ class TokenStep:
     def __init__(self, room: TokenRoom, window: ResidentWindow, store: LayerStore) -> None:
         self._library, self._room, self._window = library(), room, window
         self._place = None if store.place is None else np.ascontiguousarray(store.place)
-        self._ring: Ring | None = None
+        self._known: tuple[int, ...] = ()  # of a ring, which is its owner's to keep
         own, ids = window.arrays, [part.ctypes.data for part in room.ids]
         self._step = _Step(
             window=_Window(*(part.ctypes.data for part in own), d_ff=store.d_ff, capacity=window.capacity,
@@ -109,7 +109,7 @@ class TokenStep:
         if found is None:
             step.ring.fd = -1
             return
-        if found[0] is not self._ring:
-            self._ring = found[0]
+        if found[0].memory != self._known:
+            self._known = found[0].memory
             step.ring = _Ring(*found[0].memory, *found[0].room)
         step.ring.fd, step.file = found[0].fd, found[1]

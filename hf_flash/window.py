@@ -105,14 +105,20 @@ class ResidentWindow:
         return ids[self.slot_of[ids] < 0]
 
     def make_room(self, count: int, union: Ids) -> None:
-        """Evict until `count` slots are free, none of `union`. Call only if `union` and as many others fit."""
+        """Evict until `count` slots are free, none of `union`. Call only if `union` and as many others fit.
+
+        Among equals the higher id goes first.
+        """
         excess = count - self.free
         if excess <= 0:
             return
         evictable = self.slot_of >= 0
         evictable[union] = False
         idle = np.flatnonzero(evictable)
-        self.evict(idle[np.argpartition(self._rank(idle), excess - 1)[:excess]])
+        rank = self._rank(idle)
+        least = np.partition(rank, excess - 1)[excess - 1]
+        worse, equal = idle[rank < least], idle[rank == least]
+        self.evict(np.append(worse, equal[len(equal) - (excess - len(worse)) :]))
 
     def spare(self, union: Ids) -> int:
         """Slots that are free, or hold what neither `union` nor the window needs."""

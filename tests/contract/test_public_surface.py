@@ -130,8 +130,8 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 # --- imports -------------------------------------------------------------------------------------------------------
 
 LAYERS = [  # a module imports only from lines above its own
-    {"_version", "demand", "errors", "inuse", "memory", "uring"},
-    {"activity", "budget", "cap", "devices", "disk", "harness", "native", "window"},
+    {"_version", "demand", "errors", "inuse", "memory", "native", "uring"},
+    {"activity", "budget", "cap", "devices", "disk", "harness", "window"},
     {"bench_checks", "bench_job", "bench_report", "compute", "config", "stats", "store"},
     {"checkpoint", "lowbit", "placement", "plots", "readme", "sources", "writer"},
     {"bench_page", "commandline", "folders", "hub_cache", "predictor", "reader", "step"},

@@ -96,7 +96,7 @@ def test_parts_add_up_and_reads_never_grow_with_the_budget(made: planner.Plan) -
 @pytest.mark.parametrize("predictor", ["quantized", "none"])
 @pytest.mark.usefixtures("unmeasured")
 def test_memory_is_divided_as_loading_does(opt: Callable[..., Path], shape: str, predictor: Any) -> None:
-    folder, budget = opt(shape), "1.3MB"
+    folder, budget = opt(shape), "1.4MB"
     config = FlashOffloadConfig(memory_budget=budget, predictor=predictor)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
     found, real = planner.plan(folder, memory=budget, predictor=predictor, dtype="bfloat16"), hf_flash.stats(model)

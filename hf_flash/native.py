@@ -176,7 +176,7 @@ class TokenKernel:
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether this can compute with `x`."""
-        return self._library is not None and x.dtype in DTYPES and x.is_contiguous()
+        return self.compiled and x.dtype in DTYPES and x.is_contiguous()
 
     def set(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: torch.Tensor, rows: Ids, ids: Ids, *, relu: bool) -> None:
         """What the next calls are about.

@@ -51,7 +51,7 @@ def ask(rig: Rig, mask: torch.Tensor) -> Any:
 
 def state(rig: Rig) -> tuple[Any, ...]:
     window = rig.window
-    return (*(part.copy().tolist() for part in window.arrays), window.clock, window.free, window.gain)
+    return (*(part.tolist() for part in window.arrays), window.clock, window.free, window.gain)
 
 
 @settings(max_examples=60, deadline=None)

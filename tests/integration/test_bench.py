@@ -108,8 +108,15 @@ def test_the_report_says_on_what_it_ran_and_draws(made: tuple[int, dict[str, Any
     assert "whole token" in (folder / "out.svg").read_text()
 
 
-def test_the_steps_of_the_paper_read_less_and_less(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "chunked", reader.chunked)  # put back what a worker replaces
+@pytest.fixture
+def whole_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts back what a worker, which is a process of its own elsewhere, replaces for the ablation."""
+    monkeypatch.setattr(reader, "chunked", reader.chunked)
+    monkeypatch.setattr(reader.BundleReader, "ring", reader.BundleReader.ring)
+
+
+@pytest.mark.usefixtures("whole_bundles")
+def test_the_steps_of_the_paper_read_less_and_less(packed: Path) -> None:
     store, found = FlashStore.open_folder(packed), {}
     for name in bench.ABLATION[:-1]:
         job = bench_job.Job(packed, None, [[5, 6, 7]], 8, 0, 1 << 30, 1 << 30, False, 60)
@@ -126,11 +133,9 @@ def test_the_steps_of_the_paper_read_less_and_less(packed: Path, monkeypatch: py
 @pytest.mark.parametrize(("name", "arguments"), [
     ("hybrid", {}), ("+predictor", {}), ("flash-uncapped", {"lookahead": 0}), ("none", {}), ("none", {"memory_budget": 10**9}),
 ])  # fmt: skip
-def test_the_window_law_is_exact_where_there_is_nothing_to_choose(
-    name: str, arguments: dict[str, Any], packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("whole_bundles")
+def test_the_window_law_is_exact_where_there_is_nothing_to_choose(name: str, arguments: dict[str, Any], packed: Path) -> None:
     """Windows that hold nothing read everything again; windows that hold everything read what is used the first time."""
-    monkeypatch.setattr(reader, "chunked", reader.chunked)
     least = bench_worker._least_budget(str(packed), {"predictor": "none"} if name == "none" else {})
     job = bench_job.Job(packed, None, [[5, 6, 7]], 8, 0, least, 1 << 30, False, 60)
     found = bench_worker.run(job.spec(replace(bench.SYSTEMS[name], arguments=bench.SYSTEMS[name].arguments | arguments)))

@@ -625,7 +625,7 @@ void hf_copy(Rows *r) {
     run(rows_body, r, r->threads);
 }
 
-int hf_abi(void) { return 8; } /* native.py: ABI */
+int hf_abi(void) { return 9; } /* native.py: ABI */
 
 #else
 

@@ -55,6 +55,7 @@ struct Step {
     Part *parts;             /* [reads] room */
     int64_t most, reads;     /* neurons, and missing ones, that fit into these */
     int64_t offset, bundle, longest; /* where bundles begin in the file, their size, the most that are one read */
+    int64_t unit;            /* the system reads whole ones of these of the file: a power of two */
     int32_t file;
     int32_t failed;          /* out: a read did not bring what it should have */
     int64_t used, missing, nbytes, chunks; /* out */
@@ -139,7 +140,6 @@ static void queue(Step *s) {
     const int64_t bundle = s->bundle;
     Part *part = s->parts;
     s->chunks = 0;
-    s->nbytes = s->missing * bundle;
     for (int64_t i = 0, end; i < s->missing; i = end) {
         const Part *first = part;
         for (end = i; end < s->missing && end - i < s->longest && s->pairs[end].at == s->pairs[i].at + end - i; end++) {
@@ -149,11 +149,13 @@ static void queue(Step *s) {
             else
                 *part++ = (Part){address, (uint64_t)bundle};
         }
+        const int64_t begin = s->offset + s->pairs[i].at * bundle, stop = begin + (end - i) * bundle;
+        s->nbytes += ((stop + s->unit - 1) & -s->unit) - (begin & -s->unit);
         const int alone = part == first + 1;
         ring->entries[(tail + (uint32_t)s->chunks++) & (ring->room - 1)] = (Entry){
             .opcode = alone ? READ : READV,
             .fd = s->file,
-            .offset = (uint64_t)(s->offset + s->pairs[i].at * bundle),
+            .offset = (uint64_t)begin,
             .address = (uint64_t)(alone ? first->address : (const char *)first),
             .length = alone ? (uint32_t)first->length : (uint32_t)(part - first),
             .user_data = (uint64_t)((end - i) * bundle), /* what it has to bring */

@@ -26,7 +26,7 @@ import torch
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 8  # as in _native.c: to be raised with every change of what a function or a structure means
+ABI: Final = 9  # as in _native.c: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Ids = npt.NDArray[np.int64]

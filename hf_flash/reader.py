@@ -19,9 +19,8 @@ import torch
 
 from .errors import StoreReadError
 from .memory import aligned_empty
-from .sources import PAGE, ByteReader, Bytes, Chunks, DirectReader, MmapReader, chunked, direct_alignment
+from .sources import PAGE, ByteReader, Bytes, Chunks, DirectReader, MmapReader, RingFile, chunked, direct_alignment
 from .store import FlashStore, LayerStore
-from .uring import Ring
 from .window import Ids
 
 logger = logging.getLogger("hf_flash")
@@ -125,8 +124,8 @@ class BundleReader:
         """Whether rows are converted on the way: then nothing is read before it is waited for."""
         return self._staging is not None
 
-    def ring(self, layer: int) -> tuple[Ring, int] | None:
-        """What the compiled part can read rows of this layer with itself, now: an idle ring and a descriptor."""
+    def ring(self, layer: int) -> RingFile | None:
+        """What the compiled part can read rows of this layer with itself, now."""
         return None if self.converts else self.source.ring(layer)
 
     def start(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False) -> Reading:

@@ -4,7 +4,8 @@ A *chunk* is one contiguous read: neighbours on flash, scattered over any rows o
 
     mmap      the store as a memory map. Pages are asked for (madvise WILLNEED) before any of them is touched, because a page
               fault per bundle is 28 times slower; then copied. Uses the page cache, so it is the fast one when the store
-              fits in free memory. Works everywhere; without madvise the pages are faulted in.
+              fits in free memory. Works everywhere; without madvise the pages are faulted in. Where there is io_uring the
+              compiled part reads the same pages with it (`ring`).
     direct    O_DIRECT, past the page cache: what memory there is stays with the model. All chunks of a layer go to the kernel
               in one call (io_uring, uring.py), or to a pool of threads where there is no io_uring. Bundles that are no
               multiple of what the disk aligns to go through a small bounce buffer, in threads.
@@ -23,7 +24,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -110,6 +111,14 @@ def longest_chunk(size: int) -> int:
     return max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // size))
 
 
+class RingFile(NamedTuple):
+    """What the compiled part reads rows of a layer with: an idle ring and a file."""
+
+    ring: Ring
+    fd: int
+    unit: int  # bytes, a power of two: the system reads whole ones
+
+
 class Pending(Protocol):
     """A read under way."""
 
@@ -133,8 +142,8 @@ class ByteReader(Protocol):
         """
         ...
 
-    def ring(self, layer: int) -> tuple[Ring, int] | None:
-        """A ring in which nothing is under way, and the layer's descriptor, if page-aligned rows can be read with them."""
+    def ring(self, layer: int) -> RingFile | None:
+        """What the compiled part can read page-aligned rows of this layer with, now."""
         ...
 
     def settle(self) -> None:
@@ -152,6 +161,8 @@ class MmapReader:
 
     def __init__(self, store: FlashStore) -> None:
         self._maps: list[mmap.mmap] = []
+        self._pid, self._ring, self._fds = os.getpid(), _ring_if_any(), list[int]()
+        self._finalize = weakref.finalize(self, _close, self._fds)
         for layer in store.layers:
             with open(layer.path, "rb") as file:
                 hold(file.fileno())  # for as long as the map lasts, which keeps the file open
@@ -159,6 +170,9 @@ class MmapReader:
             self._maps.append(item)
             if hasattr(mmap, "MADV_RANDOM"):
                 item.madvise(mmap.MADV_RANDOM)
+            if self._ring is not None:
+                self._fds.append(os.open(layer.path, os.O_RDONLY))
+                os.posix_fadvise(self._fds[-1], 0, 0, os.POSIX_FADV_RANDOM)
         self._can_advise = hasattr(mmap, "MADV_WILLNEED")
         if not self._can_advise:
             logger.warning("hf_flash: this system has no madvise; the mmap reader faults pages in one by one, which is slow")
@@ -172,8 +186,10 @@ class MmapReader:
                 source.madvise(mmap.MADV_WILLNEED, begin, nbytes)
         return _Mapped(source, chunks, out, int(length.sum()))
 
-    def ring(self, layer: int) -> None:
-        return None
+    def ring(self, layer: int) -> RingFile | None:
+        if self._ring is None or os.getpid() != self._pid:  # a ring does not survive a fork
+            return None
+        return RingFile(self._ring, self._fds[layer], PAGE)
 
     def settle(self) -> None:
         pass  # nothing is copied but in `wait`
@@ -181,7 +197,8 @@ class MmapReader:
     def close(self) -> None:
         for item in self._maps:
             item.close()
-        self._maps = []
+        self._maps, self._ring = [], None
+        self._finalize()
 
 
 @dataclass
@@ -271,10 +288,10 @@ class DirectReader:
         batch = self._ring.read(fd, chunks.offset, addresses, lengths, keep, vectored=vectored, background=background)
         return _Ringed(batch, _Job(fd, chunks, out, self._align, self._bounce))
 
-    def ring(self, layer: int) -> tuple[Ring, int] | None:
+    def ring(self, layer: int) -> RingFile | None:
         if not (self._uring and self._ring is not None and self._ring.idle and os.getpid() == self._pid):
             return None
-        return None if self._base[layer] % self._align else (self._ring, self._fds[layer])
+        return None if self._base[layer] % self._align else RingFile(self._ring, self._fds[layer], 1)
 
     def settle(self) -> None:
         _wait_for_all(self._futures)
@@ -385,6 +402,17 @@ def _wait_for_all(jobs: list[Future[int]]) -> None:
 def _release(pool: ThreadPoolExecutor, fds: list[int]) -> None:
     """End the threads, then close what they read from."""
     pool.shutdown()
+    _close(fds)
+
+
+def _ring_if_any() -> Ring | None:
+    try:
+        return Ring()
+    except OSError:
+        return None
+
+
+def _close(fds: list[int]) -> None:
     while fds:
         os.close(fds.pop())
 

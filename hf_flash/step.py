@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from .native import DTYPES, Job, TokenRoom, library, threads
-from .sources import longest_chunk
+from .sources import RingFile, longest_chunk
 from .store import LayerStore
-from .uring import Ring
 from .window import GROWTH, RENEW, ResidentWindow
 
 _pointer, _long, _int, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
@@ -43,7 +42,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         ("job", Job), ("window", _Window), ("ring", _Ring),
         *((name, _pointer) for name in ("selected", "place", "ids", "rows", "there", "away", "pairs", "parts")),
-        *((name, _long) for name in ("most", "reads", "offset", "bundle", "longest")),
+        *((name, _long) for name in ("most", "reads", "offset", "bundle", "longest", "unit")),
         *((name, _int) for name in ("file", "failed")),
         *((name, _long) for name in ("used", "missing", "nbytes", "chunks")), ("managed", _double),
     )  # fmt: skip
@@ -77,7 +76,7 @@ class TokenStep:
         job.hidden, job.wide, job.active = room.hidden.data_ptr(), room.wide.ctypes.data, room.active.ctypes.data
 
     def run(
-        self, x: torch.Tensor, selected: torch.Tensor, bias: torch.Tensor | None, ring: tuple[Ring, int] | None
+        self, x: torch.Tensor, selected: torch.Tensor, bias: torch.Tensor | None, file: RingFile | None
     ) -> torch.Tensor | None:
         """float32 [1, d_model]: the sum before bias and rounding. `None`: not for here, or a read failed.
 
@@ -87,14 +86,14 @@ class TokenStep:
             x: [1, d_model] in the dtype of compute, contiguous.
             selected: bool [1, d_ff], contiguous: the neurons that are used. Their hidden values below zero become zero.
             bias: [d_ff] of the up projection.
-            ring: what is missing is read with, and the file's descriptor. `None`: nothing can be read.
+            file: what is missing is read with it. `None`: nothing can be read.
         """
         step, job, window, own = self._step, self._step.job, self._step.window, self._window
         out = torch.empty(1, x.shape[1])
         job.x, job.out, job.bias = x.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
         job.threads, step.selected = threads(), selected.data_ptr()
         window.clock, window.free, window.gain = own.clock, own.free, own.gain
-        self._use(ring)
+        self._use(file)
         done = self._library.hf_step(ctypes.byref(step))  # type: ignore[union-attr]
         own.clock, own.free, own.gain = window.clock, window.free, window.gain
         return out if done else None
@@ -104,12 +103,12 @@ class TokenStep:
         """What the last call did: neurons `used` and `missing`, `nbytes` in `chunks` read; seconds `managed`, `job.waited`."""
         return self._step
 
-    def _use(self, found: tuple[Ring, int] | None) -> None:
+    def _use(self, file: RingFile | None) -> None:
         step = self._step
-        if found is None:
+        if file is None:
             step.ring.fd = -1
             return
-        if found[0].memory != self._known:
-            self._known = found[0].memory
-            step.ring = _Ring(*found[0].memory, *found[0].room)
-        step.ring.fd, step.file = found[0].fd, found[1]
+        if file.ring.memory != self._known:
+            self._known = file.ring.memory
+            step.ring = _Ring(*file.ring.memory, *file.ring.room)
+        step.ring.fd, step.file, step.unit = file.ring.fd, file.fd, file.unit

@@ -25,7 +25,9 @@ from hf_flash.store import FlashStore
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no compiled part")
 
-LAYOUTS = [Layout(512, FULL, FULL), Layout(64, FULL, FULL, placed=True), Layout(512, BRAIN, BRAIN)]
+LAYOUTS = [
+    Layout(512, FULL, FULL), Layout(64, FULL, FULL, placed=True), Layout(512, BRAIN, BRAIN), Layout(27, BRAIN, BRAIN),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,11 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, FlashStore]
     return {layout: make_store(tmp_path_factory.mktemp("store"), layout) for layout in LAYOUTS}
 
 
-@pytest.fixture
-def rig(stores: dict[Layout, FlashStore]) -> Iterator[Rig]:
-    with Rig(stores[LAYOUTS[0]], FULL, "direct", 60, 2) as rig:
+@pytest.fixture(params=["direct", "mmap"])
+def rig(stores: dict[Layout, FlashStore], request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with Rig(stores[LAYOUTS[0]], FULL, request.param, 60, 2) as rig:
+        if rig.engine.reader.ring(LAYER) is None:
+            pytest.skip("no io_uring")
         yield rig
 
 
@@ -56,17 +60,19 @@ def state(rig: Rig) -> tuple[Any, ...]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    layout=st.sampled_from(LAYOUTS), capacity=st.integers(0, D_FF), window=st.integers(1, 4), threads=st.integers(1, 2),
+    layout=st.sampled_from(LAYOUTS), reader=st.sampled_from(["direct", "mmap"]),
+    capacity=st.integers(0, D_FF), window=st.integers(1, 4), threads=st.integers(1, 2),
     calls=st.lists(st.tuples(st.floats(0, 0.5), st.integers(0, 9)), min_size=1, max_size=8),
 )  # fmt: skip
 def test_it_gives_the_bits_the_reads_and_the_window_of_the_long_way(
-    stores: dict[Layout, FlashStore], layout: Layout, capacity: int, window: int, threads: int, calls: list[tuple[float, int]]
-) -> None:
+    stores: dict[Layout, FlashStore], layout: Layout, reader: str, capacity: int, window: int, threads: int,
+    calls: list[tuple[float, int]],
+) -> None:  # fmt: skip
     x, found, before = torch.randn(1, layout.d_model).to(layout.dtype), [], torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for whole in (True, False):
-            with Rig(stores[layout], layout.dtype, "direct", capacity, window) as rig:
+            with Rig(stores[layout], layout.dtype, reader, capacity, window) as rig:
                 assert rig.ffn.step is not None
                 if not whole:
                     rig.ffn.step = None
@@ -110,6 +116,7 @@ def test_what_is_not_for_it_is_refused_with_nothing_changed(rig: Rig) -> None:
     assert ask(rig, some(0.2, 0)) is not None  # nothing to be read
 
 
+@pytest.mark.parametrize("rig", ["direct"], indirect=True)
 def test_a_ring_that_is_in_use_is_left_alone(rig: Rig) -> None:
     reader, out = rig.engine.reader, aligned_empty((8, 2 * rig.store.d_model), FULL)
     reading = reader.start(LAYER, np.arange(8), out, np.arange(8))
@@ -124,23 +131,23 @@ def test_a_ring_that_is_in_use_is_left_alone(rig: Rig) -> None:
 def test_a_read_that_fails_costs_the_window_nothing_but_what_went(rig: Rig, where: str) -> None:
     rig.call(some(0.2, 0), 1)
     kept = rig.resident()
-    ring, fd = rig.engine.reader.ring(LAYER)  # type: ignore[misc]
+    right: Any = rig.engine.reader.ring(LAYER)
     with open(os.devnull, "rb") as empty:  # brings no bytes
-        wrong = (ring, -1 if where == "kernel" else empty.fileno())
+        wrong = right._replace(fd=-1 if where == "kernel" else empty.fileno())
         rig.engine.reader.ring = lambda layer: wrong  # type: ignore[method-assign]
         mask = some(0.3, 1)
         assert ask(rig, mask) is None
         assert rig.resident() <= kept
         rig.call(mask, 1)  # the long way, which reads with its own
     del rig.engine.reader.ring
-    assert rig.engine.reader.ring(LAYER) == (ring, fd)
+    assert rig.engine.reader.ring(LAYER) == right
     rig.call(some(0.3, 2), 1)
     assert rig.ffn.step is not None
     assert rig.ffn.step.did.failed == 0
 
 
 def test_a_ring_that_takes_nothing_is_an_error_for_the_long_way(rig: Rig) -> None:
-    ring, fd = rig.engine.reader.ring(LAYER)  # type: ignore[misc]
+    ring, fd, _ = rig.engine.reader.ring(LAYER)  # type: ignore[misc]
     tail = int(ring._sq_tail[0])
     real, ring.fd = ring.fd, fd  # not a ring
     assert ask(rig, some(0.3, 1)) is None
@@ -150,9 +157,10 @@ def test_a_ring_that_takes_nothing_is_an_error_for_the_long_way(rig: Rig) -> Non
     rig.call(some(0.3, 1), 1)
 
 
-def test_a_file_that_became_shorter_is_an_error_with_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+def test_a_file_that_became_shorter_is_an_error_with_its_name(tmp_path: Path, reader: str) -> None:
     store = make_store(tmp_path, LAYOUTS[0])
-    with Rig(store, FULL, "direct", 100, 2) as rig:
+    with Rig(store, FULL, reader, 100, 2) as rig:
         rig.call(some(0.2, 0), 1)
         path = store.layers[LAYER].path
         os.truncate(path, path.stat().st_size // 2)

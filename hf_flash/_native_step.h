@@ -55,7 +55,7 @@ struct Step {
     Part *parts;             /* [reads] room */
     int64_t most, reads;     /* neurons, and missing ones, that fit into these */
     int64_t offset, bundle, longest; /* where bundles begin in the file, their size, the most that are one read */
-    int64_t unit;            /* the system reads whole ones of these of the file: a power of two */
+    int64_t unit;            /* bytes, a power of two: so many are read at once, and counted so */
     int32_t file;
     int32_t failed;          /* out: a read did not bring what it should have */
     int64_t used, missing, nbytes, chunks; /* out */

@@ -263,7 +263,7 @@ def _ring() -> Finding:
     try:
         Ring(8)
     except OSError as error:
-        advice = "threads read instead, at up to half the rate: containers must allow io_uring_setup, kernels be 5.6 or newer"
+        advice = "threads read instead, at up to half the rate: containers must allow io_uring_setup, kernels be 5.9 or newer"
         return Finding("io_uring", FAIR, f"none: {error.strerror or error}", advice)
     return Finding("io_uring", GOOD, "there")
 

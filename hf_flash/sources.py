@@ -23,6 +23,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -116,7 +117,7 @@ class RingFile(NamedTuple):
 
     ring: Ring
     fd: int
-    unit: int  # bytes, a power of two: the system reads whole ones
+    unit: int  # bytes are read by so many at once, and counted so
 
 
 class Pending(Protocol):
@@ -143,7 +144,7 @@ class ByteReader(Protocol):
         ...
 
     def ring(self, layer: int) -> RingFile | None:
-        """What the compiled part can read page-aligned rows of this layer with, now."""
+        """What the compiled part can read rows of this layer with, now. They have to be aligned to pages for direct I/O."""
         ...
 
     def settle(self) -> None:
@@ -154,25 +155,28 @@ class ByteReader(Protocol):
 
 
 class MmapReader:
-    """Through the page cache, pages asked for before they are touched."""
+    """Through the page cache: a map whose pages are asked for before they are touched; or, by the compiled part, a ring."""
 
     name, means = "mmap", "the page cache"
     buffer_bytes = 0
 
     def __init__(self, store: FlashStore) -> None:
         self._maps: list[mmap.mmap] = []
-        self._pid, self._ring, self._fds = os.getpid(), _ring_if_any(), list[int]()
+        self._fds: list[int] = []
         self._finalize = weakref.finalize(self, _close, self._fds)
+        self._ring: Ring | None = None
+        self._pid = -1  # of the process whose ring it is: made when it is first asked for, as it does not survive a fork
         for layer in store.layers:
             with open(layer.path, "rb") as file:
-                hold(file.fileno())  # for as long as the map lasts, which keeps the file open
+                hold(file.fileno())  # for as long as the file is open or mapped
+                self._fds.append(os.dup(file.fileno()))
                 item = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._maps.append(item)
             if hasattr(mmap, "MADV_RANDOM"):
                 item.madvise(mmap.MADV_RANDOM)
-            if self._ring is not None:
-                self._fds.append(os.open(layer.path, os.O_RDONLY))
-                os.posix_fadvise(self._fds[-1], 0, 0, os.POSIX_FADV_RANDOM)
+            if hasattr(os, "posix_fadvise"):
+                with suppress(OSError):  # only advice: no readahead
+                    os.posix_fadvise(self._fds[-1], 0, 0, os.POSIX_FADV_RANDOM)
         self._can_advise = hasattr(mmap, "MADV_WILLNEED")
         if not self._can_advise:
             logger.warning("hf_flash: this system has no madvise; the mmap reader faults pages in one by one, which is slow")
@@ -187,18 +191,19 @@ class MmapReader:
         return _Mapped(source, chunks, out, int(length.sum()))
 
     def ring(self, layer: int) -> RingFile | None:
-        if self._ring is None or os.getpid() != self._pid:  # a ring does not survive a fork
-            return None
-        return RingFile(self._ring, self._fds[layer], PAGE)
+        if self._pid != os.getpid():
+            self._pid, self._ring = os.getpid(), _cached_ring(self._fds[0])
+        return None if self._ring is None else RingFile(self._ring, self._fds[layer], PAGE)
 
     def settle(self) -> None:
         pass  # nothing is copied but in `wait`
 
     def close(self) -> None:
+        self._ring = None
+        self._finalize()
         for item in self._maps:
             item.close()
-        self._maps, self._ring = [], None
-        self._finalize()
+        self._maps = []
 
 
 @dataclass
@@ -234,16 +239,17 @@ class DirectReader:
 
     def __init__(self, store: FlashStore, threads: int, align: int, *, uring: bool = True) -> None:
         self._align, self._threads = align, threads
-        self._fds = [os.open(layer.path, os.O_RDONLY | os.O_DIRECT) for layer in store.layers]
-        self._base = [layer.offset for layer in store.layers]
-        for fd in self._fds:
-            hold(fd)
         self._ring: Ring | None = None
         self._futures: list[Future[int]] = []  # not known to be done
+        self._fds: list[int] = []
+        self._begin()
+        for layer in store.layers:
+            self._fds.append(os.open(layer.path, os.O_RDONLY | os.O_DIRECT))
+            hold(self._fds[-1])
+        self._base = [layer.offset for layer in store.layers]
         size = store.layers[0].bundle_bytes
         self.buffer_bytes = self.bounce_bytes(size, threads, align)
         self._uring, reason = uring and size % align == 0, "bundles are not aligned"
-        self._begin()
         if self._uring:
             try:
                 self._ring = Ring()
@@ -405,10 +411,19 @@ def _release(pool: ThreadPoolExecutor, fds: list[int]) -> None:
     _close(fds)
 
 
-def _ring_if_any() -> Ring | None:
+def _cached_ring(fd: int) -> Ring | None:
+    """A ring for reads through the page cache, if those that find their pages there end at once on this file system.
+
+    Elsewhere a few threads of the kernel do them, one by one; the map is faster then.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
     try:
+        with suppress(BlockingIOError):  # the page is not there, but was looked for
+            os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
         return Ring()
-    except OSError:
+    except OSError as error:
+        logger.info("hf_flash: no io_uring through the page cache (%s); a token copies from the map", error.strerror or error)
         return None
 
 

@@ -111,6 +111,23 @@ def test_a_forked_worker_reads_with_threads_of_its_own(opt: Load, load: Load) ->
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("reader", ["mmap", "direct"])
+def test_a_forked_worker_decodes(opt: Load, load: Load, reader: str) -> None:
+    torch.set_num_threads(1)
+    model, one = load(opt(), reader=reader), torch.tensor([[5]])
+    wanted = logits(model, one)
+
+    def again() -> bool:
+        for layer in model.model.decoder.layers:
+            layer.fc1.window.forget()
+        return torch.equal(logits(model, one), wanted)
+
+    assert in_a_fork(lambda: again() and again())
+    assert again()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_worker_forked_while_another_thread_computes_does_not_wait_for_it(opt: Load, load: Load) -> None:
     torch.set_num_threads(1)
     model = load(opt(), memory_budget=hf_flash.stats(load(opt())).minimum_bytes)

@@ -198,11 +198,7 @@ class FlashFFN(nn.Module):
             unused[ids] = False
             window.evict(np.flatnonzero(unused))
             waited += self._stream(engine, call, keep, out)
-        count.calls += 1
-        count.tokens += tokens
-        count.selected += len(ids)
-        count.hits += len(ids) - len(missing)
-        count.missing_bytes += len(missing) * engine.reader.layers[self.index].bundle_bytes
+        self._count(engine, tokens, len(ids), len(missing))
         count.manage_s += managed - predicted - before
         count.io_s += waited
         count.compute_s += perf_counter() - managed - (waited - before)
@@ -216,17 +212,22 @@ class FlashFFN(nn.Module):
         out = self.step.run(x.contiguous(), selected.contiguous(), self.bias, engine.reader.ring(self.index))
         if out is None:
             return None
-        count.calls += 1
-        count.tokens += 1
-        count.selected += did.used
-        count.hits += did.used - did.missing
-        count.missing_bytes += did.missing * engine.reader.layers[self.index].bundle_bytes
+        self._count(engine, 1, did.used, did.missing)
         count.read_bytes += did.nbytes
         count.reads += did.chunks
         count.manage_s += did.managed
         count.io_s += did.job.waited
         count.compute_s += perf_counter() - start - did.managed - did.job.waited
         return out
+
+    def _count(self, engine: Engine, tokens: int, selected: int, missing: int) -> None:
+        """A call of so many tokens used `selected` neurons, of which `missing` were not there."""
+        count = engine.counters
+        count.calls += 1
+        count.tokens += tokens
+        count.selected += selected
+        count.hits += selected - missing
+        count.missing_bytes += missing * engine.reader.layers[self.index].bundle_bytes
 
     # --- lookahead
 

@@ -15,6 +15,8 @@
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 
+#define _GNU_SOURCE /* preadv2 */
+
 #include <errno.h>
 #include <immintrin.h>
 #include <linux/futex.h>
@@ -34,7 +36,6 @@ enum { F32, BF16, F16 };
 enum { TILE_ROWS = 4, TILE_TOKENS = 4, LINEAR_ROWS = 32 };
 enum { SHARE = 256, GROUP = 128, TILE_PARTS = 8, TILE_BYTES = 512, AHEAD = 4, PACKED_USES = 4 };
 enum { UP_ROWS = 16, MATRIX_ROWS = 64, COPY_ROWS = 16, FEW_ROWS = 8, FEW_COLUMNS = 512, COLUMNS = 64 };
-enum { GETEVENTS = 1, READV = 1, READ = 22, ENTER = 426 }; /* of io_uring */
 
 /* Calls an inlined function with its last argument, the dtype, known when it is compiled. */
 #define BY_DTYPE(dtype, function, ...)        \
@@ -257,6 +258,7 @@ void FAST hf_down(Job *job) {
         run(down_body, job, job->threads);
 }
 
+#include "_native_read.h"
 #include "_native_step.h"
 
 /* --- quantized matrices times a few tokens (lowbit.py)
@@ -625,7 +627,16 @@ void hf_copy(Rows *r) {
     run(rows_body, r, r->threads);
 }
 
-int hf_abi(void) { return 9; } /* native.py: ABI */
+/* What structures take, in the order of native.STRUCTURES. Returns how many there are. */
+int hf_sizes(int64_t *out) {
+    const int64_t sizes[] = {
+        sizeof(Job), sizeof(Several), sizeof(Matrix), sizeof(Linear), sizeof(Rows), sizeof(File), sizeof(Order), sizeof(Window), sizeof(Step),
+    };
+    memcpy(out, sizes, sizeof sizes);
+    return sizeof sizes / sizeof *sizes;
+}
+
+int hf_abi(void) { return 10; } /* native.py: ABI */
 
 #else
 

@@ -1,4 +1,4 @@
-/* One token through one layer in one call. Included by _native.c.
+/* One token through one layer in one call. Included by _native.c, after _native_read.h.
  *
  * What ffn.py does step by step for any call, done for the one that decoding consists of: a token whose neurons fit into the
  * window. In Python the same takes ten times as long as it needs, because attention has emptied the caches each time. The rules
@@ -12,52 +12,25 @@ typedef struct { /* window.py: ResidentWindow */
     double gain, growth, renew;
 } Window;
 
-typedef struct { /* io_uring's entries and completions, as the kernel has them */
-    uint8_t opcode, flags;
-    uint16_t priority;
-    int32_t fd;
-    uint64_t offset, address;
-    uint32_t length, rw_flags;
-    uint64_t user_data, rest[3];
-} Entry;
-
-typedef struct {
-    uint64_t user_data;
-    int32_t result;
-    uint32_t flags;
-} Completion;
-
-typedef struct { /* uring.py: Ring. Nothing of anybody else's is under way in it */
-    Entry *entries;
-    Completion *completions;
-    _Atomic uint32_t *tail, *head, *end; /* of the entries; of the completions, where they begin and end */
-    uint32_t room, completion_room;
-    int32_t fd;
-} Ring;
-
 typedef struct {
     int64_t at, slot; /* a neuron's place on flash, and the slot that it goes to */
 } Pair;
 
-typedef struct {
-    const char *address;
-    uint64_t length;
-} Part;
-
 struct Step {
     Job job;
     Window window;
-    Ring ring;               /* fd -1: nothing can be read here */
+    Reader *reader;          /* null: nothing can be read here */
+    File *file;
     const uint8_t *selected; /* [d_ff] */
     const int32_t *place;    /* [d_ff] or null */
     int64_t *ids, *rows, *there, *away; /* [most] room */
     Pair *pairs;             /* [reads] room, first for what has to go */
-    Part *parts;             /* [reads] room */
+    int64_t *offsets, *first; /* [reads], [reads + 1] room, */
+    struct iovec *parts;     /* and [reads]: an `Order` */
     int64_t most, reads;     /* neurons, and missing ones, that fit into these */
     int64_t offset, bundle, longest; /* where bundles begin in the file, their size, the most that are one read */
     int64_t unit;            /* bytes, a power of two: so many are read at once, and counted so */
-    int32_t file;
-    int32_t failed;          /* out: a read did not bring what it should have */
+    int64_t ticket, failed;  /* failed, out: a read did not bring what it should have */
     int64_t used, missing, nbytes, chunks; /* out */
     double managed;          /* out: seconds that the window took; `job.waited`: that reading took the calling thread */
 };
@@ -133,69 +106,31 @@ static int by_place(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Entries for the missing neurons behind the ring's tail; the kernel is not told yet. */
-static void queue(Step *s) {
-    Ring *ring = &s->ring;
-    const uint32_t tail = atomic_load(ring->tail);
+/* Begin to read the missing neurons: neighbours on flash are one read, and one piece of it if they are in memory, too. */
+static void submit(Step *s) {
     const int64_t bundle = s->bundle;
-    Part *part = s->parts;
+    struct iovec *part = s->parts;
     s->chunks = 0;
     for (int64_t i = 0, end; i < s->missing; i = end) {
-        const Part *first = part;
+        s->offsets[s->chunks] = s->offset + s->pairs[i].at * bundle;
+        s->first[s->chunks++] = part - s->parts;
         for (end = i; end < s->missing && end - i < s->longest && s->pairs[end].at == s->pairs[i].at + end - i; end++) {
-            const char *address = (const char *)s->job.matrix + s->pairs[end].slot * bundle;
-            if (end > i && part[-1].address + part[-1].length == address)
-                part[-1].length += (uint64_t)bundle;
+            char *address = (char *)s->job.matrix + s->pairs[end].slot * bundle;
+            if (end > i && (char *)part[-1].iov_base + part[-1].iov_len == address)
+                part[-1].iov_len += (size_t)bundle;
             else
-                *part++ = (Part){address, (uint64_t)bundle};
+                *part++ = (struct iovec){address, (size_t)bundle};
         }
-        const int64_t begin = s->offset + s->pairs[i].at * bundle, stop = begin + (end - i) * bundle;
+        const int64_t begin = s->offsets[s->chunks - 1], stop = begin + (end - i) * bundle;
         s->nbytes += ((stop + s->unit - 1) & -s->unit) - (begin & -s->unit);
-        const int alone = part == first + 1;
-        ring->entries[(tail + (uint32_t)s->chunks++) & (ring->room - 1)] = (Entry){
-            .opcode = alone ? READ : READV,
-            .fd = s->file,
-            .offset = (uint64_t)begin,
-            .address = (uint64_t)(alone ? first->address : (const char *)first),
-            .length = alone ? (uint32_t)first->length : (uint32_t)(part - first),
-            .user_data = (uint64_t)((end - i) * bundle), /* what it has to bring */
-        };
     }
-    atomic_store(ring->tail, tail + (uint32_t)s->chunks);
-}
-
-static long enter(const Ring *ring, int64_t submit, int64_t wait) {
-    const long got = syscall(ENTER, ring->fd, (unsigned)submit, (unsigned)wait, wait ? GETEVENTS : 0, NULL, 0);
-    return got < 0 ? -errno : got;
-}
-
-/* Hand the entries to the kernel. Those that it does not take are taken back; there are fewer chunks then. */
-static void submit(Step *s) {
-    int64_t taken = 0;
-    while (taken < s->chunks) {
-        const long got = enter(&s->ring, s->chunks - taken, 0);
-        if (got <= 0 && got != -EINTR)
-            break;
-        taken += got > 0 ? got : 0;
-    }
-    atomic_fetch_sub(s->ring.tail, (uint32_t)(s->chunks - taken));
-    s->failed = taken < s->chunks;
-    s->chunks = taken;
+    s->first[s->chunks] = part - s->parts;
+    s->ticket = hf_read_start(s->reader, s->file, &(Order){s->offsets, s->first, s->parts, s->chunks, 0});
+    s->failed = !s->ticket;
 }
 
 /* Wait for what was submitted, whatever happens: until then it is written to memory. */
-static void settle(Step *s) {
-    Ring *ring = &s->ring;
-    const uint32_t head = atomic_load(ring->head), count = (uint32_t)s->chunks;
-    while (atomic_load(ring->end) - head < count)
-        if (enter(ring, 0, count) < 0)
-            sched_yield();
-    for (uint32_t k = 0; k < count; k++) {
-        const Completion *one = &ring->completions[(head + k) & (ring->completion_room - 1)];
-        s->failed |= one->result < 0 || (uint64_t)one->result != one->user_data;
-    }
-    atomic_store(ring->head, head + count);
-}
+static void settle(Step *s) { s->failed = s->failed || hf_read_wait(s->reader, s->ticket); }
 
 /* --- the whole */
 
@@ -215,7 +150,7 @@ static int arrange(Step *s) {
             else
                 s->there[there++] = n++;
         }
-    if (n > w->capacity || (away && (s->ring.fd < 0 || away > s->reads || away > (int64_t)s->ring.room)))
+    if (n > w->capacity || (away && (!s->reader || away > s->reads)))
         return 0;
     s->used = s->job.n = n;
     s->missing = away;
@@ -264,12 +199,7 @@ int FAST hf_step(Step *s) {
     job->ids = s->ids;
     job->which = s->there;
     job->todo = job->n - s->missing;
-    if (s->missing) {
-        start = seconds();
-        queue(s);
-        job->step = s;
-        job->waited = seconds() - start;
-    }
+    job->step = s->missing ? s : NULL;
     hf_up(job);
     job->step = NULL;
     if (s->missing)

@@ -25,12 +25,12 @@ from transformers.utils import logging
 from . import reader
 from .bench_checks import window_law
 from .cap import peak_bytes
+from .chunks import Chunks
 from .config import FlashOffloadConfig
 from .errors import BudgetError, HfFlashError
 from .ffn import FlashFFN
 from .memory import load_into_memory
 from .runtime import find_runtime, stats
-from .sources import Chunks
 from .stats import FlashStats
 from .window import Ids
 
@@ -308,7 +308,7 @@ def _tear_bundles(pieces: int) -> None:
         return Chunks(offsets, np.arange(len(offsets) + 1), (rows[:, None] * pieces + part).reshape(-1), size // pieces)
 
     reader.chunked = torn  # type: ignore[attr-defined]
-    reader.BundleReader.ring = lambda self, layer: None  # type: ignore[method-assign]  # nor are they one call
+    reader.BundleReader.step_file = lambda self, layer: None  # type: ignore[method-assign]  # nor are they one call
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from working here. What a system does not tell is left out rather than guessed.
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
 import shutil
@@ -33,7 +32,6 @@ from .errors import ConfigError, HfFlashError
 from .folders import scratch_file
 from .repack import cache_folder
 from .store import FlashStore
-from .uring import Ring
 
 GOOD, FAIR, BAD = "good", "could be better", "problem"
 _COLOURS: Final = {GOOD: "green", FAIR: "yellow", BAD: "bold red"}
@@ -106,7 +104,7 @@ def diagnose(folder: str | os.PathLike[str] | None = None, *, disk_seconds: floa
     wanted = Path(folder) if folder is not None else cache_folder(None)
     place = next(part for part in [wanted, *wanted.absolute().parents] if part.is_dir())
     points, disk = _disk(place, disk_seconds)
-    findings = [_versions(), _compiled(), _threads(), _dram(), _memory(), *_huge_pages(), *disk, _ring(), _advice()]
+    findings = [_versions(), _compiled(), _threads(), _dram(), _memory(), *_huge_pages(), *disk, _ring()]
     if folder is None:
         findings.append(_cache(wanted, place))
     elif (place / "config.json").exists():
@@ -260,25 +258,11 @@ def _direct(points: tuple[DiskPoint, ...]) -> Finding:
 
 
 def _ring() -> Finding:
-    try:
-        Ring(8)
-    except OSError as error:
-        advice = "threads read instead, at up to half the rate: containers must allow io_uring_setup, kernels be 5.9 or newer"
-        return Finding("io_uring", FAIR, f"none: {error.strerror or error}", advice)
+    error = native.try_ring()
+    if error:
+        advice = "threads read instead: containers must allow io_uring_setup and io_uring_enter, kernels be 5.9 or newer"
+        return Finding("io_uring", FAIR, f"none: {os.strerror(error)}", advice)
     return Finding("io_uring", GOOD, "there")
-
-
-def _advice() -> Finding:
-    """Whether the kernel takes advice on pages of a file: what the reader `mmap` lives on."""
-    reason = "this system has none"
-    if hasattr(mmap, "MADV_WILLNEED"):
-        try:
-            with open(__file__, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                mapped.madvise(mmap.MADV_WILLNEED)
-            return Finding("madvise", GOOD, "pages are asked for before they are touched")
-        except OSError as error:
-            reason = error.strerror or str(error)
-    return Finding("madvise", FAIR, f"none: {reason}", 'name FlashOffloadConfig(reader="direct") if direct I/O is there')
 
 
 # --- cache and model ---------------------------------------------------------------------------------------------------

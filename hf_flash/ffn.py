@@ -44,7 +44,7 @@ from torch import nn
 from .compute import OneToken, Scratch, SeveralTokens, block_rows, is_relu
 from .errors import HfFlashError, StoreReadError, UsageError
 from .memory import Heap
-from .native import addresses, copy_rows
+from .native import addresses, copy_rows, release_threads
 from .predictor import Predictor
 from .reader import BundleReader, ReadCount, Reading
 from .stats import Counters
@@ -102,6 +102,7 @@ def _before_fork() -> None:
         _forking.held.append(engine)
         if not engine.closed:
             engine.reader.settle()
+    _forking.alone = release_threads()
 
 
 def _after_fork() -> None:
@@ -109,8 +110,14 @@ def _after_fork() -> None:
         _forking.held.pop().lock.release()
 
 
+def _after_fork_in_child() -> None:
+    _after_fork()
+    if not _forking.alone and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)  # it would wait for threads that it does not have
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 class FlashFFN(nn.Module):
@@ -140,6 +147,7 @@ class FlashFFN(nn.Module):
         self.engine, self.window, self.predictor = engine, window, predictor
         self._all_ids: Ids = np.arange(self.d_ff)
         self._ahead: tuple[Ids, Ids, Reading] | None = None  # neurons on their way, the slots they go to
+        self._consistent = True  # whether the window and what is read ahead agree with each other
         store = engine.reader.layers[self.index]
         kernel = engine.scratch.kernel
         self.step = TokenStep(kernel.room, window, store) if kernel.compiled and is_relu(self.activation) else None
@@ -149,16 +157,11 @@ class FlashFFN(nn.Module):
         engine = self._usable(x)
         with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
             engine.check_open()
-            try:
+            with self._changing(engine):
                 engine.heap.prepare(x.nbytes)
                 out = self._run(engine, x.detach().to(engine.dtype))
                 if self.index == len(engine.reader.layers) - 1:
                     engine.heap.prepare(0)
-            except HfFlashError:
-                raise  # nothing was committed that is not whole
-            except BaseException:
-                self._forget(engine)
-                raise
         if not (x.requires_grad and torch.is_grad_enabled()):
             return out
         tracked: torch.Tensor = _NoBackward.apply(x, out)  # type: ignore[no-untyped-call]
@@ -209,7 +212,7 @@ class FlashFFN(nn.Module):
         if self.step is None:
             return None
         start, count, did = perf_counter(), engine.counters, self.step.did
-        out = self.step.run(x.contiguous(), selected.contiguous(), self.bias, engine.reader.ring(self.index))
+        out = self.step.run(x.contiguous(), selected.contiguous(), self.bias, engine.reader.step_file(self.index))
         if out is None:
             return None
         self._count(engine, 1, did.used, did.missing)
@@ -272,13 +275,10 @@ class FlashFFN(nn.Module):
         """Start to read `missing` into the window, without evicting any of `ids`; the next forward takes it in."""
         if not len(missing):
             return
-        try:
+        with self._changing(engine):
             slots = self._reserve(missing, ids)
             with suppress(StoreReadError):  # the forward reads it again, and says what is wrong
                 self._ahead = missing, slots, self._start(engine, missing, slots, background=True)
-        except BaseException:
-            self._forget(engine)
-            raise
 
     def _arrive(self, engine: Engine, selected: torch.Tensor | None) -> float:
         """Take in what was read ahead; returns the seconds that had to be waited."""
@@ -299,11 +299,28 @@ class FlashFFN(nn.Module):
         self.window.make_room(len(missing), ids)
         return self.window.reserve(len(missing))
 
+    @contextmanager
+    def _changing(self, engine: Engine) -> Iterator[None]:
+        """The block may be interrupted anywhere, and so may the clearing up after it: then the next call does that."""
+        if not self._consistent:
+            self._forget(engine)
+        self._consistent = False
+        try:
+            yield
+        except HfFlashError:  # nothing was committed that is not whole
+            self._consistent = True
+            raise
+        except BaseException:
+            self._forget(engine)
+            raise
+        self._consistent = True
+
     def _forget(self, engine: Engine) -> None:
         """After an interruption: nobody knows which rows are whole."""
-        engine.reader.settle()
+        engine.reader.forget()
         self._ahead = None
         self.window.forget()
+        self._consistent = True
 
     @contextmanager
     def _given_back_on_failure(self, slots: Ids) -> Iterator[None]:
@@ -376,7 +393,7 @@ class FlashFFN(nn.Module):
                 if not block.complete:
                     free.append(block.buffer)
         except BaseException:
-            engine.reader.settle()  # nothing may write to the buffers any more
+            engine.reader.forget()  # nothing may write to the buffers any more
             raise
         return waited
 

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import native
 from .ffn import Engine
-from .native import DTYPES, library, linear
+from .native import DTYPES, linear
 
 _WORTH_BYTES: Final = 1 << 19  # of a matrix; below, calling the compiled part takes as long as torch's product
 _FEW: Final = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 8}  # tokens that the compiled part is faster for
@@ -38,7 +39,7 @@ class ResidentLinear(nn.Linear):
         if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return super().forward(x)
         tokens, dtype = x.numel() // self.in_features, x.dtype
-        few = tokens <= _FEW.get(dtype, 0) and library() is not None
+        few = tokens <= _FEW.get(dtype, 0) and native.library() is not None
         if not (few or tokens >= _widened_from(dtype)):
             return super().forward(x)
         own = self._parameters.get  # a step of Python less than an attribute: caches are cold here

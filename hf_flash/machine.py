@@ -139,7 +139,7 @@ def measure(model: Model, neurons: float, predicted: float, capacity: int, disk:
             misses = tuple(round(count * scale) for count in cut.misses)
         finally:
             engine.close()
-        disk_used = f"{store.layers[0].path.parent} ({engine.reader.source.means})"
+        disk_used = f"{store.layers[0].path.parent} ({engine.reader.source.reads_with})"
     del cut
     gc.collect()  # before the next large matrix
     trim_heap()

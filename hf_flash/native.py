@@ -13,8 +13,8 @@ which gives up the interpreter's lock during a call. It computes on torch's own 
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
-import os
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
@@ -26,18 +26,18 @@ import torch
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 9  # as in _native.c: to be raised with every change of what a function or a structure means
+ABI: Final = 10  # as in _native.c: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Ids = npt.NDArray[np.int64]
-_PID: Final = os.getpid()
+_SOFTLY: Final = 1  # omp_pause_soft: settings stay
 _SHARED: Final = 1 << 18  # products that waking another thread is worth
 _WORTH_COPYING: Final = 1 << 18  # bytes that waking another thread is worth
 _TOKENS: Final = 1024  # that `TokensKernel` takes at a time: for more, its room would grow
 _LEAST_SHARE: Final = 16  # neurons, at least, that are counted together (UP_ROWS of _native.c)
 _TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of _native.c)
 
-_pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_pointer, _long, _int, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 
 
 class Job(ctypes.Structure):
@@ -45,7 +45,7 @@ class Job(ctypes.Structure):
 
     _fields_ = (
         *((name, _pointer) for name in ("x", "matrix", "bias", "rows", "ids", "which", "hidden", "out", "wide", "active")),
-        *((name, _long) for name in ("n", "d", "todo", "share")), ("step", _pointer), ("waited", ctypes.c_double),
+        *((name, _long) for name in ("n", "d", "todo", "share")), ("step", _pointer), ("waited", _double),
         *((name, _int) for name in ("dtype", "threads", "relu", "next", "settled")),
     )  # fmt: skip
 
@@ -91,6 +91,49 @@ class _Rows(ctypes.Structure):
     )
 
 
+class File(ctypes.Structure):
+    """An open file as it was when it was opened; the fields are explained in _native_read.h."""
+
+    _fields_ = (
+        *((name, _long) for name in ("size", "modified_s", "modified_ns", "changed_s", "changed_ns")),
+        *((name, _int) for name in ("fd", "align", "nowait", "unused")),
+    )
+
+
+class Order(ctypes.Structure):
+    """Reads of one file; the fields are explained in _native_read.h."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("offsets", "first", "pieces")),
+        *((name, _long) for name in ("n", "background")),
+    )
+
+
+class Window(ctypes.Structure):
+    """The arrays and numbers of a window; the fields are explained in _native_step.h and window.py."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("slot_of", "pointer", "last_used", "unused", "worth")),
+        *((name, _long) for name in ("d_ff", "capacity", "window", "clock", "free")),
+        *((name, _double) for name in ("gain", "growth", "renew")),
+    )
+
+
+class Step(ctypes.Structure):
+    """One token through one layer; the fields are explained in _native_step.h."""
+
+    _fields_ = (
+        ("job", Job), ("window", Window),
+        *((name, _pointer) for name in ("reader", "file", "selected", "place", "ids", "rows", "there", "away", "pairs")),
+        *((name, _pointer) for name in ("offsets", "first", "parts")),
+        *((name, _long) for name in ("most", "reads", "offset", "bundle", "longest", "unit", "ticket", "failed")),
+        *((name, _long) for name in ("used", "missing", "nbytes", "chunks")), ("managed", _double),
+    )  # fmt: skip
+
+
+STRUCTURES: Final = (Job, _Several, _Matrix, _Linear, _Rows, File, Order, Window, Step)  # in the order of `hf_sizes`
+
+
 def load() -> ctypes.CDLL:
     """The compiled part.
 
@@ -102,6 +145,9 @@ def load() -> ctypes.CDLL:
         raise OSError("this processor lacks AVX2, FMA or F16C")
     if (abi := found.hf_abi()) != ABI:
         raise OSError(f"it is of version {abi}, not {ABI}: install hf_flash again")
+    wanted, sizes = [ctypes.sizeof(kind) for kind in STRUCTURES], (ctypes.c_int64 * 64)()
+    if (found_sizes := sizes[: found.hf_sizes(sizes)]) != wanted:
+        raise OSError(f"its structures take {found_sizes} bytes, not {wanted}: install hf_flash again")
     return found
 
 
@@ -111,7 +157,11 @@ def library() -> ctypes.CDLL | None:
     try:
         found = load()
     except (OSError, AttributeError) as error:
-        logger.info("hf_flash: computing with torch alone: no compiled part: %s", error)
+        logger.warning(
+            "hf_flash: no compiled part (%s): computing and reading with torch and Python alone takes about twice as long. "
+            "Installing hf_flash again where there is a C compiler builds it",
+            error,
+        )
         return None
     everything = ctypes.CDLL(None)
     start, number = (getattr(everything, name, None) for name in ("GOMP_parallel", "omp_get_thread_num"))
@@ -122,12 +172,32 @@ def library() -> ctypes.CDLL | None:
     found.hf_multiply.argtypes = [ctypes.POINTER(_Matrix)]
     found.hf_linear.argtypes = [ctypes.POINTER(_Linear)]
     found.hf_copy.argtypes = [ctypes.POINTER(_Rows)]
+    found.hf_step.argtypes = [ctypes.POINTER(Step)]
+    found.hf_reader_open.argtypes, found.hf_reader_open.restype = [_int, _int, _pointer], _pointer
+    found.hf_reader_has_ring.argtypes = found.hf_reader_close.argtypes = [_pointer]
+    found.hf_read_start.argtypes, found.hf_read_start.restype = [_pointer, _pointer, ctypes.POINTER(Order)], _long
+    found.hf_read_wait.argtypes, found.hf_read_settle.argtypes = [_pointer, _long], [_pointer, _int]
     return found
 
 
+def try_ring() -> int:
+    """Whether this process may use io_uring: 0, or the number of the error that says why not."""
+    compiled = library()
+    return errno.ENOSYS if compiled is None else int(compiled.hf_try_ring())
+
+
 def threads() -> int:
-    """Threads to compute on. A forked process has only the one that forked."""
-    return torch.get_num_threads() if os.getpid() == _PID else 1
+    """Threads to compute on."""
+    return torch.get_num_threads()
+
+
+def release_threads() -> bool:
+    """End the OpenMP threads that this one computes with, before a fork; returns whether that is possible.
+
+    A forked process has none of them, but would wait for them. Whoever computes next starts new ones.
+    """
+    pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+    return pause is not None and pause(_SOFTLY) == 0
 
 
 class TokenRoom:
@@ -138,17 +208,18 @@ class TokenRoom:
         d_model: width.
     """
 
-    reads: Final = 1024  # missing neurons, at most, that the compiled part reads by itself: what a ring has room for
+    reads: Final = 1024  # missing neurons, at most, that the compiled part reads by itself
 
     def __init__(self, neurons: int, d_model: int) -> None:
         self.neurons = neurons
         self.hidden, self.wide = torch.empty(neurons), np.empty(d_model, dtype=np.float32)
         self.active, *self.ids = (np.empty(neurons, dtype=np.int64) for _ in range(5))
         self.pairs, self.parts = (np.empty(2 * self.reads, dtype=np.int64) for _ in range(2))
+        self.offsets, self.first = (np.empty(self.reads + 1, dtype=np.int64) for _ in range(2))
 
     @classmethod
     def nbytes(cls, neurons: int, d_model: int) -> int:
-        return 44 * neurons + 4 * d_model + 32 * cls.reads
+        return 44 * neurons + 4 * d_model + 48 * cls.reads + 16
 
 
 class TokenKernel:

@@ -17,9 +17,10 @@ from typing import Final, Protocol
 import numpy as np
 import torch
 
+from .chunks import Bytes, Chunks, chunked
 from .errors import StoreReadError
 from .memory import aligned_empty
-from .sources import PAGE, ByteReader, Bytes, Chunks, DirectReader, MmapReader, RingFile, chunked, direct_alignment
+from .sources import PAGE, FileSource, StepFile, bounce_bytes, direct_alignment
 from .store import FlashStore, LayerStore
 from .window import Ids
 
@@ -52,7 +53,7 @@ class Reading(Protocol):
 class _Reading:
     """Straight into the caller's rows."""
 
-    def __init__(self, layer: LayerStore, chunks: Chunks, source: ByteReader, out: Bytes, background: bool) -> None:
+    def __init__(self, layer: LayerStore, chunks: Chunks, source: FileSource, out: Bytes, background: bool) -> None:
         self._layer, self._chunks = layer, chunks
         with self._errors():
             self._pending = source.start(layer.index, chunks, out, background=background)
@@ -108,7 +109,7 @@ class BundleReader:
         dtype: dtype of the rows that callers pass.
     """
 
-    def __init__(self, store: FlashStore, source: ByteReader, dtype: torch.dtype) -> None:
+    def __init__(self, store: FlashStore, source: FileSource, dtype: torch.dtype) -> None:
         self.layers, self.source = store.layers, source
         self.gap: int | None = None  # neurons that are read sooner than skipped; measured when it is first needed
         first = store.layers[0]
@@ -124,9 +125,9 @@ class BundleReader:
         """Whether rows are converted on the way: then nothing is read before it is waited for."""
         return self._staging is not None
 
-    def ring(self, layer: int) -> RingFile | None:
-        """What the compiled part can read rows of this layer with itself, now."""
-        return None if self.converts else self.source.ring(layer)
+    def step_file(self, layer: int) -> StepFile | None:
+        """What the compiled part can read rows of this layer with by itself."""
+        return None if self.converts else self.source.step_file(layer)
 
     def start(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False) -> Reading:
         """Begin to fill `out[rows[j]]` with the bundle of neuron `ids[j]`.
@@ -199,11 +200,14 @@ class BundleReader:
         return found
 
     def settle(self) -> None:
-        """Wait until no read that was ever started writes to memory any more. For after an interruption."""
+        """Wait until no read that was ever started writes to memory any more."""
         self.source.settle()
 
+    def forget(self) -> None:
+        """The same after an interruption: nobody waits for what was started any more."""
+        self.source.forget()
+
     def close(self) -> None:
-        self.source.settle()
         self.source.close()
 
 
@@ -222,7 +226,7 @@ def reader_buffer_bytes(d_model: int, stored: torch.dtype, dtype: torch.dtype, n
     """
     staging = _staging_bytes(d_model, stored, dtype)
     can_be_direct = name != "mmap" and hasattr(os, "O_DIRECT")
-    return staging + (DirectReader.bounce_bytes(2 * d_model * stored.itemsize, threads, PAGE) if can_be_direct else 0)
+    return staging + (bounce_bytes(2 * d_model * stored.itemsize, threads, PAGE) if can_be_direct else 0)
 
 
 def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, spare_bytes: int) -> BundleReader:
@@ -231,16 +235,12 @@ def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, 
     `"auto"` takes the page cache when the whole store fits in `spare_bytes`, memory that nobody else claims, and direct I/O
     otherwise. Direct I/O that the system does not offer falls back to mmap and says why, once.
     """
-    source: ByteReader
     align, reason = direct_alignment(store) if name != "mmap" else (0, "")
     if name == "auto" and store.nbytes <= spare_bytes:
-        source, reason = MmapReader(store), "the store fits in free memory"
-    elif align:
-        source = DirectReader(store, threads, align)
-    else:
-        source = MmapReader(store)
-        if name == "direct":
-            logger.warning("hf_flash: reader='direct' falls back to 'mmap': %s", reason)
+        align, reason = 0, "the store fits in free memory"
+    elif not align and name == "direct":
+        logger.warning("hf_flash: reader='direct' falls back to 'mmap': %s", reason)
+    source = FileSource(store, align, threads)
     if name == "auto":
         logger.info("hf_flash: reader 'auto' takes %r: %s", source.name, reason or "the store does not fit in free memory")
     return BundleReader(store, source, dtype)

@@ -50,7 +50,7 @@ class FlashRuntime:
             capacity=plan.capacity,
             predictor=self.form.variant if self.form else "none",
             reader=self.engine.reader.name,
-            reads_with=self.engine.reader.source.means,
+            reads_with=self.engine.reader.source.reads_with,
             budget_bytes=plan.budget_bytes,
             minimum_bytes=plan.minimum_bytes,
             resident_bytes=plan.resident_bytes,

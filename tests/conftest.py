@@ -74,6 +74,23 @@ def in_a_fork(check: Callable[[], bool]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@contextmanager
+def interrupting(after_s: float) -> Iterator[None]:
+    """A real signal `after_s` seconds from now, whose handler raises `KeyboardInterrupt` wherever the block is by then."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, after_s)
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that is on its way already, too
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def make_opt(folder: Path, *, dtype: torch.dtype = torch.float32, shards: str = "1GB", seed: int = 0, **config: Any) -> Path:
     """Save a small OPT with random weights, sparse enough to matter: `fc1.bias` is negative."""
     settings: dict[str, Any] = {

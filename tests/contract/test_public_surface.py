@@ -130,12 +130,12 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 # --- imports -------------------------------------------------------------------------------------------------------
 
 LAYERS = [  # a module imports only from lines above its own
-    {"_version", "demand", "errors", "inuse", "memory", "native", "uring"},
+    {"_version", "demand", "errors", "inuse", "memory", "native"},
     {"activity", "budget", "cap", "devices", "disk", "harness", "window"},
-    {"bench_checks", "bench_job", "bench_report", "compute", "config", "stats", "store"},
-    {"checkpoint", "lowbit", "placement", "plots", "readme", "sources", "writer"},
-    {"bench_page", "commandline", "folders", "hub_cache", "predictor", "reader", "step"},
-    {"lowrank", "quantized"},
+    {"bench_checks", "bench_job", "bench_report", "chunks", "compute", "config", "stats", "store"},
+    {"checkpoint", "lowbit", "placement", "plots", "read_queue", "readme", "writer"},
+    {"bench_page", "commandline", "folders", "hub_cache", "predictor", "sources"},
+    {"lowrank", "quantized", "reader", "step"},
     {"ffn", "training"},
     {"adapters", "linear"},
     {"repack"},
@@ -168,7 +168,7 @@ MAY_IMPORT = {
         "server",
         "text",
     },
-    "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "uring", "inuse"},
+    "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "inuse"},
     "safetensors": {"store", "checkpoint", "predictor"},
     "huggingface_hub": {
         "bench",

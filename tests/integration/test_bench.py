@@ -112,7 +112,7 @@ def test_the_report_says_on_what_it_ran_and_draws(made: tuple[int, dict[str, Any
 def whole_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts back what a worker, which is a process of its own elsewhere, replaces for the ablation."""
     monkeypatch.setattr(reader, "chunked", reader.chunked)
-    monkeypatch.setattr(reader.BundleReader, "ring", reader.BundleReader.ring)
+    monkeypatch.setattr(reader.BundleReader, "step_file", reader.BundleReader.step_file)
 
 
 @pytest.mark.usefixtures("whole_bundles")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import mmap
 import shutil
 from pathlib import Path
 
@@ -44,7 +43,6 @@ def test_this_machine_is_looked_at_and_left_as_it_was(tmp_path: Path, monkeypatc
         "disk",
         "direct I/O",
         "io_uring",
-        "madvise",
         "flash cache",
     }
     assert asked <= set(named(found))
@@ -87,25 +85,20 @@ def test_a_model_that_does_not_fit_is_a_problem(tiny_opt: Path, monkeypatch: pyt
     assert "most of them are read again" in str(named(found)["its memory"].advice)
 
 
-def no_ring(entries: int) -> None:
-    raise OSError(errno.EPERM, "Operation not permitted")
-
-
 def no_library() -> None:
     raise OSError("this processor lacks AVX2, FMA or F16C")
 
 
 def test_what_a_machine_lacks_could_be_better_and_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "Ring", no_ring)
+    monkeypatch.setattr(doctor.native, "try_ring", lambda: errno.EPERM)
     monkeypatch.setattr(doctor.native, "load", no_library)
-    monkeypatch.delattr(mmap, "MADV_WILLNEED")
     monkeypatch.setattr(doctor, "available_memory", lambda: 1 << 20)
     monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 4096)
     monkeypatch.setattr("hf_flash.disk._takes_direct", lambda path: False)
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
     found = look(tmp_path)
     assert found.works
-    lacking = ("versions", "compiled part", "threads", "memory", "direct I/O", "io_uring", "madvise")
+    lacking = ("versions", "compiled part", "threads", "memory", "direct I/O", "io_uring")
     assert [named(found)[name].verdict for name in lacking] == [FAIR] * len(lacking)
     assert "not permitted" in named(found)["io_uring"].found
     assert "AVX2" in named(found)["compiled part"].found

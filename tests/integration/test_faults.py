@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, StoreFormatError, TargetExistsError, UsageError, sources
+from hf_flash import FlashOffloadConfig, StoreFormatError, TargetExistsError, UsageError
 from hf_flash.native import TokenKernel, library
 from hf_flash.store import FlashStore
 from tests.conftest import in_a_fork, make_opt
@@ -79,24 +78,6 @@ def test_an_interrupted_call_leaves_no_wrong_rows(opt: Load, load: Load, monkeyp
     monkeypatch.undo()
     assert calls > 17
     assert all(map(torch.equal, decode(model), wanted))
-
-
-def test_an_interrupted_read_waits_for_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs: list[Future[int]] = [Future(), Future()]
-    waits = 0
-
-    def interrupted(some: Any) -> None:
-        nonlocal waits
-        waits += 1
-        if waits < 3:
-            raise KeyboardInterrupt
-        for job in some:
-            job.set_result(0)
-
-    monkeypatch.setattr(sources, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sources._wait_for_all(jobs)
-    assert all(job.done() for job in jobs)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -323,15 +304,17 @@ def test_check_finds_a_flipped_bit_in_every_file(tmp_path: Path, opt: Load) -> N
 
 
 @pytest.mark.parametrize("reader", ["mmap", "direct", "auto"])
-def test_a_system_without_direct_io_and_madvise_works_and_says_so(
+def test_a_system_without_direct_io_and_advice_works_and_says_so(
     opt: Load, load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reader: str
 ) -> None:
+    monkeypatch.setattr("hf_flash.native.library", lambda: None)
     wanted = logits(load(opt()))
-    for module, names in ((os, ["O_DIRECT", "preadv"]), (mmap, [name for name in dir(mmap) if name.startswith("MADV_")])):
+    advice = [name for name in dir(mmap) if name.startswith("MADV_")]
+    for module, names in ((os, ["O_DIRECT", "preadv", "posix_fadvise"]), (mmap, advice)):
         for name in names:
             monkeypatch.delattr(module, name, raising=False)
     model = load(opt(), reader=reader)
     assert torch.equal(logits(model), wanted)
     assert hf_flash.stats(model).reader == "mmap"
-    assert "no madvise" in caplog.text
+    assert "no posix_fadvise" in caplog.text
     assert ("falls back to 'mmap': this system has no O_DIRECT" in caplog.text) == (reader == "direct")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,10 +24,10 @@ from test_window_and_reads import BRAIN, D_FF, FULL, LAYER, Layout, Rig, make_st
 from hf_flash import StoreReadError
 from hf_flash.memory import aligned_empty
 from hf_flash.native import library
+from hf_flash.read_queue import CompiledQueue
 from hf_flash.reader import open_reader
 from hf_flash.step import TokenStep
 from hf_flash.store import FlashStore
-from hf_flash.uring import Ring
 from tests.conftest import in_a_fork
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no compiled part")
@@ -42,24 +42,21 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, FlashStore]
     return {layout: make_store(tmp_path_factory.mktemp("store"), layout) for layout in LAYOUTS}
 
 
-def ring_expected(rig: Rig, reader: str) -> bool:
-    """What the reader should find out, found out in another way."""
-    try:
-        Ring(8)
-        if reader == "direct":
-            return rig.store.bundle_bytes % rig.unit == 0
-        with open(rig.store.path, "rb") as file, suppress(BlockingIOError):
-            os.preadv(file.fileno(), [bytearray(8)], 8, os.RWF_NOWAIT)
-    except OSError:
-        return False
-    return True
+READERS = ["direct", "mmap", "direct without a ring", "mmap without a ring"]
 
 
-@pytest.fixture(params=["direct", "mmap"])
+def make_rig(store: FlashStore, dtype: torch.dtype, reader: str, capacity: int, window: int) -> Rig:
+    """With io_uring or with threads, as the end of `reader` says."""
+    name, _, ringless = reader.partition(" ")
+    with pytest.MonkeyPatch.context() as patch:
+        if ringless:
+            patch.setattr("hf_flash.sources.CompiledQueue", partial(CompiledQueue, ring=False))
+        return Rig(store, dtype, name, capacity, window)
+
+
+@pytest.fixture(params=READERS)
 def rig(stores: dict[Layout, FlashStore], request: pytest.FixtureRequest) -> Iterator[Rig]:
-    with Rig(stores[LAYOUTS[0]], FULL, request.param, 60, 2) as rig:
-        if not ring_expected(rig, request.param):
-            pytest.skip("no io_uring")
+    with make_rig(stores[LAYOUTS[0]], FULL, request.param, 60, 2) as rig:
         yield rig
 
 
@@ -70,7 +67,7 @@ def some(share: float, seed: int) -> torch.Tensor:
 def ask(rig: Rig, mask: torch.Tensor) -> Any:
     """The step by itself."""
     x = torch.randn(1, rig.store.d_model, generator=torch.Generator().manual_seed(1)).to(rig.dtype)
-    return rig.ffn.step.run(x, mask, rig.ffn.bias, rig.engine.reader.ring(LAYER))  # type: ignore[union-attr]
+    return rig.ffn.step.run(x, mask, rig.ffn.bias, rig.engine.reader.step_file(LAYER))  # type: ignore[union-attr]
 
 
 def runs(rig: Rig, patch: pytest.MonkeyPatch) -> list[bool]:
@@ -95,7 +92,7 @@ def state(rig: Rig) -> tuple[Any, ...]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    layout=st.sampled_from(LAYOUTS), reader=st.sampled_from(["direct", "mmap"]),
+    layout=st.sampled_from(LAYOUTS), reader=st.sampled_from(READERS),
     capacity=st.integers(0, D_FF), window=st.integers(1, 4), threads=st.integers(1, 2), longest=st.sampled_from([3, 256]),
     calls=st.lists(st.tuples(st.floats(0, 0.5), st.integers(0, 9)), min_size=1, max_size=8),
 )  # fmt: skip
@@ -107,16 +104,16 @@ def test_it_gives_the_bits_the_reads_and_the_window_of_the_long_way(
     torch.set_num_threads(threads)
     try:
         for whole in (True, False):
-            with pytest.MonkeyPatch.context() as patch, Rig(stores[layout], layout.dtype, reader, capacity, window) as rig:
-                for module in ("sources", "step"):
+            with pytest.MonkeyPatch.context() as patch, make_rig(stores[layout], layout.dtype, reader, capacity, window) as rig:
+                for module in ("chunks", "step"):
                     patch.setattr(f"hf_flash.{module}.longest_chunk", lambda size: longest)
                 rig.ffn.step = TokenStep(rig.engine.scratch.kernel.room, rig.window, rig.store) if whole else None
-                answers, done, expected = [], runs(rig, patch), ring_expected(rig, reader)
+                answers, done = [], runs(rig, patch)
                 for share, seed in calls:
                     rig.predictor.next = some(share, seed)
                     answers.append(rig.ffn(x))
                     assert len(rig.resident()) <= capacity
-                    assert not whole or not expected or done[-1] is (int(rig.predictor.next.sum()) <= capacity)
+                    assert not whole or done[-1] is (int(rig.predictor.next.sum()) <= capacity)
                 counted = {name: value for name, value in asdict(rig.engine.counters).items() if not name.endswith("_s")}
                 slot_of, _, last_used, _, worth = (part.tolist() for part in rig.window.arrays)
                 there = [slot >= 0 for slot in slot_of]
@@ -141,79 +138,68 @@ def test_what_is_not_for_it_is_refused_with_nothing_changed(rig: Rig) -> None:
     rig.call(some(0.2, 0), 1)
     before = state(rig)
     assert ask(rig, torch.ones(1, D_FF, dtype=torch.bool)) is None  # more than fit into the window
-    rig.engine.reader.ring = lambda layer: None  # type: ignore[method-assign]
+    rig.engine.reader.step_file = lambda layer: None  # type: ignore[method-assign]
     assert ask(rig, some(0.2, 1)) is None  # nothing to read with
     assert state(rig) == before
     assert ask(rig, some(0.2, 0)) is not None  # nothing to be read
 
 
-@pytest.mark.parametrize("rig", ["direct"], indirect=True)
-def test_a_ring_that_is_in_use_is_left_alone(rig: Rig) -> None:
+def test_reads_of_others_that_are_under_way_do_not_disturb_it(rig: Rig) -> None:
     reader, out = rig.engine.reader, aligned_empty((8, 2 * rig.store.d_model), FULL)
-    reading = reader.start(LAYER, np.arange(8), out, np.arange(8))
-    assert reader.ring(LAYER) is None
-    rig.call(some(0.2, 3), 1)
+    reading = reader.start(LAYER, np.arange(8), out, np.arange(8), background=True)
+    assert ask(rig, some(0.2, 3)) is not None
     reading.wait()
     assert torch.equal(out, rig.bundles[:8])
-    assert reader.ring(LAYER) is not None
+    rig.call(some(0.3, 3), 1)
 
 
 @pytest.mark.parametrize("where", ["kernel", "disk"])
 def test_a_read_that_fails_costs_the_window_nothing_but_what_went(rig: Rig, where: str) -> None:
     rig.call(some(0.2, 0), 1)
-    kept = rig.resident()
-    right: Any = rig.engine.reader.ring(LAYER)
+    kept, mask, state = rig.resident(), some(0.3, 1), rig.engine.reader.source.files[LAYER].state
     with open(os.devnull, "rb") as empty:  # brings no bytes
-        wrong = right._replace(fd=-1 if where == "kernel" else empty.fileno())
-        rig.engine.reader.ring = lambda layer: wrong  # type: ignore[method-assign]
-        mask = some(0.3, 1)
+        right, state.fd = state.fd, 1 << 20 if where == "kernel" else empty.fileno()
         assert ask(rig, mask) is None
         assert rig.resident() <= kept
-        rig.call(mask, 1)  # the long way, which reads with its own
-    del rig.engine.reader.ring
-    assert rig.engine.reader.ring(LAYER) == right
+        with pytest.raises(StoreReadError):
+            rig.call(mask, 1)
+    state.fd = right
+    rig.call(mask, 1)
     rig.call(some(0.3, 2), 1)
     assert rig.ffn.step is not None
     assert rig.ffn.step.did.failed == 0
 
 
-def test_a_ring_that_takes_nothing_is_an_error_for_the_long_way(rig: Rig) -> None:
-    ring, fd, _ = rig.engine.reader.ring(LAYER)  # type: ignore[misc]
-    tail = int(ring._sq_tail[0])
-    real, ring.fd = ring.fd, fd  # not a ring
-    assert ask(rig, some(0.3, 1)) is None
-    ring.fd = real
-    assert int(ring._sq_tail[0]) == tail
-    assert rig.resident() == set()
-    rig.call(some(0.3, 1), 1)
+def test_a_file_that_was_overwritten_is_an_error_until_it_is_put_back(tmp_path: Path, rig: Rig) -> None:
+    path = rig.store.path
+    whole, mask = path.read_bytes(), some(0.3, 1)
+    with open(path, "r+b") as file:
+        file.seek(rig.store.offset)
+        file.write(bytes(len(whole) - rig.store.offset))
+    for tokens, wanted in ((1, mask), (3, None)):
+        with pytest.raises(StoreReadError, match="changed since the model was loaded"):
+            rig.call(wanted, tokens)
+    rig.resident()
+    path.write_bytes(whole)
+    for tokens, wanted in ((1, mask), (3, None), (1, some(0.4, 2))):
+        rig.call(wanted, tokens)
+    os.utime(path)
+    rig.call(some(0.4, 3), 1)  # the same bytes
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_forked_worker_leaves_the_ring_to_its_parent(rig: Rig) -> None:
-    mask, parent = some(0.3, 1), rig.engine.reader.ring(LAYER)
+def test_a_forked_worker_reads_by_itself(rig: Rig) -> None:
+    mask = some(0.3, 1)
+    rig.call(some(0.3, 0), 1)
 
-    def own() -> bool:
-        found = rig.engine.reader.ring(LAYER)
-        rig.call(mask, 1)
-        return found is None or found.ring is not parent.ring  # type: ignore[union-attr]
+    def decodes() -> bool:
+        for seed in range(4):
+            rig.call(some(0.3, seed), 1)
+        return ask(rig, mask) is not None
 
-    assert in_a_fork(own)
-    rig.call(mask, 1)
-
-
-@pytest.mark.parametrize("lacking", ["hf_flash.sources.Ring", "os.preadv"])
-def test_the_page_cache_is_read_step_by_step_where_a_ring_is_of_no_use(
-    stores: dict[Layout, FlashStore], lacking: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Rig(stores[LAYOUTS[0]], FULL, "mmap", 100, 2) as rig:
-        monkeypatch.setattr(lacking, Mock(side_effect=OSError(95, "Operation not supported")))
-        assert rig.engine.reader.ring(LAYER) is None
-        done = runs(rig, monkeypatch)
-        rig.call(some(0.3, 1), 1)
-        assert done == [False]
-        rig.call(some(0.3, 1), 1)  # nothing is missing
-        assert done == [False, True]
+    assert in_a_fork(decodes)
+    assert decodes()
 
 
 @pytest.mark.parametrize("name", ["direct", "mmap"])
@@ -226,7 +212,6 @@ def test_files_are_closed_whatever_happens(tmp_path: Path, name: str, monkeypatc
     before = files()
     for close in (True, False):
         reader = open_reader(store, name, 3, FULL, 0)
-        reader.ring(LAYER)
         assert files() > before
         if close:
             reader.close()

@@ -1,0 +1,434 @@
+"""Queues of reads: chunks of open files into rows of memory, while the caller does something else.
+
+    CompiledQueue    by the compiled part (_native_read.h): io_uring, or a few threads of its own
+    ThreadQueue      the same by Python's threads, where there is no compiled part
+
+Both keep these promises, which the layers above rely on:
+
+    a signal may interrupt the caller anywhere: nothing hangs, and `forget` makes the queue as good as new
+    after `settle`, `forget` or `close` nothing writes to memory any more
+    a forked process goes on with a queue of its own; what its parent has under way is none of it
+    a file that changed since it was opened is noticed when its reads are waited for
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import itertools
+import logging
+import os
+import threading
+import weakref
+import zlib
+from contextlib import suppress
+from functools import lru_cache
+from queue import Empty, SimpleQueue
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from . import native
+from .chunks import Bytes, Chunks
+from .memory import anonymous
+
+logger = logging.getLogger("hf_flash")
+
+BOUNCE_BYTES: Final = 1 << 16  # BOUNCE_BYTES of _native_read.h
+_CHANGED, _SHORT, _FORGOTTEN = -1, -2, -3
+_POLL_S: Final = 0.05  # how long a wake-up that got lost can delay a caller
+_VERIFIED_BYTES: Final = 1 << 20
+_LARGEST_HEADER: Final = 1 << 27
+
+
+class FileChangedError(OSError):
+    """The file is not what it was when it was opened: what was read may be of either."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ESTALE, "the file was changed since the model was loaded")
+
+
+def _short() -> OSError:
+    return OSError(errno.EIO, "end of file: the file is shorter than when it was opened")
+
+
+class OpenFile:
+    """A file that is open for reading, and what it was then.
+
+    Args:
+        fd: open; its owner closes it.
+        align: what offsets, lengths and addresses of a direct read have to be multiples of; 0: through the page cache.
+    """
+
+    def __init__(self, fd: int, align: int) -> None:
+        self.fd, self.align = fd, align
+        nowait = not align and _takes_nowait(fd)
+        self.state = native.File(fd=fd, align=align, nowait=nowait)  # of the compiled part, which changes `nowait`
+        self._set(_identity(fd))
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.state)
+
+    @property
+    def changed(self) -> bool:
+        """Whether somebody wrote to the file or its inode since it was opened or last verified."""
+        return _identity(self.fd) != self._known
+
+    def verify(self, crc32: str) -> None:
+        """Accept the file as it is now, if its data still has this checksum.
+
+        Raises:
+            FileChangedError: it has another one, or changes all the time.
+        """
+        for _ in range(3):
+            now = _identity(self.fd)
+            if _crc_of_data(self.fd) != crc32:
+                break
+            if _identity(self.fd) == now:
+                self._set(now)
+                return
+        raise FileChangedError
+
+    def _set(self, known: tuple[int, int, int]) -> None:
+        self._known = known
+        self.state.size, modified, changed = known
+        self.state.modified_s, self.state.modified_ns = divmod(modified, 10**9)
+        self.state.changed_s, self.state.changed_ns = divmod(changed, 10**9)
+
+
+def _identity(fd: int) -> tuple[int, int, int]:
+    found = os.fstat(fd)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _takes_nowait(fd: int) -> bool:
+    """Whether a read through the page cache can be asked to return only what is there."""
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:  # the page is not there, but was looked for
+        return True
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _crc_of_data(fd: int) -> str:
+    """CRC-32 of what is behind the header of a safetensors file; any text if it has no header any more."""
+    room, crc, at = memoryview(anonymous(_VERIFIED_BYTES)), 0, 0
+    header = 0
+    while got := _into(fd, [room], at):
+        if not at:
+            header = 8 + int.from_bytes(room[:8], "little")
+            if header > _LARGEST_HEADER:
+                return "no header"
+        crc = zlib.crc32(room[min(max(0, header - at), got) : got], crc)
+        at += got
+        if got % 4096:
+            break  # the end, or a direct read could not go on
+    return f"{crc:08x}"
+
+
+class ReadQueue(Protocol):
+    """What both queues do."""
+
+    buffer_bytes: int  # the most DRAM that it takes for reads that are not aligned
+    reader: int | None  # of the compiled part, which may also be given reads by its own functions; `None`: there is none
+
+    @property
+    def description(self) -> str:
+        """What it reads with, for people."""
+        ...
+
+    def start(self, file: OpenFile, chunks: Chunks, out: Bytes, *, background: bool) -> Any:
+        """Begin to fill rows of `out`, uint8 [any, bytes of a bundle], contiguous; returns a ticket for `wait`."""
+        ...
+
+    def wait(self, ticket: Any) -> None:
+        """Wait for the reads of a ticket. Raises `OSError`, and [`FileChangedError`] after which they are to be read again."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until nothing writes to memory any more. Tickets stay good."""
+        ...
+
+    def forget(self) -> None:
+        """The same, and tickets are worth nothing afterwards."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class CompiledQueue:
+    """Reads by the compiled part. To be made only where there is a `native.library()`.
+
+    Args:
+        threads: how many read where io_uring does not.
+        file: io_uring is tried with it.
+        ring: whether to try io_uring at all. warn: whether it costs speed to do without.
+    """
+
+    def __init__(self, threads: int, file: OpenFile, *, ring: bool = True, warn: bool = True) -> None:
+        library = native.library()
+        assert library is not None
+        self._library, self._targets = library, dict[int, Bytes]()  # what is written to: it must outlive the reads
+        self.reader: int | None = library.hf_reader_open(threads, ring, file.address)
+        if not self.reader:
+            raise MemoryError("no memory for reading")
+        self.buffer_bytes = (threads + 1) * BOUNCE_BYTES
+        self._threads, self._warn = threads, warn
+        self._finalize = weakref.finalize(self, library.hf_reader_close, self.reader)
+        self._look_for_ring()
+
+    @property
+    def has_ring(self) -> bool:
+        """Whether io_uring works, as far as is known now."""
+        return self.reader is not None and bool(self._library.hf_reader_has_ring(self.reader))
+
+    @property
+    def description(self) -> str:
+        return "io_uring" if self.has_ring else f"{self._threads} threads"
+
+    def _look_for_ring(self) -> None:
+        """Say once that there is no io_uring, or none any more."""
+        if self._warn and not self.has_ring:
+            self._warn = False
+            _warn_no_ring(self._threads)
+
+    def start(self, file: OpenFile, chunks: Chunks, out: Bytes, *, background: bool) -> tuple[int, int]:
+        parts, base = chunks.parts, out.ctypes.data
+        lengths = np.diff(parts, append=len(chunks.rows)) * chunks.size
+        pieces = np.stack([base + chunks.rows[parts] * chunks.size, lengths], axis=1)
+        first, offsets = np.searchsorted(parts, chunks.first), np.ascontiguousarray(chunks.offset, dtype=np.int64)
+        order = native.Order(offsets.ctypes.data, first.ctypes.data, pieces.ctypes.data, len(offsets), background)
+        self._targets[id(out)] = out
+        ticket: int = self._library.hf_read_start(self.reader, file.address, ctypes.byref(order))
+        if not ticket:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return ticket, id(out)
+
+    def wait(self, ticket: tuple[int, int]) -> None:
+        error = self._library.hf_read_wait(self.reader, ticket[0])
+        self._targets.pop(ticket[1], None)
+        if self._warn:
+            self._look_for_ring()
+        if error == _CHANGED:
+            raise FileChangedError
+        if error == _SHORT:
+            raise _short()
+        if error:
+            code = errno.ECANCELED if error == _FORGOTTEN else error
+            raise OSError(code, os.strerror(code))
+
+    def settle(self) -> None:
+        if self.reader is not None:
+            self._library.hf_read_settle(self.reader, 0)
+
+    def forget(self) -> None:
+        if self.reader is not None:
+            self._library.hf_read_settle(self.reader, 1)
+            self._targets.clear()
+
+    def close(self) -> None:
+        self.reader = None
+        self._finalize()
+
+
+@lru_cache
+def _warn_no_ring(threads: int) -> None:
+    logger.warning(
+        "hf_flash: io_uring cannot be used here, and %d threads read instead, which costs some speed. In a container it is a "
+        "matter of the seccomp profile: allow io_uring_setup and io_uring_enter. `hf-flash doctor` says what else is lacking",
+        threads,
+    )
+
+
+class ThreadQueue:
+    """Reads by threads of Python, and by whoever waits for them.
+
+    The caller's state changes in steps that a signal may separate. So nothing is counted and nothing is locked: a chunk is done
+    when whoever read it has said so, a thread is busy while it says so, and a chunk that nobody finished is read again.
+
+    Args:
+        threads: how many read what does not go through the page cache.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads, self.buffer_bytes = threads, (threads + 1) * BOUNCE_BYTES
+        self.reader: int | None = None
+        self._begin()
+
+    @property
+    def description(self) -> str:
+        return f"{self._threads} threads"
+
+    def _begin(self) -> None:
+        self._pid, self._works, self._running = os.getpid(), list[_Work](), 0
+        self._todo: SimpleQueue[_Work | None] = SimpleQueue()
+        self._bounce = threading.local()
+        self._finalize = weakref.finalize(self, _dismiss, self._todo, self._threads)
+
+    def start(self, file: OpenFile, chunks: Chunks, out: Bytes, *, background: bool) -> _Work:
+        if self._pid != os.getpid():  # a forked worker: threads do not survive a fork
+            self._finalize.detach()
+            self._begin()
+        work = _Work(file, chunks, out, self._threads, self._bounce)
+        self._works = [*(other for other in self._works if not other.complete), work]
+        if file.align:
+            self._call_threads(work, len(chunks) if background else len(chunks) - 1)
+        else:
+            _announce(file, chunks)
+        return work
+
+    def _call_threads(self, work: _Work, wanted: int) -> None:
+        wanted = min(wanted, self._threads)
+        while self._running < wanted:
+            lane, self._running = self._running, self._running + 1
+            threading.Thread(target=_serve, args=[self._todo, lane], name="hf_flash-read", daemon=True).start()
+        for _ in range(wanted):
+            self._todo.put(work)
+
+    def wait(self, ticket: _Work) -> None:
+        ticket.finish()
+        if ticket.error is not None:
+            raise ticket.error
+        if ticket.file.changed:
+            raise FileChangedError
+
+    def settle(self) -> None:
+        for work in self._works:
+            work.finish()
+
+    def forget(self) -> None:
+        for work in self._works:
+            work.stop()
+        self._works = []
+
+    def close(self) -> None:
+        self.forget()
+        self._finalize()
+
+
+class _Work:
+    """The reads of one ticket."""
+
+    def __init__(self, file: OpenFile, chunks: Chunks, out: Bytes, threads: int, bounce: threading.local) -> None:
+        self.file, self._chunks, self._out, self._bounce = file, chunks, out, bounce
+        self._next = itertools.count()  # the next chunk that nobody has begun
+        self._done, self._busy = bytearray(len(chunks)), bytearray(threads)
+        self._woken: SimpleQueue[None] = SimpleQueue()
+        self._stopped, self._pid = False, os.getpid()
+        self.error: OSError | None = None
+
+    @property
+    def complete(self) -> bool:
+        return all(self._done)
+
+    def help(self, lane: int) -> None:
+        """What a thread does: read what nobody has begun."""
+        self._busy[lane] = 1
+        try:
+            while not self._stopped and (chunk := next(self._next)) < len(self._chunks):
+                self._read(chunk)
+        finally:
+            self._busy[lane] = 0
+            self._woken.put(None)
+
+    def finish(self) -> None:
+        """Read what nobody has begun, wait for the others, and read again what nobody finished."""
+        while not self._stopped and (chunk := next(self._next)) < len(self._chunks):
+            self._read(chunk)
+        self._wait_for_threads()
+        for chunk in range(len(self._chunks)):
+            if not self._done[chunk]:
+                self._read(chunk)
+
+    def stop(self) -> None:
+        """Begin nothing more, and wait until nobody writes to memory."""
+        self._stopped = True
+        self.error = self.error or OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        self._wait_for_threads()
+        self._done[:] = b"\1" * len(self._done)
+
+    def _wait_for_threads(self) -> None:
+        while self._pid == os.getpid() and any(self._busy):
+            with suppress(Empty):
+                self._woken.get(timeout=_POLL_S)
+
+    def _read(self, chunk: int) -> None:
+        try:
+            _read_chunk(self.file, self._chunks, self._out, chunk, self._bounce)
+        except OSError as error:
+            self.error = error
+        self._done[chunk] = 1
+
+
+def _serve(todo: SimpleQueue[_Work | None], lane: int) -> None:
+    """A thread's life. It ends when it is dismissed."""
+    while (work := todo.get()) is not None:
+        work.help(lane)
+        del work
+
+
+def _dismiss(todo: SimpleQueue[_Work | None], threads: int) -> None:
+    for _ in range(threads):
+        todo.put(None)
+
+
+def _announce(file: OpenFile, chunks: Chunks) -> None:
+    """Ask for pages before any of them is read."""
+    if hasattr(os, "posix_fadvise"):
+        for offset, nbytes in zip(chunks.offset.tolist(), chunks.nbytes.tolist(), strict=True):
+            with suppress(OSError):  # only advice
+                os.posix_fadvise(file.fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def _read_chunk(file: OpenFile, chunks: Chunks, out: Bytes, chunk: int, room: threading.local) -> None:
+    view, size = out.reshape(-1).data, chunks.size
+    views = [view[rows.start * size : rows.stop * size] for _, rows in chunks.pieces(chunk)]
+    offset, nbytes = int(chunks.offset[chunk]), int(chunks.nbytes[chunk])
+    if file.align and (offset | size | out.ctypes.data) & (file.align - 1):
+        _read_bounced(file, views, offset, nbytes, room)
+    else:
+        _read_exactly(file.fd, views, offset, nbytes)
+
+
+def _read_bounced(file: OpenFile, views: list[memoryview], offset: int, nbytes: int, room: threading.local) -> None:
+    """Read the aligned bytes around a chunk, a bounce buffer at a time, and copy the wanted ones."""
+    if not hasattr(room, "view"):
+        room.view = memoryview(anonymous(BOUNCE_BYTES))
+    bounce, align, end = room.view, file.align, offset + nbytes
+    while offset < end:
+        first = offset // align * align
+        stop = min(end, first + BOUNCE_BYTES)
+        _read_exactly(file.fd, [bounce[: -(-(stop - first) // align) * align]], first, stop - first)
+        data, offset = bounce[offset - first : stop - first], stop
+        while len(data):
+            some = min(len(data), len(views[0]))
+            views[0][:some] = data[:some]
+            data, views[0] = data[some:], views[0][some:]
+            if not len(views[0]):
+                del views[0]
+
+
+def _read_exactly(fd: int, views: list[memoryview], offset: int, needed: int) -> None:
+    """Read until at least `needed` bytes have come; the last sector of a file may be shorter than `views`."""
+    got = _into(fd, views, offset)
+    while got < needed:
+        skip, rest = got, []
+        for view in views:
+            rest += [view[skip:]] if skip < len(view) else []
+            skip = max(0, skip - len(view))
+        more = _into(fd, rest, offset + got)
+        if more <= 0:
+            raise _short()
+        got += more
+
+
+def _into(fd: int, views: list[memoryview], offset: int) -> int:
+    """`preadv`, where the system has it."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, views, offset)
+    data = os.pread(fd, len(views[0]), offset)
+    views[0][: len(data)] = data
+    return len(data)

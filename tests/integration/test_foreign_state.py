@@ -1,0 +1,194 @@
+"""Signals, forks, forbidden system calls, files that others write to: no answer changes, nothing hangs, no process dies."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_flash
+from hf_flash import FlashOffloadConfig, StoreReadError, native
+from hf_flash.read_queue import CompiledQueue
+from hf_flash.store import FlashStore
+from tests.conftest import TINY_OPT, in_a_fork, interrupting, torch_threads
+from tests.seccomp import forbid_ring
+
+MIB = 1 << 20
+PROMPT = torch.arange(5, 53)[None]
+Load = Callable[..., Any]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def repacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model, repacked. Do not write to it."""
+    return hf_flash.repack(TINY_OPT, tmp_path_factory.mktemp("repacked") / "tiny")
+
+
+@pytest.fixture
+def load(repacked: Path) -> Load:
+    def get(folder: Path | None = None, **arguments: Any) -> Any:
+        config = FlashOffloadConfig(**{"memory_budget": 9 * MIB} | arguments)
+        return AutoModelForCausalLM.from_pretrained(folder or repacked, dtype=torch.float16, quantization_config=config)
+
+    return get
+
+
+def story(model: Any, prompt: torch.Tensor = PROMPT, tokens: int = 6) -> list[int]:
+    found: list[int] = model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)[0].tolist()
+    return found
+
+
+@pytest.fixture(params=["io_uring", "threads", "python"])
+def reads_with(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What reads: all that a machine may have."""
+    if request.param == "threads":
+        monkeypatch.setattr("hf_flash.sources.CompiledQueue", partial(CompiledQueue, ring=False))
+    if request.param == "python":
+        monkeypatch.setattr("hf_flash.native.library", lambda: None)
+    found: str = request.param
+    return found
+
+
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+def test_prompts_that_are_interrupted_anywhere_leave_a_model_as_good_as_new(load: Load, reads_with: str, reader: str) -> None:
+    """Real signals at random moments, several in a row without a whole call between them."""
+    model, generator, interrupted = load(reader=reader, lookahead=1), random.Random(7), 0
+    wanted, one = story(model), torch.tensor([[5]])
+    decoded = story(model, one)
+    for turn in range(24):
+        try:
+            with interrupting(generator.uniform(1e-4, 0.06)):
+                story(model, PROMPT if generator.random() < 0.7 else one)
+        except KeyboardInterrupt:
+            interrupted += 1
+        if turn % 8 == 7:
+            assert story(model) == wanted
+            assert story(model, one) == decoded
+    assert interrupted > 5
+    for ffn in (layer.fc1 for layer in model.model.decoder.layers):
+        assert len(ffn.window.resident) + ffn.window.free == ffn.window.capacity
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["loaded", "used"])
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+def test_a_worker_of_a_process_with_threads_answers(load: Load, reads_with: str, reader: str, used: bool) -> None:
+    with torch_threads(2):
+        model, before = load(reader=reader), load(reader=reader)
+        wanted = story(before)
+        if used:
+            assert story(model) == wanted
+
+        def answers() -> bool:
+            torch.randn(1000, 1000) @ torch.randn(1000, 1000)
+            return story(model) == wanted and native.threads() == 2
+
+        assert in_a_fork(answers)
+        assert in_a_fork(lambda: answers() and in_a_fork(answers))
+        assert answers()
+
+
+def _answer(_: int) -> list[int]:
+    return story(_shared)
+
+
+_shared: Any = None
+
+
+def test_a_pool_of_forked_workers_answers(load: Load) -> None:
+    global _shared
+    with torch_threads(2):
+        _shared = load()
+        wanted = story(_shared)
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map_async(_answer, range(4)).get(120) == [wanted] * 4
+    _shared = None
+
+
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+@pytest.mark.parametrize("when", ["before loading", "after loading", "in a worker"])
+def test_a_process_that_may_not_use_io_uring_answers(load: Load, reader: str, when: str) -> None:
+    wanted, model = story(load(reader=reader)), load(reader=reader)
+    if not in_a_fork(lambda: forbid_ring(errno.EPERM) is None):
+        pytest.skip("no seccomp filters here")
+
+    def answers() -> bool:
+        forbid_ring(errno.EPERM)
+        return story(load(reader=reader) if when == "before loading" else model) == wanted
+
+    if when == "in a worker":
+        assert in_a_fork(lambda: story(model) == wanted and in_a_fork(answers) and story(model) == wanted)
+    else:
+        assert in_a_fork(answers)
+    assert story(model) == wanted
+
+
+def _vandal(path: Path, whole: bytes, stop: Path) -> int:
+    """A process that truncates and overwrites a file until `stop` is there, and then puts it back; its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        turn = 0
+        while not stop.exists():
+            turn += 1
+            with open(path, "r+b") as file:
+                if turn % 2:
+                    file.truncate(4096 * (turn % 7))
+                file.write(bytes(len(whole)) if turn % 3 else whole)
+        path.write_bytes(whole)
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+def test_files_that_others_write_to_are_errors_until_they_are_what_they_were(
+    load: Load, tmp_path: Path, reads_with: str, reader: str
+) -> None:
+    """Truncated, overwritten and put back by another process while this one answers: never a signal, never another answer."""
+    folder = hf_flash.repack(TINY_OPT, tmp_path / "mine")
+    model, path = load(folder, reader=reader), FlashStore.open_folder(folder).layers[2].path
+    wanted, whole, failed, stories = story(model), path.read_bytes(), 0, 0
+    vandal = _vandal(path, whole, tmp_path / "stop")
+    while failed < 4 and stories < 200:
+        stories += 1
+        try:
+            assert story(model) == wanted
+        except StoreReadError:
+            failed += 1
+    (tmp_path / "stop").touch()
+    os.waitpid(vandal, 0)
+    assert failed == 4
+    assert story(model) == wanted
+    os.utime(path, ns=(0, 0))  # the same bytes at another time
+    os.chmod(path, 0o600)
+    assert story(model) == wanted
+    path.unlink()  # it lives on while it is open
+    assert story(model) == wanted
+
+
+def test_a_file_that_refuses_direct_reads_is_read_through_the_page_cache_alone(
+    load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted, real = story(load(reader="direct")), os.open
+
+    def refusing(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if "layer-00003" in str(path) and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing)
+    model = load(reader="direct")
+    assert "flash-layer-00003.safetensors is read through the page cache" in caplog.text
+    assert [file.align > 0 for file in model.flash_runtime.engine.reader.source.files] == [True] * 3 + [False] + [True] * 2
+    assert story(model) == wanted

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn
 
 import torch
+from torch import nn
 
 from .errors import UsageError
 from .matrices import OnFlash, checked
@@ -56,16 +57,21 @@ def _load_state_dict(model: Any, state_dict: Mapping[str, Any], *args: Any, **kw
     return super(type(model), model).load_state_dict(checked(model, state_dict), *args, **kwargs)
 
 
+def _empty(model: Any) -> Any:
+    kind: Any = type(model)
+    return kind.__new__(kind)
+
+
 def _deepcopy(model: Any, memo: dict[int, Any]) -> Any:
-    """A model with the other weights of its own: memory that no budget knows of. It shares what is on flash, and the windows."""
-    copied = type(model).__new__(type(model))
+    """A model that has the weights in memory again, outside of any budget, and shares the store and the windows."""
+    copied = _empty(model)
     memo[id(model)] = copied
     copied.__setstate__(copy.deepcopy(model.__dict__, memo))
     return copied
 
 
 def _copy(model: Any) -> Any:
-    copied = type(model).__new__(type(model))
+    copied = _empty(model)
     copied.__setstate__(dict(model.__dict__))
     return copied
 
@@ -80,6 +86,8 @@ def _reduce(model: Any, protocol: Any) -> NoReturn:
 METHODS: Final = {
     "to": _to,
     "cuda": _cuda,
+    "half": nn.Module.half,  # those of transformers refuse every quantized model, also what changes nothing
+    "float": nn.Module.float,
     "_apply": _apply,
     "load_state_dict": _load_state_dict,
     "__deepcopy__": _deepcopy,

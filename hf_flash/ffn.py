@@ -156,7 +156,7 @@ class FlashFFN(OnFlash):
 
     @property
     def _ahead(self) -> tuple[Ids, Ids, Reading] | None:
-        """Neurons on their way to the window, and the slots they go to. Copies of the layer know of it as they share the window."""
+        """Neurons on their way to the window and the slots they go to; shared by copies of the layer, as the window is."""
         return self._on_the_way[0] if self._on_the_way else None
 
     @_ahead.setter
@@ -168,7 +168,7 @@ class FlashFFN(OnFlash):
         memo |= {id(self.__dict__[name]): self.__dict__[name] for name in _SHARED if name in self.__dict__}
         copied: FlashFFN = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         copied.observer = None
         if self.engine is not None:
             copied._runtime = self.engine.runtime()  # which knows the original layers alone: no cycle

@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 import torch
 from safetensors import SafetensorError
 from torch import _ops, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .budget import available_memory, format_bytes
 from .errors import StoreReadError, UsageError
@@ -26,8 +26,9 @@ from .store import LayerStore
 
 _NEURONS: Final = 1024  # read or compared at a time
 _NAMES_SHOWN: Final = 4
-_KEY: Final = torch._C._TorchDispatchModeKey  # type: ignore[attr-defined]
-_dispatch_mode: Final = torch._C._get_dispatch_mode  # type: ignore[attr-defined]
+_KEY: Final = torch._C._TorchDispatchModeKey
+_dispatch_mode: Final = torch._C._get_dispatch_mode
+_before_dispatch: Final[Callable[..., Any]] = _ops._get_dispatch_mode_pre_dispatch
 _INSTEAD: Final = "change the plain checkpoint (`hf_flash.restore` gives it back), then repack that"
 
 
@@ -72,7 +73,7 @@ class Matrix:
                 where=self.name,
                 expected=f"{format_bytes(self.nbytes)} for this matrix",
                 got=f"{format_bytes(free)} free",
-                hint="save the flash model by its own save_pretrained, which copies files; `hf_flash.restore` writes plain ones",
+                hint="its own save_pretrained copies the flash model's files; `hf_flash.restore` writes plain ones",
             )
         whole = aligned_empty(self.shape, self.dtype)
         by_neuron = whole.T if self.down else whole
@@ -130,9 +131,10 @@ class FlashWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, matrix: Matrix, kept: torch.Tensor | None = None) -> FlashWeight:
-        made: FlashWeight = torch.Tensor._make_wrapper_subclass(cls, matrix.shape, dtype=matrix.dtype, device="cpu")  # type: ignore[attr-defined]
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, matrix.shape, dtype=matrix.dtype, device=torch.device("cpu"))
         made.matrix, made._kept = matrix, kept
-        return made
+        found: FlashWeight = made
+        return found
 
     def read(self) -> torch.Tensor:
         return self.matrix.read() if self._kept is None else self._kept
@@ -142,10 +144,10 @@ class FlashWeight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0]._again()
-        if func is torch.Tensor.data.__set__:  # type: ignore[attr-defined]
-            refuse_weights([weight.matrix.name for weight in args if isinstance(weight, cls)])
+        if func in _WRITERS and isinstance(args[0], cls):
+            refuse_weights([args[0].matrix.name])
         if func in _ADDRESSES and isinstance(args[0], cls):
             args[0]._kept = args[0].read()
             args = args[0]._kept, *args[1:]
@@ -153,24 +155,25 @@ class FlashWeight(torch.Tensor):
             return func(*args, **kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in _SAME:
             return args[0]._again()
         kwargs = kwargs or {}
         for number, argument in enumerate(func._schema.arguments):
-            given = kwargs.get(argument.name, args[number] if number < len(args) else None)
-            if isinstance(given, cls) and argument.alias_info is not None and argument.alias_info.is_write:
-                refuse_weights([given.matrix.name])
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = kwargs.get(argument.name, args[number] if number < len(args) else None)
+                if names := [part.matrix.name for part in tree_leaves(given) if isinstance(part, cls)]:
+                    refuse_weights(names)
         args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
         return func(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.read().__reduce_ex__(protocol)
+        return self.read().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> FlashWeight:
         return self._again()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **how: Any) -> str:  # type: ignore[override]
         return f"FlashWeight({self.matrix.name}, shape={list(self.matrix.shape)}, dtype={self.matrix.dtype})"
 
 
@@ -180,6 +183,7 @@ _ADDRESSES: Final = frozenset(
         torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.tolist,
     }
 )  # fmt: skip
+_WRITERS: Final = frozenset({torch.Tensor.data.__set__, torch.Tensor.__setitem__, torch.Tensor.set_})  # type: ignore[attr-defined]
 _SAME: Final = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
@@ -226,7 +230,7 @@ class OnFlash(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self.check_conversion(fn)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def check_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Refuse what would change the dtype of the module's tensors."""
@@ -268,7 +272,7 @@ def stand_in(x: Any) -> str | None:
         return "torch.func"
     if _dispatch_mode(_KEY.FAKE) is not None:
         return "a fake tensor mode"
-    if (_dispatch_mode(_KEY.PROXY) or _ops._get_dispatch_mode_pre_dispatch(_KEY.PROXY)) is not None:
+    if (_dispatch_mode(_KEY.PROXY) or _before_dispatch(_KEY.PROXY)) is not None:
         return "a tracer such as make_fx"
     return None
 

@@ -190,9 +190,9 @@ class FlashFFN(OnFlash):
             except BaseException:
                 self._forget(engine)
                 raise
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))):
             return out
-        tracked: torch.Tensor = _NoBackward.apply(x, out)  # type: ignore[no-untyped-call]
+        tracked: torch.Tensor = _NoBackward.apply(x, self.bias, out)  # type: ignore[no-untyped-call]
         return tracked
 
     def _run(self, engine: Engine, x: torch.Tensor) -> torch.Tensor:
@@ -496,7 +496,7 @@ class _NoBackward(torch.autograd.Function):
     """Lets a forward run with gradients enabled, and refuses a backward that would silently skip the FFN."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
         return out
 
     @staticmethod

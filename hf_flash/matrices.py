@@ -17,6 +17,7 @@ from typing import Any, Final, NoReturn
 import torch
 from safetensors import SafetensorError
 from torch import _ops, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .budget import available_memory, format_bytes
@@ -109,14 +110,27 @@ class Matrix:
 
 def refuse_weights(names: list[str]) -> NoReturn:
     """Say that the weights under these names are not taken."""
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     raise UsageError(
         "the FFN weights of a flash model are on flash, where they are only read: others cannot be put in their place",
-        where=", ".join(names[:_NAMES_SHOWN]) + more,
+        where=_some(names),
         expected="the values that are on flash",
         got="others",
         hint=_INSTEAD,
     )
+
+
+def refuse_adapter(names: list[str]) -> NoReturn:
+    """Say that the module has no place for these, which `strict=False` would pass over in silence."""
+    raise UsageError(
+        "the FFN of a flash model takes no adapters and no weights of another form",
+        where=_some(names),
+        expected="weight and bias",
+        hint="merge them into the plain checkpoint, then repack that",
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
 class FlashWeight(torch.Tensor):
@@ -203,6 +217,10 @@ class OnFlash(nn.Module):
             if not self.matrix.equals(state_dict[name]):
                 refuse_weights([name])
             state_dict = {key: value for key, value in state_dict.items() if key != name}
+        known = {"weight", *self._parameters, *self._buffers, *self._modules}
+        strange = [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in known]
+        if self.matrix is not None and strange:
+            refuse_adapter(strange)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getattr__(self, name: str) -> Any:
@@ -234,17 +252,12 @@ class OnFlash(nn.Module):
 
     def check_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Refuse what would change the dtype of the module's tensors."""
-        if self.matrix is not None:
-            check_dtype(fn(torch.empty(0, dtype=self.matrix.dtype, device="cpu")).dtype, self.matrix)
+        matrix = self.matrix
+        if matrix is not None and (found := fn(torch.empty(0, dtype=matrix.dtype, device="cpu")).dtype) != matrix.dtype:
+            refuse_dtype(found, matrix.dtype, matrix.name)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_tracing("torch.jit.script")
-
-
-def check_dtype(found: torch.dtype, matrix: Matrix, where: str | None = None) -> None:
-    """Refuse another dtype than that of compute."""
-    if found != matrix.dtype:
-        refuse_dtype(found, matrix.dtype, where or matrix.name)
 
 
 def refuse_dtype(found: torch.dtype, wanted: torch.dtype, where: str) -> NoReturn:
@@ -270,6 +283,8 @@ def stand_in(x: Any) -> str | None:
         return "torch.jit.trace"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func"
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        return "forward-mode differentiation"
     if _dispatch_mode(_KEY.FAKE) is not None:
         return "a fake tensor mode"
     if (_dispatch_mode(_KEY.PROXY) or _before_dispatch(_KEY.PROXY)) is not None:

@@ -331,7 +331,7 @@ def _whole(model: Any, runtime: FlashRuntime, state_dict: Mapping[str, Any] | No
     state = model.state_dict() if state_dict is None else state_dict
     with torch.device("meta"):
         described = type(model).__mro__[1](copy.deepcopy(model.config)).state_dict()
-    lacking = sorted(described.keys() - state.keys())
+    lacking = sorted(described.keys() - state.keys() - set(model.all_tied_weights_keys))
     if lacking and state_dict is not None:
         raise ConfigError(
             "a flash model is saved from its store, and whole",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .errors import UsageError
-from .matrices import OnFlash, checked
+from .matrices import OnFlash, checked, refuse_adapter
 
 
 def stay_on_cpu(model: Any) -> None:
@@ -57,6 +57,16 @@ def _load_state_dict(model: Any, state_dict: Mapping[str, Any], *args: Any, **kw
     return super(type(model), model).load_state_dict(checked(model, state_dict), *args, **kwargs)
 
 
+def _load_adapter(model: Any, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
+    """An adapter is loaded whole or not at all: transformers would pass over what belongs on the FFN, and only report it."""
+    info = super(type(model), model).load_adapter(peft_model_id, adapter_name, **kwargs)
+    ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, OnFlash))
+    if dropped := sorted(name for name in info.unexpected_keys if name.startswith(ours)):
+        model.delete_adapter(adapter_name or "default")
+        refuse_adapter(dropped)
+    return info
+
+
 def _empty(model: Any) -> Any:
     kind: Any = type(model)
     return kind.__new__(kind)
@@ -90,6 +100,7 @@ METHODS: Final = {
     "float": nn.Module.float,
     "_apply": _apply,
     "load_state_dict": _load_state_dict,
+    "load_adapter": _load_adapter,
     "__deepcopy__": _deepcopy,
     "__copy__": _copy,
     "__reduce_ex__": _reduce,

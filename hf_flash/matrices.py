@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .budget import available_memory, format_bytes
-from .errors import StoreReadError, UsageError
+from .errors import StoreError, StoreReadError, UsageError
 from .memory import aligned_empty
 from .store import LayerStore
 
@@ -103,6 +103,8 @@ class Matrix:
             for at in range(0, self.layer.d_ff, _NEURONS):
                 neurons = slice(at, min(at + _NEURONS, self.layer.d_ff))
                 yield neurons, half[neurons].to(self.dtype)
+        except StoreError:
+            raise
         except (OSError, SafetensorError) as error:
             hint = "the folder must stay as long as the model is loaded"
             raise StoreReadError("the FFN weights cannot be read", where=self.layer.path, got=error, hint=hint) from error

@@ -32,9 +32,6 @@ logger = logging.getLogger("hf_flash")
 _CARD: Final = "README.md"
 _SHOWN: Final = 4  # of names in an error
 _PUSH: Final = frozenset({"commit_message", "commit_description", "private", "revision", "create_pr", "bench"})
-_PASSED_OVER: Final = frozenset(
-    {"tags", "use_temp_dir", "organization", "repo_url", "is_main_process"}
-)  # of stock, no say here
 _NOT_PUSHED: Final = ["*.tmp", ".*"]
 _TOKENIZER: Final = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -121,7 +118,7 @@ def save_pretrained(
         return
     _save(model, Path(save_directory), state_dict)
     if push_to_hub:
-        push(save_directory, repo_id or Path(save_directory).name, token=token, **_for_push(kwargs))
+        push(save_directory, repo_id or Path(save_directory).name, token=token, **kwargs)
 
 
 def push_to_hub(
@@ -132,6 +129,7 @@ def push_to_hub(
     max_shard_size: int | str | None = None,
     safe_serialization: bool | None = True,
     variant: str | None = None,
+    tags: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Upload a flash model, with a card. Takes the place of `PreTrainedModel.push_to_hub` on the instance.
@@ -143,6 +141,7 @@ def push_to_hub(
         repo_id: the repository, created if it is not there.
         token: as in huggingface_hub.
         max_shard_size: has no say: files are as the store has them.
+        tags: more of them for the card.
         kwargs: as in [`push`].
     """
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -155,7 +154,7 @@ def push_to_hub(
         for name in (_CARD, *_TOKENIZER):
             if (beside / name).is_file():
                 shutil.copyfile(beside / name, place / name)
-        return _upload(place, repo_id, token=token, if_missing=_TOKENIZER, **_for_push(kwargs))
+        return _upload(place, repo_id, token=token, if_missing=_TOKENIZER, tags=tags, **kwargs)
 
 
 def push(
@@ -228,6 +227,7 @@ def _upload(
     create_pr: bool = False,
     bench: str | os.PathLike[str] | None = None,
     if_missing: Sequence[str] = (),
+    tags: Sequence[str] | None = None,
 ) -> Any:
     """Write the card into a staging folder, which may be written to, and upload it as [`push`] says.
 
@@ -243,6 +243,10 @@ def _upload(
     kept = if_missing if set(if_missing) & set(api.list_repo_files(name, revision=revision)) else ()
     text = _card_so_far(api, folder, name, revision)
     card = model_card(folder, name, text, bench=bench)
+    if tags:
+        tagged = huggingface_hub.ModelCard(card)
+        tagged.data.tags = [*dict.fromkeys([*(tagged.data.tags or ()), *tags])]
+        card = str(tagged)
     (folder / _CARD).unlink(missing_ok=True)  # a link
     (folder / _CARD).write_bytes(card.encode())
     return api.upload_folder(
@@ -297,15 +301,10 @@ def _honoured(where: str, refused: Mapping[str, bool]) -> None:
 
 def _known(where: str, kwargs: dict[str, Any]) -> None:
     """Refuse what neither stock nor [`push`] would understand before anything is written."""
-    known = _PUSH | _PASSED_OVER
-    if kwargs.keys() - known:
+    if kwargs.keys() - _PUSH:
         raise ConfigError(
-            "unknown arguments", where=where, expected=f"of {', '.join(sorted(known))}", got=", ".join(kwargs.keys() - known)
+            "unknown arguments", where=where, expected=f"of {', '.join(sorted(_PUSH))}", got=", ".join(kwargs.keys() - _PUSH)
         )
-
-
-def _for_push(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name in _PUSH}
 
 
 def _save(model: Any, folder: Path, state_dict: Mapping[str, Any] | None = None, *, link: bool = False) -> None:

@@ -454,7 +454,7 @@ def test_what_stock_takes_is_taken(flash: Any, stock: Any, tmp_path: Path) -> No
     flash.save_pretrained(tmp_path / "1", safe_serialization=True)
     flash.save_pretrained(
         tmp_path / "2", is_main_process=True, save_function=torch.save, state_dict=None, max_shard_size="1GB", variant=None,
-        distributed_checkpoint=False, save_original_format=True, save_peft_format=True, token=None, tags=["flash"],
+        distributed_checkpoint=False, save_original_format=True, save_peft_format=True, token=None,
     )  # fmt: skip
     accelerator = Accelerator(cpu=True)
     state = accelerator.get_state_dict(accelerator.prepare_model(flash, evaluation_mode=True))

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import torch
-from safetensors import SafetensorError
 from torch import _ops, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .budget import available_memory, format_bytes
-from .errors import StoreError, StoreReadError, UsageError
+from .errors import UsageError
 from .memory import aligned_empty
-from .store import LayerStore
+from .store import LayerStore, read_header
 
 _NEURONS: Final = 1024  # read or compared at a time
 _NAMES_SHOWN: Final = 4
@@ -65,7 +64,7 @@ class Matrix:
 
         Raises:
             UsageError: it does not fit there.
-            StoreReadError: it cannot be read.
+            StoreError: the file is gone or damaged.
         """
         free = available_memory()
         if self.nbytes > free:
@@ -98,16 +97,11 @@ class Matrix:
 
     def _parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Some neurons at a time: which, and their rows [neurons, d_model] in the dtype of compute."""
-        try:
-            half = self.layer.down() if self.down else self.layer.up()
-            for at in range(0, self.layer.d_ff, _NEURONS):
-                neurons = slice(at, min(at + _NEURONS, self.layer.d_ff))
-                yield neurons, half[neurons].to(self.dtype)
-        except StoreError:
-            raise
-        except (OSError, SafetensorError) as error:
-            hint = "the folder must stay as long as the model is loaded"
-            raise StoreReadError("the FFN weights cannot be read", where=self.layer.path, got=error, hint=hint) from error
+        read_header(self.layer.path)  # says what is wrong with a file that is gone or damaged
+        half = self.layer.down() if self.down else self.layer.up()
+        for at in range(0, self.layer.d_ff, _NEURONS):
+            neurons = slice(at, min(at + _NEURONS, self.layer.d_ff))
+            yield neurons, half[neurons].to(self.dtype)
 
 
 def refuse_weights(names: list[str]) -> NoReturn:
@@ -263,6 +257,7 @@ class OnFlash(nn.Module):
 
 
 def refuse_dtype(found: torch.dtype, wanted: torch.dtype, where: str) -> NoReturn:
+    """Say that the model computes in another dtype."""
     raise UsageError(
         "the dtype of the model was changed after loading",
         where=where,
@@ -295,6 +290,7 @@ def stand_in(x: Any) -> str | None:
 
 
 def refuse_tracing(got: str) -> NoReturn:
+    """Say that a layer cannot be made a graph of."""
     raise UsageError(
         "a flash layer cannot be traced, exported or transformed: what it reads and computes is chosen anew for every token",
         got=got,

@@ -31,7 +31,7 @@ from transformers import (
 )  # fmt: skip
 
 import hf_flash
-from hf_flash import ConfigError, FlashOffloadConfig, StoreReadError, UsageError
+from hf_flash import ConfigError, FlashOffloadConfig, StoreMissingError, UsageError
 
 IDS = torch.tensor([[2, 11, 7, 30, 45, 7]])
 FC1, FC2, BIAS = (f"model.decoder.layers.1.{name}" for name in ("fc1.weight", "fc2.weight", "fc1.bias"))
@@ -202,7 +202,7 @@ def test_a_store_that_is_gone_is_an_error_of_ours(plain: Path, tmp_path: Path) -
     state = flash.state_dict()
     for path in (tmp_path / "flash").glob("flash-layer-*"):
         path.unlink()
-    with pytest.raises(StoreReadError, match=r"cannot be read[\s\S]*flash-layer-00001"):
+    with pytest.raises(StoreMissingError, match=r"is not there[\s\S]*flash-layer-00001"):
         state[FC1].clone()
 
 

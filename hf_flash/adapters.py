@@ -15,7 +15,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .errors import StoreFormatError, UnsupportedModelError
-from .ffn import DownBias, FlashFFN
+from .ffn import DownBias, FlashActivation, FlashFFN
+from .matrices import stand_in
 from .store import NOTICE
 
 _EXACT_ZEROS: Final = frozenset({"relu"})  # activations that leave most neurons exactly zero
@@ -106,8 +107,8 @@ class Adapter:
         for index, layer in enumerate(layers):
             ffn = FlashFFN(index, d_ff, d_model, bias, getattr(layer, self.activation))
             setattr(layer, self.up, ffn)
-            setattr(layer, self.activation, nn.Identity())
-            setattr(layer, self.down, DownBias(d_model, bias, dtype))
+            setattr(layer, self.activation, FlashActivation(ffn.activation, d_model))
+            setattr(layer, self.down, DownBias(index, d_model, bias, dtype))
             ffns.append(ffn)
         return ffns
 
@@ -142,7 +143,7 @@ class _Lookahead:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-        if x.numel() == self.ffn.d_model and x.device.type == "cpu":
+        if x.numel() == self.ffn.d_model and x.device.type == "cpu" and not stand_in(x):
             with torch.no_grad():
                 self.ffn.look_ahead(self.norm(x.view(1, -1)))
 

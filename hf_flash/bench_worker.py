@@ -219,6 +219,8 @@ class _Record:
     In one piece, allocated before: small ones that stay, between large ones that go, would make the heap grow into the cap.
     """
 
+    bias: torch.Tensor | None = None
+
     def __init__(self, ffn: FlashFFN, tokens: int) -> None:
         self._predictor, self._d_ff, self.nbytes = ffn.predictor, ffn.d_ff, ffn.predictor.nbytes
         self._last: torch.Tensor | None = None
@@ -228,6 +230,7 @@ class _Record:
         ffn.register_forward_hook(self._keep)
 
     def select(self, x: torch.Tensor) -> torch.Tensor | None:
+        self._predictor.bias = self.bias
         self._last = self._predictor.select(x)
         return self._last
 

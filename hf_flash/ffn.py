@@ -27,6 +27,7 @@ empty of the next layer's window begins to be filled, so that the disk has somet
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import threading
@@ -43,6 +44,7 @@ from torch import nn
 
 from .compute import OneToken, Scratch, SeveralTokens, block_rows, is_relu
 from .errors import HfFlashError, StoreReadError, UsageError
+from .matrices import OnFlash, is_plain, refuse_dtype, refuse_tracing, stand_in
 from .memory import Heap
 from .native import addresses, copy_rows, release_threads
 from .predictor import Predictor
@@ -51,6 +53,7 @@ from .stats import Counters
 from .step import TokenStep
 from .window import Ids, Mask, ResidentWindow, uses
 
+_SHARED: Final = ("engine", "window", "predictor", "step", "matrix", "_all_ids", "_on_the_way")  # by copies of a layer
 _ON_FLASH: Final = "weights on flash, LoRA only on attention"  # what PEFT quotes when it refuses a layer
 
 Observer = Callable[[torch.Tensor, Ids, torch.Tensor], None]
@@ -79,8 +82,14 @@ class Engine:
             where = self.reader.layers[0].path.parent
             raise UsageError("the model's store is closed", where=where, hint="load the model again")
 
+    def __deepcopy__(self, memo: Any) -> Engine:
+        return self
+
+    def __copy__(self) -> Engine:
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UsageError("a loaded flash model cannot be copied or pickled", hint="load it again in the other process")
+        raise UsageError("a loaded flash model cannot be pickled", hint="load it again in the other process")
 
     def close(self) -> None:
         with self.lock:
@@ -120,7 +129,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
-class FlashFFN(nn.Module):
+class FlashFFN(OnFlash):
     """Stands where the up projection stood and does the whole FFN but the down projection's bias.
 
     Input [tokens, d_model] in the dtype of compute, output [tokens, d_model] float32: the sum before bias and rounding,
@@ -141,30 +150,51 @@ class FlashFFN(nn.Module):
         self.bias = nn.Parameter(torch.empty(d_ff), requires_grad=False) if bias else None
         self.engine: Engine | None = None
         self.observer: Observer | None = None
+        self._on_the_way: list[tuple[Ids, Ids, Reading]] = []
 
     def attach(self, engine: Engine, window: ResidentWindow, predictor: Predictor) -> None:
         """Give the layer what it runs on. Called once the rest of the model is loaded."""
         self.engine, self.window, self.predictor = engine, window, predictor
         self._all_ids: Ids = np.arange(self.d_ff)
-        self._ahead: tuple[Ids, Ids, Reading] | None = None  # neurons on their way, the slots they go to
-        self._consistent = True  # whether the window and what is read ahead agree with each other
+        self._on_the_way = []
         store = engine.reader.layers[self.index]
         kernel = engine.scratch.kernel
         self.step = TokenStep(kernel.room, window, store) if kernel.compiled and is_relu(self.activation) else None
+
+    @property
+    def _ahead(self) -> tuple[Ids, Ids, Reading] | None:
+        """Neurons on their way to the window and the slots they go to; shared by copies of the layer, as the window is."""
+        return self._on_the_way[0] if self._on_the_way else None
+
+    @_ahead.setter
+    def _ahead(self, reading: tuple[Ids, Ids, Reading] | None) -> None:
+        self._on_the_way[:] = [] if reading is None else [reading]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlashFFN:
+        """A layer with parameters of its own. What is on flash is only read, so everything that reads it is shared."""
+        memo |= {id(self.__dict__[name]): self.__dict__[name] for name in _SHARED if name in self.__dict__}
+        copied: FlashFFN = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        copied.observer = None
+        if self.engine is not None:
+            copied._runtime = self.engine.runtime()  # which knows the original layers alone: no cycle
+        return copied
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numpy, locks, system calls: not for tracing
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         engine = self._usable(x)
         with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
             engine.check_open()
+            self.predictor.bias = self._checked_bias(engine.dtype)
             with self._changing(engine):
                 engine.heap.prepare(x.nbytes)
                 out = self._run(engine, x.detach().to(engine.dtype))
                 if self.index == len(engine.reader.layers) - 1:
                     engine.heap.prepare(0)
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))):
             return out
-        tracked: torch.Tensor = _NoBackward.apply(x, out)  # type: ignore[no-untyped-call]
+        tracked: torch.Tensor = _NoBackward.apply(x, self.bias, out)  # type: ignore[no-untyped-call]
         return tracked
 
     def _run(self, engine: Engine, x: torch.Tensor) -> torch.Tensor:
@@ -251,6 +281,7 @@ class FlashFFN(nn.Module):
 
     def _start_ahead(self, engine: Engine, x: torch.Tensor) -> None:
         start, window = perf_counter(), self.window
+        self.predictor.bias = self._checked_bias(engine.dtype)
         selected = self.predictor.select(x)
         predicted = perf_counter()
         engine.counters.predict_s += predicted - start
@@ -302,25 +333,25 @@ class FlashFFN(nn.Module):
     @contextmanager
     def _changing(self, engine: Engine) -> Iterator[None]:
         """The block may be interrupted anywhere, and so may the clearing up after it: then the next call does that."""
-        if not self._consistent:
+        if not self.window.consistent:
             self._forget(engine)
-        self._consistent = False
+        self.window.consistent = False
         try:
             yield
         except HfFlashError:  # nothing was committed that is not whole
-            self._consistent = True
+            self.window.consistent = True
             raise
         except BaseException:
             self._forget(engine)
             raise
-        self._consistent = True
+        self.window.consistent = True
 
     def _forget(self, engine: Engine) -> None:
         """After an interruption: nobody knows which rows are whole."""
         engine.reader.forget()
         self._ahead = None
         self.window.forget()
-        self._consistent = True
+        self.window.consistent = True
 
     @contextmanager
     def _given_back_on_failure(self, slots: Ids) -> Iterator[None]:
@@ -400,6 +431,8 @@ class FlashFFN(nn.Module):
     def _usable(self, x: torch.Tensor) -> Engine:
         """The engine, if this input can be computed; a clear error otherwise."""
         where = f"FFN of layer {self.index}"
+        if tracer := stand_in(x):
+            refuse_tracing(tracer)
         if self.training:
             raise UsageError("a flash model is for inference only", where=where, got="model.train()", hint="call model.eval()")
         if self.engine is None:
@@ -413,34 +446,65 @@ class FlashFFN(nn.Module):
                 hint='move the model back with model.to("cpu"), or load it with device_map="cpu"',
             )
         if x.dtype != self.engine.dtype and not torch.is_autocast_enabled("cpu"):
-            raise UsageError(
-                "the dtype of the model was changed after loading",
-                where=where,
-                expected=self.engine.dtype,
-                got=x.dtype,
-                hint=f"load it with from_pretrained(..., dtype={x.dtype})",
-            )
+            refuse_dtype(x.dtype, self.engine.dtype, where)
         return self.engine
+
+    def _checked_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bias as it is now. Others may have put it there, and it goes to the compiled part by its address."""
+        bias = self.bias
+        if bias is None or (
+            bias.dtype == dtype and bias.shape == (self.d_ff,) and bias.is_cpu and bias.is_contiguous() and is_plain(bias)
+        ):
+            return bias
+        raise UsageError(
+            "this bias does not fit the up projection",
+            where=f"FFN of layer {self.index}",
+            expected=f"[{self.d_ff}] {dtype} on cpu, contiguous",
+            got=f"{list(bias.shape)} {bias.dtype} on {bias.device}{'' if bias.is_contiguous() else ', not contiguous'}",
+            hint="convert it before you put it there",
+        )
 
     def extra_repr(self) -> str:
         return f"layer={self.index}, d_model={self.d_model}, d_ff={self.d_ff}, {_ON_FLASH}"
 
 
-class DownBias(nn.Module):
+class FlashActivation(nn.Module):
+    """Stands where the activation stood, and passes on what [`FlashFFN`] has activated already.
+
+    If somebody has put a plain up projection in its place, what comes is as wide as that, and is activated here.
+    """
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor], d_model: int) -> None:
+        super().__init__()
+        self.activation, self.d_model = activation, d_model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.shape[-1] == self.d_model else self.activation(x)
+
+
+class DownBias(OnFlash):
     """Stands where the down projection stood: adds its bias to the fp32 sum and rounds once to the dtype of compute.
 
     Keeps the parameter name `bias` of the module it replaces.
     """
 
-    def __init__(self, d_model: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, index: int, d_model: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
+        self.index, self.d_model, self.dtype = index, d_model, dtype
         self.bias = nn.Parameter(torch.empty(d_model), requires_grad=False) if bias else None
-        self.dtype = dtype
 
     def extra_repr(self) -> str:
         return _ON_FLASH
 
     def forward(self, total: torch.Tensor) -> torch.Tensor:
+        if total.shape[-1] != self.d_model:
+            raise UsageError(
+                "the up projection in front was replaced by something that is not on flash, this one was not",
+                where=f"FFN of layer {self.index}",
+                expected=f"the sum of the layer, [tokens, {self.d_model}]",
+                got=list(total.shape),
+                hint="replace both projections of the layer",
+            )
         return (total if self.bias is None else total + self.bias.float()).to(self.dtype)
 
 
@@ -448,7 +512,7 @@ class _NoBackward(torch.autograd.Function):
     """Lets a forward run with gradients enabled, and refuses a backward that would silently skip the FFN."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
         return out
 
     @staticmethod

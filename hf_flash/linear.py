@@ -48,6 +48,12 @@ class ResidentLinear(nn.Linear):
             return super().forward(x)
         return linear(x.contiguous(), weight, bias) if few else self._widened(x)
 
+    def __prepare_scriptable__(self) -> nn.Linear:
+        """What TorchScript is to compile: the module it was."""
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        plain._parameters = self._parameters
+        return plain.train(self.training)
+
     def _widened(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., columns] times the matrix, in fp32."""
         rows, columns = self.weight.shape

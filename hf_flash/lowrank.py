@@ -87,7 +87,12 @@ def pack_lowrank(a: torch.Tensor, b: torch.Tensor, offset: torch.Tensor) -> dict
 
 
 class LowRankPredictor:
-    """The loaded form. Args: `tensors` as [`pack_lowrank`] returns them."""
+    """The loaded form. Args: `tensors` as [`pack_lowrank`] returns them.
+
+    It was trained with the biases of then, and does not follow others (`bias` has no say).
+    """
+
+    bias: torch.Tensor | None = None
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         a = Int8Matrix(tensors["a_codes"], tensors["a_scales"])

@@ -265,6 +265,8 @@ class _Clock(StoppingCriteria):
 class _Told:
     """A real predictor of the model's shape, with random weights, that answers what it was told to."""
 
+    bias: torch.Tensor | None = None
+
     def __init__(self, model: Model, d_ff: int, rows: int) -> None:
         self.says = torch.zeros(1, rows, dtype=torch.bool)
         d_model, form = model.dims[2], model.form

@@ -27,6 +27,7 @@ class Predictor(Protocol):
     """Names the neurons each token uses."""
 
     nbytes: int
+    bias: torch.Tensor | None  # [d_ff] of the up projection: the layer sets it before every call, since others may replace it
 
     def select(self, x: torch.Tensor) -> torch.Tensor | None:
         """bool [tokens, d_ff] for `x` [tokens, d_model], or `None`: every neuron for every token."""
@@ -37,6 +38,7 @@ class NoPredictor:
     """Every neuron for every token."""
 
     nbytes = 0
+    bias: torch.Tensor | None = None
 
     def select(self, x: torch.Tensor) -> None:
         return None

@@ -112,7 +112,7 @@ class QuantizedPredictor:
 
     Args:
         tensors: as [`quantize_rows`] returns them, for the whole layer.
-        bias: [d_ff] of the up projection, or `None`. The layer's own, so that it is not held twice and may change.
+        bias: [d_ff] of the up projection, or `None`. The layer's own, not held twice. It may change, and be set anew.
         margin: float32 [d_ff], added to the score: as it is if it was measured, else times the norm of the token.
     """
 
@@ -133,6 +133,15 @@ class QuantizedPredictor:
             product = Int4Matrix(codes, scales, tensors["zeros"], form.group(2 * codes.shape[1]))
         self._scores, self._measured = Scores(product, margin, bias), measured
         self.nbytes = product.nbytes + margin.nbytes
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._scores.bias
+
+    @bias.setter
+    def bias(self, bias: torch.Tensor | None) -> None:
+        if bias is not self._scores.bias:
+            self._scores = replace(self._scores, bias=bias)
 
     def with_margin(self, margin: torch.Tensor, *, measured: bool) -> QuantizedPredictor:
         """The same weights, not copied, with another margin."""

@@ -175,6 +175,10 @@ class FlashHfQuantizer(HfQuantizer):
             "the FFN weights are on flash", where="dequantize", hint="hf_flash.restore(folder, target), then load that"
         )
 
+    def __deepcopy__(self, memo: Any) -> FlashHfQuantizer:
+        """It has done its work: a copied model needs no other."""
+        return self
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 

@@ -18,9 +18,10 @@ from .compute import Scratch
 from .config import FlashOffloadConfig
 from .demand import Demand, measured, supposed
 from .errors import UsageError
-from .ffn import Engine, FlashFFN
+from .ffn import DownBias, Engine, FlashFFN
 from .linear import adopt
 from .lowrank import VARIANT
+from .matrices import Matrix
 from .memory import load_into_memory, trim_heap
 from .predictor import NoPredictor, PredictorForm
 from .reader import open_reader, reader_buffer_bytes
@@ -40,6 +41,10 @@ class FlashRuntime:
     form: PredictorForm | None
     engine: Engine
     ffns: Sequence[FlashFFN]
+
+    def __deepcopy__(self, memo: Any) -> FlashRuntime:
+        """A copied model reads the same store through the same windows."""
+        return self
 
     def stats(self) -> FlashStats:
         plan = self.plan
@@ -150,6 +155,9 @@ def attach(
     checkpoint.release()
     for ffn, predictor, capacity in zip(ffns, predictors, plan.capacities, strict=True):  # last: they fill the budget
         ffn.attach(engine, ResidentWindow(first.d_ff, first.d_model, capacity, config.window, dtype), predictor)
+    for module in model.modules():
+        if isinstance(module, FlashFFN | DownBias):
+            module.matrix = Matrix(store.layers[module.index], isinstance(module, DownBias), dtype)
     adopt(model, engine)
     runtime = FlashRuntime(config, plan, store, checkpoint, form, engine, ffns)
     model.flash_runtime = runtime  # type: ignore[assignment]
@@ -194,7 +202,10 @@ def stats(model: Any, *, reset: bool = False) -> FlashStats:
 
 
 def close(model: Any) -> None:
-    """Close the store's files and give the windows' memory back. The model cannot run afterwards. May be called twice."""
+    """Close the store's files and give the windows' memory back. May be called twice.
+
+    Neither the model nor any copy of it can run afterwards.
+    """
     runtime = find_runtime(model)
     with runtime.engine.lock:
         runtime.engine.close()

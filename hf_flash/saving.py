@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -20,14 +21,17 @@ from . import inuse
 from .card import base_model, model_card
 from .checkpoint import Checkpoint
 from .devices import METHODS
-from .errors import ConfigError
+from .errors import ConfigError, UsageError
+from .matrices import Matrix, OnFlash, checked
 from .repack import cache_folder, link_or_copy, save_folder
-from .runtime import find_runtime
+from .runtime import FlashRuntime, find_runtime
 from .store import FlashStore
 
 logger = logging.getLogger("hf_flash")
 
 _CARD: Final = "README.md"
+_SHOWN: Final = 4  # of names in an error
+_PUSH: Final = frozenset({"commit_message", "commit_description", "private", "revision", "create_pr", "bench"})
 _NOT_PUSHED: Final = ["*.tmp", ".*"]
 _TOKENIZER: Final = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -63,55 +67,70 @@ def save_pretrained(
     model: Any,
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
-    state_dict: Any = None,
+    state_dict: Mapping[str, Any] | None = None,
     push_to_hub: bool = False,
     max_shard_size: int | str | None = None,
     variant: str | None = None,
     token: str | bool | None = None,
     save_peft_format: bool = True,
     save_original_format: bool = True,
+    distributed_checkpoint: bool = False,
+    safe_serialization: bool | None = True,
+    save_function: Any = None,
     repo_id: str | None = None,
     **kwargs: Any,
 ) -> None:
     """Save a flash model: the store is copied as it is, tensors that were changed are written as they are now.
 
     Takes the place of `PreTrainedModel.save_pretrained` on the instance. With a PEFT adapter on it, the adapter alone is
-    saved, as transformers does. `max_shard_size` and `save_original_format` have no say: files are as the store has them.
+    saved, as transformers does. `max_shard_size`, `save_original_format` and `save_function` have no say: files are as the
+    store has them.
 
     Args:
         save_directory: a new folder, or the one the model was loaded from.
+        state_dict: what to save in place of the model's own tensors. All of them; FFN matrices as they are on flash.
         push_to_hub: upload it afterwards; `repo_id`, `token` and `kwargs` go to [`push`].
 
     Raises:
-        ConfigError: `state_dict` or `variant` is given, for which the store has no use, or an unknown argument.
+        ConfigError: `state_dict` lacks tensors, or an argument is unknown or asks for other files than safetensors ones
+            under their usual names.
+        UsageError: the model's layers are not those that were loaded, or `state_dict` has other FFN matrices.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         super(type(model), model).save_pretrained(
             save_directory,
             is_main_process=is_main_process,
+            state_dict=state_dict,
             push_to_hub=push_to_hub,
             token=token,
             save_peft_format=save_peft_format,
             **kwargs,
         )
         return
-    if state_dict is not None or variant is not None:
-        raise ConfigError(
-            "a flash model is saved from its store",
-            where="save_pretrained",
-            got="state_dict or variant",
-            hint="leave them out, or `hf_flash.restore` the plain checkpoint first",
-        )
+    refused = {
+        "variant": variant is not None,
+        "safe_serialization": safe_serialization is False,
+        "distributed_checkpoint": distributed_checkpoint,
+    }
+    _honoured("save_pretrained", refused)
     _known("save_pretrained", kwargs)
     if not is_main_process:
         return
-    _save(model, Path(save_directory))
+    _save(model, Path(save_directory), state_dict)
     if push_to_hub:
         push(save_directory, repo_id or Path(save_directory).name, token=token, **kwargs)
 
 
 def push_to_hub(
-    model: Any, repo_id: str, *, token: str | bool | None = None, max_shard_size: int | str | None = None, **kwargs: Any
+    model: Any,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    max_shard_size: int | str | None = None,
+    safe_serialization: bool | None = True,
+    variant: str | None = None,
+    tags: Sequence[str] | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Upload a flash model, with a card. Takes the place of `PreTrainedModel.push_to_hub` on the instance.
 
@@ -122,10 +141,12 @@ def push_to_hub(
         repo_id: the repository, created if it is not there.
         token: as in huggingface_hub.
         max_shard_size: has no say: files are as the store has them.
+        tags: more of them for the card.
         kwargs: as in [`push`].
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         return super(type(model), model).push_to_hub(repo_id, token=token, **kwargs)
+    _honoured("push_to_hub", {"variant": variant is not None, "safe_serialization": safe_serialization is False})
     _known("push_to_hub", kwargs)
     with _staging() as place:
         beside = find_runtime(model).checkpoint.files[0].parent
@@ -133,7 +154,7 @@ def push_to_hub(
         for name in (_CARD, *_TOKENIZER):
             if (beside / name).is_file():
                 shutil.copyfile(beside / name, place / name)
-        return _upload(place, repo_id, token=token, if_missing=_TOKENIZER, **kwargs)
+        return _upload(place, repo_id, token=token, if_missing=_TOKENIZER, tags=tags, **kwargs)
 
 
 def push(
@@ -206,6 +227,7 @@ def _upload(
     create_pr: bool = False,
     bench: str | os.PathLike[str] | None = None,
     if_missing: Sequence[str] = (),
+    tags: Sequence[str] | None = None,
 ) -> Any:
     """Write the card into a staging folder, which may be written to, and upload it as [`push`] says.
 
@@ -221,6 +243,10 @@ def _upload(
     kept = if_missing if set(if_missing) & set(api.list_repo_files(name, revision=revision)) else ()
     text = _card_so_far(api, folder, name, revision)
     card = model_card(folder, name, text, bench=bench)
+    if tags:
+        tagged = huggingface_hub.ModelCard(card)
+        tagged.data.tags = [*dict.fromkeys([*(tagged.data.tags or ()), *tags])]
+        card = str(tagged)
     (folder / _CARD).unlink(missing_ok=True)  # a link
     (folder / _CARD).write_bytes(card.encode())
     return api.upload_folder(
@@ -261,21 +287,32 @@ def _read(card: Path) -> str:
         raise ConfigError("the model card is not UTF-8", where=card, got=str(error)) from error
 
 
-def _known(where: str, kwargs: dict[str, Any]) -> None:
-    """Refuse what [`push`] would not understand before anything is written."""
-    known = {"commit_message", "commit_description", "private", "revision", "create_pr", "bench"}
-    if kwargs.keys() - known:
+def _honoured(where: str, refused: Mapping[str, bool]) -> None:
+    """Refuse arguments that a folder with a store cannot follow."""
+    if any(refused.values()):
         raise ConfigError(
-            "unknown arguments", where=where, expected=f"of {', '.join(sorted(known))}", got=", ".join(kwargs.keys() - known)
+            "a flash model is saved from its store",
+            where=where,
+            expected="safetensors files under their usual names",
+            got=", ".join(name for name, wrong in refused.items() if wrong),
+            hint="leave it out, or `hf_flash.restore` the plain checkpoint first",
         )
 
 
-def _save(model: Any, folder: Path, *, link: bool = False) -> None:
+def _known(where: str, kwargs: dict[str, Any]) -> None:
+    """Refuse what neither stock nor [`push`] would understand before anything is written."""
+    if kwargs.keys() - _PUSH:
+        raise ConfigError(
+            "unknown arguments", where=where, expected=f"of {', '.join(sorted(_PUSH))}", got=", ".join(kwargs.keys() - _PUSH)
+        )
+
+
+def _save(model: Any, folder: Path, state_dict: Mapping[str, Any] | None = None, *, link: bool = False) -> None:
     runtime = find_runtime(model)
+    changed = _changed(_whole(model, runtime, state_dict), runtime.checkpoint, runtime.store)
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     config = json.loads(model.config.to_json_string())
-    changed = _changed(model.state_dict(), runtime.checkpoint, runtime.store)
     save_folder(folder, runtime.checkpoint, runtime.store, config, changed, link=link)
     if folder.resolve() == runtime.checkpoint.files[0].parent.resolve():
         runtime.checkpoint = Checkpoint.open_folder(folder)  # its files are not the ones that were opened
@@ -283,7 +320,45 @@ def _save(model: Any, folder: Path, *, link: bool = False) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _changed(state: dict[str, torch.Tensor], checkpoint: Checkpoint, store: FlashStore) -> dict[str, torch.Tensor]:
+def _whole(model: Any, runtime: FlashRuntime, state_dict: Mapping[str, Any] | None) -> Mapping[str, torch.Tensor]:
+    """A model's tensors that are not on flash, if they and the store are what its config describes.
+
+    Raises:
+        UsageError: they are not, so that what would be written could not be loaded.
+        ConfigError: `state_dict` lacks tensors.
+    """
+    state = model.state_dict() if state_dict is None else state_dict
+    with torch.device("meta"):
+        described = type(model).__mro__[1](copy.deepcopy(model.config)).state_dict()
+    lacking = sorted(described.keys() - state.keys() - set(model.all_tied_weights_keys))
+    if lacking and state_dict is not None:
+        raise ConfigError(
+            "a flash model is saved from its store, and whole",
+            where="save_pretrained",
+            expected="a state_dict with all of the model's tensors",
+            got=f"a state_dict without {_some(lacking)}",
+            hint="leave it out, or `hf_flash.restore` the plain checkpoint first",
+        )
+    wrong = lacking + [name for name, value in described.items() if name in state and state[name].shape != value.shape]
+    found = [part.matrix for _, part in model.named_modules(remove_duplicate=False) if isinstance(part, OnFlash)]
+    loaded = [Matrix(layer, down, runtime.engine.dtype) for layer in runtime.store.layers for down in (False, True)]
+    if wrong or found != loaded:
+        order = [matrix.layer.index for matrix in found if matrix is not None and not matrix.down]
+        raise UsageError(
+            "the model's layers are not those that were loaded, but the store can only be copied as it is",
+            where="saving",
+            expected=f"the {len(runtime.store.layers)} layers of the store, and the tensors that the config describes",
+            got=f"layers {order} of it{'; without or with other ' if wrong else ''}{_some(wrong)}",
+            hint="change the plain model (`hf_flash.restore` writes it), save and repack that",
+        )
+    return {name: value for name, value in checked(model, state).items() if isinstance(value, torch.Tensor)}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
+
+
+def _changed(state: Mapping[str, torch.Tensor], checkpoint: Checkpoint, store: FlashStore) -> dict[str, torch.Tensor]:
     """Tensors of the model that are not what its checkpoint says, under the checkpoint's names, and those it has not."""
     ffn, seen = store.ffn_names, set[int]()
     changed: dict[str, torch.Tensor] = {}

@@ -63,6 +63,7 @@ class ResidentWindow:
         self.worth = np.zeros(d_ff)
         self.gain = 1.0  # what a use adds to `worth` now; it grows, instead of all of `worth` shrinking
         self.clock = 0  # tokens seen
+        self.consistent = True  # for callers: whether what they do with it was not interrupted halfway
         self.slot_of, self.pointer = np.empty(d_ff, dtype=np.int64), np.empty(capacity, dtype=np.int64)
         self._free = np.empty(capacity, dtype=np.int64)
         self.forget()

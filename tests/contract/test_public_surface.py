@@ -131,10 +131,10 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "demand", "errors", "inuse", "memory", "native"},
-    {"activity", "budget", "cap", "devices", "disk", "harness", "window"},
+    {"activity", "budget", "cap", "disk", "harness", "window"},
     {"bench_checks", "bench_job", "bench_report", "chunks", "compute", "config", "stats", "store"},
-    {"checkpoint", "lowbit", "placement", "plots", "read_queue", "readme", "writer"},
-    {"bench_page", "commandline", "folders", "hub_cache", "predictor", "sources"},
+    {"checkpoint", "lowbit", "matrices", "placement", "plots", "read_queue", "readme", "writer"},
+    {"bench_page", "commandline", "devices", "folders", "hub_cache", "predictor", "sources"},
     {"lowrank", "quantized", "reader", "step"},
     {"ffn", "training"},
     {"adapters", "linear"},

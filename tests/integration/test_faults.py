@@ -180,13 +180,6 @@ def test_a_dropped_model_gives_its_memory_back_at_once(opt: Load, load: Load) ->
         gc.enable()
 
 
-def test_a_loaded_model_refuses_to_be_copied(opt: Load, load: Load) -> None:
-    import copy
-
-    with pytest.raises(UsageError, match="cannot be copied"):
-        copy.deepcopy(load(opt()))
-
-
 def test_autocast_changes_nothing_of_what_the_ffn_computes(opt: Load, load: Load) -> None:
     stock, model = AutoModelForCausalLM.from_pretrained(opt(), dtype=torch.float32), load(opt(), predictor="none")
     for ids in (IDS, IDS[:, :1]):

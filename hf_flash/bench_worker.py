@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from . import reader
 from .bench_checks import window_law
-from .cap import peak_bytes
+from .cgroup import memory_peak
 from .chunks import Chunks
 from .config import FlashOffloadConfig
 from .errors import BudgetError, HfFlashError
@@ -67,7 +67,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
             "first_token_s": clock.times[0] - start,
             "threads": torch.get_num_threads(),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "cgroup_peak_bytes": peak_bytes(),
+            "cgroup_peak_bytes": memory_peak(),
         } | clock.summary() | watch.stop()  # fmt: skip
         return found | (_expected(model, spec["prompts"], tokens) if spec["kind"] == "flash" else {})
 

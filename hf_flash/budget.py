@@ -15,13 +15,12 @@ activations and the KV cache come on top: about 0.3 GB plus the KV cache.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import psutil
 
+from .cgroup import memory_left
 from .demand import LONGEST, Demand
 from .errors import BudgetError, ConfigError
 
@@ -63,41 +62,7 @@ def format_bytes(n: float) -> str:
 
 def available_memory() -> int:
     """Bytes this process may still take: the machine's free memory, or less where a cgroup says so."""
-    free = int(psutil.virtual_memory().available)
-    return max(0, min([free, *_cgroup_free()]))
-
-
-def _cgroup_free(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """What every memory cgroup above this process still allows (v1 and v2); page cache counts as free."""
-    try:
-        lines = proc.read_text().splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers == "":
-            top, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file "
-        elif "memory" in controllers.split(","):
-            top, limit, usage, cache = (
-                root / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file ",
-            )
-        else:
-            continue
-        here = top / name.lstrip("/")
-        for folder in [here, *here.parents]:
-            try:
-                ceiling = (folder / limit).read_text().strip()
-                if ceiling != "max":
-                    stat = (folder / "memory.stat").read_text()
-                    reclaimable = next((int(row.split()[1]) for row in stat.splitlines() if row.startswith(cache)), 0)
-                    yield int(ceiling) - int((folder / usage).read_text()) + reclaimable
-            except OSError:  # the root group has no such files; inside a container the path may not exist
-                pass
-            if folder == top:
-                break
+    return max(0, min([int(psutil.virtual_memory().available), *memory_left()]))
 
 
 def ceiling_bytes(budget: int | str | None) -> int:

@@ -1,8 +1,9 @@
 """A ceiling on the memory of a child process, by whatever this system lets us use.
 
-Tried in turn: a cgroup v2 below one that we may write to and that hands the memory controller down, nearest first; a cgroup v1;
-`systemd-run --user --scope`, which needs no rights. A way counts only if a trial process really ran in it. Swapping is switched
-off inside, or else the ceiling would be none. The page cache of the child counts; the kernel takes it back when it needs to.
+Tried in turn: a cgroup v2 below one that we may write to and that hands the memory controller down, nearest first; a cgroup v1,
+nearest first, so that the limits on this process hold for the child, too; `systemd-run --user --scope`, which needs no rights.
+A way counts only if a trial process really ran in it. Swapping is switched off inside, or else the ceiling would be none. The
+page cache of the child counts; the kernel takes it back when it needs to.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+from . import cgroup
 
 NO_CAP = "no cap"
-_ROOT = Path("/sys/fs/cgroup")
+_ROOT = cgroup.ROOT
+_LIMITS: Final = {1: ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"), 2: ("memory.max",)}
+_SWAP: Final[dict[int, tuple[str, ...]]] = {1: (), 2: ("memory.swap.max",)}
 
 
 @dataclass(frozen=True)
@@ -60,22 +66,6 @@ def memory_cap(nbytes: int | None) -> Iterator[MemoryCap]:
     yield MemoryCap()
 
 
-def peak_bytes(proc: Path = Path("/proc/self/cgroup")) -> int | None:
-    """The most memory that the cgroup of this process held, page cache included, if the system tells."""
-    with suppress(OSError):
-        for line in proc.read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            if controllers == "":
-                path = _v2_mount() / name.lstrip("/") / "memory.peak"
-            elif "memory" in controllers.split(","):
-                path = _ROOT / "memory" / name.lstrip("/") / "memory.max_usage_in_bytes"
-            else:
-                continue
-            with suppress(OSError, ValueError):
-                return int(path.read_text())
-    return None
-
-
 def _works(cap: MemoryCap) -> bool:
     with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(cap.command(["true"]), check=False, capture_output=True, timeout=10)
@@ -85,11 +75,10 @@ def _works(cap: MemoryCap) -> bool:
 
 def _ways(nbytes: int) -> Iterator[MemoryCap]:
     name = f"hf-flash-{os.getpid()}-{time.monotonic_ns()}"
-    for parent in _v2_parents():
-        limits = {"memory.max": nbytes, "memory.swap.max": 0}
-        yield from _cgroup("cgroup v2", parent / name, limits, nbytes)
-    limits = {"memory.limit_in_bytes": nbytes, "memory.memsw.limit_in_bytes": nbytes}
-    yield from _cgroup("cgroup v1", _ROOT / "memory" / name, limits, nbytes)
+    for parent in sorted(cgroup.groups("memory", _ROOT), key=lambda group: -group.version):
+        if parent.version == 1 or "memory" in parent.text("cgroup.subtree_control").split():
+            limits = dict.fromkeys(_LIMITS[parent.version], nbytes) | dict.fromkeys(_SWAP[parent.version], 0)
+            yield from _cgroup(f"cgroup v{parent.version}", parent.folder / name, limits, nbytes)
     if shutil.which("systemd-run"):
         scope = ("systemd-run", "--user", "--scope", "--quiet", "-p", f"MemoryMax={nbytes}", "-p", "MemorySwapMax=0")
         yield MemoryCap("systemd-run", nbytes, scope)
@@ -115,23 +104,3 @@ def _cgroup(label: str, folder: Path, limits: dict[str, int], nbytes: int) -> It
         with suppress(OSError):  # a kernel without swap accounting
             (folder / file).write_text(str(value))
     yield cap
-
-
-def _v2_mount() -> Path:
-    return _ROOT if (_ROOT / "cgroup.controllers").exists() else _ROOT / "unified"
-
-
-def _v2_parents() -> Iterator[Path]:
-    """Groups above this process that hand the memory controller down, the nearest first."""
-    mount = _v2_mount()
-    try:
-        own = next(row[3:] for row in Path("/proc/self/cgroup").read_text().splitlines() if row.startswith("0::"))
-    except (OSError, StopIteration):
-        return
-    here = mount / own.lstrip("/")
-    for folder in [here, *here.parents]:
-        with suppress(OSError):
-            if "memory" in (folder / "cgroup.subtree_control").read_text().split():
-                yield folder
-        if folder == mount:
-            return

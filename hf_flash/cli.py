@@ -34,6 +34,7 @@ from .commandline import (
     checked,
     file_target,
     finish,
+    forgiving,
     positive,
     quiet_pipe,
     say,
@@ -74,10 +75,12 @@ hf-flash COMMAND --help explains a command, with an example."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command. Returns the exit code."""
+    forgiving(sys.stdout, sys.stderr)
     try:
         args = _parser().parse_args(argv)
         code: int = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is closed otherwise
+            sys.stdout.flush()
         return code
     except (HfFlashError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
@@ -88,6 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         quiet_pipe(sys.stdout)
         return 141
+    except OSError as error:  # of the system: a current folder that was removed, a full disk behind stdout
+        print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
+        quiet_pipe(sys.stdout)
+        return 1
+    except UnicodeEncodeError as error:
+        advice = "set LANG=C.UTF-8 or PYTHONUTF8=1, or rename what is not valid UTF-8"
+        print(f"hf-flash: a name is no text here: {error}\n  to do: {advice}", file=sys.stderr)  # noqa: T201
+        return 1
     except KeyboardInterrupt:
         print("hf-flash: interrupted; what was finished is kept, run it again to go on", file=sys.stderr)  # noqa: T201
         return 130

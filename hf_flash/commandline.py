@@ -95,6 +95,13 @@ def finish(args: argparse.Namespace, report: Mapping[str, Any]) -> None:
         write_json(Path(args.json), report)
 
 
+def forgiving(*streams: Any) -> None:
+    """Let streams take every text: what their encoding has not, as names of files in other languages, is escaped."""
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def quiet_pipe(stream: Any) -> None:
     """After its reader went away: nothing more is tried to be written to it, at exit neither."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

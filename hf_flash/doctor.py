@@ -26,6 +26,7 @@ from . import native, planner
 from ._version import __version__
 from .bench_report import cpu_name, disk_table, mount_of
 from .budget import available_memory, ceiling_bytes, format_bytes
+from .cgroup import usable_cores
 from .config import FlashOffloadConfig
 from .disk import DiskPoint, disk_curve, dram_gb_per_s, rate_at
 from .errors import ConfigError, HfFlashError
@@ -157,19 +158,6 @@ def _threads() -> Finding:
     if 2 * threads < real:
         return Finding("threads", FAIR, found, f"large models use more: unset OMP_NUM_THREADS, or set it to {real}")
     return Finding("threads", GOOD, found + ("; one is free for reading ahead" if cores > threads else ""))
-
-
-def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may use: those it is tied to, or less where a cgroup says so."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period = " ".join((root / name).read_text().strip() for name in files).split()
-            if quota not in ("max", "-1"):
-                return max(1, min(cores, -(-int(quota) // int(period))))
-        except (OSError, ValueError):  # not Linux, or the other version of cgroups
-            continue
-    return cores
 
 
 def _dram() -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from .writer import writing
 
 logger = logging.getLogger("hf_flash")
 
+_MOST_BYTES: Final = 240  # of a name: file systems take 255, and hidden files beside it have longer ones
 _NOT_COPIED: Final = re.compile(
     r"(.*\.(safetensors|bin|pt|pth|h5|msgpack|ot|onnx|gguf|tmp|lock)|.*\.index\.json|config\.json|\..*)", re.IGNORECASE
 )
@@ -40,7 +42,20 @@ def check_room(folder: Path, needed: int) -> None:
 
 def lock_file(target: Path) -> Path:
     """The file beside a target whose lock says that somebody is at work on it."""
-    return target.with_name(f".{target.name}.lock")
+    return beside(target, ".lock")
+
+
+def short(name: str, most: int = _MOST_BYTES) -> str:
+    """A name that file systems take; one that is too long gets a hash for its end."""
+    raw = os.fsencode(name)
+    if len(raw) <= most:
+        return name
+    return raw[: most - 17].decode(errors="ignore") + "-" + hashlib.sha256(raw).hexdigest()[:16]
+
+
+def beside(target: Path, suffix: str) -> Path:
+    """The hidden file or folder beside a target that belongs to it."""
+    return target.with_name(f".{short(target.name)}{suffix}")
 
 
 @contextmanager
@@ -115,7 +130,7 @@ def partial_folder(target: Path) -> Iterator[Path]:
     The caller holds the target's lock.
     """
     check_target(target)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = beside(target, ".partial")
     with writing(partial):
         partial.mkdir(exist_ok=True)
     try:

@@ -7,7 +7,6 @@ after                       put the other weights into memory, load predictors, 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 
 from .adapters import Adapter, adapter_for
 from .budget import MemoryPlan, format_bytes
+from .cgroup import usable_cores
 from .checkpoint import Checkpoint
 from .config import AUTO, FlashOffloadConfig
 from .devices import stay_on_cpu
@@ -155,7 +155,7 @@ class FlashHfQuantizer(HfQuantizer):
         )
         ahead = self.quantization_config.lookahead
         if ahead is None:
-            ahead = int((os.cpu_count() or 1) > torch.get_num_threads())  # both cores busy: it costs what it hides
+            ahead = int(usable_cores() > torch.get_num_threads())  # both cores busy: it costs what it hides
         if ahead and self._form is not None:
             adapter_for(model.config).watch(model, self._ffns)
         bind(model)

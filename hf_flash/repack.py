@@ -30,7 +30,7 @@ from .adapters import Adapter, FFNNames, adapter_for
 from .checkpoint import Checkpoint, find_snapshot, resolve_folder
 from .config import FlashOffloadConfig
 from .errors import ConfigError, StoreError, StoreFormatError, StoreMissingError, UnsupportedModelError
-from .folders import check_room, check_target, copy_small_files, locked, partial_folder
+from .folders import check_room, check_target, copy_small_files, locked, partial_folder, short
 from .lowrank import LowRankFormat
 from .memory import trim_heap
 from .predictor import PredictorForm
@@ -247,8 +247,17 @@ def _nbytes(spec: TensorSpec) -> int:
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """Where plain checkpoints are repacked to: `cache_dir`, else `$HF_FLASH_CACHE`, else `flash` in the Hugging Face home."""
-    return Path(cache_dir or os.environ.get("HF_FLASH_CACHE") or Path(constants.HF_HOME) / "flash").expanduser()
+    """Where plain checkpoints are repacked to: `cache_dir`, else `$HF_FLASH_CACHE`, else `flash` in the Hugging Face home.
+
+    Raises:
+        ConfigError: that begins with the home of a user who has none, or with a current folder that was removed.
+    """
+    folder = Path(cache_dir or os.environ.get("HF_FLASH_CACHE") or Path(constants.HF_HOME) / "flash")
+    try:
+        return folder.expanduser().absolute()
+    except (RuntimeError, OSError) as error:
+        hint = "name a whole path in HF_FLASH_CACHE or cache_dir, or set HOME"
+        raise ConfigError("there is no place for the flash cache", where=folder, got=error, hint=hint) from error
 
 
 def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat | None, cache_dir: str | None) -> FlashStore:
@@ -257,7 +266,8 @@ def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat
     Several processes may ask at once: one works, the others wait for it.
     """
     origin = checkpoint.origin()
-    name = "--".join(filter(None, [origin["source"].replace("/", "--"), origin["revision"][:12], origin["fingerprint"][:16]]))
+    source = short(origin["source"].replace("/", "--"), 200)
+    name = "--".join(filter(None, [source, origin["revision"][:12], origin["fingerprint"][:16]]))
     target = cache_folder(cache_dir) / name
     with locked(target, keep=True):
         if target.is_dir():

@@ -7,15 +7,23 @@ Routes, requests and answers are those of `transformers serve`. What is added:
     /flash/stats        what `hf_flash.stats` says, as JSON
     /metrics            the same for Prometheus
     the context         a request gets no more tokens than the model has positions left; without any it is refused
+    who may ask         this machine's programs, and web pages only with `enable_cors` (guard.py)
+    bounds              on bodies and on every field that is used (guard.py, fields.py); the answer says which
+    clients that leave  end their answer
     errors              come with their reason, where OpenAI's clients show it; what a request got wrong is no 500
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import logging
 import socket
 import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -23,20 +31,24 @@ from typing import Any, Final
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from transformers import ContinuousBatchingConfig, StoppingCriteriaList
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as AnyHTTPException
+from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.systemone import SystemOneHandler
-from transformers.cli.serving.transcription import TranscriptionHandler
-from transformers.cli.serving.utils import GenerationState
+from transformers.cli.serving.utils import GenerateManager, GenerationState, _GenerationCancelled, split_model_id
 
+from . import fields
 from .budget import format_bytes
 from .config import FlashOffloadConfig
 from .errors import ConfigError, HfFlashError, UsageError
+from .guard import Guard, failure, gone, is_local, texts
 from .runtime import stats
 from .stats import FlashStats
 
@@ -45,6 +57,11 @@ logger = logging.getLogger("hf_flash")
 _PAGE_TOKENS: Final = 256  # of the KV cache in continuous batching; transformers' default
 _BATCH_TOKENS: Final = 512  # through the model at once, prompts in parts of it
 _GRACE_S: Final = 10  # after Ctrl-C, for the token that answers under way are at
+_DRAIN_S: Final = 60  # for the token that an answer is at when the model is unloaded
+_BODY_BYTES: Final = 1 << 20  # every body may have so many,
+_BYTES_A_TOKEN: Final = 64  # or so many for each position of the model
+_SHORT: Final = 16 << 10  # characters that any tokenizer takes in no time
+_TEMPLATE_NAMES: Final = ("messages", "load_audio_from_video")  # that transformers itself gives to a chat template
 
 
 class Server:
@@ -80,6 +97,8 @@ class Server:
         log_level: str = "info",
     ) -> None:
         template = None if chat_template is None else _read(chat_template)
+        if split_model_id(model)[1] is not None:
+            raise ConfigError("GGUF weights cannot be served", where="MODEL", got=model, hint="name a plain or repacked model")
         if "@" in model and Path(model).exists():
             raise ConfigError("what follows @ is a revision", where="MODEL", got=model, hint="rename the folder, or link to it")
         self._socket = _bound(host, port)
@@ -92,7 +111,19 @@ class Server:
             self._socket.close()
             raise
         self._state = _State(cache)
-        config = uvicorn.Config(self._app(enable_cors), log_level=log_level, timeout_graceful_shutdown=_GRACE_S)
+        self._models.drain = self._state.drain
+        self._admission = ThreadPoolExecutor(1, "hf-flash-admission")  # long prompts wait for each other, and nobody for them
+        guard = Guard(
+            self._app(enable_cors),
+            self._admitted,
+            routes=tuple(fields.ROUTES),
+            reset="/reset",
+            host=host,
+            local=is_local(self._socket.getsockname()[0]),
+            most_bytes=max(_BODY_BYTES, _BYTES_A_TOKEN * _context(self._models.load()[0])),
+            open_to_pages=enable_cors,
+        )
+        config = uvicorn.Config(guard, log_level=log_level, timeout_graceful_shutdown=_GRACE_S)
         self._server = _Uvicorn(config, self._state.stop)
         self._socket.listen()  # clients that come before `run` wait
 
@@ -131,6 +162,7 @@ class Server:
             pass  # everything is shut down by then: uvicorn raises the signal again for those who called it
         finally:
             self._state.shutdown()
+            self._admission.shutdown(wait=False, cancel_futures=True)
             self._socket.close()
 
     def stop(self) -> None:
@@ -145,7 +177,7 @@ class Server:
             ChatCompletionHandler(models, state),
             completion_handler=CompletionHandler(models, state),
             response_handler=ResponseHandler(models, state),
-            transcription_handler=TranscriptionHandler(models, state),
+            transcription_handler=_NoAudio(),
             systemone_handler=SystemOneHandler(model_manager=models, generation_state=state),
             generation_state=state,
             enable_cors=enable_cors,
@@ -159,12 +191,14 @@ class Server:
         def metrics() -> PlainTextResponse:
             return PlainTextResponse(prometheus(self.stats()), media_type="text/plain; version=0.0.4")
 
-        @app.exception_handler(HTTPException)
-        async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        @app.exception_handler(AnyHTTPException)
+        async def refused(_: Request, error: AnyHTTPException) -> JSONResponse:
             return _failure(error.status_code, error.detail)
 
+        @app.exception_handler(RequestValidationError)
+        @app.exception_handler(TemplateError)
         @app.exception_handler(ValueError)
-        async def wrong_request(_: Request, error: ValueError) -> JSONResponse:
+        async def wrong_request(_: Request, error: Exception) -> JSONResponse:
             return _failure(400, error)
 
         @app.exception_handler(HfFlashError)
@@ -174,7 +208,36 @@ class Server:
             logger.error("hf_flash: %s", error)
             return _failure(503, error)
 
+        @app.exception_handler(Exception)
+        async def broken(_: Request, error: Exception) -> JSONResponse:
+            return _failure(500, f"{type(error).__name__}: {error}")
+
         return app
+
+    async def _admitted(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A request whose fields are valid, for a model that is loaded, with a prompt that may fit.
+
+        What takes long is done outside of the event loop, in which transformers' handlers run.
+
+        Raises:
+            ConfigError: the request is refused.
+            HfFlashError: the model cannot be loaded again.
+        """
+        body = fields.check(path, body)
+        if path == "/load_model":
+            self._models.check_name(self._models.process_model_name(body["model"]))
+            return body
+
+        def apart(work: Any, *args: Any) -> asyncio.Future[Any]:
+            return asyncio.get_running_loop().run_in_executor(self._admission, work, *args)
+
+        model, processor = self._models.loaded() or await apart(self._models.load)
+        _check_settings(fields.used(path, body), model, processor)
+        words = texts(body)
+        if sum(map(len, words)) > _SHORT:
+            length = await apart(_tokens, processor, words)
+            _check_length(length - len(words), _context(model))
+        return body
 
 
 class _Uvicorn(uvicorn.Server):
@@ -196,6 +259,7 @@ class _FlashModels(ModelManager):
         self, model: str, template: str | None, dtype: str, attn_implementation: str | None, continuous_batching: bool
     ) -> None:
         self._template = template
+        self.drain: Callable[[], None] | None = None  # waits for answers under way
         super().__init__(
             device="cpu",
             dtype=dtype,
@@ -208,20 +272,42 @@ class _FlashModels(ModelManager):
         """Names nothing: arguments come from `hf_flash.configure` and from the model."""
         return FlashOffloadConfig()
 
-    def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
-        """Only the one model, for which the memory is, and with the chat template."""
+    def check_name(self, model_id_and_revision: str) -> None:
+        """Refuse every model but the one for which the memory is."""
         if model_id_and_revision != self.process_model_name(self.force_model):
             name = model_id_and_revision.removesuffix("@main")
             raise ConfigError("this server has another model", expected=self.force_model, got=name)
+
+    def load_model_and_processor(
+        self, model_id_and_revision: str, *args: Any, gguf_file: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Only the one model, and with the chat template."""
+        self.check_name(model_id_and_revision if gguf_file is None else f"{model_id_and_revision}:{gguf_file}")
         model, processor = super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
         if self._template is not None:
             processor.chat_template = self._template
         return model, processor
 
+    def load(self) -> tuple[Any, Any]:
+        """The model and its processor, loaded if they are not."""
+        model, processor = self.load_model_and_processor(self.process_model_name(self.force_model))
+        return model, processor
+
+    def loaded(self) -> tuple[Any, Any] | None:
+        """The same, if they are there."""
+        found = self.loaded_models.get(self.process_model_name(self.force_model))
+        return None if found is None or found.model is None else (found.model, found.processor)
+
+    def shutdown(self) -> None:
+        """Unload the model once no answer uses it: two do not fit into the memory of one."""
+        if self.drain is not None:
+            self.drain()
+        with self._model_locks[self.process_model_name(self.force_model)]:  # nobody gets half of it
+            super().shutdown()
+
     def template(self) -> str | None:
         """The chat template in use."""
-        _, processor = self.load_model_and_processor(self.process_model_name(self.force_model))
-        found: str | None = processor.chat_template
+        found: str | None = self.load()[1].chat_template
         return found
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
@@ -248,59 +334,149 @@ class _State(GenerationState):
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
         return _Fitting(super().get_manager(model_id, use_cb=use_cb), self.stop)
 
+    def drain(self) -> None:
+        """Return when no answer is under way; those that wait have left."""
+        self.shutdown()  # of continuous batching, which holds a model
+        for manager in list(self._generate_managers.values()):
+            manager.submit(int).result(_DRAIN_S)
+
+
+class _NoAudio:
+    """In place of transcriptions, which no model has that runs on flash."""
+
+    async def handle_request(self, _: Request) -> JSONResponse:
+        raise HTTPException(400, "this server's model reads text and transcribes no audio")
+
+
+class _Left(Exception):
+    """The client of a request is gone."""
+
 
 class _Fitting:
-    """A generation manager of transformers that never asks for positions the model does not have: OPT's are learnt."""
+    """A generation manager of transformers that never asks for positions the model does not have: OPT's are learnt.
+
+    Answers end when the server is told to stop, and when their client leaves.
+    """
 
     def __init__(self, manager: Any, stop: threading.Event) -> None:
-        self._manager, self._stop = manager, stop
+        self._manager = manager
+        self._ends = [event for event in (stop, gone.get()) if event is not None]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
 
     def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, request_id: str, **kwargs: Any
     ) -> tuple[Any, Any]:
         self._fit(model, inputs, gen_config)
-        model = _Escaping(model)
-        queue, streamer = self._manager.generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        queue, streamer = self._manager.generate_streaming(
+            self._watched(model), processor, inputs, gen_config, *args, request_id=_unique(request_id), **kwargs
+        )
         return queue, streamer
 
     async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, request_id: str, **kwargs: Any
     ) -> Any:
         self._fit(model, inputs, gen_config)
-        return await self._manager.generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        name = _unique(request_id)
+        answer = asyncio.ensure_future(self._manager.generate_non_streaming(
+            self._watched(model), processor, inputs, gen_config, *args, request_id=name, **kwargs
+        ))  # fmt: skip
+        try:
+            if not isinstance(self._manager, GenerateManager):
+                await self._or_left(answer, name)
+            return await answer
+        except _Left as error:
+            raise HTTPException(499, "the client left") from error
+
+    async def _or_left(self, answer: asyncio.Future[Any], request_id: str) -> None:
+        """Wait for an answer of continuous batching; it is given up when the client leaves."""
+        if (left := gone.get()) is None:
+            return
+        leaving = asyncio.ensure_future(left.wait())
+        await asyncio.wait([answer, leaving], return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not answer.done():
+            answer.cancel()
+            self._manager._cb.cancel_request(request_id)
+            raise _Left
+
+    def _watched(self, model: Any) -> Any:
+        return model if not isinstance(self._manager, GenerateManager) else _Watched(model, self._ended)
+
+    def _ended(self) -> bool:
+        return any(event.is_set() for event in self._ends)
 
     def _fit(self, model: Any, inputs: Any, gen_config: Any) -> None:
-        ids, context = inputs["input_ids"], model.config.max_position_embeddings
+        ids, context = inputs["input_ids"], _context(model)
         one_by_one = not isinstance(ids, list)  # else continuous batching, which takes token ids and nothing else
         length = ids.shape[-1] if one_by_one else len(ids)
-        if length >= context:
-            raise ConfigError("the prompt is too long for the model", expected=f"fewer than {context} tokens", got=length)
+        if length == 0:
+            raise ConfigError("the prompt is empty", expected="at least one token")
+        _check_length(length, context)
         gen_config.max_new_tokens = min(gen_config.max_new_tokens or context, context - length)
         if one_by_one:
             inputs["stopping_criteria"] = StoppingCriteriaList([self._stopped])
 
     def _stopped(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(ids),), self._stop.is_set())
+        return torch.full((len(ids),), self._ended())
 
 
-class _Escaping:
-    """A model whose errors can be put between the quotes of JSON on one line, which is what transformers does in a stream."""
+class _Watched:
+    """A model that begins no answer for a client that is gone. Its errors can be put between the quotes of JSON on one line,
+    which is what transformers does in a stream."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, ended: Callable[[], bool]) -> None:
+        self._model, self._ended = model, ended
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def generate(self, **kwargs: Any) -> Any:
+        if self._ended():
+            raise _Left
         try:
             return self._model.generate(**kwargs)
-        except HfFlashError as error:
+        except _GenerationCancelled:
+            raise
+        except Exception as error:
+            if "streamer" not in kwargs:
+                raise
             logger.error("hf_flash: %s", error)
             raise RuntimeError(json.dumps(str(error))[1:-1]) from error
+
+
+def _unique(request_id: str) -> str:
+    """A name that no other request has: clients choose theirs, and continuous batching keeps answers by them."""
+    return f"{request_id}-{uuid.uuid4().hex[:12]}"
+
+
+def _context(model: Any) -> int:
+    return int(model.config.max_position_embeddings)
+
+
+def _tokens(processor: Any, words: list[str]) -> int:
+    return len(getattr(processor, "tokenizer", processor)("\n".join(words)).input_ids)
+
+
+def _check_length(length: int, context: int) -> None:
+    if length >= context:
+        raise ConfigError("the prompt is too long for the model", expected=f"fewer than {context} tokens", got=length)
+
+
+def _check_settings(body: dict[str, Any], model: Any, processor: Any) -> None:
+    """What depends on the model.
+
+    Raises:
+        ConfigError: a field asks for what it does not have, or for what is transformers' own to say.
+    """
+    if config := body.get("generation_config"):
+        usual = GenerationConfig().to_dict() | model.generation_config.to_dict()
+        fields.check_generation(config, usual, model.config.vocab_size)
+    fields.check_tokens([int(token) for token in body.get("logit_bias", {})], model.config.vocab_size, "logit_bias")
+    reserved = {*inspect.signature(processor.apply_chat_template).parameters, *_TEMPLATE_NAMES}
+    if taken := sorted(reserved & body.get("chat_template_kwargs", {}).keys()):
+        raise ConfigError("chat_template_kwargs: not yours to set", expected="variables of the chat template", got=taken)
 
 
 def prometheus(found: FlashStats) -> str:
@@ -329,7 +505,8 @@ def _paged(kv_cache_bytes: int, found: FlashStats) -> ContinuousBatchingConfig:
 
 def _bound(host: str, port: int) -> socket.socket:
     """A socket with the address, taken before the model is loaded."""
-    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on: 40 ms an answer
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind((host, port))
@@ -347,6 +524,4 @@ def _read(template: Path) -> str:
 
 
 def _failure(status: int, what: object) -> JSONResponse:
-    """In the form that OpenAI's clients show."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": str(what), "type": kind}}, status_code=status)
+    return JSONResponse(failure(status, what), status_code=status)

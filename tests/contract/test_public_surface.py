@@ -130,9 +130,9 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 # --- imports -------------------------------------------------------------------------------------------------------
 
 LAYERS = [  # a module imports only from lines above its own
-    {"_version", "demand", "errors", "inuse", "memory", "native"},
+    {"_version", "cgroup", "demand", "errors", "inuse", "memory", "native"},
     {"activity", "budget", "cap", "disk", "harness", "window"},
-    {"bench_checks", "bench_job", "bench_report", "chunks", "compute", "config", "stats", "store"},
+    {"bench_checks", "bench_job", "bench_report", "chunks", "compute", "config", "fields", "guard", "stats", "store"},
     {"checkpoint", "lowbit", "matrices", "placement", "plots", "read_queue", "readme", "writer"},
     {"bench_page", "commandline", "devices", "folders", "hub_cache", "predictor", "sources"},
     {"lowrank", "quantized", "reader", "step"},

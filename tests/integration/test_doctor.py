@@ -135,18 +135,6 @@ def test_file_systems_that_are_no_flash(kind: str, advice: str) -> None:
     assert "OPT-6.7B reads 59.1 s for a token" in str(doctor._speed(slow, "here", "ext4").advice)
 
 
-@pytest.mark.parametrize(("files", "limit"), [
-    ({"cpu.max": "100000 100000"}, 1), ({"cpu.max": "max 100000"}, None), ({}, None), ({"cpu.max": "50000 100000"}, 1),
-    ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
-    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-])  # fmt: skip
-def test_cores_follow_the_cgroup(files: dict[str, str], limit: int | None, tmp_path: Path) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    assert doctor.usable_cores(tmp_path) == (limit or doctor.usable_cores(tmp_path / "none"))
-
-
 @pytest.mark.parametrize(("text", "verdict"), [("always [madvise] never", GOOD), ("always madvise [never]", FAIR)])
 def test_huge_pages(text: str, verdict: str, tmp_path: Path) -> None:
     (tmp_path / "enabled").write_text(text)

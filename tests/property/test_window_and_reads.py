@@ -22,7 +22,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_flash import BudgetError, ConfigError, StoreReadError, lowbit
-from hf_flash.budget import _cgroup_free, available_memory, format_bytes, parse_bytes, plan_memory
+from hf_flash.budget import available_memory, format_bytes, parse_bytes, plan_memory
 from hf_flash.chunks import chunked
 from hf_flash.ffn import Engine, FlashFFN, Scratch, block_rows
 from hf_flash.lowbit import quantize_rows
@@ -658,62 +658,10 @@ def test_an_unset_budget_stays_below_what_is_free(free: int) -> None:
     assert plan.window_bytes <= plan.budget_bytes <= free
 
 
-# --- cgroups -------------------------------------------------------------------------------------------------------
-
-GIB = 1 << 30
-V2 = ("memory.max", "memory.current", "inactive_file")
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-
-
-def group(folder: Path, names: tuple[str, str, str], limit: int | str, usage: int, cache: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / names[0]).write_text(f"{limit}\n")
-    (folder / names[1]).write_text(f"{usage}\n")
-    (folder / "memory.stat").write_text(f"anon 1\nactive_file 99\n{names[2]} {cache}\nslab 5\n")
-
-
-def free_in(folder: Path, proc: str) -> list[int]:
-    (folder / "proc").write_text(proc)
-    return list(_cgroup_free(folder / "proc", folder / "sys"))
-
-
-def test_every_group_of_version_2_above_a_process_counts(tmp_path: Path) -> None:
-    top = tmp_path / "sys"
-    group(top / "a" / "b" / "c", V2, "max", 3 * GIB, 0)
-    group(top / "a" / "b", V2, 8 * GIB, 3 * GIB, GIB)
-    group(top / "a", V2, 6 * GIB, 5 * GIB, 0)
-    group(top / "other", V2, 1, 1, 0)
-    assert free_in(tmp_path, "0::/a/b/c\n") == [6 * GIB, GIB]
-
-
-def test_every_group_of_version_1_above_a_process_counts(tmp_path: Path) -> None:
-    top = tmp_path / "sys" / "memory"
-    group(top / "a" / "b", V1, 4 * GIB, GIB, GIB // 2)
-    group(top / "a", V1, 2 * GIB, GIB, 0)
-    group(top, V1, 9223372036854771712, 7 * GIB, 0)
-    proc = "5:cpu,cpuacct:/a/b\n4:hugetlb,memory:/a/b\n1:name=systemd:/x\n0::/x\n"
-    assert free_in(tmp_path, proc)[:2] == [4 * GIB - GIB // 2, GIB]
-    assert len(free_in(tmp_path, proc)) == 3
-
-
-def test_a_container_that_sees_its_own_group_as_the_root_counts(tmp_path: Path) -> None:
-    group(tmp_path / "sys", V2, 2 * GIB, GIB, 0)
-    assert free_in(tmp_path, "0::/\n") == [GIB]
-    assert free_in(tmp_path, "0::/not/seen/from/inside\n") == [GIB]
-    group(tmp_path / "sys" / "memory", V1, 3 * GIB, GIB, 0)
-    assert free_in(tmp_path, "2:memory:/docker/0123\n") == [2 * GIB]
-
-
-def test_groups_that_say_nothing_limit_nothing(tmp_path: Path) -> None:
-    (tmp_path / "sys" / "a").mkdir(parents=True)
-    assert free_in(tmp_path, "0::/a\n3:cpuset:/a\n") == []
-    assert list(_cgroup_free(tmp_path / "no such file", tmp_path)) == []
-
-
 @pytest.mark.parametrize(("limits", "wanted"), [([], 10), ([7, 4], 4), ([20], 10), ([-5], 0)])
 def test_the_tightest_limit_counts_and_is_never_negative(
     monkeypatch: pytest.MonkeyPatch, limits: list[int], wanted: int
 ) -> None:
     monkeypatch.setattr("hf_flash.budget.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10})())
-    monkeypatch.setattr("hf_flash.budget._cgroup_free", lambda: iter(limits))
+    monkeypatch.setattr("hf_flash.budget.memory_left", lambda: iter(limits))
     assert available_memory() == wanted

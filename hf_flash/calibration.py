@@ -49,6 +49,7 @@ from .config import FlashOffloadConfig
 from .errors import BudgetError, CalibrationError, ConfigError, HfFlashError, UnsupportedModelError
 from .ffn import observed
 from .folders import check_room, locked
+from .header import TensorSpec, read_header
 from .lowrank import VARIANT, LowRankPredictor
 from .memory import trim_heap
 from .placement import count_reads, place_neurons
@@ -56,7 +57,7 @@ from .predictor import read_tensors
 from .quantized import MEASURED_RECALL, measure_margin, quantized_forms
 from .repack import list_store, repacked_config
 from .runtime import close, find_runtime
-from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
+from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore
 from .text import Text, quotations, text_name, token_windows
 from .training import Targets, train_layer, training_bytes
 from .writer import calibration_metadata, place_layer, predictor_metadata, write_json, write_safetensors, writing

@@ -8,7 +8,6 @@ says when it was last used.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -26,7 +25,7 @@ from . import inuse
 from .budget import format_bytes
 from .commandline import add_json, finish, say, tell
 from .errors import ConfigError, HfFlashError, StoreError, UsageError
-from .folders import lock_file
+from .folders import lock_file, put_aside
 from .repack import cache_folder
 from .store import FlashStore
 from .writer import writing
@@ -85,12 +84,7 @@ class Entry:
             with alone, writing(self.path):
                 if inuse.held([self.path, *self.path.glob("*.safetensors")]):
                     raise UsageError("in use by a running process", where=self.path, hint="close the model first")
-                doomed = self.path
-                if not _LEFT.fullmatch(self.name):
-                    doomed = self.path.with_name(f".{self.name}.removed")
-                    shutil.rmtree(doomed, ignore_errors=True)  # of a run that died here
-                    os.rename(self.path, doomed)
-                shutil.rmtree(doomed)
+                shutil.rmtree(self.path if _LEFT.fullmatch(self.name) else put_aside(self.path))
         except Timeout as error:
             raise UsageError("a running process is writing it", where=self.path, hint="wait for it") from error
 

@@ -19,13 +19,14 @@ from .config import FlashOffloadConfig
 from .demand import Demand, measured, supposed
 from .errors import UsageError
 from .ffn import Engine, FlashFFN
+from .header import read_header
 from .linear import adopt
 from .lowrank import VARIANT
 from .memory import load_into_memory, trim_heap
 from .predictor import NoPredictor, PredictorForm
 from .reader import open_reader, reader_buffer_bytes
 from .stats import FlashStats
-from .store import META, FlashStore, read_header
+from .store import META, FlashStore
 from .window import ResidentWindow
 
 

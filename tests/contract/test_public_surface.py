@@ -131,7 +131,8 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "demand", "errors", "inuse", "memory", "native", "uring"},
-    {"activity", "budget", "cap", "devices", "disk", "harness", "window"},
+    {"activity", "budget", "cap", "devices", "disk", "files", "harness", "window"},
+    {"header"},
     {"bench_checks", "bench_job", "bench_report", "compute", "config", "stats", "store"},
     {"checkpoint", "lowbit", "placement", "plots", "readme", "sources", "writer"},
     {"bench_page", "commandline", "folders", "hub_cache", "predictor", "reader", "step"},
@@ -168,8 +169,8 @@ MAY_IMPORT = {
         "server",
         "text",
     },
-    "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "uring", "inuse"},
-    "safetensors": {"store", "checkpoint", "predictor"},
+    "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "uring", "inuse", "files"},
+    "safetensors": set(),
     "huggingface_hub": {
         "bench",
         "checkpoint",

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from . import inuse
 from .budget import format_bytes
 from .commandline import add_json, finish, say, tell
-from .errors import ConfigError, HfFlashError, StoreError, UsageError
+from .errors import ConfigError, HfFlashError, StoreError, StoreFormatError, StoreMissingError, UsageError
 from .folders import lock_file, put_aside
 from .repack import cache_folder
 from .store import FlashStore
@@ -39,7 +39,8 @@ class Entry:
 
     Attributes:
         source, revision: what it was made from; empty where that cannot be told.
-        state: "ready", "unfinished" (an interrupted run left it; the next one goes on there) or "damaged".
+        state: "ready", "unfinished" (an interrupted run left it; the next one goes on there), "damaged", or
+            "unreadable" (not to be read now, or by this version).
         last_used: seconds since the epoch.
     """
 
@@ -116,8 +117,10 @@ def _entry(path: Path) -> Entry | None:
             store = FlashStore.open_folder(path)
             source, revision, state = store.metadata["source"], store.metadata["revision"], "ready"
             predictors = tuple(store.predictors)
-    except StoreError:
+    except (StoreFormatError, StoreMissingError):
         pass
+    except StoreError:  # somebody else's, of a newer version, or out of reach just now
+        state = "unreadable"
     try:
         size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
         clock = next(there for there in (lock_file(path), path) if there.exists())

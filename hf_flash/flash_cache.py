@@ -25,6 +25,7 @@ from . import inuse
 from .budget import format_bytes
 from .commandline import add_json, finish, say, tell
 from .errors import ConfigError, HfFlashError, StoreError, StoreFormatError, StoreMissingError, UsageError
+from .files import exists, listing
 from .folders import lock_file, put_aside
 from .repack import cache_folder
 from .store import FlashStore
@@ -103,7 +104,7 @@ def scan(cache_dir: str | None = None) -> list[Entry]:
         cache_dir: as in `FlashOffloadConfig`.
     """
     folder = cache_folder(cache_dir)
-    paths = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    paths = [path for path in listing(folder) if path.is_dir()] if exists(folder) else []
     entries = (_entry(path) for path in paths if not path.name.startswith(".") or _LEFT.fullmatch(path.name))
     return sorted((entry for entry in entries if entry is not None), key=lambda entry: (entry.source, entry.name))
 

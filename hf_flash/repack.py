@@ -35,7 +35,6 @@ from .errors import (
     ConfigError,
     HfFlashError,
     RepackError,
-    StoreError,
     StoreFormatError,
     StoreMissingError,
     UnsupportedModelError,
@@ -261,7 +260,7 @@ def _complete(path: Path, fingerprint: str) -> bool:
     """Whether an earlier run finished this file, from the same source."""
     try:
         return read_header(path)[1].get("hf_flash.fingerprint") == fingerprint
-    except StoreError:
+    except StoreFormatError:
         return False
 
 

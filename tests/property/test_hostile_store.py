@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_flash
@@ -52,9 +53,10 @@ def headers(draw: st.DrawFn) -> tuple[str, int]:
 
 
 PIECES = [
-    "-1", "1.0", "1e2", "-0", "00", "18446744073709551616", "9" * 30, "NaN", "Infinity", "true", "null", "[]", "{}", '"x"', '""',
-    '"a":1,', '"dtype":"F32",', '"shape":[1],', '"\\ud800"', "\\u0000", "\x00", "\ufeff", "²", "[[[[", "]", "{", "}", ",", '"',
-    "F8_E4M3", "F32", "I64", "0", "1", "4", "__metadata__", '{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', " ", "\n",
+    "-1", "1.0", "1e2", "-0", "00", "18446744073709551616", "9" * 30, "NaN", "Infinity", "true", "null", "[]", "{}", '"x"',
+    '""', '"a":1,', '"dtype":"F32",', '"shape":[1],', '"\\ud800"', "\\u0000", "\x00", "\ufeff", "²", "[[[[", "]", "{", "}",
+    ",", '"', "F8_E4M3", "F32", "I64", "0", "1", "4", "__metadata__", '{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
+    " ", "\n",
 ]  # fmt: skip
 
 
@@ -128,7 +130,8 @@ def test_bytes_that_are_no_header_are_refused(place: Path, data: bytes, size: in
 
 
 def entry(name: str, start: int, end: int, shape: list[int] | None = None, dtype: str = "U8") -> str:
-    return f'"{name}":{json.dumps({"dtype": dtype, "shape": [end - start] if shape is None else shape, "data_offsets": [start, end]})}'
+    info = {"dtype": dtype, "shape": [end - start] if shape is None else shape, "data_offsets": [start, end]}
+    return f"{json.dumps(name)}:{json.dumps(info)}"
 
 
 HEADERS: dict[str, tuple[bytes, int]] = {
@@ -277,7 +280,7 @@ STORES: dict[str, Callable[[Path], Any]] = {
     "an index with numbers": text(INDEX, b'{"weight_map": {"a": 1e999}}'),
     "an index with a number of 5000 digits": text(INDEX, b'{"weight_map": ' + b"1" * 5000 + b"}"),
     "a version of another alphabet": meta(LAYER, format_version="²"),
-    "a version of Arabic digits": meta(LAYER, format_version="١"),
+    "a version of Arabic digits": meta(LAYER, format_version="\u0661"),
     "a version of 5000 digits": meta(LAYER, format_version="1" * 5000),
     "a negative version": meta(LAYER, format_version="-1"),
     "a version with a space": meta(LAYER, format_version=" 1"),
@@ -319,6 +322,7 @@ def loaded(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=FlashOffloadConfig(predictor="quantized"))
 
 
+TOKENS = torch.arange(4, 90).repeat(30)
 CALLS: dict[str, Callable[[Path], Any]] = {
     "open": lambda folder: hf_flash.runtime.stored_report(FlashStore.open_folder(folder)),
     "restore": lambda folder: hf_flash.restore(folder, folder.parent / "restored"),
@@ -369,3 +373,37 @@ def test_a_hostile_config_is_one_of_our_errors(calibrated: Path, tmp_path: Path,
         with pytest.raises(HfFlashError):
             call()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile"]
+
+
+PLAIN: dict[str, tuple[str, str]] = {
+    "in another folder": ("model.safetensors", "../victim/model-00001-of-00001.safetensors"),
+    "absolute": ("model.safetensors", "/dev/zero.safetensors"),
+    "a pickle": ("model.safetensors", "model-00001-of-00001.bin"),
+    "a pickle in another folder": ("pytorch_model.bin", "../victim/model-00001-of-00001.bin"),
+    "a link": ("model.safetensors", "link.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_an_index_of_a_plain_checkpoint_stays_in_its_folder(tmp_path: Path, case: str) -> None:
+    (kind, name), folder = PLAIN[case], make_opt(tmp_path / "plain")
+    (tmp_path / "victim").mkdir()
+    state = load_file(folder / "model.safetensors")
+    os.replace(folder / "model.safetensors", tmp_path / "victim" / "model-00001-of-00001.safetensors")
+    torch.save(state, tmp_path / "victim" / "model-00001-of-00001.bin")
+    shutil.copyfile(tmp_path / "victim" / "model-00001-of-00001.bin", folder / "model-00001-of-00001.bin")
+    (folder / "link.safetensors").symlink_to(tmp_path / "victim" / "model-00001-of-00001.safetensors")
+    (folder / f"{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, name)}))
+    with pytest.raises(StoreFormatError, match=r"index|outside"):
+        hf_flash.repack(folder, tmp_path / "out")
+    with pytest.raises((HfFlashError, OSError)):  # transformers looks whether they are there
+        loaded(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "victim"]
+
+
+def test_a_single_file_may_be_a_link(tmp_path: Path) -> None:
+    folder = make_opt(tmp_path / "plain")
+    os.replace(folder / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    loaded(folder)
+    hf_flash.repack(folder, tmp_path / "out")

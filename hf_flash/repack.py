@@ -337,12 +337,16 @@ def _finish_folder(
 
 
 def _write_index(folder: Path, store: FlashStore, weight_map: dict[str, str], headers: Mapping[str, str]) -> None:
-    """List the store's files in `folder` beside the other weights, `weight_map`, of which `headers` says what they are."""
-    names = sorted({*weight_map.values(), *(path.name for path in store.files)})
+    """List the store's files in `folder` beside the other weights, `weight_map`, of which `headers` says what they are.
+
+    What a file of other weights is, nothing but the index says. The store's own files say what they belong to, and they may
+    be written again before the index is.
+    """
+    rest = sorted(set(weight_map.values()))
     for path in store.files:
         weight_map |= dict.fromkeys(read_header(folder / path.name)[0], path.name)
-    digests = {name: headers.get(name) or header_digest(folder / name) for name in names}
-    size = sum((folder / name).stat().st_size for name in names)
+    digests = {name: headers.get(name) or header_digest(folder / name) for name in rest}
+    size = sum((folder / name).stat().st_size for name in {*rest, *(path.name for path in store.files)})
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": size, HEADERS: digests}, "weight_map": weight_map})
 
 
@@ -353,7 +357,7 @@ def list_store(folder: Path) -> None:
     listed_files(folder / INDEX_NAME)
     weight_map: dict[str, str] = read_json(folder / INDEX_NAME)["weight_map"]
     rest = {tensor: name for tensor, name in weight_map.items() if name not in ours}
-    _write_index(folder, store, rest, {name: value for name, value in store.headers.items() if name in rest.values()})
+    _write_index(folder, store, rest, store.headers)
 
 
 def other_weights(checkpoint: Checkpoint, store: FlashStore) -> dict[str, TensorSpec]:

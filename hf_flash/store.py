@@ -55,7 +55,7 @@ LAYER_FILE: Final = "flash-layer-{:05d}.safetensors"
 PREDICTOR_FILE: Final = "flash-predictor-{}.safetensors"
 CALIBRATION_FILE: Final = "flash-calibration.safetensors"
 META: Final = "hf_flash."
-HEADERS: Final = "hf_flash_headers"  # in the index's metadata: what identifies each file, by name
+HEADERS: Final = "hf_flash_headers"  # in the index's metadata: what identifies each file of other weights, by name
 NOTICE: Final = "this model needs hf_flash: pip install hf-flash, then import hf_flash before loading it"  # an empty tensor
 _VARIANT: Final = re.compile(r"int4-g[1-9][0-9]{0,5}|int8|lowrank")
 
@@ -124,7 +124,7 @@ class FlashStore:
     others: tuple[Path, ...]  # files with the other weights of the checkpoint
     metadata: Mapping[str, str]  # source, revision, fingerprint
     strangers: tuple[Path, ...] = ()  # files that the index lists and that are none of the store's
-    headers: Mapping[str, str] = field(default_factory=dict)  # by file name, what identifies it, as the index says
+    headers: Mapping[str, str] = field(default_factory=dict)  # what the index says of `others`, by file name
 
     @classmethod
     def open(cls, files: Iterable[str | os.PathLike[str]]) -> FlashStore:

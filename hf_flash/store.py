@@ -57,6 +57,7 @@ CALIBRATION_FILE: Final = "flash-calibration.safetensors"
 META: Final = "hf_flash."
 HEADERS: Final = "hf_flash_headers"  # in the index's metadata: what identifies each file of other weights, by name
 NOTICE: Final = "this model needs hf_flash: pip install hf-flash, then import hf_flash before loading it"  # an empty tensor
+_MOST: Final = 1 << 24  # neurons, or layers, or columns: what is as long as this is read at once
 _VARIANT: Final = re.compile(r"int4-g[1-9][0-9]{0,5}|int8|lowrank")
 
 
@@ -292,7 +293,7 @@ def _layer_of(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], own: Ma
     keys = [name for name in tensors if name.endswith(".bundles")]
     lacking = [k for k in ("up", "down", "crc32") if k not in own]
     sizes = {k: number(own.get(k)) for k in ("layer", "layers", "d_model", "d_ff", "format_version")}
-    lacking += [k for k, value in sizes.items() if value is None or (value == 0 and k != "layer")]
+    lacking += [k for k, value in sizes.items() if value is None or value > _MOST or (value == 0 and k != "layer")]
     if len(keys) != 1 or lacking:
         raise StoreFormatError(
             "not a flash layer file",

@@ -170,6 +170,24 @@ def test_a_header_longer_than_allowed_is_not_read(place: Path) -> None:
         read_header(place)
 
 
+def test_a_layer_of_nothing_but_a_hole_takes_no_memory(calibrated: Path, tmp_path: Path) -> None:
+    """The file is as large as it says, and takes no room on the disk."""
+    with safe_open(layer(calibrated), "pt") as file:
+        meta = dict(file.metadata()) | {"hf_flash.d_ff": str(1 << 28), "hf_flash.d_model": "1", "hf_flash.format_version": "2"}
+    key, end = "model.decoder.layers.1.fc1.", (1 << 28) * 2 * 2
+    header = {
+        "__metadata__": meta,
+        f"{key}bundles": {"dtype": "F16", "shape": [1 << 28, 2], "data_offsets": [0, end]},
+        f"{key}place": {"dtype": "I32", "shape": [1 << 28], "data_offsets": [end, 2 * end]},
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 4096)
+    with open(written(tmp_path / "x.safetensors", text, 0), "r+b") as file:
+        file.truncate(8 + len(text) + 2 * end)
+    with pytest.raises(StoreFormatError, match="not a flash layer file"):
+        FlashStore.open_folder(tmp_path)
+
+
 # --- stores, by the functions that users call ---------------------------------------------------------------------------------
 
 

@@ -250,7 +250,7 @@ def given_files(folder: str, files: Sequence[str]) -> list[Path]:
         StoreFormatError: with what is wrong.
     """
     paths, base = [Path(file) for file in files], Path(folder)
-    if not base.is_dir():
+    if not folder or not base.is_dir():
         base = next((path.parent for path in paths if find_snapshot(path.parent)), paths[0].parent)
     for path in paths:
         name = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)

@@ -19,14 +19,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from . import inuse
 from .budget import format_bytes
 from .commandline import add_json, finish, say, tell
 from .errors import ConfigError, HfFlashError, StoreError, StoreFormatError, StoreMissingError, UsageError
 from .files import exists, listing
-from .folders import lock_file, put_aside
+from .folders import lock_file, lock_on, put_aside
 from .repack import cache_folder
 from .store import FlashStore
 from .writer import writing
@@ -82,7 +82,7 @@ class Entry:
             RepackError: the system does not let it go.
         """
         try:
-            alone = FileLock(self._lock, timeout=0) if self._lock.exists() else nullcontext()
+            alone = lock_on(self._lock).acquire(timeout=0) if self._lock.exists() else nullcontext()
             with alone, writing(self.path):
                 if inuse.held([self.path, *self.path.glob("*.safetensors")]):
                     raise UsageError("in use by a running process", where=self.path, hint="close the model first")

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,6 +86,11 @@ def scratch_file(parent: Path, purpose: str, nbytes: int, pieces: Iterable[Any])
         yield path
 
 
+def lock_on(path: Path) -> Any:
+    """The lock that a lock file, which exists, stands for; a file beside it where the file system has no locks."""
+    return FileLock(path) if inuse.lockable(path) else SoftFileLock(path.with_name(f"{path.name}.held"))
+
+
 @contextmanager
 def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
     """Hold a lock beside the target; says so when it has to wait.
@@ -99,15 +105,14 @@ def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
     with writing(target):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()  # a folder that cannot be written to is an error here; a FileLock would wait for it
-        soft = not inuse.lockable(path)
-    lock = SoftFileLock(path.with_name(f"{path.name}.held")) if soft else FileLock(path)
+        lock = lock_on(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         logger.warning(
             "hf_flash: another process is writing %s; waiting for it%s",
             target,
-            f". If there is none, remove {lock.lock_file}" if soft else "",
+            f". If there is none, remove {lock.lock_file}" if isinstance(lock, SoftFileLock) else "",
         )
         lock.acquire()
     try:
@@ -169,9 +174,13 @@ def clear_away(path: Path) -> None:
 
 def put_aside(folder: Path) -> Path:
     """Rename a folder to what is cleared away later: it is out of the way at once, or not at all. Returns the new name."""
-    aside = folder.with_name(f".{folder.name}.removed")
+    for number in count():
+        aside = folder.with_name(f".{folder.name}{f'.{number}' if number else ''}.removed")
+        with suppress(OSError):  # somebody else's
+            clear_away(aside)  # of a run that died here
+        if not os.path.lexists(aside):
+            break
     with writing(folder):
-        clear_away(aside)  # of a run that died here
         os.rename(folder, aside)
     return aside
 

@@ -21,7 +21,7 @@ from .header import DTYPE_NAMES, PIECE_BYTES, Rows, TensorSpec, new_tensor, read
 from .memory import aligned_empty
 from .store import ALIGNMENT, FORMAT_VERSION, META, PLACED_VERSION, LayerStore, crc_of_file
 
-_NO_SYNC: Final = {getattr(errno, name) for name in ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EROFS", "EBADF")}
+_NO_SYNC: Final = {getattr(errno, name) for name in ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EROFS")}
 _NO_CRC: Final = "0" * 8
 
 

@@ -168,8 +168,9 @@ def clear_away(path: Path) -> None:
     """Remove a file, a link or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        return
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def put_aside(folder: Path) -> Path:

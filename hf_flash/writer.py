@@ -63,7 +63,8 @@ def write_safetensors(
 
 def new_file(path: Path) -> IO[bytes]:
     """A file to write, a new one: what has the name goes, so that nothing is written through a link or into a FIFO."""
-    path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        os.unlink(path)
     return open(path, "xb")
 
 

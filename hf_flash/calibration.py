@@ -46,17 +46,20 @@ from .activity import Activations, Use, frequency, moments, pack_bits, partners
 from .adapters import adapter_for
 from .budget import ceiling_bytes, format_bytes, parse_bytes
 from .config import FlashOffloadConfig
-from .errors import BudgetError, CalibrationError, ConfigError, HfFlashError, UnsupportedModelError
+from .errors import BudgetError, CalibrationError, ConfigError, HfFlashError, StoreError, UnsupportedModelError
 from .ffn import observed
-from .folders import check_room, locked
+from .files import parse_json, read_json
+from .folders import check_room, clear_away, locked
+from .header import TensorSpec, read_header
 from .lowrank import VARIANT, LowRankPredictor
 from .memory import trim_heap
 from .placement import count_reads, place_neurons
 from .predictor import read_tensors
 from .quantized import MEASURED_RECALL, measure_margin, quantized_forms
 from .repack import list_store, repacked_config
+from .report import check_layer
 from .runtime import close, find_runtime
-from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore, TensorSpec, read_header
+from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore
 from .text import Text, quotations, text_name, token_windows
 from .training import Targets, train_layer, training_bytes
 from .writer import calibration_metadata, place_layer, predictor_metadata, write_json, write_safetensors, writing
@@ -228,9 +231,9 @@ class _Job:
         self.arguments = wanted
         if self.crew.index == 0:
             path = self.work / "job.json"
-            if self.work.exists() and (not path.exists() or json.loads(path.read_text()) != wanted):
-                shutil.rmtree(self.work)
             with writing(self.work):
+                if not _is_working_folder(self.work) or _job_of(path) != wanted:
+                    clear_away(self.work)
                 self.work.mkdir(exist_ok=True)
             write_json(path, wanted)
         self.crew.wait()
@@ -419,7 +422,11 @@ class _Job:
 
     def _report(self, before: str | None) -> dict[str, Any]:
         """What goes into the calibration file; `before` is the folder's predictor up to now."""
-        layers = [json.loads(read_header(self._path("layer", n.index))[1]["report"]) for n in self.store.layers]
+        layers = []
+        for n in self.store.layers:
+            path = self._path("layer", n.index)
+            layers.append(parse_json(read_header(path)[1].get("report", ""), path))
+            check_layer(layers[-1], path)
         quantized = min((self.store.predictors[f.variant].stat().st_size for f in quantized_forms(self.store)), default=0)
         smaller = not quantized or sum(layer["lowrank"]["nbytes"] for layer in layers) < quantized
         reached = all(layer["reached"] for layer in layers)
@@ -457,6 +464,19 @@ class _Job:
                 yield text
 
         write_safetensors(self.folder / name, specs, pieces(), metadata)
+
+
+def _is_working_folder(work: Path) -> bool:
+    """Whether it is what a run of ours leaves: a folder of regular files, through none of which anything else is written."""
+    return not work.is_symlink() and work.is_dir() and all(entry.is_file(follow_symlinks=False) for entry in os.scandir(work))
+
+
+def _job_of(path: Path) -> dict[str, Any] | None:
+    """What a working folder was made for; `None` where it does not say so."""
+    try:
+        return read_json(path)
+    except StoreError:
+        return None
 
 
 class _Rows:

@@ -1,7 +1,7 @@
 """Plain checkpoints: a folder, a Hub repository or a list of files, seen as named tensors that stay on disk until used.
 
-Reads what transformers reads: `model.safetensors` or `pytorch_model.bin`, single or sharded. Pickles are opened with
-`weights_only`, and memory-mapped.
+Reads what transformers reads: `model.safetensors` or `pytorch_model.bin`, single or sharded. Safetensors are read in pieces and
+never mapped; pickles are opened with `weights_only`, and memory-mapped.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -24,10 +25,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import safe_open
 
-from .errors import ConfigError, StoreFormatError, StoreMissingError
-from .store import DTYPE_NAMES, FORMAT_VERSION, TensorSpec, listed_files, read_header
+from .errors import ConfigError, RepackError, StoreFormatError, StoreMissingError
+from .files import StoredFile, absolute, check_inside, exists, listed_files, plain_name, reading
+from .header import DTYPE_NAMES, Rows, TensorSpec, read_header, read_pieces, read_tensor
+from .memory import copied
+from .store import FORMAT_VERSION
 
 logger = logging.getLogger("hf_flash")
 
@@ -49,7 +52,8 @@ class Checkpoint:
 
     files: list[Path]
     specs: dict[str, TensorSpec] = field(default_factory=dict)
-    _where: dict[str, Path] = field(default_factory=dict)
+    _where: dict[str, tuple[Path, int]] = field(default_factory=dict)  # file and byte
+    _states: dict[Path, tuple[int, int]] = field(default_factory=dict)  # of the files, when they were opened
     _pickles: dict[Path, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -59,14 +63,15 @@ class Checkpoint:
         Raises:
             StoreMissingError, StoreFormatError: with the file and what is wrong with it.
         """
-        self = cls(files)
-        for path in files:
+        self = cls([absolute(path) for path in files])
+        for path in self.files:
+            self._states[path] = _state(path)
             if path.suffix == ".safetensors":
-                for name, (spec, _) in read_header(path)[0].items():
-                    self.specs[name], self._where[name] = spec, path
+                for name, (spec, offset) in read_header(path)[0].items():
+                    self.specs[name], self._where[name] = spec, (path, offset)
             else:
                 for name, tensor in self._unpickled(path).items():
-                    self.specs[name], self._where[name] = (tensor.dtype, tuple(tensor.shape)), path
+                    self.specs[name], self._where[name] = (tensor.dtype, tuple(tensor.shape)), (path, 0)
         strange = {str(dtype) for dtype, _ in self.specs.values()} - {str(dtype) for dtype in DTYPE_NAMES}
         if strange:
             raise StoreFormatError("tensors of a dtype that hf_flash cannot carry", where=files[0].parent, got=sorted(strange))
@@ -78,13 +83,48 @@ class Checkpoint:
         return cls.open(weight_files(folder))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, memory-mapped."""
-        path = self._where[name]
+        """One tensor, in memory; memory-mapped if it is pickled."""
+        path, offset = self._where[name]
         if path.suffix != ".safetensors":
             return self._unpickled(path)[name]
-        with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+        with StoredFile(path) as file:
+            return read_tensor(file, self.specs[name], offset)
+
+    def in_memory(self, name: str) -> torch.Tensor:
+        """One tensor, contiguous, in memory even if it is pickled."""
+        tensor = self.tensor(name)
+        return tensor if self._where[name][0].suffix == ".safetensors" else copied(tensor)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """One tensor in pieces of some MiB, in its own order, which share a buffer."""
+        path, offset = self._where[name]
+        if path.suffix != ".safetensors":
+            yield self._unpickled(path)[name]
+            return
+        with StoredFile(path) as file:
+            yield from read_pieces(file, self.specs[name], offset)
+
+    def rows(self, name: str) -> Rows | torch.Tensor:
+        """One matrix whose rows are read by slices when they are asked for."""
+        path, offset = self._where[name]
+        if path.suffix != ".safetensors":
+            return self._unpickled(path)[name]
+        return Rows(StoredFile(path), self.specs[name], offset)
+
+    def check_unchanged(self) -> None:
+        """Refuse files that were written to or replaced since they were opened.
+
+        Raises:
+            RepackError: with the file.
+        """
+        for path, before in self._states.items():
+            if not exists(path) or _state(path) != before:
+                raise RepackError(
+                    "the source changed while it was read",
+                    where=path,
+                    expected="the size and time it had when it was opened",
+                    hint="wait until nobody writes it, then run it again: nothing was made of it",
+                )
 
     def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
         if path not in self._pickles:
@@ -98,19 +138,37 @@ class Checkpoint:
     def origin(self) -> dict[str, str]:
         """Where it comes from, and a fingerprint that changes whenever the weights may have changed.
 
-        A Hub snapshot is named by its commit, and by the folder in it where it is not at the top; a local one by path, sizes,
-        times, headers and samples of the contents.
+        Of sizes, headers and samples of the contents, and of its name: of a Hub snapshot repository and commit, and the folder
+        in it where it is not at the top; of a local one path and times.
         """
         folder = self.files[0].parent
         found = find_snapshot(folder)
         source, revision = (found.name, found.commit) if found else (folder.name, "")
-        digest = hashlib.sha256(f"{FORMAT_VERSION}\n{source}\n{revision or folder.resolve()}\n".encode())
+        source = source.encode("utf-8", "replace").decode()  # a name of a file system may have bytes that are no text
+        digest = hashlib.sha256(f"{FORMAT_VERSION}\n{source}\n".encode() + os.fsencode(f"{revision or folder.resolve()}\n"))
         for path in sorted(self.files):
-            state = path.stat()
-            digest.update(f"{path.name} {state.st_size} {0 if revision else state.st_mtime_ns}\n".encode())
-            digest.update(b"" if revision else _samples(path, state.st_size))
+            size, time = _state(path)
+            digest.update(os.fsencode(f"{path.name} {size} {0 if revision else time}\n"))
+            digest.update(_samples(path))
         digest.update(json.dumps([(n, str(d), list(s)) for n, (d, s) in sorted(self.specs.items())]).encode())
         return {"source": source, "revision": revision, "fingerprint": digest.hexdigest()[:32]}
+
+    def identity(self, fingerprint: str, unit_ns: int = 1) -> str:
+        """What changes with every write to the files, also between the samples of a Hub snapshot of the same commit.
+
+        Args:
+            fingerprint: as [`origin`] has it.
+            unit_ns: in what times are counted. A copy may not keep them finer than a second.
+        """
+        states = [f"{path.name} {size} {time // unit_ns}" for path, (size, time) in sorted(self._states.items())]
+        return hashlib.sha256(os.fsencode("\n".join([fingerprint, *states]))).hexdigest()[:32]
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of last modification in ns. Not the inode, which some network file systems make up anew."""
+    with reading(path):
+        found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -131,33 +189,31 @@ def find_snapshot(folder: Path) -> Snapshot | None:
     return Snapshot(Path(match["cache"]), "/".join(parts), match["commit"])
 
 
-def _samples(path: Path, size: int) -> bytes:
+def _samples(path: Path) -> bytes:
     """Some KiB from all over a file: other weights differ there, even under the same size and time."""
-    with open(path, "rb") as file:
-        parts = []
-        for i in range(_SAMPLES):
-            file.seek(size * i // _SAMPLES)
-            parts.append(file.read(256))
-    return b"".join(parts)
+    with StoredFile(path) as file:
+        starts = [file.nbytes * i // _SAMPLES for i in range(_SAMPLES)]
+        return b"".join(file.read(min(256, file.nbytes - start), start) for start in starts)
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    StoredFile(path).close()  # what cannot be opened, or is no regular file, is said so
     try:
         mapped = zipfile.is_zipfile(path)
         if not mapped:
             logger.warning("hf_flash: %s is an old pickle that cannot be memory-mapped: it is read into memory whole", path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except FileNotFoundError as error:
-        raise StoreMissingError("a file of the checkpoint is not there", where=path, hint="download it again") from error
     except Exception as error:
         raise StoreFormatError(
             "not a readable PyTorch checkpoint",
             where=path,
-            got=str(error).splitlines()[0],
+            got=(str(error).splitlines() or [type(error).__name__])[0],
             hint="the file is damaged or incomplete: download it again",
         ) from error
     tensors = (
-        {name: value for name, value in state.items() if isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
+        {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        if isinstance(state, dict)
+        else {}
     )
     if not tensors:
         raise StoreFormatError("no tensors in a PyTorch checkpoint", where=path, expected="a dictionary of tensors")
@@ -168,11 +224,11 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a checkpoint folder, in the order of preference that transformers has."""
     for name in _WEIGHTS:
         path = folder / name
-        if path.exists():
+        if exists(path):
             if not name.endswith(".json"):
                 return [path]
             shards = listed_files(path)
-            missing = [shard.name for shard in shards if not shard.exists()]
+            missing = [shard.name for shard in shards if not exists(shard)]
             if missing:
                 raise StoreMissingError(
                     "shards that the index lists are not there",
@@ -182,6 +238,38 @@ def weight_files(folder: Path) -> list[Path]:
                 )
             return shards
     raise StoreMissingError("no weights in the folder", where=folder, expected=" or ".join(_WEIGHTS))
+
+
+def given_files(folder: str, files: Sequence[str]) -> list[Path]:
+    """The weight files that transformers found for a checkpoint. It takes the names in an index as they are; here they stay in
+    the checkpoint's folder, and there is no pickle among those of a safetensors index.
+
+    Args:
+        folder: what `from_pretrained` was called with: a folder, or a repository, whose files lie in the Hub's cache.
+
+    Raises:
+        StoreFormatError: with what is wrong.
+    """
+    paths, base = [Path(file) for file in files], Path(folder)
+    if not folder or not base.is_dir():
+        base = next((path.parent for path in paths if find_snapshot(path.parent)), paths[0].parent)
+    for path in paths:
+        name = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
+        if not plain_name(name):
+            raise StoreFormatError(
+                "the index lists a file outside the checkpoint's folder",
+                where=base,
+                expected="names of files in it",
+                got=ascii(str(path)),
+                hint="do not load it, unless you know who made it",
+            )
+        if path.suffix != ".safetensors":
+            for index in path.parent.glob("model.safetensors.index*.json"):
+                if path.name in {listed.name for listed in listed_files(index)}:  # an error where it is listed
+                    raise StoreFormatError("a pickle out of a safetensors index", where=index, got=path.name)
+    if len(paths) > 1 or paths[0].name not in _WEIGHTS:  # out of an index
+        check_inside(base, paths)
+    return paths
 
 
 def resolve_folder(

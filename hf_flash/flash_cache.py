@@ -8,7 +8,6 @@ says when it was last used.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -20,13 +19,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from . import inuse
 from .budget import format_bytes
 from .commandline import add_json, finish, say, tell
-from .errors import ConfigError, HfFlashError, StoreError, UsageError
-from .folders import lock_file
+from .errors import ConfigError, HfFlashError, StoreError, StoreFormatError, StoreMissingError, UsageError
+from .files import exists, listing
+from .folders import lock_file, lock_on, put_aside
 from .repack import cache_folder
 from .store import FlashStore
 from .writer import writing
@@ -40,7 +40,8 @@ class Entry:
 
     Attributes:
         source, revision: what it was made from; empty where that cannot be told.
-        state: "ready", "unfinished" (an interrupted run left it; the next one goes on there) or "damaged".
+        state: "ready", "unfinished" (an interrupted run left it; the next one goes on there), "damaged", or
+            "unreadable" (not to be read now, or by this version).
         last_used: seconds since the epoch.
     """
 
@@ -81,16 +82,11 @@ class Entry:
             RepackError: the system does not let it go.
         """
         try:
-            alone = FileLock(self._lock, timeout=0) if self._lock.exists() else nullcontext()
+            alone = lock_on(self._lock).acquire(timeout=0) if self._lock.exists() else nullcontext()
             with alone, writing(self.path):
                 if inuse.held([self.path, *self.path.glob("*.safetensors")]):
                     raise UsageError("in use by a running process", where=self.path, hint="close the model first")
-                doomed = self.path
-                if not _LEFT.fullmatch(self.name):
-                    doomed = self.path.with_name(f".{self.name}.removed")
-                    shutil.rmtree(doomed, ignore_errors=True)  # of a run that died here
-                    os.rename(self.path, doomed)
-                shutil.rmtree(doomed)
+                shutil.rmtree(self.path if _LEFT.fullmatch(self.name) else put_aside(self.path))
         except Timeout as error:
             raise UsageError("a running process is writing it", where=self.path, hint="wait for it") from error
 
@@ -108,7 +104,7 @@ def scan(cache_dir: str | None = None) -> list[Entry]:
         cache_dir: as in `FlashOffloadConfig`.
     """
     folder = cache_folder(cache_dir)
-    paths = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    paths = [path for path in listing(folder) if path.is_dir()] if exists(folder) else []
     entries = (_entry(path) for path in paths if not path.name.startswith(".") or _LEFT.fullmatch(path.name))
     return sorted((entry for entry in entries if entry is not None), key=lambda entry: (entry.source, entry.name))
 
@@ -122,8 +118,10 @@ def _entry(path: Path) -> Entry | None:
             store = FlashStore.open_folder(path)
             source, revision, state = store.metadata["source"], store.metadata["revision"], "ready"
             predictors = tuple(store.predictors)
-    except StoreError:
+    except (StoreFormatError, StoreMissingError):
         pass
+    except StoreError:  # somebody else's, of a newer version, or out of reach just now
+        state = "unreadable"
     try:
         size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
         clock = next(there for there in (lock_file(path), path) if there.exists())

@@ -10,20 +10,24 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
+from . import inuse
 from .budget import format_bytes
 from .errors import DiskSpaceError, HfFlashError, TargetExistsError
-from .writer import writing
+from .writer import to_disk, write_text, writing
 
 logger = logging.getLogger("hf_flash")
 
+MARK: Final = ".belongs-to"  # in a partial folder
 _MOST_BYTES: Final = 240  # of a name: file systems take 255, and hidden files beside it have longer ones
 _NOT_COPIED: Final = re.compile(
-    r"(.*\.(safetensors|bin|pt|pth|h5|msgpack|ot|onnx|gguf|tmp|lock)|.*\.index\.json|config\.json|\..*)", re.IGNORECASE
+    r"(.*\.(safetensors|bin|pt|pth|h5|msgpack|ot|onnx|gguf|tmp|new|partial|lock)|.*\.index\.json|config\.json|\..*)",
+    re.IGNORECASE,
 )
 
 
@@ -93,14 +97,21 @@ def scratch_file(parent: Path, purpose: str, nbytes: int, pieces: Iterable[Any])
         with writing(path, needed=nbytes), open(path, "wb") as file:
             for piece in pieces:
                 file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
+            to_disk(file)
         yield path
+
+
+def lock_on(path: Path) -> Any:
+    """The lock that a lock file, which exists, stands for; a file beside it where the file system has no locks."""
+    return FileLock(path) if inuse.lockable(path) else SoftFileLock(path.with_name(f"{path.name}.held"))
 
 
 @contextmanager
 def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
     """Hold a lock beside the target; says so when it has to wait.
+
+    Where the file system has no locks, the existence of a file is one. What a killed process left of it on this machine does
+    not count; one that another machine left has to be removed by hand.
 
     Args:
         keep: leave the lock file, where many processes come and go. Otherwise the next owner must check the target again.
@@ -109,11 +120,15 @@ def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
     with writing(target):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()  # a folder that cannot be written to is an error here; a FileLock would wait for it
-    lock = FileLock(path)
+        lock = lock_on(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.warning("hf_flash: another process is writing %s; waiting for it", target)
+        logger.warning(
+            "hf_flash: another process is writing %s; waiting for it%s",
+            target,
+            f". If there is none, remove {lock.lock_file}" if isinstance(lock, SoftFileLock) else "",
+        )
         lock.acquire()
     try:
         yield
@@ -124,40 +139,86 @@ def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def partial_folder(target: Path) -> Iterator[Path]:
+def partial_folder(target: Path, belongs: str = "") -> Iterator[Path]:
     """A folder beside `target` that becomes it when the block ends well, and stays for the next run when it does not.
 
     The caller holds the target's lock.
+
+    Args:
+        belongs: what it is made from. What another run left is still there if it was made from the same; otherwise, and
+            without this, the folder is empty.
     """
     check_target(target)
     partial = beside(target, ".partial")
+    mark = partial / MARK
     with writing(partial):
+        if not belongs or _text_of(mark) != belongs:
+            clear_away(partial)
         partial.mkdir(exist_ok=True)
+        write_text(mark, belongs)
     try:
         yield partial
     except HfFlashError:
         with suppress(OSError):
-            partial.rmdir()  # if nothing was finished
+            if os.listdir(partial) == [MARK]:  # nothing was finished
+                mark.unlink()
+                partial.rmdir()
         raise
     with writing(target):
+        mark.unlink()
         if target.is_dir():
             target.rmdir()
         os.rename(partial, target)
-        _sync(target.parent)
+    _sync(target.parent)
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def clear_away(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+        return
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def put_aside(folder: Path) -> Path:
+    """Rename a folder to what is cleared away later: it is out of the way at once, or not at all. Returns the new name."""
+    for number in count():
+        aside = folder.with_name(f".{folder.name}{f'.{number}' if number else ''}.removed")
+        with suppress(OSError):  # somebody else's
+            clear_away(aside)  # of a run that died here
+        if not os.path.lexists(aside):
+            break
+    with writing(folder):
+        os.rename(folder, aside)
+    return aside
 
 
 def _sync(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system lets us."""
+    """Make a rename in `folder` survive a power cut, where the system lets us. It is done already, so no refusal matters."""
     if hasattr(os, "O_DIRECTORY"):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with suppress(OSError):
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 def check_target(target: Path) -> None:
     """Refuse a target that is no empty folder, or whose place cannot be taken by a rename."""
+    with writing(target):  # a folder that may not be looked into
+        _check_target(target)
+
+
+def _check_target(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TargetExistsError("the target is not an empty folder", where=target, hint="choose another one, or remove it")
     if target.exists() and os.path.ismount(target):

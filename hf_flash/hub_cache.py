@@ -59,8 +59,8 @@ def _compare(source: Checkpoint, target: Path) -> None:
             found = dict(zip((layers[name].up_name, layers[name].down_name), unbundle(layers[name]), strict=True))
         else:
             found = {name: packed.tensor(name)} if name in packed.specs else {}
-        for wanted in found or [name]:
-            if wanted not in found or not _identical(found[wanted], source.tensor(wanted)):
+        for wanted in list(found) or [name]:
+            if wanted not in found or not _identical(found.pop(wanted), source.tensor(wanted)):
                 raise RepackError(
                     "the repacked folder is not what the source is: nothing was deleted",
                     where=f"{target}: {wanted}",

@@ -30,6 +30,22 @@ def hold(fd: int) -> None:
             return
 
 
+def lockable(path: Path) -> bool:
+    """Whether the file system has locks. Some have none, such as Lustre mounted without `flock`."""
+    if sys.platform == "win32":
+        return True
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
     """Hold a folder while the block runs, where folders can be opened."""

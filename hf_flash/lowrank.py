@@ -16,9 +16,10 @@ from typing import Final
 import torch
 
 from .errors import StoreFormatError
+from .header import TensorSpec, read_header
 from .lowbit import Int8Matrix, Scores, by_tokens, quantize_rows
 from .predictor import read_tensors
-from .store import FlashStore, LayerStore, TensorSpec, read_header
+from .store import FlashStore, LayerStore
 
 VARIANT: Final = "lowrank"
 

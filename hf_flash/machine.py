@@ -27,13 +27,14 @@ from .adapters import Adapter
 from .compute import Scratch
 from .ffn import Engine, FlashFFN
 from .folders import scratch_file
+from .header import TensorSpec
 from .linear import adopt
 from .lowrank import LowRankFormat, LowRankPredictor, lowrank_specs
 from .memory import aligned_empty, trim_heap
 from .predictor import NoPredictor, PredictorForm
 from .quantized import QuantizedFormat, QuantizedPredictor
 from .reader import open_reader
-from .store import FlashStore, LayerStore, TensorSpec
+from .store import FlashStore, LayerStore
 from .window import ResidentWindow
 
 _SCRATCH_BYTES: Final = 128 << 20  # of a file to read from, where there is none

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .budget import available_memory, format_bytes
 from .errors import UsageError
+from .header import read_header
 from .memory import aligned_empty
-from .store import LayerStore, read_header
+from .store import LayerStore
 
 _NEURONS: Final = 1024  # read or compared at a time
 _NAMES_SHOWN: Final = 4

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 
 from .errors import StoreFormatError, StoreMissingError
-from .store import FlashStore, LayerStore, TensorSpec, read_header
+from .files import StoredFile, exists
+from .header import TensorSpec, read_header, read_tensor
+from .store import FlashStore, LayerStore
 
 
 class Predictor(Protocol):
@@ -68,7 +69,7 @@ class PredictorForm(Protocol):
 def find_predictor(store: FlashStore, form: PredictorForm) -> Path:
     """The file of a predictor in a store, checked against the store it belongs to."""
     path = store.predictors.get(form.variant)
-    if path is None or not path.exists():
+    if path is None or not exists(path):
         raise StoreMissingError(
             "the store has no such predictor",
             where=store.layers[0].path.parent,
@@ -111,7 +112,7 @@ def check_specs(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], specs
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file whose names begin with `prefix.`, by the rest of their names; memory-mapped."""
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix + ".")]
-        return {name.removeprefix(prefix + "."): file.get_tensor(name) for name in names}
+    """The tensors of a file whose names begin with `prefix.`, by the rest of their names; in memory."""
+    found = {name: at for name, at in read_header(path)[0].items() if name.startswith(prefix + ".")}
+    with StoredFile(path) as file:
+        return {name.removeprefix(prefix + "."): read_tensor(file, *at) for name, at in found.items()}

@@ -29,10 +29,11 @@ import torch
 
 from .activity import Activations, reached_by
 from .errors import ConfigError
+from .header import TensorSpec
 from .lowbit import Int4Matrix, Int8Matrix, LowBitMatrix, Scores, by_tokens, quantize_rows, widen
 from .memory import trim_heap
 from .predictor import belonging, check_specs, find_predictor, read_tensors
-from .store import FlashStore, LayerStore, TensorSpec
+from .store import FlashStore, LayerStore
 from .writer import predictor_metadata, write_safetensors
 
 DEFAULT_MARGIN: Final = {4: 1.5, 8: 3.0}

@@ -7,7 +7,6 @@ after                       put the other weights into memory, load predictors, 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -17,7 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from .adapters import Adapter, adapter_for
 from .budget import MemoryPlan, format_bytes
 from .cgroup import usable_cores
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, given_files
 from .config import AUTO, FlashOffloadConfig
 from .devices import stay_on_cpu
 from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
@@ -76,7 +75,7 @@ class FlashHfQuantizer(HfQuantizer):
                 got="a state_dict",
                 hint="save the checkpoint and load the folder",
             )
-        files = [Path(file) for file in checkpoint_files]
+        files = given_files(str(model.config.name_or_path), checkpoint_files)
         self._checkpoint = Checkpoint.open(files)
         store = FlashStore.open(files) if self.pre_quantized else None
         self._ffns = adapter.swap(model, dtype)

@@ -13,11 +13,13 @@ every file beside the old one before it takes its place.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,18 +31,39 @@ from . import hub_cache
 from .adapters import Adapter, FFNNames, adapter_for
 from .checkpoint import Checkpoint, find_snapshot, resolve_folder
 from .config import FlashOffloadConfig
-from .errors import ConfigError, StoreError, StoreFormatError, StoreMissingError, UnsupportedModelError
-from .folders import check_room, check_target, copy_small_files, locked, partial_folder, short
+from .errors import (
+    ConfigError,
+    HfFlashError,
+    RepackError,
+    StoreFormatError,
+    StoreMissingError,
+    UnsupportedModelError,
+)
+from .files import exists
+from .files import link as link_inside
+from .folders import (
+    MARK,
+    check_room,
+    check_target,
+    clear_away,
+    copy_small_files,
+    locked,
+    partial_folder,
+    put_aside,
+    short,
+)
+from .header import TensorSpec, header_digest, nbytes_of, read_header
 from .lowrank import LowRankFormat
 from .memory import trim_heap
 from .predictor import PredictorForm
 from .quantized import QuantizedFormat, write_quantized
 from .readme import without_ours
-from .store import INDEX_NAME, LAYER_FILE, NOTICE, PREDICTOR_FILE, FlashStore, TensorSpec, listed_files, read_header, read_json
+from .store import HEADERS, INDEX_NAME, LAYER_FILE, NOTICE, PREDICTOR_FILE, FlashStore, listed_files, read_json
 from .writer import layer_spec, rest_metadata, unbundle, write_json, write_layer, write_safetensors, writing
 
 logger = logging.getLogger("hf_flash")
 
+_NOT_OURS: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SHARD_BYTES: Final = 5_000_000_000
 _OURS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|flash-(layer-.+|predictor-.+|calibration)\.safetensors")
 
@@ -95,7 +118,7 @@ def repack(
         raise UnsupportedModelError(
             "the source is already quantized or repacked",
             where=folder,
-            got=config["quantization_config"].get("quant_method"),
+            got=_method(config),
             hint="repack the plain checkpoint",
         )
     adapter = adapter_for(config)
@@ -103,15 +126,21 @@ def repack(
     if (found := find_snapshot(folder)) and not local:
         folder = resolve_folder(source, revision=found.commit, **hub)  # the commit that config.json is from
     checkpoint = Checkpoint.open_folder(folder)
-    with locked(target), partial_folder(target) as partial:
+    with locked(target), partial_folder(target, checkpoint.identity(checkpoint.origin()["fingerprint"])) as partial:
         store = build_store(partial, checkpoint, adapter, form, rest=True)
         wish.remember(**stored_choice(form))
         config["quantization_config"] = wish.to_dict()
         _finish_folder(partial, checkpoint, store, config, {})
         copy_small_files(folder, partial)
+        checkpoint.check_unchanged()
     if delete_source:
         hub_cache.delete_source(checkpoint, target)
     return target
+
+
+def _method(config: Mapping[str, Any]) -> Any:
+    found = config["quantization_config"]
+    return found.get("quant_method") if isinstance(found, dict) else ascii(found)
 
 
 def stored_form(wish: FlashOffloadConfig, adapter: Adapter, config: Any, store: FlashStore) -> PredictorForm | None:
@@ -177,14 +206,14 @@ def build_store(
         raise StoreFormatError("FFN layers of different dtypes or shapes", where=origin["source"], got=sorted(map(str, shapes)))
     ((_, d_ff, d_model),) = shapes
     ffn = {name for layer in names for name in (layer.up, layer.down)}
-    total = sum(_nbytes(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
+    total = sum(nbytes_of(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
     needed = total + len(names) * _predictor_bytes(form, d_ff, d_model)
-    check_room(folder, needed + sum(_nbytes(s) for n, s in checkpoint.specs.items() if rest and n not in ffn))
+    check_room(folder, needed + sum(nbytes_of(s) for n, s in checkpoint.specs.items() if rest and n not in ffn))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", delay=1) as bar:
         for layer in todo:
-            up, down = checkpoint.tensor(layer.up), checkpoint.tensor(layer.down)
+            up, down = checkpoint.rows(layer.up), checkpoint.in_memory(layer.down)
             write_layer(
-                folder / LAYER_FILE.format(layer.index),
+                path := folder / LAYER_FILE.format(layer.index),
                 layer.index,
                 len(names),
                 layer.bundles,
@@ -194,13 +223,18 @@ def build_store(
                 origin,
             )
             bar.update(up.nbytes + down.nbytes)
+            try:
+                checkpoint.check_unchanged()
+            except HfFlashError:
+                path.unlink()  # the next run might take it over
+                raise
             trim_heap()
     return add_predictor(folder, form)
 
 
 def _predictor_bytes(form: QuantizedFormat | None, d_ff: int, d_model: int) -> int:
     """What a layer's predictor takes on disk."""
-    return sum(map(_nbytes, form.shapes("", d_ff, d_model).values())) if form else 0
+    return sum(map(nbytes_of, form.shapes("", d_ff, d_model).values())) if form else 0
 
 
 def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
@@ -226,8 +260,9 @@ def _forget_strangers(
     done = {LAYER_FILE.format(layer.index): layer for layer in names}
     predictor = PREDICTOR_FILE.format(form.variant) if form else ""
     for path in list(folder.iterdir()):
-        if path.name not in (*done, predictor) or not _complete(path, origin["fingerprint"]):
-            path.unlink()
+        if path.name not in (*done, predictor, MARK) or (path.name != MARK and not _complete(path, origin["fingerprint"])):
+            with writing(path):
+                clear_away(path)
     return [layer for name, layer in done.items() if not (folder / name).exists()]
 
 
@@ -235,12 +270,8 @@ def _complete(path: Path, fingerprint: str) -> bool:
     """Whether an earlier run finished this file, from the same source."""
     try:
         return read_header(path)[1].get("hf_flash.fingerprint") == fingerprint
-    except StoreError:
+    except StoreFormatError:
         return False
-
-
-def _nbytes(spec: TensorSpec) -> int:
-    return spec[0].itemsize * torch.Size(spec[1]).numel()
 
 
 # --- the flash cache -----------------------------------------------------------------------------------------------
@@ -266,20 +297,37 @@ def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat
     Several processes may ask at once: one works, the others wait for it.
     """
     origin = checkpoint.origin()
+    key = checkpoint.identity(origin["fingerprint"], 1_000_000_000) if origin["revision"] else origin["fingerprint"]
     source = short(origin["source"].replace("/", "--"), 200)
-    name = "--".join(filter(None, [source, origin["revision"][:12], origin["fingerprint"][:16]]))
+    name = "--".join(filter(None, [source, origin["revision"][:12], key[:16]]))
     target = cache_folder(cache_dir) / name
-    with locked(target, keep=True):
-        if target.is_dir():
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(target, keep=True))
+        except RepackError as error:
+            if error.errno in _NOT_OURS and (ready := _ready(target, form)):
+                return ready
+            raise
+        if exists(target):
             try:
                 return add_predictor(target, form)
-            except StoreError as error:
+            except (StoreFormatError, StoreMissingError) as error:  # proven by what is there; not: cannot be read just now
                 logger.warning("hf_flash: a damaged entry of the flash cache is made again: %s", error)
-                shutil.rmtree(target)
+                shutil.rmtree(put_aside(target), ignore_errors=True)
         logger.info("hf_flash: repacking the FFN of %s into %s, once", origin["source"], target)
-        with partial_folder(target) as partial:
+        with partial_folder(target, checkpoint.identity(origin["fingerprint"])) as partial:
             build_store(partial, checkpoint, adapter, form, rest=False)
+            checkpoint.check_unchanged()
         return FlashStore.open_folder(target)
+
+
+def _ready(target: Path, form: QuantizedFormat | None) -> FlashStore | None:
+    """A complete entry of a cache that may not be written to: on a read-only disk, or somebody else's. No lock is needed:
+    whoever replaces an entry renames it as a whole, and a model that is being loaded notices."""
+    if not exists(target):
+        return None
+    store = FlashStore.open_folder(target)
+    return store if form is None or form.variant in store.predictors else None
 
 
 def _finish_folder(
@@ -304,25 +352,32 @@ def _finish_folder(
             layer.down_name: (layer.dtype, (layer.d_model, 0)),
         }
     tombstones[NOTICE] = (store.layers[0].dtype, (0,))
-    _write_index(folder, store, _write_rest(folder, tombstones | rest, checkpoint, changed))
+    _write_index(folder, store, _write_rest(folder, tombstones | rest, checkpoint, changed), {})
     write_json(folder / "config.json", config)
 
 
-def _write_index(folder: Path, store: FlashStore, weight_map: dict[str, str]) -> None:
-    """List the store's files in `folder` beside the other weights, `weight_map`."""
-    files = {folder / name for name in weight_map.values()} | {folder / path.name for path in store.files}
+def _write_index(folder: Path, store: FlashStore, weight_map: dict[str, str], headers: Mapping[str, str]) -> None:
+    """List the store's files in `folder` beside the other weights, `weight_map`, of which `headers` says what they are.
+
+    What a file of other weights is, nothing but the index says. The store's own files say what they belong to, and they may
+    be written again before the index is.
+    """
+    rest = sorted(set(weight_map.values()))
     for path in store.files:
         weight_map |= dict.fromkeys(read_header(folder / path.name)[0], path.name)
-    size = sum(path.stat().st_size for path in files)
-    write_json(folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    digests = {name: headers.get(name) or header_digest(folder / name) for name in rest}
+    size = sum((folder / name).stat().st_size for name in {*rest, *(path.name for path in store.files)})
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": size, HEADERS: digests}, "weight_map": weight_map})
 
 
 def list_store(folder: Path) -> None:
     """Bring the index of a repacked folder up to date after files of its store were added or replaced."""
     store = FlashStore.open_folder(folder)
     ours = {path.name for path in store.files}
+    listed_files(folder / INDEX_NAME)
     weight_map: dict[str, str] = read_json(folder / INDEX_NAME)["weight_map"]
-    _write_index(folder, store, {tensor: name for tensor, name in weight_map.items() if name not in ours})
+    rest = {tensor: name for tensor, name in weight_map.items() if name not in ours}
+    _write_index(folder, store, rest, store.headers)
 
 
 def other_weights(checkpoint: Checkpoint, store: FlashStore) -> dict[str, TensorSpec]:
@@ -346,7 +401,10 @@ def _write_rest(
         for path, name, shard in zip(new, names, shards, strict=True):
             real = (n for n, (_, shape) in shard.items() if 0 not in shape)
             write_safetensors(
-                path, shard, (changed[n] if n in changed else checkpoint.tensor(n) for n in real), rest_metadata()
+                path,
+                shard,
+                (piece for n in real for piece in ([changed[n]] if n in changed else checkpoint.pieces(n))),
+                rest_metadata(),
             )
             weight_map |= dict.fromkeys(shard, name)
         for path, name in zip(new, names, strict=True):
@@ -363,11 +421,11 @@ def _shards(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
     shards: list[dict[str, TensorSpec]] = [{}]
     size = 0
     for name, spec in specs.items():
-        if shards[-1] and size + _nbytes(spec) > _SHARD_BYTES:
+        if shards[-1] and size + nbytes_of(spec) > _SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = spec
-        size += _nbytes(spec)
+        size += nbytes_of(spec)
     return shards
 
 
@@ -403,20 +461,27 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
         weight_map: dict[str, str] = {}
         for number, specs in enumerate(tqdm(shards, desc="Restoring", unit="shard", delay=1), start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(partial / name, specs, (next(pieces) for _ in specs), {})
+            write_safetensors(partial / name, specs, (piece for _ in specs for piece in next(pieces)), {})
             weight_map |= dict.fromkeys(specs, name)
         if len(shards) > 1:
-            size = sum(map(_nbytes, (rest | ffn).values()))
+            size = sum(map(nbytes_of, (rest | ffn).values()))
             write_json(partial / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_json(partial / "config.json", config)
         copy_small_files(folder, partial)
         _plain_card(partial / "README.md")
+        store.check_unchanged()
+        checkpoint.check_unchanged()
     return target
 
 
 def _plain_card(path: Path) -> None:
     """Take our part out of a model card that came from the Hub; one that is nothing else is removed."""
-    if path.exists() and (card := path.read_bytes()) != (plain := without_ours(card.decode("utf-8-sig")).encode()):
+    card = path.read_bytes() if path.exists() else b""
+    try:
+        plain = without_ours(card.decode("utf-8-sig")).encode()
+    except UnicodeDecodeError:  # not written by us
+        return
+    if card != plain:
         path.unlink()
         if plain:
             path.write_bytes(plain)
@@ -436,17 +501,19 @@ def repacked_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _restored(checkpoint: Checkpoint, store: FlashStore, rest: Mapping[str, TensorSpec]) -> Iterator[torch.Tensor]:
+def _restored(checkpoint: Checkpoint, store: FlashStore, rest: Mapping[str, TensorSpec]) -> Iterator[Iterable[torch.Tensor]]:
+    """The pieces of each tensor."""
     for name in rest:
-        yield checkpoint.tensor(name)
+        yield checkpoint.pieces(name)
     for layer in store.layers:
-        yield from unbundle(layer)
+        for matrix in unbundle(layer):
+            yield [matrix]
 
 
 def link_or_copy(path: Path, name: Path) -> None:
     """Make `name` a link to a file; a copy where there are no links."""
     try:
-        name.symlink_to(path.resolve())
+        link_inside(path, name)
     except OSError:  # Windows without the right to
         shutil.copyfile(path, name)
 
@@ -474,6 +541,7 @@ def save_folder(
         temporary = copy.with_name(copy.name + ".tmp")
         if not (copy.exists() and os.path.samefile(path, copy)):
             with writing(copy, needed=path.stat().st_size):
+                temporary.unlink(missing_ok=True)
                 if link:
                     link_or_copy(path, temporary)
                 else:
@@ -482,5 +550,6 @@ def save_folder(
     _finish_folder(target, checkpoint, store, config, changed)
     current = {path.name for path in listed_files(target / INDEX_NAME)}
     for path in target.iterdir():  # of an earlier save; transformers would prefer a `model.safetensors`
-        if _OURS.fullmatch(path.name) and path.name not in current:
+        left = path.name.removesuffix(".tmp").removesuffix(".new")  # by a save that was killed
+        if _OURS.fullmatch(left) and path.name not in current:
             path.unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +18,16 @@ from .config import FlashOffloadConfig
 from .demand import Demand, measured, supposed
 from .errors import UsageError
 from .ffn import DownBias, Engine, FlashFFN
+from .header import read_header
 from .linear import adopt
 from .lowrank import VARIANT
 from .matrices import Matrix
 from .memory import load_into_memory, trim_heap
 from .predictor import NoPredictor, PredictorForm
 from .reader import open_reader, reader_buffer_bytes
+from .report import parse_report
 from .stats import FlashStats
-from .store import META, FlashStore, read_header
+from .store import META, FlashStore
 from .window import ResidentWindow
 
 
@@ -113,8 +114,7 @@ def stored_report(store: FlashStore) -> dict[str, Any] | None:
     """What `calibrate` returned when it was run on this store, if it was."""
     if store.calibration is None:
         return None
-    report: dict[str, Any] = json.loads(read_header(store.calibration)[1][META + "calibration"])
-    return report
+    return parse_report(read_header(store.calibration)[1][META + "calibration"], store.calibration, len(store.layers))
 
 
 def expected_demand(form: PredictorForm | None, dims: tuple[int, int, int], store: FlashStore | None) -> Demand | None:

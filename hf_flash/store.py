@@ -28,25 +28,24 @@ also says where it came from, and the names and shapes that `restore` needs.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
+import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 
-from .errors import (
-    StoreFormatError,
-    StoreMissingError,
-    StoreVersionError,
-)
+from .errors import StoreFormatError, StoreMissingError, StoreVersionError
+from .files import StoredFile, absolute, check_inside, exists, listing, number
+from .files import listed_files as listed_files
+from .files import read_json as read_json
+from .header import DTYPE_NAMES as DTYPE_NAMES
+from .header import Rows, TensorSpec, data_offset, header_digest, read_header, read_tensor
 
 FORMAT_VERSION: Final = 1
 PLACED_VERSION: Final = 2  # of layer files with a `place`: each file has the lowest version that describes it
@@ -56,22 +55,10 @@ LAYER_FILE: Final = "flash-layer-{:05d}.safetensors"
 PREDICTOR_FILE: Final = "flash-predictor-{}.safetensors"
 CALIBRATION_FILE: Final = "flash-calibration.safetensors"
 META: Final = "hf_flash."
+HEADERS: Final = "hf_flash_headers"  # in the index's metadata: what identifies each file of other weights, by name
 NOTICE: Final = "this model needs hf_flash: pip install hf-flash, then import hf_flash before loading it"  # an empty tensor
-
-DTYPES: Final[dict[str, torch.dtype]] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+_MOST: Final = 1 << 24  # neurons, or layers, or columns: what is as long as this is read at once
+_VARIANT: Final = re.compile(r"int4-g[1-9][0-9]{0,5}|int8|lowrank")
 
 
 @dataclass(frozen=True)
@@ -103,29 +90,29 @@ class LayerStore:
         """What the names of this layer's predictor tensors begin with."""
         return self.key.removesuffix(".bundles")
 
+    def rows(self, columns: slice = slice(None), *, by_neuron: bool = True) -> Rows:
+        """The bundles, [d_ff, 2 * d_model] or some columns of them, by neuron or as they lie; read by slices.
+
+        Raises:
+            StoreReadError, StoreMissingError: the file cannot be opened now, and so when rows are read.
+        """
+        spec = self.dtype, (self.d_ff, 2 * self.d_model)
+        return Rows(StoredFile(self.path), spec, self.offset, columns, self.place if by_neuron else None)
+
     def bundles(self) -> torch.Tensor:
-        """The memory-mapped tensor as it lies on flash, [d_ff, 2 * d_model]. Reading it faults pages in; do not write."""
-        with safe_open(self.path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(self.key)
-        return tensor
+        """All of them in memory, as they lie on flash, [d_ff, 2 * d_model]."""
+        return self.rows(by_neuron=False)[:]
 
     def up(self) -> Half:
         """The up projection by neuron, [d_ff, d_model]."""
-        return Half(self.bundles()[:, : self.d_model], self.place)
+        return self.rows(slice(self.d_model))
 
     def down(self) -> Half:
         """The down projection by neuron, [d_ff, d_model]: transposed."""
-        return Half(self.bundles()[:, self.d_model :], self.place)
+        return self.rows(slice(self.d_model, None))
 
 
-class Half:
-    """Half of a layer's bundles, [d_ff, d_model], by neuron: memory-mapped, and fetched by slices of ids."""
-
-    def __init__(self, rows: torch.Tensor, place: npt.NDArray[np.int32] | None) -> None:
-        self._rows, self._place, self.shape = rows, place, rows.shape
-
-    def __getitem__(self, ids: slice) -> torch.Tensor:
-        return self._rows[ids] if self._place is None else self._rows[torch.from_numpy(self._place[ids])]
+Half = Rows  # half of a layer's bundles, [d_ff, d_model], by neuron: fetched by slices of ids
 
 
 @dataclass(frozen=True)
@@ -137,6 +124,8 @@ class FlashStore:
     calibration: Path | None
     others: tuple[Path, ...]  # files with the other weights of the checkpoint
     metadata: Mapping[str, str]  # source, revision, fingerprint
+    strangers: tuple[Path, ...] = ()  # files that the index lists and that are none of the store's
+    headers: Mapping[str, str] = field(default_factory=dict)  # what the index says of `others`, by file name
 
     @classmethod
     def open(cls, files: Iterable[str | os.PathLike[str]]) -> FlashStore:
@@ -145,7 +134,7 @@ class FlashStore:
         Raises:
             StoreMissingError, StoreFormatError, StoreVersionError: with the file and what is wrong with it.
         """
-        paths = [Path(path) for path in files]
+        paths = [absolute(path) for path in files]
         layers: dict[int, LayerStore] = {}
         predictors: dict[str, Path] = {}
         calibration: Path | None = None
@@ -163,9 +152,12 @@ class FlashStore:
                 others.append(path)
                 continue
             if "predictor" in own:
+                _check_variant(path, own["predictor"], predictors)
                 predictors[own["predictor"]] = path
                 continue
             if "calibration" in own:
+                if calibration is not None:
+                    raise StoreFormatError("two files hold a calibration", where=path, got=calibration)
                 calibration = path
                 continue
             layer = _layer_of(path, tensors, own)
@@ -185,34 +177,24 @@ class FlashStore:
                 expected=LAYER_FILE.format(0),
                 hint="a plain checkpoint is made one with `hf-flash repack FOLDER TARGET`",
             )
-        count = int(metadata["layers"])
-        missing = [i for i in range(min(count, len(layers) + 5)) if i not in layers]
-        if missing or max(layers) >= count:
-            raise StoreMissingError(
-                "layer files are missing from the store",
-                where=layers[min(layers)].path.parent,
-                expected=f"{count} layers",
-                got=f"{len(layers)}, without layers {missing} ...",
-                hint="download or repack the model again",
-            )
-        shapes = {(layer.dtype, layer.d_ff, layer.d_model): layer.path.name for layer in layers.values()}
-        if len(shapes) > 1:
-            raise StoreFormatError("layers of different dtypes or shapes", where=layers[0].path.parent, got=shapes)
-        return cls(tuple(layers[i] for i in range(count)), predictors, calibration, tuple(others), metadata)
+        _check_layers(layers, int(metadata["layers"]))
+        return cls(tuple(layers[i] for i in sorted(layers)), predictors, calibration, tuple(others), metadata)
 
     @classmethod
     def open_folder(cls, folder: str | os.PathLike[str]) -> FlashStore:
         """Open the store in a folder, a repacked checkpoint or an entry of the flash cache."""
-        folder = Path(folder)
-        if not folder.is_dir():
+        folder = absolute(folder)
+        if not exists(folder) or not folder.is_dir():
             raise StoreMissingError("not a folder", where=folder)
-        listed: set[Path] = set()
-        if (folder / INDEX_NAME).exists():
-            listed = set(listed_files(folder / INDEX_NAME))
-        files = sorted(listed | set(folder.glob("*.safetensors")))
+        there = [path for path in listing(folder) if path.suffix == ".safetensors" and not path.name.startswith(".")]
+        check_inside(folder, there)
+        listed = listed_files(folder / INDEX_NAME) if exists(folder / INDEX_NAME) else []
+        files = sorted({*listed, *there})
         if not files:
             raise StoreMissingError("no safetensors files", where=folder, expected=LAYER_FILE.format(0))
-        return cls.open(files)
+        store = cls.open(files)
+        strangers = set(listed) - {*store.files, *store.others}
+        return replace(store, strangers=tuple(sorted(strangers)), headers=_headers(folder / INDEX_NAME) if listed else {})
 
     @property
     def files(self) -> list[Path]:
@@ -246,52 +228,57 @@ class FlashStore:
                 )
 
     def check(self, progress: Any = iter) -> list[str]:
-        """Read every file and compare its checksum; returns the problems found, one sentence each."""
-        problems = []
+        """Read every file, compare its checksum and what the index says of it; the problems found, one sentence each."""
+        problems = [f"{path.name}: the index lists it, and it is no file of this store" for path in self.strangers]
         for path in progress([*self.files, *self.others]):
             expected, found = read_header(path)[1].get(META + "crc32"), crc_of_file(path)
             if found != expected:
                 problems.append(f"{path.name}: CRC-32 of the data is {found}, the header says {expected}")
+            elif self.headers.get(path.name, digest := header_digest(path)) != digest:
+                problems.append(f"{path.name}: it is another file than the index was written for")
         return problems
 
 
-def read_header(path: Path) -> tuple[dict[str, tuple[TensorSpec, int]], dict[str, str]]:
-    """Names, dtypes, shapes and absolute offsets of a safetensors file, and its metadata.
+def _headers(index: Path) -> dict[str, str]:
+    """What identifies each file, as the index says. Those of 0.1 say nothing."""
+    metadata = read_json(index).get("metadata")
+    found = metadata.get(HEADERS) if isinstance(metadata, dict) else None
+    return {name: value for name, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
 
-    The safetensors library validates the file first: magic, header size, overlaps, holes, truncation.
-    """
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-        with open(path, "rb") as file:
-            size = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(size))
-    except FileNotFoundError as error:
+
+def _check_layers(layers: Mapping[int, LayerStore], count: int) -> None:
+    """Refuse a store that lacks layers, or whose layers are not alike."""
+    folder = next(iter(layers.values())).path.parent
+    missing = [i for i in range(min(count, len(layers) + 5)) if i not in layers]
+    if missing or max(layers) >= count:
         raise StoreMissingError(
-            "a file of the checkpoint is not there", where=path, hint="download or repack the model again"
-        ) from error
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
-        raise StoreFormatError(
-            "not a valid safetensors file",
-            where=path,
-            got=str(error),
-            hint="the file is damaged or incomplete: download or repack it again",
-        ) from error
-    meta = header.pop("__metadata__", {})
-    unknown = {info["dtype"] for info in header.values()} - DTYPES.keys()
-    if unknown:
-        raise StoreFormatError("tensors of a dtype that hf_flash cannot carry", where=path, got=sorted(unknown))
-    return {
-        name: ((DTYPES[info["dtype"]], tuple(info["shape"])), 8 + size + info["data_offsets"][0])
-        for name, info in header.items()
-    }, meta
+            "layer files are missing from the store",
+            where=folder,
+            expected=f"{count} layers",
+            got=f"{len(layers)}, without layers {missing} ...",
+            hint="download or repack the model again",
+        )
+    shapes = {(layer.dtype, layer.d_ff, layer.d_model): layer.path.name for layer in layers.values()}
+    if len(shapes) > 1:
+        raise StoreFormatError("layers of different dtypes or shapes", where=folder, got=shapes)
+    names = [name for layer in layers.values() for name in (layer.key, layer.up_name, layer.down_name)]
+    if len(set(names)) < len(names):
+        raise StoreFormatError("layers that claim the same tensors", where=folder, got=sorted(names)[:10])
+
+
+def _check_variant(path: Path, variant: str, others: Mapping[str, Path]) -> None:
+    if not _VARIANT.fullmatch(variant):
+        raise StoreFormatError("no such predictor", where=path, expected="int4-gN, int8 or lowrank", got=ascii(variant)[:80])
+    if variant in others:
+        raise StoreFormatError("two files hold the same predictor", where=path, got=others[variant])
 
 
 def _check_version(path: Path, own: Mapping[str, str]) -> None:
-    version = own.get("format_version", "")
-    if not version.isdigit():
-        raise StoreFormatError("the format version is missing or not a number", where=path, got=repr(version))
-    if int(version) > PLACED_VERSION:
+    text = own.get("format_version", "")
+    version = number(text)
+    if version is None:
+        raise StoreFormatError("the format version is missing or not a number", where=path, got=repr(text[:80]))
+    if version > PLACED_VERSION:
         raise StoreVersionError(
             "this store was written by a newer hf_flash",
             where=path,
@@ -305,16 +292,17 @@ def _layer_of(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], own: Ma
     """Check one layer file against the format."""
     keys = [name for name in tensors if name.endswith(".bundles")]
     lacking = [k for k in ("up", "down", "crc32") if k not in own]
-    lacking += [k for k in ("layer", "layers", "d_model", "d_ff") if not own.get(k, "").isdecimal()]
+    sizes = {k: number(own.get(k)) for k in ("layer", "layers", "d_model", "d_ff", "format_version")}
+    lacking += [k for k, value in sizes.items() if value is None or value > _MOST or (value == 0 and k != "layer")]
     if len(keys) != 1 or lacking:
         raise StoreFormatError(
             "not a flash layer file",
             where=path,
             expected="one tensor `*.bundles` and its metadata",
-            got=f"tensors {sorted(tensors)}; metadata {dict(own)}",
+            got=f"tensors {sorted(tensors)[:10]}; metadata {dict(own)}"[:1000],
         )
     (dtype, shape), offset = tensors[keys[0]]
-    d_ff, d_model = int(own["d_ff"]), int(own["d_model"])
+    index, d_model, d_ff, version = (int(sizes[k] or 0) for k in ("layer", "d_model", "d_ff", "format_version"))
     if shape != (d_ff, 2 * d_model) or not dtype.is_floating_point:
         raise StoreFormatError(
             "the bundles have the wrong shape or dtype",
@@ -330,9 +318,9 @@ def _layer_of(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], own: Ma
             got=offset,
             hint="the file was rewritten by another tool: repack the model",
         )
-    place = _place_of(path, tensors, keys[0].removesuffix(".bundles") + ".place", int(own["format_version"]), d_ff)
+    place = _place_of(path, tensors, keys[0].removesuffix(".bundles") + ".place", version, d_ff)
     names = own["up"], own["down"], own["crc32"]
-    return LayerStore(int(own["layer"]), path, offset, keys[0], d_ff, d_model, dtype, *names, place)
+    return LayerStore(index, path, offset, keys[0], d_ff, d_model, dtype, *names, place)
 
 
 def _place_of(
@@ -355,7 +343,8 @@ def _place_of(
     (dtype, shape), offset = tensors[key]
     if (dtype, shape) != (torch.int32, (d_ff,)):
         raise wrong("the places of the neurons have the wrong shape or dtype", f"({d_ff},), int32", f"{shape}, {dtype}")
-    place = np.fromfile(path, dtype="<i4", count=d_ff, offset=offset)
+    with StoredFile(path) as file:
+        place = read_tensor(file, (dtype, shape), offset).numpy()
     found = np.unique(place[(place >= 0) & (place < d_ff)])
     if len(found) < d_ff:
         raise wrong("the places of the neurons are no permutation", f"every number below {d_ff} once", f"{len(found)} of them")
@@ -365,29 +354,7 @@ def _place_of(
 def crc_of_file(path: Path) -> str:
     """CRC-32 of everything behind the header."""
     crc = 0
-    with open(path, "rb") as file:
-        file.seek(8 + struct.unpack("<Q", file.read(8))[0])
-        while data := file.read(1 << 22):
-            crc = zlib.crc32(data, crc)
+    with StoredFile(path) as file:
+        for block in file.blocks(data_offset(file)):
+            crc = zlib.crc32(block.data, crc)
     return f"{crc:08x}"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StoreMissingError("a file of the checkpoint is not there", where=path) from error
-    except ValueError as error:
-        raise StoreFormatError("not a JSON file", where=path, got=str(error)) from error
-    if not isinstance(value, dict):
-        raise StoreFormatError("not a JSON object", where=path, got=type(value).__name__)
-    return value
-
-
-def listed_files(index: Path) -> list[Path]:
-    """The files that a checkpoint's index lists, whether they exist or not."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise StoreFormatError("not a checkpoint index", where=index, expected="a weight_map from tensors to file names")
-    return [index.parent / name for name in sorted(set(weight_map.values()))]

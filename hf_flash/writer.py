@@ -10,27 +10,18 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .errors import DiskSpaceError, HfFlashError, InvalidWeightsError, RepackError, StoreFormatError
-from .memory import aligned_empty, copied
-from .store import (
-    ALIGNMENT,
-    DTYPE_NAMES,
-    FORMAT_VERSION,
-    META,
-    PLACED_VERSION,
-    LayerStore,
-    TensorSpec,
-    crc_of_file,
-    read_header,
-)
+from .header import DTYPE_NAMES, PIECE_BYTES, Rows, TensorSpec, new_tensor, read_header
+from .memory import aligned_empty
+from .store import ALIGNMENT, FORMAT_VERSION, META, PLACED_VERSION, LayerStore, crc_of_file
 
-_PIECE_BYTES: Final = 4 << 20
+_NO_SYNC: Final = {getattr(errno, name) for name in ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EROFS")}
 _NO_CRC: Final = "0" * 8
 
 
@@ -53,7 +44,7 @@ def write_safetensors(
         start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path, needed=end), open(temporary, "wb") as file:
+    with writing(path, needed=end), new_file(temporary) as file:
         file.write(_encode(header))
         crc = written = 0
         for piece in pieces:
@@ -66,9 +57,25 @@ def write_safetensors(
             header["__metadata__"][META + "crc32"] = f"{crc:08x}"
             file.seek(0)
             file.write(_encode(header))
-        file.flush()
-        os.fsync(file.fileno())
+        to_disk(file)
     os.replace(temporary, path)
+
+
+def new_file(path: Path) -> IO[bytes]:
+    """A file to write, a new one: what has the name goes, so that nothing is written through a link or into a FIFO."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    return open(path, "xb")
+
+
+def to_disk(file: IO[bytes]) -> None:
+    """Make what was written survive a power cut, where the file system can: some refuse to be asked."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def _encode(header: dict[str, Any]) -> bytes:
@@ -95,23 +102,34 @@ class writing:
         if not isinstance(error, OSError) or isinstance(error, HfFlashError):
             return
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskSpaceError(
+            ours: RepackError = DiskSpaceError(
                 "the disk is full",
                 where=self.path,
                 expected=f"room for {self.needed} bytes",
                 hint="free some space and run it again: finished layers are kept",
-            ) from error
-        raise RepackError(
-            "cannot write",
-            where=self.path,
-            got=error.strerror or str(error),
-            hint="check that the folder exists and that you may write there",
-        ) from error
+            )
+        else:
+            ours = RepackError(
+                "cannot write",
+                where=self.path,
+                got=error.strerror or str(error),
+                hint="check that the folder exists and that you may write there",
+            )
+        ours.errno = error.errno
+        raise ours from error
 
 
 def layer_spec(up: TensorSpec, down: TensorSpec, up_name: str, down_name: str) -> tuple[torch.dtype, int, int]:
     """dtype, d_ff and d_model of a layer, from its two matrices in the plain checkpoint."""
     (dtype, up_shape), (down_dtype, down_shape) = up, down
+    if 0 in (*up_shape, *down_shape):
+        raise StoreFormatError(
+            "the FFN matrices are empty: this is a repacked checkpoint whose config does not say so",
+            where=f"{up_name}, {down_name}",
+            expected="a plain checkpoint, or a config with the repacked folder's own `quantization_config`",
+            got=f"{list(up_shape)}, {list(down_shape)}",
+            hint="load the repacked folder with its own config.json, or `hf_flash.restore` the plain checkpoint",
+        )
     if (
         len(up_shape) != 2
         or down_shape != up_shape[::-1]
@@ -133,7 +151,7 @@ def write_layer(
     layers: int,
     key: str,
     names: tuple[str, str],
-    up: torch.Tensor,
+    up: Rows | torch.Tensor,
     down: torch.Tensor,
     origin: Mapping[str, str],
 ) -> None:
@@ -144,14 +162,13 @@ def write_layer(
     write_safetensors(path, {key: (dtype, (d_ff, 2 * d_model))}, _bundle(up, down, names), metadata)
 
 
-def _bundle(up: torch.Tensor, down: torch.Tensor, names: tuple[str, str]) -> Iterator[torch.Tensor]:
-    """Rows of bundles, some MiB at a time. `down` is read once, in the order of its file, then transposed in memory.
+def _bundle(up: Rows | torch.Tensor, down: torch.Tensor, names: tuple[str, str]) -> Iterator[torch.Tensor]:
+    """Rows of bundles, some MiB at a time. `down` is in memory, or read once if it is mapped, and transposed there.
 
     The same buffer is yielded again and again.
     """
     d_ff, d_model = up.shape
-    down = copied(down)
-    rows = min(d_ff, max(1, _PIECE_BYTES // (2 * d_model * up.dtype.itemsize)))
+    rows = min(d_ff, max(1, PIECE_BYTES // (2 * d_model * up.dtype.itemsize)))
     buffer = aligned_empty((rows, 2 * d_model), up.dtype)
     for start in range(0, d_ff, rows):
         block = buffer[: min(rows, d_ff - start)]
@@ -168,9 +185,13 @@ def _bundle(up: torch.Tensor, down: torch.Tensor, names: tuple[str, str]) -> Ite
 
 
 def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
-    """The two matrices of a plain checkpoint, `up` then `down`, as pieces for [`write_safetensors`]."""
+    """The two matrices of a plain checkpoint, `up` then `down`, contiguous, one in memory at a time."""
     yield layer.up()[:]
-    yield layer.down()[:].T
+    down, rows = new_tensor((layer.d_model, layer.d_ff), layer.dtype), layer.down()
+    step = max(1, PIECE_BYTES // layer.bundle_bytes)
+    for at in range(0, layer.d_ff, step):
+        down[:, at : at + step] = rows[at : at + step].T
+    yield down
 
 
 def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
@@ -184,7 +205,7 @@ def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
     """
     order = np.argsort(place)  # the neuron of each row
     source = order if layer.place is None else layer.place[order]
-    bundles, rows = layer.bundles(), max(1, _PIECE_BYTES // layer.bundle_bytes)
+    bundles, rows = layer.rows(by_neuron=False), max(1, PIECE_BYTES // layer.bundle_bytes)
     if (found := crc_of_file(layer.path)) != layer.crc32:
         raise StoreFormatError(
             "the layer file is damaged",
@@ -196,7 +217,8 @@ def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
 
     def pieces() -> Iterator[torch.Tensor]:
         for at in range(0, layer.d_ff, rows):
-            yield bundles[torch.from_numpy(source[at : at + rows])]
+            part = source[at : at + rows]
+            yield bundles.gather(part, new_tensor((len(part), 2 * layer.d_model), layer.dtype))
         yield torch.from_numpy(place)
 
     specs = {
@@ -230,7 +252,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file so that it appears complete or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        temporary.write_text(text, encoding="utf-8")
+        with new_file(temporary) as file:
+            file.write(text.encode("utf-8"))
+            to_disk(file)
         os.replace(temporary, path)
 
 

@@ -131,7 +131,8 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 
 LAYERS = [  # a module imports only from lines above its own
     {"_version", "cgroup", "demand", "errors", "inuse", "memory", "native"},
-    {"activity", "budget", "cap", "disk", "harness", "window"},
+    {"activity", "budget", "cap", "disk", "files", "harness", "window"},
+    {"header", "report"},
     {"bench_checks", "bench_job", "bench_report", "chunks", "compute", "config", "fields", "guard", "stats", "store"},
     {"checkpoint", "lowbit", "matrices", "placement", "plots", "read_queue", "readme", "writer"},
     {"bench_page", "commandline", "devices", "folders", "hub_cache", "predictor", "sources"},
@@ -168,8 +169,8 @@ MAY_IMPORT = {
         "server",
         "text",
     },
-    "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "inuse"},
-    "safetensors": {"store", "checkpoint", "predictor"},
+    "torch": set(MODULES) - {"errors", "stats", "budget", "demand", "_version", "inuse", "files", "report"},
+    "safetensors": set(),
     "huggingface_hub": {
         "bench",
         "checkpoint",

@@ -1,9 +1,9 @@
 """Damaged and hostile stores and configs: load and generate, in children with limits.
 
 A case is right when the tokens are right, when hf_flash says what is wrong (an `HfFlashError`), or when transformers does, by
-one of the errors of `STOCK`. It is wrong when the process dies or hangs, when another error comes, above all one that passes
-through hf_flash, or when there are other tokens where a checksum or a check could have told. What cannot be told is counted
-apart: bits of weights (`inspect --check` must find them), and a config that says something else.
+one of the errors of `STOCK`, or of `READING`, counted apart. It is wrong when the process dies or hangs, when another error
+comes, above all one that passes through hf_flash, or when there are other tokens where a checksum or a check could have told.
+What cannot be told is counted apart: bits of weights (`inspect --check` must find them), and a config that says something else.
 """
 
 from __future__ import annotations
@@ -34,10 +34,22 @@ CASES: Final = 20_000
 LIMIT_S: Final = 20  # a case
 BASES: Final = ("packed", "calibrated", "packed", "calibrated", "plain", "entry")  # drawn from
 PACKAGE: Final = str(Path(hf_flash.__file__).parent)
-# Of transformers and what it is built on, when config.json or weights that it reads itself are damaged: type, beginning.
+# Errors of transformers and its libraries about config.json, the index and weights that say what is wrong: type, beginning.
 STOCK: Final[list[tuple[str, str]]] = [
     ("OSError", r"It looks like the config file at|Error no file named|Can't load|.* does not appear to have a file named"),
+    (
+        "ValueError",
+        r"Unrecognized model in|The checkpoint you are trying to load has model type|The model's quantization config",
+    ),
+    ("StrictDataclassFieldValidationError", r"Validation error for field"),
+    ("StrictDataclassClassValidationError", r"Class validation error"),
+    ("RuntimeError", r"You set `ignore_mismatched_sizes` to `False`"),
 ]
+# Functions of transformers that read these files before hf_flash is asked, and whose errors are whatever Python raises.
+READING: Final = {
+    "_dict_from_json_file", "get_config_dict", "from_dict", "get_checkpoint_shard_files", "dot_natural_key",
+    "_tensor_or_none", "_prepare_generation_config", "modeling_opt.__init__", "configuration_opt.__init__",
+}  # fmt: skip
 
 
 def run(soak: Soak, figures: Figures) -> None:
@@ -49,11 +61,12 @@ def run(soak: Soak, figures: Figures) -> None:
         return
     fuzz = Fuzz(work, said[0], soak)
     if soak.case is not None:
-        (outcome, what), *_ = list(run_cases(fuzz, [soak.case], work / "one"))
+        ((outcome, what),) = run_cases(fuzz, [soak.case], work / "one")
         figures.outcomes[outcome] += 1
-        print(f"case {soak.case}: {outcome}: {what}")
+        base, kind, changes = fuzz.case(soak.case)
+        print(f"case {soak.case} ({base}, {kind}, {', '.join(changes)}): {outcome} {what}")
         return
-    total = soak.count(CASES, 30)
+    total = soak.count(CASES, 20)
     shares = [range(first, total, soak.jobs) for first in range(soak.jobs)]
     drivers = [Child(partial(drive, fuzz, share, work / f"driver-{share.start}")) for share in shares]
     for driver in drivers:
@@ -145,6 +158,9 @@ def judge_error(error: BaseException) -> tuple[str, str]:
     name, text = type(error).__name__, (str(error).splitlines() or [""])[0]
     if not ours and any(name == kind and re.match(begin, text) for kind, begin in STOCK):
         return "an error of transformers", ""
+    stock = {name for frame in frames for name in (frame.name, f"{Path(frame.filename).stem}.{frame.name}")}
+    if not ours and stock & READING:
+        return "an unclear error of transformers", ""
     at = ours[-1] if ours else frames[-1]
     where = f"{Path(at.filename).name}:{at.lineno} {at.name}"
     return "wrong", f"{'through hf_flash' if ours else 'not of STOCK'}, {name} at {where}: {text[:160]}"

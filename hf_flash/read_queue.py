@@ -1,7 +1,7 @@
 """Queues of reads: chunks of open files into rows of memory, while the caller does something else.
 
     CompiledQueue    by the compiled part (_native_read.h): io_uring, or a few threads of its own
-    ThreadQueue      the same by Python's threads, where there is no compiled part
+    PagesQueue       by Python, through the page cache, where there is no compiled part
 
 Both keep these promises, which the layers above rely on:
 
@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import itertools
 import logging
 import os
-import threading
 import weakref
 import zlib
 from contextlib import suppress
 from functools import lru_cache
-from queue import Empty, SimpleQueue
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,7 +33,6 @@ logger = logging.getLogger("hf_flash")
 
 BOUNCE_BYTES: Final = 1 << 16  # BOUNCE_BYTES of _native_read.h
 _CHANGED, _SHORT, _FORGOTTEN = -1, -2, -3
-_POLL_S: Final = 0.05  # how long a wake-up that got lost can delay a caller
 _VERIFIED_BYTES: Final = 1 << 20
 _LARGEST_HEADER: Final = 1 << 27
 
@@ -58,10 +54,11 @@ class OpenFile:
     Args:
         fd: open; its owner closes it.
         align: what offsets, lengths and addresses of a direct read have to be multiples of; 0: through the page cache.
+        transient: whether pages in the page cache are given back when they were read.
     """
 
-    def __init__(self, fd: int, align: int) -> None:
-        self.fd, self.align = fd, align
+    def __init__(self, fd: int, align: int, *, transient: bool = False) -> None:
+        self.fd, self.align, self.transient = fd, align, transient
         nowait = not align and _takes_nowait(fd)
         self.state = native.File(fd=fd, align=align, nowait=nowait)  # of the compiled part, which changes `nowait`
         self._set(_identity(fd))
@@ -243,192 +240,75 @@ def _warn_no_ring(threads: int) -> None:
     )
 
 
-class ThreadQueue:
-    """Reads by threads of Python, and by whoever waits for them.
+class PagesQueue:
+    """Reads by Python alone, through the page cache: all pages are asked for at once, then copied when they are waited for.
 
-    The caller's state changes in steps that a signal may separate. So nothing is counted and nothing is locked: a chunk is done
-    when whoever read it has said so, a thread is busy while it says so, and a chunk that nobody finished is read again.
-
-    Args:
-        threads: how many read what does not go through the page cache.
+    A pool of threads would be slower: each read costs a hand-over of the interpreter. Pages of a file that is to be read
+    directly are given back as soon as they are copied. Nothing goes on behind the caller's back, so nothing has to be settled.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._threads, self.buffer_bytes = threads, (threads + 1) * BOUNCE_BYTES
-        self.reader: int | None = None
-        self._begin()
+    buffer_bytes, description = 0, "the page cache"
+    reader: int | None = None
 
-    @property
-    def description(self) -> str:
-        return f"{self._threads} threads"
+    def start(self, file: OpenFile, chunks: Chunks, out: Bytes, *, background: bool) -> _Copying:
+        _advise(file.fd, chunks, "POSIX_FADV_WILLNEED")
+        return _Copying(file, chunks, out)
 
-    def _begin(self) -> None:
-        self._pid, self._works, self._running = os.getpid(), list[_Work](), 0
-        self._todo: SimpleQueue[_Work | None] = SimpleQueue()
-        self._bounce = threading.local()
-        self._finalize = weakref.finalize(self, _dismiss, self._todo, self._threads)
-
-    def start(self, file: OpenFile, chunks: Chunks, out: Bytes, *, background: bool) -> _Work:
-        if self._pid != os.getpid():  # a forked worker: threads do not survive a fork
-            self._finalize.detach()
-            self._begin()
-        work = _Work(file, chunks, out, self._threads, self._bounce)
-        self._works = [*(other for other in self._works if not other.complete), work]
-        if file.align:
-            self._call_threads(work, len(chunks) if background else len(chunks) - 1)
-        else:
-            _announce(file, chunks)
-        return work
-
-    def _call_threads(self, work: _Work, wanted: int) -> None:
-        wanted = min(wanted, self._threads)
-        while self._running < wanted:
-            lane, self._running = self._running, self._running + 1
-            threading.Thread(target=_serve, args=[self._todo, lane], name="hf_flash-read", daemon=True).start()
-        for _ in range(wanted):
-            self._todo.put(work)
-
-    def wait(self, ticket: _Work) -> None:
-        ticket.finish()
-        if ticket.error is not None:
-            raise ticket.error
-        if ticket.file.changed:
+    def wait(self, ticket: _Copying) -> None:
+        file, chunks = ticket.file, ticket.chunks
+        view, size = ticket.out.reshape(-1).data, chunks.size
+        for chunk, offset in enumerate(chunks.offset.tolist()):
+            views = [view[rows.start * size : rows.stop * size] for _, rows in chunks.pieces(chunk)]
+            _read_exactly(file.fd, views, offset, int(chunks.nbytes[chunk]))
+        if file.transient:
+            _advise(file.fd, chunks, "POSIX_FADV_DONTNEED")
+        if file.changed:
             raise FileChangedError
 
     def settle(self) -> None:
-        for work in self._works:
-            work.finish()
+        pass
 
     def forget(self) -> None:
-        for work in self._works:
-            work.stop()
-        self._works = []
+        pass
 
     def close(self) -> None:
-        self.forget()
-        self._finalize()
+        pass
 
 
-class _Work:
-    """The reads of one ticket."""
+class _Copying(NamedTuple):
+    """Pages that were asked for, to be copied."""
 
-    def __init__(self, file: OpenFile, chunks: Chunks, out: Bytes, threads: int, bounce: threading.local) -> None:
-        self.file, self._chunks, self._out, self._bounce = file, chunks, out, bounce
-        self._next = itertools.count()  # the next chunk that nobody has begun
-        self._done, self._busy = bytearray(len(chunks)), bytearray(threads)
-        self._woken: SimpleQueue[None] = SimpleQueue()
-        self._stopped, self._pid = False, os.getpid()
-        self.error: OSError | None = None
-
-    @property
-    def complete(self) -> bool:
-        return all(self._done)
-
-    def help(self, lane: int) -> None:
-        """What a thread does: read what nobody has begun."""
-        self._busy[lane] = 1
-        try:
-            while not self._stopped and (chunk := next(self._next)) < len(self._chunks):
-                self._read(chunk)
-        finally:
-            self._busy[lane] = 0
-            self._woken.put(None)
-
-    def finish(self) -> None:
-        """Read what nobody has begun, wait for the others, and read again what nobody finished."""
-        while not self._stopped and (chunk := next(self._next)) < len(self._chunks):
-            self._read(chunk)
-        self._wait_for_threads()
-        for chunk in range(len(self._chunks)):
-            if not self._done[chunk]:
-                self._read(chunk)
-
-    def stop(self) -> None:
-        """Begin nothing more, and wait until nobody writes to memory."""
-        self._stopped = True
-        self.error = self.error or OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
-        self._wait_for_threads()
-        self._done[:] = b"\1" * len(self._done)
-
-    def _wait_for_threads(self) -> None:
-        while self._pid == os.getpid() and any(self._busy):
-            with suppress(Empty):
-                self._woken.get(timeout=_POLL_S)
-
-    def _read(self, chunk: int) -> None:
-        try:
-            _read_chunk(self.file, self._chunks, self._out, chunk, self._bounce)
-        except OSError as error:
-            self.error = error
-        self._done[chunk] = 1
+    file: OpenFile
+    chunks: Chunks
+    out: Bytes
 
 
-def _serve(todo: SimpleQueue[_Work | None], lane: int) -> None:
-    """A thread's life. It ends when it is dismissed."""
-    while (work := todo.get()) is not None:
-        work.help(lane)
-        del work
-
-
-def _dismiss(todo: SimpleQueue[_Work | None], threads: int) -> None:
-    for _ in range(threads):
-        todo.put(None)
-
-
-def _announce(file: OpenFile, chunks: Chunks) -> None:
-    """Ask for pages before any of them is read."""
-    if hasattr(os, "posix_fadvise"):
-        for offset, nbytes in zip(chunks.offset.tolist(), chunks.nbytes.tolist(), strict=True):
-            with suppress(OSError):  # only advice
-                os.posix_fadvise(file.fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
-
-
-def _read_chunk(file: OpenFile, chunks: Chunks, out: Bytes, chunk: int, room: threading.local) -> None:
-    view, size = out.reshape(-1).data, chunks.size
-    views = [view[rows.start * size : rows.stop * size] for _, rows in chunks.pieces(chunk)]
-    offset, nbytes = int(chunks.offset[chunk]), int(chunks.nbytes[chunk])
-    if file.align and (offset | size | out.ctypes.data) & (file.align - 1):
-        _read_bounced(file, views, offset, nbytes, room)
-    else:
-        _read_exactly(file.fd, views, offset, nbytes)
-
-
-def _read_bounced(file: OpenFile, views: list[memoryview], offset: int, nbytes: int, room: threading.local) -> None:
-    """Read the aligned bytes around a chunk, a bounce buffer at a time, and copy the wanted ones."""
-    if not hasattr(room, "view"):
-        room.view = memoryview(anonymous(BOUNCE_BYTES))
-    bounce, align, end = room.view, file.align, offset + nbytes
-    while offset < end:
-        first = offset // align * align
-        stop = min(end, first + BOUNCE_BYTES)
-        _read_exactly(file.fd, [bounce[: -(-(stop - first) // align) * align]], first, stop - first)
-        data, offset = bounce[offset - first : stop - first], stop
-        while len(data):
-            some = min(len(data), len(views[0]))
-            views[0][:some] = data[:some]
-            data, views[0] = data[some:], views[0][some:]
-            if not len(views[0]):
-                del views[0]
+def _advise(fd: int, chunks: Chunks, advice: str) -> None:
+    if (number := getattr(os, advice, None)) is None:
+        return
+    for offset, nbytes in zip(chunks.offset.tolist(), chunks.nbytes.tolist(), strict=True):
+        with suppress(OSError):  # it is only advice
+            os.posix_fadvise(fd, offset, nbytes, number)
 
 
 def _read_exactly(fd: int, views: list[memoryview], offset: int, needed: int) -> None:
-    """Read until at least `needed` bytes have come; the last sector of a file may be shorter than `views`."""
-    got = _into(fd, views, offset)
-    while got < needed:
-        skip, rest = got, []
-        for view in views:
-            rest += [view[skip:]] if skip < len(view) else []
-            skip = max(0, skip - len(view))
-        more = _into(fd, rest, offset + got)
-        if more <= 0:
+    """Fill `views`, which take `needed` bytes, from `offset` on."""
+    while needed:
+        got = _into(fd, views, offset)
+        if got <= 0:
             raise _short()
-        got += more
+        offset, needed = offset + got, needed - got
+        while views and got >= len(views[0]):
+            got -= len(views.pop(0))
+        if views:
+            views[0] = views[0][got:]
 
 
 def _into(fd: int, views: list[memoryview], offset: int) -> int:
     """`preadv`, where the system has it."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, views, offset)
-    data = os.pread(fd, len(views[0]), offset)
+    os.lseek(fd, offset, os.SEEK_SET)
+    data = os.read(fd, len(views[0]))
     views[0][: len(data)] = data
     return len(data)

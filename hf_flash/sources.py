@@ -3,7 +3,7 @@
     mmap      through the page cache, which keeps what memory has room for. (The name is from the time when the files were
               mapped. A page of a map that is lost, because somebody truncates the file, kills the process; a read fails.)
     direct    O_DIRECT, past the page cache: what memory there is stays with the model. A file that refuses it is read through
-              the page cache, alone.
+              the page cache, alone. Where there is no compiled part all are, and the pages are given back at once.
 
 Reading has two steps, `start` and `wait`, so that something else can be computed in between.
 """
@@ -22,7 +22,7 @@ from . import native
 from .chunks import Bytes, Chunks
 from .inuse import hold
 from .memory import anonymous
-from .read_queue import BOUNCE_BYTES, CompiledQueue, FileChangedError, OpenFile, ReadQueue, ThreadQueue
+from .read_queue import BOUNCE_BYTES, CompiledQueue, FileChangedError, OpenFile, PagesQueue, ReadQueue
 from .store import FlashStore, LayerStore
 
 logger = logging.getLogger("hf_flash")
@@ -51,12 +51,13 @@ class FileSource:
         self.name = "direct" if align else "mmap"
         self._layers, self._fds = store.layers, list[int]()
         guard = weakref.finalize(self, _close_files, self._fds)
-        self.files = [self._open(layer, align) for layer in store.layers]
+        compiled = native.library() is not None
+        self.files = [self._open(layer, align if compiled else 0, transient=not compiled) for layer in store.layers]
         self._units = [self._unit(file, layer) for file, layer in zip(self.files, store.layers, strict=True)]
         self._queue: ReadQueue
-        if native.library() is None:
-            self._queue = ThreadQueue(threads)
-            if not align and not hasattr(os, "posix_fadvise"):
+        if not compiled:
+            self._queue = PagesQueue()
+            if not hasattr(os, "posix_fadvise"):
                 logger.warning("hf_flash: this system has no posix_fadvise: pages are waited for one by one, which is slow")
         else:
             self._queue = CompiledQueue(threads, self.files[0], warn=align > 0)
@@ -64,7 +65,7 @@ class FileSource:
         guard.detach()
         self.buffer_bytes = self._queue.buffer_bytes if max(self._units) > 1 and align else 0
 
-    def _open(self, layer: LayerStore, align: int) -> OpenFile:
+    def _open(self, layer: LayerStore, align: int, *, transient: bool) -> OpenFile:
         fd = -1
         if align:
             try:
@@ -81,7 +82,7 @@ class FileSource:
         if not align and hasattr(os, "posix_fadvise"):
             with suppress(OSError):  # only advice: no readahead
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        return OpenFile(fd, align)
+        return OpenFile(fd, align, transient=transient and self.name == "direct")
 
     @staticmethod
     def _unit(file: OpenFile, layer: LayerStore) -> int:

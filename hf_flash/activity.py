@@ -74,7 +74,10 @@ def moments(data: Activations) -> tuple[torch.Tensor, torch.Tensor]:
         CalibrationError: NaN or infinite activations.
     """
     count, d_model = data.trained_on, data.x.shape[1]
-    mean, products = torch.zeros(d_model, dtype=torch.float64), torch.zeros(d_model, d_model)
+    mean, products = (
+        torch.zeros(d_model, dtype=torch.float64, device="cpu"),
+        torch.zeros(d_model, d_model, dtype=torch.float32, device="cpu"),
+    )
     for rows in data.chunks(0, count):
         mean += data.x[rows].sum(0, dtype=torch.float64) / count
     for rows in data.chunks(0, count):
@@ -100,7 +103,7 @@ def reached_by(share: float, values: Callable[[], Iterable[torch.Tensor]]) -> fl
             low, high, count = min(low, float(part.min())), max(high, float(part.max())), count + len(part)
     if not count:
         return None
-    bins = torch.zeros(_BINS, dtype=torch.float64)
+    bins = torch.zeros(_BINS, dtype=torch.float64, device="cpu")
     width = max(high - low, 1e-6 * max(1.0, abs(low), abs(high))) / (_BINS - 1)
     for part in values():
         bins += torch.bincount(((part.double() - low) / width).long().clamp_(0, _BINS - 1), minlength=_BINS)
@@ -176,11 +179,14 @@ def partners(masks: Iterable[torch.Tensor], d_ff: int) -> tuple[torch.Tensor, to
             break
     ids, counts = [], []
     for start in range(0, d_ff, _ROWS):
-        together = torch.zeros(min(_ROWS, d_ff - start), d_ff)
+        together = torch.zeros(min(_ROWS, d_ff - start), d_ff, dtype=torch.float32, device="cpu")
         for bits in packed:
             active = torch.from_numpy(np.unpackbits(bits, axis=1, count=d_ff)).float()
             together.addmm_(active[:, start : start + _ROWS].T, active)
-        together[torch.arange(len(together)), torch.arange(start, start + len(together))] = -1.0  # itself
+        together[
+            torch.arange(len(together), dtype=torch.int64, device="cpu"),
+            torch.arange(start, start + len(together), dtype=torch.int64, device="cpu"),
+        ] = -1.0  # itself
         top = together.topk(min(PARTNERS, d_ff), dim=1)
         ids.append(top.indices.to(torch.int32))
         counts.append(top.values.clamp_(0, _TOKENS).to(torch.int16))

@@ -106,9 +106,12 @@ class Adapter:
         ffns = []
         for index, layer in enumerate(layers):
             ffn = FlashFFN(index, d_ff, d_model, bias, getattr(layer, self.activation))
-            setattr(layer, self.up, ffn)
+            for name, ours in ((self.up, ffn), (self.down, DownBias(index, d_model, bias, dtype))):
+                stock = getattr(layer, name).bias
+                if bias:  # of the dtype and on the device that the loader chose
+                    ours.bias = nn.Parameter(torch.empty_like(stock), requires_grad=False)
+                setattr(layer, name, ours)
             setattr(layer, self.activation, FlashActivation(ffn.activation, d_model))
-            setattr(layer, self.down, DownBias(index, d_model, bias, dtype))
             ffns.append(ffn)
         return ffns
 

@@ -74,7 +74,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _generate(model: Any, prompts: list[list[int]], tokens: int, criteria: list[Any]) -> list[int]:
     """What was generated: the first token of every sequence, the second, and so on."""
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, dtype=torch.int64, device="cpu")
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1,
         stopping_criteria=criteria,
@@ -106,7 +106,7 @@ class _Clock(StoppingCriteria):
         self.times.append(perf_counter())
         steps = len(self.times) - 1
         slow = steps >= _SLOW_TOKENS and self.times[-1] - self.times[0] > _SLOW_S * steps
-        return torch.full((len(input_ids),), slow, dtype=torch.bool)
+        return torch.full((len(input_ids),), slow, dtype=torch.bool, device="cpu")
 
     def summary(self) -> dict[str, Any]:
         """Per step: milliseconds, and where they and the bytes went."""

@@ -217,7 +217,7 @@ def dram_gb_per_s(nbytes: int = 256 << 20, repeats: int = 5) -> float:
     ways: list[Callable[..., torch.Tensor]] = [torch.nn.functional.linear, *([] if library() is None else [linear])]
     d_model = 4096
     weight = aligned_empty((max(1, nbytes // (4 * d_model)), d_model), torch.float32).fill_(1.0)  # where weights are, too
-    x, best = torch.ones(1, d_model), float("inf")
+    x, best = torch.ones(1, d_model, dtype=torch.float32, device="cpu"), float("inf")
     with torch.no_grad():
         for way in ways * repeats:
             start = perf_counter()

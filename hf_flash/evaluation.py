@@ -246,7 +246,10 @@ class _Watch:
         if form.variant not in self.plain:
             whole = form.load(store, layer, bias)
             error = read_tensors(store.predictors[form.variant], f"{layer.prefix}.predictor")["error"]
-            self.plain[form.variant] = whole.with_margin(torch.zeros(layer.d_ff), measured=True), error
+            self.plain[form.variant] = (
+                whole.with_margin(torch.zeros(layer.d_ff, dtype=torch.float32, device="cpu"), measured=True),
+                error,
+            )
         plain, error = self.plain[form.variant]
         margin, measured = form.margins(candidate.store(store), layer, error)
         return plain.with_margin(margin, measured=measured)

@@ -147,7 +147,7 @@ class FlashFFN(OnFlash):
     ) -> None:
         super().__init__()
         self.index, self.d_ff, self.d_model, self.activation = index, d_ff, d_model, activation
-        self.bias = nn.Parameter(torch.empty(d_ff), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.empty(d_ff, dtype=torch.float32, device="cpu"), requires_grad=False) if bias else None
         self.engine: Engine | None = None
         self.observer: Observer | None = None
         self._on_the_way: list[tuple[Ids, Ids, Reading]] = []
@@ -211,7 +211,7 @@ class FlashFFN(OnFlash):
         ids = self._all_ids if selected is None else _union(selected)
         window.note_use(None if selected is None else selected.numpy(), tokens, ids)
         missing = window.missing(ids)
-        managed, out = perf_counter(), torch.zeros(tokens, self.d_model, dtype=torch.float32)
+        managed, out = perf_counter(), torch.zeros(tokens, self.d_model, dtype=torch.float32, device="cpu")
         streamed = len(ids) > window.capacity or (tokens > 1 and len(missing) >= block_rows(self.d_ff, tokens))
         call = _Call(engine.scratch, self, x, selected, ids, streamed)
         if not streamed:
@@ -491,7 +491,7 @@ class DownBias(OnFlash):
     def __init__(self, index: int, d_model: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.index, self.d_model, self.dtype = index, d_model, dtype
-        self.bias = nn.Parameter(torch.empty(d_model), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.empty(d_model, dtype=torch.float32, device="cpu"), requires_grad=False) if bias else None
 
     def extra_repr(self) -> str:
         return _ON_FLASH
@@ -528,12 +528,12 @@ def observed(ffn: FlashFFN, record: Callable[[torch.Tensor, torch.Tensor], None]
 
     For a layer without a predictor, and for several tokens: the two ways of computing that see every neuron's.
     """
-    whole = torch.empty(0, ffn.d_ff)
+    whole = torch.empty(0, ffn.d_ff, dtype=torch.float32, device="cpu")
 
     def observe(x: torch.Tensor, ids: Ids, before: torch.Tensor) -> None:
         nonlocal whole
         if ids[0] == 0:
-            whole = torch.empty(len(x), ffn.d_ff, dtype=before.dtype)
+            whole = torch.empty(len(x), ffn.d_ff, dtype=before.dtype, device="cpu")
         whole[:, ids[0] : ids[-1] + 1] = before
         if ids[-1] == ffn.d_ff - 1:
             record(x, whole)

@@ -57,7 +57,7 @@ class ResidentLinear(nn.Linear):
     def _widened(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., columns] times the matrix, in fp32."""
         rows, columns = self.weight.shape
-        out, wide = torch.empty(*x.shape[:-1], rows, dtype=x.dtype), x.detach().float()
+        out, wide = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device="cpu"), x.detach().float()
         with self.engine.lock:
             room = self.engine.scratch.wide.view(-1)
             step = len(room) // columns

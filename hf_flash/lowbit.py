@@ -238,7 +238,7 @@ def _plain_product(x: torch.Tensor, rows_of: Callable[[slice], torch.Tensor], co
 
 
 def _probe(columns: int) -> torch.Tensor:
-    return torch.zeros(1, columns, dtype=torch.bfloat16)
+    return torch.zeros(1, columns, dtype=torch.bfloat16, device="cpu")
 
 
 def _works(call: Callable[[], Any]) -> bool:

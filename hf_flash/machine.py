@@ -209,9 +209,10 @@ class _Slice:
         clock = _Clock(self, missing)
         tokens = min(_TOKENS + 1, self.model.config.max_position_embeddings - 1)  # and the first, which is not timed
         with clock.watching(self.model.get_decoder().layers):
+            start = torch.full((1, 1), 4, dtype=torch.int64, device="cpu")
             self.model.generate(
-                torch.full((1, 1), 4), attention_mask=torch.ones(1, 1, dtype=torch.long), max_new_tokens=tokens,
-                min_new_tokens=tokens, do_sample=False, num_beams=1, stopping_criteria=[clock],
+                start, attention_mask=torch.ones_like(start), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+                num_beams=1, stopping_criteria=[clock],
             )  # fmt: skip
         return {part: float(np.median([token[part] for token in clock.found])) for part in clock.found[0]}
 
@@ -221,7 +222,7 @@ class _Slice:
             there = ffn.window.slot_of >= 0
             hits = self.generator.permutation(np.flatnonzero(there))[: self.needed - missing]
             new = self.generator.permutation(np.flatnonzero(~there))[:missing]
-            predictor.says = torch.zeros(1, self.rows, dtype=torch.bool)
+            predictor.says = torch.zeros(1, self.rows, dtype=torch.bool, device="cpu")
             predictor.says[0, torch.from_numpy(np.concatenate([hits, new]))] = True
 
 
@@ -243,7 +244,7 @@ class _Clock(StoppingCriteria):
         self._cut.prescribe(self._missing)
         count.reset()
         self._start = perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device="cpu")
 
     @contextmanager
     def watching(self, layers: Any) -> Iterator[None]:
@@ -269,7 +270,7 @@ class _Told:
     bias: torch.Tensor | None = None
 
     def __init__(self, model: Model, d_ff: int, rows: int) -> None:
-        self.says = torch.zeros(1, rows, dtype=torch.bool)
+        self.says = torch.zeros(1, rows, dtype=torch.bool, device="cpu")
         d_model, form = model.dims[2], model.form
         self._real: QuantizedPredictor | LowRankPredictor | None = None
         if isinstance(form, QuantizedFormat):
@@ -289,8 +290,8 @@ class _Told:
 def _random(spec: TensorSpec) -> torch.Tensor:
     dtype, shape = spec
     if dtype.is_floating_point:
-        return torch.full(shape, 0.01, dtype=dtype)
-    return torch.randint(0, 127, shape, dtype=dtype)
+        return torch.full(shape, 0.01, dtype=dtype, device="cpu")
+    return torch.randint(0, 127, shape, dtype=dtype, device="cpu")
 
 
 def _dense_ffn(d_ff: int, d_model: int, dtype: torch.dtype) -> tuple[float, float]:
@@ -298,7 +299,7 @@ def _dense_ffn(d_ff: int, d_model: int, dtype: torch.dtype) -> tuple[float, floa
     size = d_ff * d_model
     copies = max(2, _WINDOW_BYTES // (size * dtype.itemsize))
     weights = aligned_empty((copies, size), dtype).fill_(0.01)
-    x, hidden, times = torch.ones(1, d_model, dtype=dtype), torch.ones(1, d_ff, dtype=dtype), []
+    x, hidden, times = torch.ones(1, d_model, dtype=dtype, device="cpu"), torch.ones(1, d_ff, dtype=dtype, device="cpu"), []
     with torch.no_grad():
         for turn in range(max(6, min(copies, 24))):
             up, down = weights[2 * turn % copies].view(d_ff, d_model), weights[(2 * turn + 1) % copies].view(d_model, d_ff)
@@ -325,7 +326,13 @@ def _readable(model: Model, disk: Path, layers: int) -> Iterator[FlashStore]:
         return
     _, d_ff, d_model = model.dims
     rows = max(2, min(d_ff, _SCRATCH_BYTES // model.bundle_bytes))
-    block = torch.randn(min(rows, 1024), 2 * d_model).mul_(0.02).to(model.stored_dtype).view(torch.uint8).numpy()
+    block = (
+        torch.randn(min(rows, 1024), 2 * d_model, dtype=torch.float32, device="cpu")
+        .mul_(0.02)
+        .to(model.stored_dtype)
+        .view(torch.uint8)
+        .numpy()
+    )
     blocks = (block[: rows - at].data for at in range(0, rows, len(block)))
     with scratch_file(disk, "plan", rows * model.bundle_bytes, blocks) as path:
         layer = LayerStore(0, path, 0, "scratch", rows, d_model, model.stored_dtype, "", "", "")

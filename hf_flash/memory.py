@@ -40,7 +40,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """
     count = torch.Size(shape).numel()
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(anonymous(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
 
 

@@ -212,7 +212,7 @@ class TokenRoom:
 
     def __init__(self, neurons: int, d_model: int) -> None:
         self.neurons = neurons
-        self.hidden, self.wide = torch.empty(neurons), np.empty(d_model, dtype=np.float32)
+        self.hidden, self.wide = torch.empty(neurons, dtype=torch.float32, device="cpu"), np.empty(d_model, dtype=np.float32)
         self.active, *self.ids = (np.empty(neurons, dtype=np.int64) for _ in range(5))
         self.pairs, self.parts = (np.empty(2 * self.reads, dtype=np.int64) for _ in range(2))
         self.offsets, self.first = (np.empty(self.reads + 1, dtype=np.int64) for _ in range(2))
@@ -312,8 +312,8 @@ class TokensKernel:
         self._x, self._used, self._bias, self._narrow = x, used, bias, narrow
         self._threads, self._most = threads(), min(len(x), _TOKENS)
         room = (4 * neurons, 2 * neurons, 4 * -(-neurons // _LEAST_SHARE))  # a token's: hidden values, whose they are, how many
-        self._room = [torch.empty(self._most * size, dtype=torch.uint8) for size in room]
-        self._packed = torch.empty(self._threads * neurons * _TILE_BYTES, dtype=torch.uint8)
+        self._room = [torch.empty(self._most * size, dtype=torch.uint8, device="cpu") for size in room]
+        self._packed = torch.empty(self._threads * neurons * _TILE_BYTES, dtype=torch.uint8, device="cpu")
 
     def add(self, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
         """Add to each token's `out` what the neurons give that it uses.
@@ -349,7 +349,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
         [..., rows].
     """
     rows, columns = weight.shape
-    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
     job = _Linear(
         weight.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(), None, out.data_ptr(),
         rows, columns, x.numel() // columns, DTYPES[x.dtype], threads(), narrow,
@@ -396,7 +396,7 @@ class Product:
 
     def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """float32 [tokens, rows], from `x` float32 or bfloat16 [tokens, columns]; `plus` float32 [rows] is added."""
-        out = torch.empty(x.shape[0], self._rows)
+        out = torch.empty(x.shape[0], self._rows, dtype=torch.float32, device="cpu")
         self._matrix.called = None
         self._run(x, out, plus)
         return out
@@ -418,7 +418,7 @@ class Product:
             bias: [rows], added after that.
             first: another matrix, which `x` goes through before.
         """
-        called = torch.empty(x.shape[0], self._rows, dtype=torch.bool)
+        called = torch.empty(x.shape[0], self._rows, dtype=torch.bool, device="cpu")
         self._matrix.called = called.data_ptr()
         self._run(x, None, plus, times, bias, first)
         return called
@@ -434,9 +434,9 @@ class Product:
     ) -> None:
         assert self._library is not None
         x, matrix, own = x.contiguous(), self._matrix, len(x) * self._room
-        room = torch.empty(own if first is None else own + len(x) * first._room, dtype=torch.uint8)
+        room = torch.empty(own if first is None else own + len(x) * first._room, dtype=torch.uint8, device="cpu")
         if first is not None:
-            between = torch.empty(len(x), first._rows)
+            between = torch.empty(len(x), first._rows, dtype=torch.float32, device="cpu")
             first._set(x, between, room.data_ptr() + own)
             x = between
         self._set(x, out, room.data_ptr())

@@ -108,7 +108,7 @@ class _Watcher(StoppingCriteria):
         ))  # fmt: skip
         sleep(max(0.0, self._pace - (perf_counter() - start)))
         self._before, self._number, self._start = now, self._number + 1, perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device="cpu")
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def place_neurons(data: Activations) -> Place:
     size = block_rows(d_ff, tokens=2)
     for start in range(0, d_ff, size):
         count = min(size, d_ff - start)
-        together = torch.zeros(count, count)
+        together = torch.zeros(count, count, dtype=torch.float32, device="cpu")
         for rows in chunks[::step]:
             active = data.active(rows)[:, start : start + count].float()
             together.addmm_(active.T, active)

@@ -260,4 +260,4 @@ def measure_margin(
         "real_over_assumed": float(((spread.square() + shift.square()).mean() / assumed).sqrt()),
         "largest_input_over_typical": float((size.max() / size.median().clamp(min=1e-12)).sqrt()),
     }
-    return report, {"shift": shift, "spread": spread, "margin": torch.tensor([margin])}
+    return report, {"shift": shift, "spread": spread, "margin": torch.tensor([margin], dtype=torch.float32, device="cpu")}

@@ -419,7 +419,7 @@ class _Fitting:
             inputs["stopping_criteria"] = StoppingCriteriaList([self._stopped])
 
     def _stopped(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(ids),), self._ended())
+        return torch.full((len(ids),), self._ended(), dtype=torch.bool, device="cpu")
 
 
 class _Watched:

@@ -61,7 +61,7 @@ class TokenStep:
             file: what is missing is read with it. `None`: nothing can be read.
         """
         step, job, window, own = self._step, self._step.job, self._step.window, self._window
-        out = torch.empty(1, x.shape[1])
+        out = torch.empty(1, x.shape[1], dtype=torch.float32, device="cpu")
         job.x, job.out, job.bias = x.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
         job.threads, step.selected = threads(), selected.data_ptr()
         window.clock, window.free, window.gain = own.clock, own.free, own.gain

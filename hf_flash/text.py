@@ -141,7 +141,7 @@ def quotations(windows: torch.Tensor) -> torch.Tensor:
     ids = windows.numpy().astype(np.uint64) + np.uint64(1)
     runs = ids.shape[1] - _GRAM + 1
     if runs < 1:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     sums = np.zeros((len(ids), runs), dtype=np.uint64)
     for at in range(_GRAM):  # wraps around modulo 2 ** 64, as a hash may
         sums = sums * np.uint64(0x9E3779B97F4A7C15) + ids[:, at : at + runs]

@@ -148,9 +148,9 @@ class _Start:
     ) -> None:
         d_ff, d_model = up.shape
         self._up, self._mean = up, mean
-        self._bias = torch.zeros(d_ff) if bias is None else bias.float()
+        self._bias = torch.zeros(d_ff, dtype=torch.float32, device="cpu") if bias is None else bias.float()
         self._factor = _root(covariance)  # R
-        gram, spread = torch.zeros(d_model, d_model), []
+        gram, spread = torch.zeros(d_model, d_model, dtype=torch.float32, device="cpu"), []
         for rows in self._blocks():
             seen = up[rows].float() @ self._factor
             gram.addmm_(seen.T, seen)  # R' W' W R
@@ -166,7 +166,10 @@ class _Start:
         vectors = self._vectors[:, :rank]
         a = torch.linalg.solve_triangular(self._factor, vectors.T.contiguous(), upper=False, left=False)
         through = self._factor @ vectors
-        b, offset = torch.empty(self._up.shape[0], rank), torch.empty(self._up.shape[0])
+        b, offset = (
+            torch.empty(self._up.shape[0], rank, dtype=torch.float32, device="cpu"),
+            torch.empty(self._up.shape[0], dtype=torch.float32, device="cpu"),
+        )
         for rows in self._blocks():
             part = self._up[rows].float()
             torch.mul(part @ through, self._scale[rows, None], out=b[rows])
@@ -179,9 +182,11 @@ def _root(covariance: torch.Tensor) -> torch.Tensor:
     """Its Cholesky factor, with as much added to the diagonal as that takes: a few tokens do not fill all dimensions."""
     ridge = 1e-5 * float(covariance.diagonal().mean()) + 1e-12
     while True:
-        factor, failed = torch.linalg.cholesky_ex(covariance + ridge * torch.eye(len(covariance)))
+        factor, failed = torch.linalg.cholesky_ex(
+            covariance + ridge * torch.eye(len(covariance), dtype=torch.float32, device="cpu")
+        )
         if not failed:
-            return torch.as_tensor(factor)
+            return torch.as_tensor(factor, dtype=torch.float32, device="cpu")
         ridge *= 10
 
 
@@ -211,9 +216,11 @@ def _train(
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _ in range(epochs):
-            order = torch.randperm(segments, generator=random)
+            order = torch.randperm(segments, generator=random, dtype=torch.int64, device="cpu")
             for at in range(0, segments - size + 1, size):
-                rows = (order[at : at + size, None] * _SEGMENT + torch.arange(_SEGMENT)).view(-1)
+                rows = (order[at : at + size, None] * _SEGMENT + torch.arange(_SEGMENT, dtype=torch.int64, device="cpu")).view(
+                    -1
+                )
                 x, active = data.x[rows].float(), data.active(rows).float()
                 hidden = x @ a.T  # [tokens, rank]
                 slope = torch.addmm(offset, hidden, b.T).sigmoid_().sub_(active)  # of the loss, by logit

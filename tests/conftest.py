@@ -86,7 +86,7 @@ def interrupting(after_s: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, after_s)
         yield
     finally:
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that is on its way already, too
+        signal.signal(signal.SIGALRM, lambda *_: None)  # one that is on its way already, too
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

@@ -385,3 +385,23 @@ def test_none_is_unset_and_not_a_value() -> None:
     config = FlashOffloadConfig(**dict.fromkeys([*NAMED, "cache_dir"]))
     assert config.to_dict() == HEAD
     assert (config.window, config.reader, config.io_threads) == (5, "auto", 16)
+
+
+# --- foreign state -------------------------------------------------------------------------------------------------
+
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones", "rand",
+    "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_makes_tensors_says_their_dtype_and_device(module: str) -> None:
+    """torch's defaults are anybody's to change; the compiled part gets addresses, and sees neither."""
+    calls = [
+        node
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES
+        if ast.unparse(node.func.value) == "torch"
+    ]
+    assert [ast.unparse(call) for call in calls if not {"dtype", "device"} <= {key.arg for key in call.keywords}] == []

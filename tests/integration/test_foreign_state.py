@@ -6,23 +6,26 @@ import errno
 import multiprocessing
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, StoreReadError, native
 from hf_flash.read_queue import CompiledQueue
 from hf_flash.store import FlashStore
-from tests.conftest import TINY_OPT, in_a_fork, interrupting, torch_threads
+from tests.conftest import ROOT, TINY_OPT, in_a_fork, interrupting, torch_threads
 from tests.seccomp import forbid_ring
 
 MIB = 1 << 20
+META = ("meta", "device context")
 PROMPT = torch.arange(5, 53)[None]
 Load = Callable[..., Any]
 
@@ -42,6 +45,25 @@ def load(repacked: Path) -> Load:
         return AutoModelForCausalLM.from_pretrained(folder or repacked, dtype=torch.float16, quantization_config=config)
 
     return get
+
+
+@contextmanager
+def defaults(state: str) -> Iterator[None]:
+    """Torch's default dtype or device as somebody else has set it."""
+    if state == "device context":
+        with torch.device("meta"):
+            yield
+        return
+    before = torch.get_default_dtype()
+    try:
+        if state == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(getattr(torch, state))
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
 
 
 def story(model: Any, prompt: torch.Tensor = PROMPT, tokens: int = 6) -> list[int]:
@@ -192,3 +214,56 @@ def test_a_file_that_refuses_direct_reads_is_read_through_the_page_cache_alone(
     assert "flash-layer-00003.safetensors is read through the page cache" in caplog.text
     assert [file.align > 0 for file in model.flash_runtime.engine.reader.source.files] == [True] * 3 + [False] + [True] * 2
     assert story(model) == wanted
+
+
+@pytest.mark.parametrize("state", ["float64", "bfloat16", "float16", *META])
+@pytest.mark.parametrize("predictor", ["quantized", "none", "lowrank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_defaults_of_torch_change_no_answer(calibrated: Path, state: str, predictor: str, dtype: torch.dtype) -> None:
+    def load() -> Any:
+        config = FlashOffloadConfig(memory_budget=18 * MIB, predictor=predictor)
+        return AutoModelForCausalLM.from_pretrained(calibrated, dtype=dtype, quantization_config=config)
+
+    model, one = load(), torch.tensor([[5]])
+    wanted = story(model), story(model, one), logits(model)
+    with defaults(state):
+        again = model if state in META else load()  # transformers loads nothing onto the meta device
+        for each in (model, again):
+            assert (story(each), story(each, one)) == wanted[:2]
+            assert torch.equal(logits(each), wanted[2])
+    assert story(again) == wanted[0]
+
+
+@pytest.mark.parametrize("state", ["float64", "bfloat16", "meta"])
+def test_defaults_of_torch_change_no_file(calibrated: Path, tmp_path: Path, state: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(calibrated)
+    with defaults(state):
+        found = hf_flash.repack(TINY_OPT, tmp_path / "tiny")
+        if state not in META:
+            _calibrate(found)
+        hf_flash.restore(found, tmp_path / "restored")
+        model.save_pretrained(tmp_path / "saved")
+    if state in META:
+        _calibrate(found)
+    for path in sorted(calibrated.glob("flash-*.safetensors")):
+        assert (found / path.name).read_bytes() == path.read_bytes(), path.name
+        assert (tmp_path / "saved" / path.name).read_bytes() == path.read_bytes(), path.name
+    plain, restored = (load_file(folder / "model.safetensors") for folder in (TINY_OPT, tmp_path / "restored"))
+    assert all(torch.equal(plain[name], value) for name, value in restored.items())
+
+
+def _calibrate(found: Path) -> Path:
+    hf_flash.calibrate(found, ROOT / "examples" / "text" / "bible.valid.txt", samples=16, context=64, rank=8, epochs=1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model with a low-rank predictor, hastily trained. Do not write to it."""
+    return _calibrate(hf_flash.repack(TINY_OPT, tmp_path_factory.mktemp("calibrated") / "tiny"))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(PROMPT).logits
+    return found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .config import FlashOffloadConfig, configure
+from .counters import FlashStats
 from .errors import (
     BudgetError,
     CalibrationError,
@@ -25,11 +26,10 @@ from .errors import (
     UnsupportedModelError,
     UsageError,
 )
+from .packing import repack, restore
 from .quantizer import register as _register
-from .repack import repack, restore
 from .runtime import close, stats
 from .saving import push
-from .stats import FlashStats
 
 __all__ = [
     "BudgetError",

@@ -42,7 +42,7 @@ from .budget import parse_bytes, parse_share
 from .config import FlashOffloadConfig
 from .disk import disk_curve, mean_curve
 from .errors import ConfigError
-from .repack import repack
+from .packing import repack
 from .store import FlashStore
 
 UNCAPPED: Final = 1 << 50  # a budget that nothing fills

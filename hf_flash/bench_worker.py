@@ -27,11 +27,11 @@ from .bench_checks import window_law
 from .cgroup import memory_peak
 from .chunks import Chunks
 from .config import FlashOffloadConfig
+from .counters import FlashStats
 from .errors import BudgetError, HfFlashError
 from .ffn import FlashFFN
 from .memory import load_into_memory
 from .runtime import find_runtime, stats
-from .stats import FlashStats
 from .window import Ids
 
 PARTS = ("io", "manage", "predict", "compute")  # what hf_flash times in its layers

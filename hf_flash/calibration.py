@@ -19,7 +19,7 @@ Several processes, on one machine or on several that share the folder, take as m
 tokens through them, then trains one. Their number changes nothing in the result: batches are cut by position, and a layer's
 training depends on its recorded data and the seed. accelerate starts them (its flag says GPU; none is used):
 
-    accelerate launch --multi_gpu --num_processes 4 --mixed_precision no -m hf_flash.calibrate FOLDER --text FILE
+    accelerate launch --multi_gpu --num_processes 4 --mixed_precision no -m hf_flash.calibration FOLDER --text FILE
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from .folders import check_room, clear_away, locked
 from .header import TensorSpec, read_header
 from .lowrank import VARIANT, LowRankPredictor
 from .memory import trim_heap
+from .packing import list_store, repacked_config
 from .placement import count_reads, place_neurons
 from .predictor import read_tensors
 from .quantized import MEASURED_RECALL, measure_margin, quantized_forms
-from .repack import list_store, repacked_config
 from .report import check_layer
 from .runtime import close, find_runtime
 from .store import CALIBRATION_FILE, PREDICTOR_FILE, FlashStore, LayerStore
@@ -537,7 +537,7 @@ def _enter(model: Any, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hf-flash calibrate` and `python -m hf_flash.calibrate`."""
+    """The arguments of `hf-flash calibrate` and `python -m hf_flash.calibration`."""
     parser.add_argument("folder", help="a repacked checkpoint, with its tokenizer")
     parser.add_argument("--text", required=True, help="a UTF-8 file, or a dataset as name[:config[:split]]")
     parser.add_argument("--samples", type=int, default=256, metavar="N", help="windows of text (default 256)")
@@ -592,8 +592,8 @@ def describe_placement(report: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """`python -m hf_flash.calibrate`, which `accelerate launch -m` runs in several processes."""
-    parser = argparse.ArgumentParser(prog="python -m hf_flash.calibrate", description=__doc__.splitlines()[0])
+    """`python -m hf_flash.calibration`, which `accelerate launch -m` runs in several processes."""
+    parser = argparse.ArgumentParser(prog="python -m hf_flash.calibration", description=__doc__.splitlines()[0])
     add_arguments(parser)
     try:
         table = describe(run(parser.parse_args()))
@@ -603,3 +603,7 @@ def main() -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         print(table)  # noqa: T201
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

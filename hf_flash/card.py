@@ -21,10 +21,10 @@ from .checkpoint import Checkpoint
 from .config import FlashOffloadConfig
 from .errors import ConfigError
 from .lowrank import LowRankFormat
+from .packing import other_weights, repacked_config, stored_form
 from .predictor import PredictorForm
 from .quantized import quantized_forms
 from .readme import body, merged
-from .repack import other_weights, repacked_config, stored_form
 from .runtime import divide_memory, stored_report
 from .store import FlashStore, read_json
 

@@ -46,8 +46,8 @@ from .config import ARGUMENTS, configure
 from .demo import demo
 from .doctor import diagnose
 from .errors import ConfigError, HfFlashError
+from .packing import repack, restore
 from .plots import check_installed, plot, plot_bench
-from .repack import repack, restore
 from .saving import push
 from .store import FlashStore
 from .writer import write_text

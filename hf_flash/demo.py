@@ -18,8 +18,8 @@ from .errors import ConfigError
 from .folders import scratch_folder
 from .liveview import LiveView, view
 from .observing import TokenSeen, watched
+from .packing import repack
 from .planner import needs
-from .repack import repack
 from .runtime import stats
 from .store import FlashStore
 from .text import tokenizer_of

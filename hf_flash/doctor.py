@@ -31,7 +31,7 @@ from .config import FlashOffloadConfig
 from .disk import DiskPoint, disk_curve, dram_gb_per_s, rate_at
 from .errors import ConfigError, HfFlashError
 from .folders import scratch_file
-from .repack import cache_folder
+from .packing import cache_folder
 from .store import FlashStore
 
 GOOD, FAIR, BAD = "good", "could be better", "problem"

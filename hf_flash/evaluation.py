@@ -32,14 +32,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .activity import Use
 from .budget import ceiling_bytes, format_bytes
 from .config import FlashOffloadConfig
+from .counters import Counters
 from .ffn import observed
 from .harness import Harness
 from .lowrank import LowRankFormat
+from .packing import repacked_config
 from .predictor import NoPredictor, PredictorForm, find_predictor, read_tensors
 from .quantized import DEFAULT_MARGIN, QuantizedFormat, QuantizedPredictor, quantized_forms
-from .repack import repacked_config
 from .runtime import close, find_runtime, stats
-from .stats import Counters
 from .store import FlashStore, LayerStore
 from .text import Text, seen_share, token_windows
 

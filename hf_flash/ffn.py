@@ -43,13 +43,13 @@ import torch
 from torch import nn
 
 from .compute import OneToken, Scratch, SeveralTokens, block_rows, is_relu
+from .counters import Counters
 from .errors import HfFlashError, StoreReadError, UsageError
 from .matrices import OnFlash, is_plain, refuse_dtype, refuse_tracing, stand_in
 from .memory import Heap
 from .native import addresses, copy_rows, release_threads
 from .predictor import Predictor
 from .reader import BundleReader, ReadCount, Reading
-from .stats import Counters
 from .step import TokenStep
 from .window import Ids, Mask, ResidentWindow, uses
 

@@ -27,7 +27,7 @@ from .commandline import add_json, finish, say, tell
 from .errors import ConfigError, HfFlashError, StoreError, StoreFormatError, StoreMissingError, UsageError
 from .files import exists, listing
 from .folders import lock_file, lock_on, put_aside
-from .repack import cache_folder
+from .packing import cache_folder
 from .store import FlashStore
 from .writer import writing
 

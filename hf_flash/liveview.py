@@ -21,8 +21,8 @@ from rich.style import Style
 from rich.text import Text
 
 from .budget import format_bytes
+from .counters import FlashStats
 from .observing import LayerSeen, TokenSeen
-from .stats import FlashStats
 
 Floats = npt.NDArray[np.float64]
 RGB = tuple[int, int, int]

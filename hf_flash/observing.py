@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from transformers import StoppingCriteria
 
+from .counters import Counters
 from .ffn import FlashFFN
 from .runtime import find_runtime
-from .stats import Counters
 
 Mask = npt.NDArray[np.bool_]
 

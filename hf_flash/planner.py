@@ -37,8 +37,8 @@ from .demand import Demand, everything, measured, supposed
 from .errors import ConfigError
 from .lowrank import LowRankFormat
 from .machine import Measured, Model, fast_rank, measure
+from .packing import cache_folder, fresh_form, stored_form
 from .predictor import PredictorForm
-from .repack import cache_folder, fresh_form, stored_form
 from .runtime import divide_memory, expected_demand, stored_report
 from .store import FlashStore, read_json
 

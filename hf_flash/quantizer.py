@@ -20,9 +20,9 @@ from .checkpoint import Checkpoint, given_files
 from .config import AUTO, FlashOffloadConfig
 from .devices import stay_on_cpu
 from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
+from .packing import cached_store, fresh_form, stored_choice, stored_form
 from .predictor import PredictorForm, find_predictor
 from .quantized import QuantizedFormat
-from .repack import cached_store, fresh_form, stored_choice, stored_form
 from .runtime import attach, divide_memory, expected_demand
 from .saving import bind
 from .store import FlashStore

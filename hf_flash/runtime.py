@@ -15,6 +15,7 @@ from .budget import MemoryPlan, available_memory, plan_memory
 from .checkpoint import Checkpoint
 from .compute import Scratch
 from .config import FlashOffloadConfig
+from .counters import FlashStats
 from .demand import Demand, measured, supposed
 from .errors import UsageError
 from .ffn import DownBias, Engine, FlashFFN
@@ -26,7 +27,6 @@ from .memory import load_into_memory, trim_heap
 from .predictor import NoPredictor, PredictorForm
 from .reader import open_reader, reader_buffer_bytes
 from .report import parse_report
-from .stats import FlashStats
 from .store import META, FlashStore
 from .window import ResidentWindow
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,14 +22,17 @@ from .card import base_model, model_card
 from .checkpoint import Checkpoint
 from .devices import METHODS
 from .errors import ConfigError, UsageError
+from .folders import locked
 from .matrices import Matrix, OnFlash, checked
-from .repack import cache_folder, link_or_copy, save_folder
+from .packing import cache_folder, link_or_copy, save_folder
 from .runtime import FlashRuntime, find_runtime
 from .store import FlashStore
+from .writer import write_text
 
 logger = logging.getLogger("hf_flash")
 
 _CARD: Final = "README.md"
+_GENERATION: Final = "generation_config.json"
 _SHOWN: Final = 4  # of names in an error
 _PUSH: Final = frozenset({"commit_message", "commit_description", "private", "revision", "create_pr", "bench"})
 _NOT_PUSHED: Final = ["*.tmp", ".*"]
@@ -41,6 +44,7 @@ _TOKENIZER: Final = (
 _REPLACED: Final = [
     "model.safetensors",
     "model-?????-of-?????.safetensors",
+    "model-?????-of-?????-*.safetensors",
     "model.safetensors.index.json",
     "flash-layer-*.safetensors",
     "flash-predictor-*.safetensors",
@@ -211,8 +215,14 @@ def _staging() -> Iterator[Path]:
     """A folder in the flash cache for what is uploaded: links to large files, and the files that are made for it."""
     cache = cache_folder(None)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".push-") as folder, inuse.holding(Path(folder)):
-        yield Path(folder)
+    with ExitStack() as stack:
+        with locked(cache / "push", keep=True):
+            for left in cache.glob(".push-*"):  # by a push that was killed
+                if not inuse.held([left]):
+                    shutil.rmtree(left, ignore_errors=True)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=cache, prefix=".push-")))
+            stack.enter_context(inuse.holding(folder))
+        yield folder
 
 
 def _upload(
@@ -317,7 +327,7 @@ def _save(model: Any, folder: Path, state_dict: Mapping[str, Any] | None = None,
     if folder.resolve() == runtime.checkpoint.files[0].parent.resolve():
         runtime.checkpoint = Checkpoint.open_folder(folder)  # its files are not the ones that were opened
     if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+        write_text(folder / _GENERATION, model.generation_config.to_json_string(use_diff=True))
 
 
 def _whole(model: Any, runtime: FlashRuntime, state_dict: Mapping[str, Any] | None) -> Mapping[str, torch.Tensor]:

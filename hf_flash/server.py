@@ -47,10 +47,10 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, _Ge
 from . import fields
 from .budget import format_bytes
 from .config import FlashOffloadConfig
+from .counters import FlashStats
 from .errors import ConfigError, HfFlashError, UsageError
 from .guard import Guard, failure, gone, is_local, texts
 from .runtime import stats
-from .stats import FlashStats
 
 logger = logging.getLogger("hf_flash")
 

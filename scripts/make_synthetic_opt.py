@@ -51,7 +51,7 @@ from hf_flash.errors import HfFlashError
 from hf_flash.folders import check_room, check_target
 from hf_flash.lowrank import VARIANT, LowRankFormat, LowRankPredictor, lowrank_specs, pack_lowrank
 from hf_flash.memory import trim_heap
-from hf_flash.repack import list_store, repacked_config
+from hf_flash.packing import list_store, repacked_config
 from hf_flash.store import INDEX_NAME, PREDICTOR_FILE, FlashStore, TensorSpec
 from hf_flash.writer import predictor_metadata, write_json, write_safetensors
 

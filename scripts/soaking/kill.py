@@ -126,7 +126,7 @@ def save(scene: Scene, begin: Callable[[], Any]) -> None:
 
 def small_shards() -> None:
     """Some files of other weights instead of one."""
-    sys.modules["hf_flash.repack"]._SHARD_BYTES = 16_000  # type: ignore[attr-defined]
+    sys.modules["hf_flash.packing"]._SHARD_BYTES = 16_000  # type: ignore[attr-defined]
 
 
 def push(scene: Scene, begin: Callable[[], Any]) -> None:

@@ -58,7 +58,7 @@ def imported() -> tuple[set[str], set[str]]:
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module] if node.module else [alias.name for alias in node.names]
                 kept.update("." * node.level + name for name in names)
-    reached, todo = set(), ["__init__", "__main__", "calibrate"]
+    reached, todo = set(), ["__init__", "__main__", "calibration"]
     while todo:
         reached.add(module := todo.pop())
         todo += [name[1:] for name in top[module] if name[0] == "." and name[1:] not in reached]

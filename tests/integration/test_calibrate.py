@@ -539,16 +539,16 @@ def test_work_on_another_text_or_another_checkpoint_is_thrown_away(
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
-# `python -m hf_flash.calibrate`, which notes who trained which layer.
+# What `python -m hf_flash.calibration` does, which notes who trained which layer.
 NOTING = """
-import os, runpy
+import os
 from hf_flash import calibration
 train = calibration._Job._train
 def noting(job, model, layer):
     open(os.path.join(os.environ["NOTES"], f"{os.environ['RANK']}-{layer.index}"), "x").close()
     train(job, model, layer)
 calibration._Job._train = noting
-runpy.run_module("hf_flash.calibrate", run_name="__main__")
+raise SystemExit(calibration.main())
 """
 
 

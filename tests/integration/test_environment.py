@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_flash import ConfigError, FlashOffloadConfig, HfFlashError, cli, flash_cache, folders
-from hf_flash.repack import cache_folder
+from hf_flash.packing import cache_folder
 from tests.conftest import ROOT, TINY_OPT, in_a_fork, torch_threads
 
 RUN = """

@@ -225,7 +225,7 @@ def test_saving_over_its_own_folder_survives_new_shard_borders(
 
     import hf_flash.saving  # `hf_flash.repack` is the function
 
-    monkeypatch.setattr(sys.modules["hf_flash.repack"], "_SHARD_BYTES", 6000)
+    monkeypatch.setattr(sys.modules["hf_flash.packing"], "_SHARD_BYTES", 6000)
     folder = hf_flash.repack(opt(dtype=torch.float16), tmp_path / "packed")
     model = load(folder)
     with torch.no_grad():

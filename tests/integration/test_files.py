@@ -27,9 +27,9 @@ from hf_flash.adapters import adapter_for
 from hf_flash.checkpoint import Checkpoint
 from hf_flash.cli import main
 from hf_flash.header import read_header
+from hf_flash.packing import cached_store
 from hf_flash.predictor import read_tensors
 from hf_flash.quantized import QuantizedFormat
-from hf_flash.repack import cached_store
 from hf_flash.store import INDEX_NAME, FlashStore
 from hf_flash.writer import write_safetensors
 from tests.conftest import ROOT, make_opt
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="users, mounts a
 Make = Callable[..., Path]
 IDS = torch.tensor([[5, 6, 7, 8]])
 REST = "model-00001-of-00001.safetensors"
-REPACK = sys.modules["hf_flash.repack"]
+REPACK = sys.modules["hf_flash.packing"]
 
 
 def load(folder: str | Path, cache: Path | None = None, **arguments: Any) -> Any:

@@ -150,7 +150,7 @@ def test_two_processes_that_need_the_same_entry_wait_for_each_other(
 import os, signal, sys, hf_flash
 from hf_flash import FlashOffloadConfig
 from transformers import AutoModelForCausalLM
-repack = sys.modules["hf_flash.repack"]
+repack = sys.modules["hf_flash.packing"]
 write, pause = repack.write_layer, sys.argv[2] == "pause"
 def counting(path, index, *rest):
     if pause and index == 1:

@@ -210,7 +210,7 @@ def test_nothing_is_removed_unless_every_bit_was_found_again(
     """A disk that flips a bit in a bundle, or in another weight, behind our back; checksums that fit what was written."""
     here.publish("me/x", opt())
     cache = str(tmp_path / "cache")
-    module = sys.modules["hf_flash.repack"]  # the function of that name hides it
+    module = sys.modules["hf_flash.packing"]  # the function of that name hides it
     copy = module.copy_small_files
     for number, name in enumerate(["flash-layer-00001.safetensors", "model-00001-of-00001.safetensors"]):
 

@@ -7,8 +7,8 @@
 
 All of them stream: one layer's bundles in memory at most. The first three write into a folder beside the target,
 `.<name>.partial`, and rename it at the end, so a run that dies leaves the source whole and nothing that looks finished; the
-next run takes the layers that are complete from there and goes on. Saving may go into the model's own folder, so it completes
-every file beside the old one before it takes its place.
+next run takes the layers that are complete from there and goes on. Saving may go into the model's own folder, so its files get
+new names, and the index that lists them is replaced in one step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -65,7 +66,7 @@ logger = logging.getLogger("hf_flash")
 
 _NOT_OURS: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SHARD_BYTES: Final = 5_000_000_000
-_OURS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|flash-(layer-.+|predictor-.+|calibration)\.safetensors")
+_OURS: Final = re.compile(r"model(-\d{5}-of-\d{5}(-\d+)?)?\.safetensors|flash-(layer-.+|predictor-.+|calibration)\.safetensors")
 
 
 def repack(
@@ -391,29 +392,33 @@ def _write_rest(
 ) -> dict[str, str]:
     """Write the weights that are not FFN matrices; returns which file has which tensor.
 
-    All files are complete before the first gets its name: they may take the places of the files they are copied from.
+    The files have names of their own. So the folder is what it was until its index is replaced, which is one step, and they may
+    be copies of files that the index lists until then.
     """
     weight_map: dict[str, str] = {}
     shards = _shards(specs)
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    new = [folder / f"{name}.new" for name in names]
+    names = _free_names(folder, len(shards))
     try:
-        for path, name, shard in zip(new, names, shards, strict=True):
+        for name, shard in zip(names, shards, strict=True):
             real = (n for n, (_, shape) in shard.items() if 0 not in shape)
-            write_safetensors(
-                path,
-                shard,
-                (piece for n in real for piece in ([changed[n]] if n in changed else checkpoint.pieces(n))),
-                rest_metadata(),
-            )
+            pieces = (piece for n in real for piece in ([changed[n]] if n in changed else checkpoint.pieces(n)))
+            write_safetensors(folder / name, shard, pieces, rest_metadata())
             weight_map |= dict.fromkeys(shard, name)
-        for path, name in zip(new, names, strict=True):
-            with writing(folder / name):
-                os.replace(path, folder / name)
-    finally:
-        for path in new:
-            path.unlink(missing_ok=True)
+    except BaseException:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise
     return weight_map
+
+
+def _free_names(folder: Path, shards: int) -> list[str]:
+    """Names of files that do not exist yet."""
+    for turn in count():
+        end = f"-of-{shards:05d}{f'-{turn}' if turn else ''}.safetensors"
+        names = [f"model-{number:05d}{end}" for number in range(1, shards + 1)]
+        if not any(os.path.lexists(folder / name) for name in names):
+            break
+    return names
 
 
 def _shards(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
@@ -550,6 +555,6 @@ def save_folder(
     _finish_folder(target, checkpoint, store, config, changed)
     current = {path.name for path in listed_files(target / INDEX_NAME)}
     for path in target.iterdir():  # of an earlier save; transformers would prefer a `model.safetensors`
-        left = path.name.removesuffix(".tmp").removesuffix(".new")  # by a save that was killed
+        left = path.name.removesuffix(".tmp")  # by a save that was killed
         if _OURS.fullmatch(left) and path.name not in current:
             path.unlink()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
+import os
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
@@ -135,12 +136,15 @@ STRUCTURES: Final = (Job, _Several, _Matrix, _Linear, _Rows, File, Order, Window
 
 
 def load() -> ctypes.CDLL:
-    """The compiled part.
+    """The compiled part; `HF_FLASH_NATIVE` names another build of it, or switches it off with `0`.
 
     Raises:
         OSError, AttributeError: it is not there, does not fit this processor, or is not what this file was written for.
     """
-    found = ctypes.CDLL(str(Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))))
+    usual = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
+    if (chosen := os.environ.get("HF_FLASH_NATIVE")) == "0":
+        raise OSError("HF_FLASH_NATIVE=0 switches it off")
+    found = ctypes.CDLL(chosen or str(usual))
     if not found.hf_supported():
         raise OSError("this processor lacks AVX2, FMA or F16C")
     if (abi := found.hf_abi()) != ABI:

@@ -284,7 +284,7 @@ class _Copying(NamedTuple):
 
 
 def _advise(fd: int, chunks: Chunks, advice: str) -> None:
-    if (number := getattr(os, advice, None)) is None:
+    if (number := getattr(os, advice, None)) is None or not hasattr(os, "posix_fadvise"):
         return
     for offset, nbytes in zip(chunks.offset.tolist(), chunks.nbytes.tolist(), strict=True):
         with suppress(OSError):  # it is only advice

@@ -555,6 +555,6 @@ def save_folder(
     _finish_folder(target, checkpoint, store, config, changed)
     current = {path.name for path in listed_files(target / INDEX_NAME)}
     for path in target.iterdir():  # of an earlier save; transformers would prefer a `model.safetensors`
-        left = path.name.removesuffix(".tmp")  # by a save that was killed
+        left = path.name.removesuffix(".tmp").removesuffix(".new")  # by a save that was killed, of this version or an older one
         if _OURS.fullmatch(left) and path.name not in current:
             path.unlink()

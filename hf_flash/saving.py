@@ -216,7 +216,7 @@ def _staging() -> Iterator[Path]:
     cache = cache_folder(None)
     cache.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        with locked(cache / "push", keep=True):
+        with locked(cache / "push"):
             for left in cache.glob(".push-*"):  # by a push that was killed
                 if not inuse.held([left]):
                     shutil.rmtree(left, ignore_errors=True)

@@ -614,7 +614,7 @@ write = sys.modules["hf_flash.writer"].write_safetensors
 def wrapped(path, specs, pieces, metadata):
     write(path, specs, dying(pieces) if path.name.removesuffix(".new") == victim else pieces, metadata)
 
-for module in ("writer", "repack", "quantized"):
+for module in ("writer", "packing", "quantized"):
     sys.modules[f"hf_flash.{module}"].write_safetensors = wrapped
 hf_flash.repack(source, target)
 """

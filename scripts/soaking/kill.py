@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import sys
 import time
@@ -69,15 +70,32 @@ class Job:
     prepare: Callable[[Scene], None] = lambda scene: None
 
 
+_TURN: Final = re.compile(r"(?<=-of-\d{5})-\d+(?=\.safetensors)")
+
+
 def tree(folder: Path) -> dict[str, str]:
-    """Every name below a folder, with a checksum of what it is."""
-    return {path.relative_to(folder).as_posix(): _sum(path) for path in sorted(folder.rglob("*"))}
+    """Every name below a folder, with a checksum of what it is.
+
+    The number that a save gives the names of its files, so that they are new ones, is left out; what is left over of an earlier
+    save keeps it.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        plain = _TURN.sub("", name)
+        found[name if plain in found else plain] = _sum(path)
+    return found
 
 
 def _sum(path: Path) -> str:
     if path.is_symlink():
         return os.readlink(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    if not path.is_file():
+        return "folder"
+    data = path.read_bytes()
+    if path.name.endswith(".index.json"):
+        data = _TURN.sub("", data.decode()).encode()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _below(folder: str, found: Tree) -> dict[str, str]:

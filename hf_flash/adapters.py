@@ -94,8 +94,13 @@ class Adapter:
         return str(name)
 
     def dims(self, config: Any) -> tuple[int, int, int]:
-        """layers, d_ff and d_model."""
-        return config.num_hidden_layers, getattr(config, self.d_ff_key), config.hidden_size
+        """layers, d_ff and d_model; an error if they are none that a model could have."""
+        found = {name: getattr(config, name) for name in ("num_hidden_layers", self.d_ff_key, "hidden_size")}
+        for name, value in found.items():
+            if type(value) is not int or value < 1:
+                raise UnsupportedModelError("a size in config.json is none", where=name, expected="1 or more", got=value)
+        layers, d_ff, d_model = found.values()
+        return layers, d_ff, d_model
 
     def swap(self, model: nn.Module, dtype: torch.dtype) -> list[FlashFFN]:
         """Replace every FFN in a model whose parameters are still on the meta device. Returns the new modules, by layer."""

@@ -78,14 +78,16 @@ class FlashHfQuantizer(HfQuantizer):
         files = given_files(str(model.config.name_or_path), checkpoint_files)
         self._checkpoint = Checkpoint.open(files)
         store = FlashStore.open(files) if self.pre_quantized else None
+        if store is not None:
+            self._check_dims(adapter, model, store)
         self._ffns = adapter.swap(model, dtype)
         self._plan, self._form = self._divide(model, adapter, dtype, store)
         if store is None:
             form = self._form if isinstance(self._form, QuantizedFormat) else None
             store = cached_store(self._checkpoint, adapter, form, config.cache_dir)
+            self._check_dims(adapter, model, store)
         if self._form is not None:
             find_predictor(store, self._form)
-        self._check_dims(adapter, model, store)
         self._store, self._dtype = store, dtype
         config.remember(**stored_choice(self._form))
         model._keys_to_ignore_on_load_unexpected = {

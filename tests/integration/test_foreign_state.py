@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, StoreReadError, native
+from hf_flash import FlashOffloadConfig, StoreReadError, UnsupportedModelError, native
 from hf_flash.read_queue import CompiledQueue
 from hf_flash.store import FlashStore
 from tests.conftest import ROOT, TINY_OPT, in_a_fork, interrupting, torch_threads
@@ -267,3 +269,14 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(model: Any) -> torch.Tensor:
     found: torch.Tensor = model(PROMPT).logits
     return found
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ffn_dim", 0), ("ffn_dim", 512), ("num_hidden_layers", 0), ("num_hidden_layers", 3)]
+)
+def test_a_config_of_another_shape_is_an_error_of_ours(calibrated: Path, tmp_path: Path, name: str, value: int) -> None:
+    folder = Path(shutil.copytree(calibrated, tmp_path / "folder"))
+    config = json.loads((folder / "config.json").read_text()) | {name: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError):
+        AutoModelForCausalLM.from_pretrained(folder)

@@ -271,6 +271,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.parametrize(
     ("name", "value"), [("ffn_dim", 0), ("ffn_dim", 512), ("num_hidden_layers", 0), ("num_hidden_layers", 3)]
 )

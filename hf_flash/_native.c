@@ -20,7 +20,6 @@
 #include <errno.h>
 #include <immintrin.h>
 #include <linux/futex.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>

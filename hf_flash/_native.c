@@ -20,6 +20,7 @@
 #include <errno.h>
 #include <immintrin.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>

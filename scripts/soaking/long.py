@@ -34,7 +34,7 @@ LIMIT_S: Final = 30  # of silence: everything here says something every second
 PROMPT: Final = torch.arange(5, 53)[None]
 NEW: Final = 8  # tokens a generation
 GROWTH_KIB: Final = 8 << 10  # what a process may have more at the end
-SLOWER: Final = 2.0  # the end may take so much longer than the beginning: other processes come and go
+SLOWER: Final = 1.25  # than a fresh model that answers in turn with the old one
 
 
 def load(reader: str) -> Any:
@@ -148,8 +148,7 @@ def decode(soak: Soak, figures: Figures) -> None:
     samples = [message["sample"] for message in said if "sample" in message]
     if len(samples) >= 2:
         flat(figures, samples[0], samples[-1])
-    seconds = [message["s"] for message in said if "s" in message]
-    judge_speed(figures, seconds, total)
+    judge_speed(figures, *([message[key] for message in said if key in message] for key in ("s", "old s", "fresh s")))
 
 
 def decoded(total: int, asked: Sequence[torch.Tensor], say: Say) -> None:
@@ -174,6 +173,7 @@ def decoded(total: int, asked: Sequence[torch.Tensor], say: Say) -> None:
         for thread in running:
             thread.join()
         say({"sample": sample()})  # of a process whose threads have ended
+    compare_speed(model, asked, max(2, total // 100), say)
 
 
 def sample() -> dict[str, int]:
@@ -190,15 +190,27 @@ def flat(figures: Figures, first: dict[str, int], last: dict[str, int]) -> None:
             figures.fault(f"{name} grew from {before} to {last[name]}")
 
 
-def judge_speed(figures: Figures, seconds: Sequence[float], total: int) -> None:
-    """The last thousand tokens against the first after warming up, where there are enough of them to tell."""
-    per = min(1000, total // 4) // NEW
-    if len(seconds) < 3 * per:
-        return
-    first, last = (1000 * statistics.median(part) / NEW for part in (seconds[per : 2 * per], seconds[-per:]))
-    figures.measured["ms a token"] = f"{first:.1f} to {last:.1f}"
-    if total >= 10_000 and last > SLOWER * first:
-        figures.fault(f"the last thousand tokens took {last:.1f} ms each, the first {first:.1f}")
+def compare_speed(old: Any, asked: Sequence[torch.Tensor], rounds: int, say: Say) -> None:
+    """The model after all that, and a fresh one, in turn: the machine's own speed changes by more than what is looked for."""
+    models = {"old s": old, "fresh s": load("direct")}
+    for at in range(rounds + 1):
+        for name, model in sorted(models.items(), reverse=bool(at % 2)):
+            start = time.monotonic()
+            answer(model, asked[at % len(asked)])
+            if at:  # the first warms up
+                say({name: time.monotonic() - start})
+
+
+def judge_speed(figures: Figures, seconds: Sequence[float], old: Sequence[float], fresh: Sequence[float]) -> None:
+    """Every thousand tokens for the reader, and the end against a fresh model, where there are enough of them to tell."""
+    per = 1000 // NEW
+    thousands = [1000 * statistics.median(seconds[at : at + per]) / NEW for at in range(0, len(seconds), per)]
+    between = f"each thousand between {min(thousands):.1f} and {max(thousands):.1f}"
+    figures.measured["ms a token"] = f"{thousands[0]:.1f} to {thousands[-1]:.1f} ({between})"
+    ratio = statistics.median(one / other for one, other in zip(old, fresh, strict=True))
+    figures.measured["the end over a fresh model in turn"] = f"{ratio:.2f}"
+    if len(old) >= 100 and ratio > SLOWER:
+        figures.fault(f"at the end an answer takes {ratio:.2f} times what a fresh model needs")
 
 
 def reload(soak: Soak, figures: Figures) -> None:

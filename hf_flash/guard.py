@@ -15,7 +15,7 @@ import ipaddress
 import json
 import math
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -95,15 +95,35 @@ class Guard:
                 raise Refused(503, "too many requests at once, or the model is being unloaded: try again")
             if scope["path"] == self._reset and self._busy:
                 raise Refused(409, "requests are under way: the model is unloaded when there are none")
-            self._busy += 1
-            self._resetting = scope["path"] == self._reset
-            try:
-                await self._serve(scope, receive, send)
-            finally:
-                self._busy -= 1
-                self._resetting = False
+            with self._counted(scope, send) as counted:
+                try:
+                    await self._serve(scope, receive, counted)
+                except Refused as refused:
+                    await self._answer(counted, refused)
         except Refused as refused:
             await self._answer(send, refused)
+
+    @contextmanager
+    def _counted(self, scope: Message, send: Send) -> Iterator[Send]:
+        """Count a request until the last part of its answer is sent: what its client asks next must not find it under way."""
+        over, self._resetting = False, scope["path"] == self._reset
+        self._busy += 1
+
+        def end() -> None:
+            nonlocal over
+            if not over:
+                over, self._resetting = True, False
+                self._busy -= 1
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                end()
+            await send(message)
+
+        try:
+            yield counted
+        finally:
+            end()
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
         body = await self._body(scope, receive)

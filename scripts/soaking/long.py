@@ -90,22 +90,24 @@ def interrupt(soak: Soak, figures: Figures) -> None:
 
 
 def interrupted(reader: str, total: int, draw: random.Random, say: Say) -> None:
-    """Interrupt `total` prompts; after every tenth, look whether the model is as it was."""
+    """Until `total` prompts were interrupted; after every tenth, look whether the model is as it was."""
     signal.signal(signal.SIGALRM, _raise)
     model = load(reader)
     wanted = answer(model)
     start = time.monotonic()
     model(PROMPT)
     longest = 1.1 * (time.monotonic() - start)
-    for at in range(1, total + 1):
+    count = 0
+    while count < total:
         ended = _interrupt(lambda: model(PROMPT), draw.uniform(0.0005, longest))
+        count += ended == "interrupted"
         say({"outcomes": {f"{reader} prompts {ended}": 1}})
-        if at % 10 == 0 or at == total:
+        if ended == "interrupted" and (count % 10 == 0 or count == total):
             if answer(model) != wanted:
-                say({"wrong": f"other tokens after {at} interruptions"})
+                say({"wrong": f"other tokens after {count} interruptions"})
                 return
             if problem := strange(hf_flash.stats(model, reset=True)):
-                say({"wrong": f"stats after {at} interruptions: {problem}"})
+                say({"wrong": f"stats after {count} interruptions: {problem}"})
                 return
 
 

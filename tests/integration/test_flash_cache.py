@@ -196,12 +196,12 @@ def test_an_upload_that_was_interrupted_sends_only_what_is_missing(
     folder = hf_flash.repack(make_opt(tmp_path / "plain", num_hidden_layers=14), tmp_path / "flash")
 
     def push(until: int, how: signal.Signals) -> int:
-        command = [sys.executable, "-m", "hf_flash", "push", str(folder), "me/x"]
+        command = [sys.executable, "-X", "faulthandler", "-m", "hf_flash", "push", str(folder), "me/x"]
         process = subprocess.Popen(
             command,
             env=here.env(tmp_path) | {"HF_FLASH_CACHE": str(cache)},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
 
         def interrupt() -> None:
@@ -210,7 +210,12 @@ def test_an_upload_that_was_interrupted_sends_only_what_is_missing(
                 time.sleep(0.5)  # the Hub answers nobody until that has arrived
 
         here.after_upload = interrupt
-        return process.wait(timeout=60)
+        try:
+            process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # says where it hangs
+            pytest.fail(process.communicate()[1].decode())
+        return process.returncode
 
     assert push(2, signal.SIGINT) == 130
     arrived = len(here.uploaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -347,6 +348,47 @@ def test_the_model_is_not_unloaded_under_an_answer(server: Server, root: str) ->
     assert "under way" in refused(post(root, "/reset", ""), 409)
     assert line.getresponse().status == 200
     line.close()
+
+
+def test_a_request_is_over_when_its_answer_is_sent() -> None:
+    """Its client may unload the model at once, and ask again at once when that is done, whatever the server still tidies up."""
+    statuses: list[int] = []
+
+    async def check(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return body
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+        if following:
+            await ask(following.pop())
+
+    gate = guard.Guard(
+        app,
+        check,
+        routes=("/v1/completions",),
+        reset="/reset",
+        host="localhost",
+        local=True,
+        most_bytes=99,
+        open_to_pages=False,
+    )
+
+    async def ask(path: str) -> None:
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"{}"} if not read.is_set() and not read.set() else await asyncio.Future()
+
+        async def send(message: Any) -> None:
+            statuses.extend([message["status"]] if "status" in message else [])
+
+        read = asyncio.Event()
+        await gate(
+            {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", b"application/json")]}, receive, send
+        )
+
+    following = ["/v1/completions", "/reset"]
+    asyncio.run(ask("/v1/completions"))
+    assert statuses == [200, 200, 200]
 
 
 def test_unloading_and_asking_at_once_never_fails(server: Server, root: str) -> None:

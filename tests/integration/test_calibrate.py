@@ -552,7 +552,7 @@ raise SystemExit(calibration.main())
 """
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def crew(
     request: pytest.FixtureRequest, spoken: Path, killed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> SimpleNamespace:

@@ -15,11 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-import transformers.utils.hub
-from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, OPTConfig
 
 import hf_flash
@@ -29,7 +26,7 @@ from hf_flash.lowrank import LowRankFormat
 from hf_flash.quantized import DEFAULT_MARGIN, QuantizedFormat
 from tests.conftest import ROOT, TINY_OPT
 from tests.docs import PAGES, anchors, blocks, prose, tables
-from tests.hub import TOKEN, serve
+from tests.hub import Hub
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 
@@ -42,20 +39,11 @@ def every(pages: list[Path]) -> Any:
 
 
 @pytest.fixture
-def own_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def own_place(here: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty folder to be in, a Hub on the loopback, and this process as it was afterwards."""
     logger, level = logging.getLogger("hf_flash"), logging.getLogger("hf_flash").level
-    with serve() as hub:
-        huggingface_hub.close_session()
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.chdir(tmp_path)
-        yield tmp_path
-        assert hub.unknown == []
-    huggingface_hub.close_session()
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
     logger.setLevel(level)
     hf_flash.configure(memory_budget=None, window=None)
 

@@ -57,7 +57,10 @@ def model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(TINY_OPT, tmp_path / "é 模型"))
 
 
-@pytest.mark.parametrize("given", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii:strict"}], ids=["locale", "stdout"])
+@pytest.mark.parametrize("given", [
+    pytest.param({"LC_ALL": "C"}, marks=pytest.mark.slow, id="locale"),
+    pytest.param({"PYTHONIOENCODING": "ascii:strict"}, id="stdout"),
+])  # fmt: skip
 def test_every_command_takes_paths_that_are_not_ascii(model: Path, tmp_path: Path, given: dict[str, str]) -> None:
     flash, plain = tmp_path / "flash-ü", tmp_path / "plain-ü"
     done = run(

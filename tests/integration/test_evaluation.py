@@ -47,7 +47,7 @@ def calibrated(tiny_opt: Path, halves: dict[str, Path], tmp_path_factory: pytest
     return folder
 
 
-@pytest.fixture(scope="module", params=["bible", "sotu"])
+@pytest.fixture(scope="module", params=["bible", pytest.param("sotu", marks=pytest.mark.slow)])
 def report(request: pytest.FixtureRequest, calibrated: Path, halves: dict[str, Path]) -> dict[str, Any]:
     found = evaluate(calibrated, halves[request.param], tokens=TOKENS, new_tokens=4, dtype=torch.float32)
     print(cli.evaluation.describe(found))
@@ -117,6 +117,7 @@ def outliers(tiny_opt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_outlier_features_show_and_a_measured_margin_takes_them_into_account(
     outliers: Path, halves: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_verify_repacks_calibrates_and_compares_on_text_and_tasks(
     assert (folder / "flash-predictor-lowrank.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow  # lm-eval reads 13 000 files to know
 @pytest.mark.filterwarnings("ignore")
 def test_an_unknown_task_is_an_error(calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(hf_flash.ConfigError, match="no such tasks") as caught:

@@ -104,8 +104,8 @@ def test_prompts_that_are_interrupted_anywhere_leave_a_model_as_good_as_new(load
         assert len(ffn.window.resident) + ffn.window.free == ffn.window.capacity
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["loaded", "used"])
-@pytest.mark.parametrize("reader", ["direct", "mmap"])
+@pytest.mark.parametrize("used", [pytest.param(False, marks=pytest.mark.slow), True], ids=["loaded", "used"])
+@pytest.mark.parametrize("reader", ["direct", pytest.param("mmap", marks=pytest.mark.slow)])
 def test_a_worker_of_a_process_with_threads_answers(load: Load, reads_with: str, reader: str, used: bool) -> None:
     with torch_threads(2):
         model, before = load(reader=reader), load(reader=reader)
@@ -219,8 +219,12 @@ def test_a_file_that_refuses_direct_reads_is_read_through_the_page_cache_alone(
 
 
 @pytest.mark.parametrize("state", ["float64", "bfloat16", "float16", *META])
-@pytest.mark.parametrize("predictor", ["quantized", "none", "lowrank"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("predictor", "dtype"), [
+    ("quantized", torch.float32), ("lowrank", torch.float16),
+    *(pytest.param(*both, marks=pytest.mark.slow) for both in (
+        ("none", torch.float32), ("lowrank", torch.float32), ("quantized", torch.float16), ("none", torch.float16),
+    )),
+])  # fmt: skip
 def test_defaults_of_torch_change_no_answer(calibrated: Path, state: str, predictor: str, dtype: torch.dtype) -> None:
     def load() -> Any:
         config = FlashOffloadConfig(memory_budget=18 * MIB, predictor=predictor)
@@ -236,7 +240,7 @@ def test_defaults_of_torch_change_no_answer(calibrated: Path, state: str, predic
     assert story(again) == wanted[0]
 
 
-@pytest.mark.parametrize("state", ["float64", "bfloat16", "meta"])
+@pytest.mark.parametrize("state", [pytest.param("float64", marks=pytest.mark.slow), "bfloat16", "meta"])
 def test_defaults_of_torch_change_no_file(calibrated: Path, tmp_path: Path, state: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(calibrated)
     with defaults(state):

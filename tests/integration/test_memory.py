@@ -101,9 +101,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure anonymous memory")
-@pytest.mark.parametrize("reader", ["mmap", "direct"])
-@pytest.mark.parametrize(("dtype", "predictor", "budget"), [
-    ("float16", "none", 50 * MIB), ("float16", "quantized", 60 * MIB), ("float32", "none", 100 * MIB),
+@pytest.mark.parametrize(("dtype", "predictor", "budget", "reader"), [
+    ("float16", "none", 50 * MIB, "mmap"),
+    ("float16", "quantized", 60 * MIB, "direct"),
+    ("float32", "none", 100 * MIB, "direct"),
+    pytest.param("float16", "none", 50 * MIB, "direct", marks=pytest.mark.slow),
+    pytest.param("float16", "quantized", 60 * MIB, "mmap", marks=pytest.mark.slow),
+    pytest.param("float32", "none", 100 * MIB, "mmap", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_reported_bytes_are_held_and_the_budget_is_never_exceeded(
     checkpoint: Path, tmp_path: Path, dtype: str, predictor: str, budget: int, reader: str
@@ -116,7 +120,10 @@ def test_reported_bytes_are_held_and_the_budget_is_never_exceeded(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure anonymous memory")
-@pytest.mark.parametrize(("predictor", "reader"), [("none", "direct"), ("quantized", "direct"), ("quantized", "mmap")])
+@pytest.mark.parametrize(("predictor", "reader"), [
+    pytest.param("none", "direct", marks=pytest.mark.slow), ("quantized", "direct"),
+    pytest.param("quantized", "mmap", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_no_way_of_generating_exceeds_the_budget(checkpoint: Path, tmp_path: Path, predictor: str, reader: str) -> None:
     budget = 55 * MIB
     found = measure(checkpoint, tmp_path, "float16", predictor=predictor, memory_budget=budget, reader=reader, every_mode=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -50,20 +51,15 @@ class Chunks:
         begins[self.first[:-1]] = True
         return np.flatnonzero(begins)
 
-    def pieces(self, chunk: int, first: int = 0, last: int | None = None) -> Iterator[tuple[int, slice]]:
-        """Byte offset in the file and rows in memory of the parts of a chunk that are contiguous in both.
-
-        Args:
-            first, last: of the chunk's bundles, from `first` to before `last` alone.
-        """
-        offset = int(self.offset[chunk]) + first * self.size
-        rows = self.rows[self.first[chunk] : self.first[chunk + 1]][first:last]
-        ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-        start = 0
-        for end in ends:
-            row = int(rows[start])
-            yield offset + start * self.size, slice(row, row + end - start)
-            start = end
+    def pieces(self) -> Iterator[tuple[int, list[slice]]]:
+        """Of each chunk its byte offset, and the rows that its bundles go to, a slice for those that lie together in memory."""
+        begins = self.parts
+        start = self.rows[begins]
+        end = start + np.diff(begins, append=len(self.rows))
+        slices = [slice(*ends) for ends in zip(start.tolist(), end.tolist(), strict=True)]
+        of_chunk = pairwise(np.searchsorted(begins, self.first).tolist())
+        for offset, (first, last) in zip(self.offset.tolist(), of_chunk, strict=True):
+            yield offset, slices[first:last]
 
 
 def chunked(ids: Ids, rows: Ids, offset: int, size: int) -> Chunks:

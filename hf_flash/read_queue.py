@@ -241,7 +241,7 @@ def _warn_no_ring(threads: int) -> None:
 
 
 class PagesQueue:
-    """Reads by Python alone, through the page cache: all pages are asked for at once, then copied when they are waited for.
+    """Reads by Python alone, through the page cache: what is there is copied at once, the rest asked for, and copied later.
 
     A pool of threads would be slower: each read costs a hand-over of the interpreter. Pages of a file that is to be read
     directly are given back as soon as they are copied. Nothing goes on behind the caller's back, so nothing has to be settled.
@@ -251,17 +251,22 @@ class PagesQueue:
     reader: int | None = None
 
     def start(self, file: OpenFile, chunks: Chunks, out: Bytes, *, background: bool) -> _Copying:
-        _advise(file.fd, chunks, "POSIX_FADV_WILLNEED")
-        return _Copying(file, chunks, out)
+        view, size = out.reshape(-1).data, chunks.size
+        reads = [
+            _Read(offset, nbytes, [view[rows.start * size : rows.stop * size] for rows in parts])
+            for (offset, parts), nbytes in zip(chunks.pieces(), chunks.nbytes.tolist(), strict=True)
+        ]
+        if not file.transient:
+            reads = [read for read in reads if not _read_at_once(file.fd, read)]
+        _advise(file.fd, reads, "POSIX_FADV_WILLNEED")
+        return _Copying(file, reads)
 
     def wait(self, ticket: _Copying) -> None:
-        file, chunks = ticket.file, ticket.chunks
-        view, size = ticket.out.reshape(-1).data, chunks.size
-        for chunk, offset in enumerate(chunks.offset.tolist()):
-            views = [view[rows.start * size : rows.stop * size] for _, rows in chunks.pieces(chunk)]
-            _read_exactly(file.fd, views, offset, int(chunks.nbytes[chunk]))
+        file, reads = ticket
+        for read in reads:
+            _read_exactly(file.fd, list(read.views), read.offset, read.nbytes)
         if file.transient:
-            _advise(file.fd, chunks, "POSIX_FADV_DONTNEED")
+            _advise(file.fd, reads, "POSIX_FADV_DONTNEED")
         if file.changed:
             raise FileChangedError
 
@@ -275,20 +280,35 @@ class PagesQueue:
         pass
 
 
+class _Read(NamedTuple):
+    offset: int
+    nbytes: int
+    views: list[memoryview]
+
+
 class _Copying(NamedTuple):
-    """Pages that were asked for, to be copied."""
+    """What is still to be copied."""
 
     file: OpenFile
-    chunks: Chunks
-    out: Bytes
+    reads: list[_Read]
 
 
-def _advise(fd: int, chunks: Chunks, advice: str) -> None:
+def _read_at_once(fd: int, read: _Read) -> bool:
+    """Copy what is in the page cache, if all of it is."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        return os.preadv(fd, read.views, read.offset, os.RWF_NOWAIT) == read.nbytes
+    except OSError:  # some of it is not there, or this file system cannot tell
+        return False
+
+
+def _advise(fd: int, reads: list[_Read], advice: str) -> None:
     if (number := getattr(os, advice, None)) is None or not hasattr(os, "posix_fadvise"):
         return
-    for offset, nbytes in zip(chunks.offset.tolist(), chunks.nbytes.tolist(), strict=True):
+    for read in reads:
         with suppress(OSError):  # it is only advice
-            os.posix_fadvise(fd, offset, nbytes, number)
+            os.posix_fadvise(fd, read.offset, read.nbytes, number)
 
 
 def _read_exactly(fd: int, views: list[memoryview], offset: int, needed: int) -> None:

@@ -462,8 +462,8 @@ def test_chunks_cover_exactly_what_was_asked_for(ids: list[int], shuffle: Random
     shuffle.shuffle(rows)
     rows = rows[: len(ids)]
     chunks = chunked(np.array(ids, dtype=np.int64), np.array(rows, dtype=np.int64), offset, size)
-    pieces = [piece for chunk in range(len(chunks)) for piece in chunks.pieces(chunk)]
-    found = [(at + i * size, row) for at, part in pieces for i, row in enumerate(range(part.start, part.stop))]
+    placed = [(at, [row for part in parts for row in range(part.start, part.stop)]) for at, parts in chunks.pieces()]
+    found = [(at + i * size, row) for at, into in placed for i, row in enumerate(into)]
     assert found == [(offset + i * size, row) for i, row in zip(ids, rows, strict=True)]
     ends = (chunks.offset + chunks.nbytes).tolist()
     assert all(0 < n <= max(MEBIBYTE, size) for n in chunks.nbytes.tolist())

@@ -378,7 +378,7 @@ def list_store(folder: Path) -> None:
     listed_files(folder / INDEX_NAME)
     weight_map: dict[str, str] = read_json(folder / INDEX_NAME)["weight_map"]
     rest = {tensor: name for tensor, name in weight_map.items() if name not in ours}
-    _write_index(folder, store, rest, store.headers)
+    _write_index(folder, store, rest, {path.name: said for path, said in store.headers.items()})
 
 
 def other_weights(checkpoint: Checkpoint, store: FlashStore) -> dict[str, TensorSpec]:
@@ -450,6 +450,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     folder, target = Path(folder), Path(target).resolve()
     check_target(target)
     store = FlashStore.open_folder(folder)
+    store.check_others()
     checkpoint = Checkpoint.open_folder(folder)
     ffn: dict[str, TensorSpec] = {}
     for layer in store.layers:

@@ -79,6 +79,7 @@ class FlashHfQuantizer(HfQuantizer):
         self._checkpoint = Checkpoint.open(files)
         store = FlashStore.open(files) if self.pre_quantized else None
         if store is not None:
+            store.check_others()
             self._check_dims(adapter, model, store)
         self._ffns = adapter.swap(model, dtype)
         self._plan, self._form = self._divide(model, adapter, dtype, store)

@@ -31,7 +31,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -125,7 +125,7 @@ class FlashStore:
     others: tuple[Path, ...]  # files with the other weights of the checkpoint
     metadata: Mapping[str, str]  # source, revision, fingerprint
     strangers: tuple[Path, ...] = ()  # files that the index lists and that are none of the store's
-    headers: Mapping[str, str] = field(default_factory=dict)  # what the index says of `others`, by file name
+    headers: Mapping[Path, str] = field(default_factory=dict)  # what the index says of files with other weights
 
     @classmethod
     def open(cls, files: Iterable[str | os.PathLike[str]]) -> FlashStore:
@@ -178,7 +178,9 @@ class FlashStore:
                 hint="a plain checkpoint is made one with `hf-flash repack FOLDER TARGET`",
             )
         _check_layers(layers, int(metadata["layers"]))
-        return cls(tuple(layers[i] for i in sorted(layers)), predictors, calibration, tuple(others), metadata)
+        return cls(
+            tuple(layers[i] for i in sorted(layers)), predictors, calibration, tuple(others), metadata, headers=_headers(paths)
+        )
 
     @classmethod
     def open_folder(cls, folder: str | os.PathLike[str]) -> FlashStore:
@@ -194,7 +196,7 @@ class FlashStore:
             raise StoreMissingError("no safetensors files", where=folder, expected=LAYER_FILE.format(0))
         store = cls.open(files)
         strangers = set(listed) - {*store.files, *store.others}
-        return replace(store, strangers=tuple(sorted(strangers)), headers=_headers(folder / INDEX_NAME) if listed else {})
+        return replace(store, strangers=tuple(sorted(strangers)))
 
     @property
     def files(self) -> list[Path]:
@@ -234,16 +236,31 @@ class FlashStore:
             expected, found = read_header(path)[1].get(META + "crc32"), crc_of_file(path)
             if found != expected:
                 problems.append(f"{path.name}: CRC-32 of the data is {found}, the header says {expected}")
-            elif self.headers.get(path.name, digest := header_digest(path)) != digest:
+            elif self.headers.get(path, digest := header_digest(path)) != digest:
                 problems.append(f"{path.name}: it is another file than the index was written for")
         return problems
 
+    def check_others(self) -> None:
+        """Refuse a file with other weights that the index was not written for: transformers makes up what it does not find.
 
-def _headers(index: Path) -> dict[str, str]:
-    """What identifies each file, as the index says. Those of 0.1 say nothing."""
-    metadata = read_json(index).get("metadata")
+        Raises:
+            StoreFormatError: with the file.
+        """
+        for path, expected in self.headers.items():
+            if header_digest(path) != expected:
+                raise StoreFormatError(
+                    "another file than the index was written for", where=path, expected=f"a header with SHA-256 {expected}...",
+                    hint=f"download or repack the model again; if you changed it, remove {HEADERS!r} from {INDEX_NAME}",
+                )  # fmt: skip
+
+
+def _headers(paths: Sequence[Path]) -> dict[Path, str]:
+    """What identifies a file with other weights, as the index beside it says. Those of 0.1 say nothing."""
+    index = paths[0].parent / INDEX_NAME
+    metadata = read_json(index).get("metadata") if exists(index) else None
     found = metadata.get(HEADERS) if isinstance(metadata, dict) else None
-    return {name: value for name, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    return {path: said for path in paths if isinstance(said := found.get(path.name), str)}
 
 
 def _check_layers(layers: Mapping[int, LayerStore], count: int) -> None:

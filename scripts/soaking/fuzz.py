@@ -39,7 +39,8 @@ STOCK: Final[list[tuple[str, str]]] = [
     ("OSError", r"It looks like the config file at|Error no file named|Can't load|.* does not appear to have a file named"),
     (
         "ValueError",
-        r"Unrecognized model in|The checkpoint you are trying to load has model type|The model's quantization config",
+        r"Unrecognized model in|The checkpoint you are trying to load has model type|The model's quantization config"
+        r"|dropout probability has to be between 0 and 1|OPTForCausalLM cannot be instantiated under",
     ),
     ("StrictDataclassFieldValidationError", r"Validation error for field"),
     ("StrictDataclassClassValidationError", r"Class validation error"),
@@ -49,6 +50,7 @@ STOCK: Final[list[tuple[str, str]]] = [
 READING: Final = {
     "_dict_from_json_file", "get_config_dict", "from_dict", "get_checkpoint_shard_files", "dot_natural_key",
     "_tensor_or_none", "_prepare_generation_config", "modeling_opt.__init__", "configuration_opt.__init__",
+    "local_torch_dtype", "supports_quant_method", "output_capturing.<setcomp>",
 }  # fmt: skip
 
 

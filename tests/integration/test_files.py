@@ -359,6 +359,28 @@ def test_check_finds_that_the_other_weights_were_replaced(packed: Path, opt: Mak
         assert main(["inspect", "--check", str(folder)]) == 1
 
 
+@pytest.mark.parametrize("damage", ["a name", "places", "another file"])
+def test_other_weights_that_the_index_was_not_written_for_are_not_loaded(
+    packed: Path, opt: Make, tmp_path: Path, damage: str
+) -> None:
+    """Transformers makes up what it does not find in a file."""
+    folder = Path(shutil.copytree(packed, tmp_path / "folder"))
+    data = (folder / REST).read_bytes()
+    if damage == "a name":
+        changed = data.replace(b"layers.0.fc1.bias", b"layers.0.fc1.bios")
+    elif damage == "places":
+        one, other = b"layers.0.fc1.bias", b"layers.1.fc1.bias"
+        changed = data.replace(one, bytes(len(one))).replace(other, one).replace(bytes(len(one)) + b'"', other + b'"')
+    else:
+        changed = (hf_flash.repack(opt(seed=9), tmp_path / "other") / REST).read_bytes()
+    assert changed != data
+    (folder / REST).write_bytes(changed)
+    for call in (lambda: load(folder), lambda: hf_flash.restore(folder, tmp_path / "restored")):
+        with pytest.raises(StoreFormatError, match="another file than the index was written for"):
+            call()
+    assert not (tmp_path / "restored").exists()
+
+
 def test_an_index_of_the_first_version_says_nothing_of_headers(packed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "folder"))
     index = json.loads((folder / INDEX_NAME).read_text())

@@ -205,11 +205,13 @@ def compare_speed(old: Any, asked: Sequence[torch.Tensor], rounds: int, say: Say
 
 def judge_speed(figures: Figures, seconds: Sequence[float], old: Sequence[float], fresh: Sequence[float]) -> None:
     """Every thousand tokens for the reader, and the end against a fresh model, where there are enough of them to tell."""
+    if not fresh:  # the process ended before: that is said already
+        return
     per = 1000 // NEW
     thousands = [1000 * statistics.median(seconds[at : at + per]) / NEW for at in range(0, len(seconds), per)]
     between = f"each thousand between {min(thousands):.1f} and {max(thousands):.1f}"
     figures.measured["ms a token"] = f"{thousands[0]:.1f} to {thousands[-1]:.1f} ({between})"
-    ratio = statistics.median(one / other for one, other in zip(old, fresh, strict=True))
+    ratio = statistics.median(one / other for one, other in zip(old, fresh, strict=False))
     figures.measured["the end over a fresh model in turn"] = f"{ratio:.2f}"
     if len(old) >= 100 and ratio > SLOWER:
         figures.fault(f"at the end an answer takes {ratio:.2f} times what a fresh model needs")

@@ -295,7 +295,7 @@ class _Copying(NamedTuple):
 
 def _read_at_once(fd: int, read: _Read) -> bool:
     """Copy what is in the page cache, if all of it is."""
-    if not hasattr(os, "RWF_NOWAIT"):
+    if not (hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")):
         return False
     try:
         return os.preadv(fd, read.views, read.offset, os.RWF_NOWAIT) == read.nbytes

@@ -241,17 +241,23 @@ class FlashStore:
         return problems
 
     def check_others(self) -> None:
-        """Refuse a file with other weights that the index was not written for: transformers makes up what it does not find.
+        """Refuse files with other weights that lack what the index lists (transformers makes it up), and damaged ones of ours.
 
         Raises:
             StoreFormatError: with the file.
         """
-        for path, expected in self.headers.items():
-            if header_digest(path) != expected:
-                raise StoreFormatError(
-                    "another file than the index was written for", where=path, expected=f"a header with SHA-256 {expected}...",
-                    hint=f"download or repack the model again; if you changed it, remove {HEADERS!r} from {INDEX_NAME}",
-                )  # fmt: skip
+        index = self.layers[0].path.parent / INDEX_NAME
+        if not exists(index):
+            return
+        hint = "download or repack the model again"
+        others, weight_map = set(listed_files(index)) - set(self.files), read_json(index)["weight_map"]
+        for path in sorted(others):
+            lost = {name for name, file in weight_map.items() if file == path.name} - read_header(path)[0].keys()
+            if lost:
+                raise StoreFormatError("tensors are missing from a file", where=path, expected=sorted(lost)[:3], hint=hint)
+            expected = self.headers.get(path)
+            if expected and path in self.others and header_digest(path) != expected:
+                raise StoreFormatError("another file than the index was written for", where=path, expected=expected, hint=hint)
 
 
 def _headers(paths: Sequence[Path]) -> dict[Path, str]:

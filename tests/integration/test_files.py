@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_flash
@@ -359,24 +359,32 @@ def test_check_finds_that_the_other_weights_were_replaced(packed: Path, opt: Mak
         assert main(["inspect", "--check", str(folder)]) == 1
 
 
-@pytest.mark.parametrize("damage", ["a name", "places", "another file"])
+@pytest.mark.parametrize("damage", ["a name", "places", "another file", "a tensor less", "a name, first version"])
 def test_other_weights_that_the_index_was_not_written_for_are_not_loaded(
     packed: Path, opt: Make, tmp_path: Path, damage: str
 ) -> None:
     """Transformers makes up what it does not find in a file."""
     folder = Path(shutil.copytree(packed, tmp_path / "folder"))
     data = (folder / REST).read_bytes()
-    if damage == "a name":
+    if damage.startswith("a name"):
         changed = data.replace(b"layers.0.fc1.bias", b"layers.0.fc1.bios")
     elif damage == "places":
         one, other = b"layers.0.fc1.bias", b"layers.1.fc1.bias"
         changed = data.replace(one, bytes(len(one))).replace(other, one).replace(bytes(len(one)) + b'"', other + b'"')
+    elif damage == "a tensor less":
+        tensors = load_file(folder / REST)
+        del tensors["model.decoder.layers.0.fc1.bias"]
+        changed = save(tensors, {"format": "pt"})
     else:
         changed = (hf_flash.repack(opt(seed=9), tmp_path / "other") / REST).read_bytes()
     assert changed != data
+    if damage.endswith("first version"):
+        index = json.loads((folder / INDEX_NAME).read_text())
+        del index["metadata"]["hf_flash_headers"]
+        (folder / INDEX_NAME).write_text(json.dumps(index))
     (folder / REST).write_bytes(changed)
     for call in (lambda: load(folder), lambda: hf_flash.restore(folder, tmp_path / "restored")):
-        with pytest.raises(StoreFormatError, match="another file than the index was written for"):
+        with pytest.raises(StoreFormatError, match=r"tensors are missing|another file than the index was written for"):
             call()
     assert not (tmp_path / "restored").exists()
 

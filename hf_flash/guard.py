@@ -96,10 +96,7 @@ class Guard:
             if scope["path"] == self._reset and self._busy:
                 raise Refused(409, "requests are under way: the model is unloaded when there are none")
             with self._counted(scope, send) as counted:
-                try:
-                    await self._serve(scope, receive, counted)
-                except Refused as refused:
-                    await self._answer(counted, refused)
+                await self._serve(scope, receive, counted)
         except Refused as refused:
             await self._answer(send, refused)
 

@@ -378,7 +378,7 @@ def list_store(folder: Path) -> None:
     listed_files(folder / INDEX_NAME)
     weight_map: dict[str, str] = read_json(folder / INDEX_NAME)["weight_map"]
     rest = {tensor: name for tensor, name in weight_map.items() if name not in ours}
-    _write_index(folder, store, rest, {path.name: said for path, said in store.headers.items()})
+    _write_index(folder, store, rest, store.headers)
 
 
 def other_weights(checkpoint: Checkpoint, store: FlashStore) -> dict[str, TensorSpec]:

@@ -31,7 +31,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -125,7 +125,7 @@ class FlashStore:
     others: tuple[Path, ...]  # files with the other weights of the checkpoint
     metadata: Mapping[str, str]  # source, revision, fingerprint
     strangers: tuple[Path, ...] = ()  # files that the index lists and that are none of the store's
-    headers: Mapping[Path, str] = field(default_factory=dict)  # what the index says of files with other weights
+    headers: Mapping[str, str] = field(default_factory=dict)  # what the index says of `others`, by file name
 
     @classmethod
     def open(cls, files: Iterable[str | os.PathLike[str]]) -> FlashStore:
@@ -178,9 +178,8 @@ class FlashStore:
                 hint="a plain checkpoint is made one with `hf-flash repack FOLDER TARGET`",
             )
         _check_layers(layers, int(metadata["layers"]))
-        return cls(
-            tuple(layers[i] for i in sorted(layers)), predictors, calibration, tuple(others), metadata, headers=_headers(paths)
-        )
+        headers = _headers(paths[0].parent / INDEX_NAME)
+        return cls(tuple(layers[i] for i in sorted(layers)), predictors, calibration, tuple(others), metadata, (), headers)
 
     @classmethod
     def open_folder(cls, folder: str | os.PathLike[str]) -> FlashStore:
@@ -236,7 +235,7 @@ class FlashStore:
             expected, found = read_header(path)[1].get(META + "crc32"), crc_of_file(path)
             if found != expected:
                 problems.append(f"{path.name}: CRC-32 of the data is {found}, the header says {expected}")
-            elif self.headers.get(path, digest := header_digest(path)) != digest:
+            elif self.headers.get(path.name, digest := header_digest(path)) != digest:
                 problems.append(f"{path.name}: it is another file than the index was written for")
         return problems
 
@@ -255,18 +254,16 @@ class FlashStore:
             lost = {name for name, file in weight_map.items() if file == path.name} - read_header(path)[0].keys()
             if lost:
                 raise StoreFormatError("tensors are missing from a file", where=path, expected=sorted(lost)[:3], hint=hint)
-            expected = self.headers.get(path)
+            expected = self.headers.get(path.name)
             if expected and path in self.others and header_digest(path) != expected:
                 raise StoreFormatError("another file than the index was written for", where=path, expected=expected, hint=hint)
 
 
-def _headers(paths: Sequence[Path]) -> dict[Path, str]:
-    """What identifies a file with other weights, as the index beside it says. Those of 0.1 say nothing."""
-    index = paths[0].parent / INDEX_NAME
+def _headers(index: Path) -> dict[str, str]:
+    """What identifies each file, as the index says, if there is one. Those of 0.1 say nothing."""
     metadata = read_json(index).get("metadata") if exists(index) else None
     found = metadata.get(HEADERS) if isinstance(metadata, dict) else None
-    found = found if isinstance(found, dict) else {}
-    return {path: said for path in paths if isinstance(said := found.get(path.name), str)}
+    return {name: value for name, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
 
 
 def _check_layers(layers: Mapping[int, LayerStore], count: int) -> None:

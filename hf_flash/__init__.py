@@ -6,10 +6,9 @@ The method is that of "LLM in a flash" (arXiv 2312.11514).
 
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
-from .config import FlashOffloadConfig, configure
-from .counters import FlashStats
-from .errors import (
+from hf_flash._version import __version__
+from hf_flash.config import FlashOffloadConfig, configure
+from hf_flash.errors import (
     BudgetError,
     CalibrationError,
     ConfigError,
@@ -26,10 +25,11 @@ from .errors import (
     UnsupportedModelError,
     UsageError,
 )
-from .packing import repack, restore
-from .quantizer import register as _register
-from .runtime import close, stats
-from .saving import push
+from hf_flash.hub.saving import push
+from hf_flash.packing.repacking import repack, restore
+from hf_flash.quantizer import register as _register
+from hf_flash.runtime.counters import FlashStats
+from hf_flash.runtime.model import close, stats
 
 __all__ = [
     "BudgetError",
@@ -60,12 +60,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .calibration import calibrate
+    from hf_flash.calibration.job import calibrate
 
 
 def __getattr__(name: str) -> Any:
     if name == "calibrate":  # brings transformers' model classes: not needed to load a model
-        from .calibration import calibrate
+        from hf_flash.calibration.job import calibrate
 
         return calibrate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 """`python -m hf_flash` is `hf-flash`."""
 
-from .cli import main
+from hf_flash.commands.main import main
 
 raise SystemExit(main())

@@ -21,8 +21,8 @@ from typing import Any, Final, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .budget import parse_bytes
-from .errors import ConfigError, StoreVersionError
+from hf_flash.base.sizes import parse_bytes
+from hf_flash.errors import ConfigError, StoreVersionError
 
 FORMAT_VERSION: Final = 1
 UNSET: Final[Any] = None  # every argument left out

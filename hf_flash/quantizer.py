@@ -13,19 +13,22 @@ import torch
 import transformers.quantizers.auto as auto
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from .adapters import Adapter, adapter_for
-from .budget import MemoryPlan, format_bytes
-from .cgroup import usable_cores
-from .checkpoint import Checkpoint, given_files
-from .config import AUTO, FlashOffloadConfig
-from .devices import stay_on_cpu
-from .errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
-from .packing import cached_store, fresh_form, stored_choice, stored_form
-from .predictor import PredictorForm, find_predictor
-from .quantized import QuantizedFormat
-from .runtime import attach, divide_memory, expected_demand
-from .saving import bind
-from .store import FlashStore
+from hf_flash.base.sizes import format_bytes
+from hf_flash.budget.divide import divide_memory, expected_demand
+from hf_flash.budget.plan import MemoryPlan
+from hf_flash.config import AUTO, FlashOffloadConfig
+from hf_flash.errors import BudgetError, ConfigError, UnsupportedModelError, UsageError
+from hf_flash.families.adapters import Adapter, adapter_for
+from hf_flash.hub.saving import bind
+from hf_flash.machine.about import usable_cores
+from hf_flash.packing.flash_cache import cached_store
+from hf_flash.predictors.base import PredictorForm, find_predictor
+from hf_flash.predictors.choice import fresh_form, stored_choice, stored_form
+from hf_flash.predictors.quantized import QuantizedFormat
+from hf_flash.runtime.attach import attach
+from hf_flash.runtime.devices import stay_on_cpu
+from hf_flash.store.checkpoint import Checkpoint, given_files
+from hf_flash.store.layout import FlashStore
 
 logger = logging.getLogger("hf_flash")
 

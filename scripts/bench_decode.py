@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hf_flash.cli import main as hf_flash_main
+from hf_flash.commands.main import main as hf_flash_main
 
 NOTE = "disk slowed down to class {}: {}, on average over a tenth of a second; short bursts are faster"
 SCRIPTS = Path(__file__).resolve().parent

@@ -44,16 +44,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCaus
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import hf_flash
-from hf_flash.activity import LONGEST, Use, reached_by
-from hf_flash.budget import format_bytes
-from hf_flash.checkpoint import Checkpoint
+from hf_flash.base.files import write_json
+from hf_flash.base.folders import check_room, check_target
+from hf_flash.base.heap import trim_heap
+from hf_flash.base.sizes import format_bytes
+from hf_flash.calibration.activity import LONGEST, Use, reached_by
 from hf_flash.errors import HfFlashError
-from hf_flash.folders import check_room, check_target
-from hf_flash.lowrank import VARIANT, LowRankFormat, LowRankPredictor, lowrank_specs, pack_lowrank
-from hf_flash.memory import trim_heap
-from hf_flash.packing import list_store, repacked_config
-from hf_flash.store import INDEX_NAME, PREDICTOR_FILE, FlashStore, TensorSpec
-from hf_flash.writer import predictor_metadata, write_json, write_safetensors
+from hf_flash.packing.checkpoint_folder import list_store, repacked_config
+from hf_flash.predictors.lowrank import VARIANT, LowRankFormat, LowRankPredictor, lowrank_specs, pack_lowrank
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.layout import INDEX_NAME, PREDICTOR_FILE, FlashStore, TensorSpec
+from hf_flash.store.writer import predictor_metadata, write_safetensors
 
 OFFSET = 2  # OPT's position embeddings begin with two rows that no position uses
 POSITIONS = 256  # from the first: where the statistics are set, and measured

@@ -10,7 +10,7 @@ layers whose tokens fit into it: neurons a read, and effective GB/s for bundles 
 
     ids      as repacked
     hot      the most used first
-    linked   neurons that are used together, linked greedily (hf_flash/placement.py): all of the layer
+    linked   neurons that are used together, linked greedily (hf_flash/calibration/placement.py): all of the layer
     missed   the same, with neurons that a window of this size misses together
     blocks   linked within blocks alone: what `hf-flash calibrate` does
 
@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from window_rules import active_neurons
 
-from hf_flash.compute import block_rows
-from hf_flash.placement import chain
-from hf_flash.reader import open_reader
-from hf_flash.store import FlashStore
-from hf_flash.window import ResidentWindow
-from hf_flash.writer import place_layer, write_layer
+from hf_flash.calibration.placement import chain
+from hf_flash.compute.arithmetic import block_rows
+from hf_flash.reading.reader import open_reader
+from hf_flash.runtime.window import ResidentWindow
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.writer import place_layer, write_layer
 
 CAPACITIES = (0.15, 0.3, 0.5)
 GAPS = (0, 1, 2, 4)

@@ -19,7 +19,7 @@ import matplotlib.figure
 import torch
 
 import hf_flash
-from hf_flash.evaluation import evaluate
+from hf_flash.evaluation.compare import evaluate
 
 RANKS = (32, 64, 128)
 FORMATS = ({"predictor_bits": 4, "predictor_group_size": 64}, {"predictor_bits": 8})

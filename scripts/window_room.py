@@ -4,7 +4,7 @@
     scripts/window_room.py MODEL TEXT [--tokens 4096]
 
 The first half of the text stands for a calibration, on the second the real `ResidentWindow` is run. For some amounts of room,
-as a share of all neurons, prints the neurons a token reads, all layers together, and in brackets what `hf_flash.demand` says:
+as a share of all neurons, prints the neurons a token reads, all layers together, and in brackets what `hf_flash.budget.plan.demand` says:
 
     even     equally many neurons for each layer
     tokens   room for equally many tokens, as hf_flash divides it
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from window_rules import active_neurons
 
-from hf_flash.activity import Use
-from hf_flash.demand import measured
-from hf_flash.window import ResidentWindow
+from hf_flash.budget.demand import measured
+from hf_flash.calibration.activity import Use
+from hf_flash.runtime.window import ResidentWindow
 
 ROOM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 CONTEXT = 256

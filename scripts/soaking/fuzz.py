@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, HfFlashError
-from hf_flash.store import FlashStore
+from hf_flash.store.layout import FlashStore
 from tests.conftest import make_opt
 
 from .children import Child, Figures, Say, Silent, Soak, ask

@@ -24,9 +24,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-import hf_flash.calibration  # calibrate imports it: not in every child
+import hf_flash.calibration.job  # calibrate imports it: not in every child
 from hf_flash import FlashOffloadConfig, TargetExistsError
-from hf_flash.store import FlashStore
+from hf_flash.store.layout import FlashStore
 from tests.conftest import make_opt
 from tests.hub import TOKEN, Hub, serve
 
@@ -144,7 +144,7 @@ def save(scene: Scene, begin: Callable[[], Any]) -> None:
 
 def small_shards() -> None:
     """Some files of other weights instead of one."""
-    sys.modules["hf_flash.packing"]._SHARD_BYTES = 16_000  # type: ignore[attr-defined]
+    sys.modules["hf_flash.packing.repacking"]._SHARD_BYTES = 16_000  # type: ignore[attr-defined]
 
 
 def push(scene: Scene, begin: Callable[[], Any]) -> None:

@@ -25,7 +25,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, native
+from hf_flash import FlashOffloadConfig
+from hf_flash.compute import library as native
 from tests.conftest import ROOT, TINY_OPT
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -130,7 +131,7 @@ def test_a_wheel_has_every_module_the_types_the_licence_and_the_compiled_part(wh
         names = {name for name in file.namelist() if ".dist-info/" not in name}
         about = next(file.read(name).decode() for name in file.namelist() if name.endswith("/METADATA"))
         assert any(name.endswith("/licenses/LICENSE") for name in file.namelist())
-    compiled = {f"hf_flash/_native{SUFFIX}"}
+    compiled = {f"hf_flash/compute/_native{SUFFIX}"}
     assert names - compiled == MODULES | {"hf_flash/py.typed"}
     assert compiled <= names or not ON_LINUX_X86
     assert f"Version: {hf_flash.__version__}\n" in about
@@ -148,14 +149,14 @@ def test_a_source_distribution_has_what_a_wheel_is_made_of(tmp_path: Path) -> No
     file, _ = build(tmp_path, "sdist")
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert MODULES | {"hf_flash/_native.c", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert MODULES | {"hf_flash/compute/_native.c", "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
 def test_the_compiled_part_of_a_wheel_is_the_one_that_its_modules_call(wheel: Path, tmp_path: Path) -> None:
     if not ON_LINUX_X86:
         pytest.skip("it is made for x86-64 Linux alone")
     with zipfile.ZipFile(wheel) as file:
-        found = ctypes.CDLL(file.extract(f"hf_flash/_native{SUFFIX}", tmp_path))
+        found = ctypes.CDLL(file.extract(f"hf_flash/compute/_native{SUFFIX}", tmp_path))
     assert found.hf_abi() == native.ABI
 
 

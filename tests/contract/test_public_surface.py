@@ -235,7 +235,7 @@ assert {k: v for k, v in auto.AUTO_QUANTIZATION_CONFIG_MAPPING.items() if k != "
 assert auto.AUTO_QUANTIZER_MAPPING["flash"].__module__ == "hf_flash.quantizer"
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["flash"] is hf_flash.FlashOffloadConfig
 assert logging.getLogger().handlers == loggers and not logging.getLogger("hf_flash").handlers
-unneeded = {"hf_flash.cli", "matplotlib", "datasets", "transformers.pipelines", "transformers.models.opt.modeling_opt"}
+unneeded = {"hf_flash.commands.main", "matplotlib", "datasets", "transformers.pipelines", "transformers.models.opt.modeling_opt"}
 assert not unneeded & set(sys.modules), unneeded & set(sys.modules)
 """)
     assert (done.stdout, done.stderr) == ("", "")

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, StoreError
-from hf_flash.lowrank import LowRankFormat
-from hf_flash.predictor import PredictorForm
-from hf_flash.quantized import QuantizedFormat, quantized_forms
-from hf_flash.store import FlashStore
-from hf_flash.writer import write_safetensors
+from hf_flash.predictors.base import PredictorForm
+from hf_flash.predictors.lowrank import LowRankFormat
+from hf_flash.predictors.quantized import QuantizedFormat, quantized_forms
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.writer import write_safetensors
 from tests.conftest import ROOT, make_opt
 from tests.docs import blocks, tables
 

@@ -21,14 +21,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flash import bench, bench_job, bench_report, bench_worker, cap, reader
-from hf_flash.bench_checks import add_checks, window_law
-from hf_flash.bench_report import describe
-from hf_flash.cap import memory_cap
-from hf_flash.cli import main
-from hf_flash.disk import DiskPoint, disk_curve, dram_gb_per_s, mean_curve, rate_at
+from hf_flash.bench import child as bench_job
+from hf_flash.bench import report as bench_report
+from hf_flash.bench import run as bench
+from hf_flash.bench import worker as bench_worker
+from hf_flash.bench.checks import add_checks, window_law
+from hf_flash.bench.report import describe
+from hf_flash.commands.main import main
+from hf_flash.compute.dram_speed import dram_gb_per_s
 from hf_flash.errors import ConfigError, HfFlashError, StoreReadError
-from hf_flash.store import FlashStore
+from hf_flash.machine import memory_cap as cap
+from hf_flash.machine.disk import DiskPoint, disk_curve, mean_curve, rate_at
+from hf_flash.machine.memory_cap import memory_cap
+from hf_flash.reading import reader
+from hf_flash.store.layout import FlashStore
 
 pytest.importorskip("matplotlib", reason="the plot needs it")
 

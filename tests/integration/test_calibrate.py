@@ -32,15 +32,15 @@ from hf_flash import (
     StoreFormatError,
     StoreMissingError,
     UnsupportedModelError,
-    calibration,
 )
-from hf_flash.budget import format_bytes, parse_bytes
-from hf_flash.ffn import observed
-from hf_flash.runtime import find_runtime
-from hf_flash.store import FlashStore
-from hf_flash.text import token_windows
-from hf_flash.training import training_bytes
-from hf_flash.writer import write_safetensors
+from hf_flash.base.sizes import format_bytes, parse_bytes
+from hf_flash.calibration import job as calibration
+from hf_flash.calibration.text import token_windows
+from hf_flash.calibration.training import training_bytes
+from hf_flash.runtime.model import find_runtime
+from hf_flash.runtime.observing import observed
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.writer import write_safetensors
 from tests.conftest import ROOT, TINY_OPT, make_opt, torch_threads
 
 INDEX = "model.safetensors.index.json"
@@ -155,7 +155,7 @@ def test_the_reported_bytes_are_those_of_the_loaded_predictors(copy: Path, token
         layer["lowrank"]["nbytes"] for layer in report["layers"]
     )
     assert [layer["lowrank"]["rank"] for layer in report["layers"]] == [8, 8, 8]
-    stored = json.loads(safe_open(copy / MEASURED, "pt").metadata()["hf_flash.calibration"])
+    stored = json.loads(safe_open(copy / MEASURED, "pt").metadata()["hf_flash.calibration.job"])
     assert stored == report
 
 

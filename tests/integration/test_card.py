@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
-from hf_flash.bench import bench
-from hf_flash.budget import format_bytes
-from hf_flash.readme import body, merged, without_ours
+from hf_flash.base.sizes import format_bytes
+from hf_flash.bench.run import bench
+from hf_flash.packing.readme import body, merged, without_ours
 from tests.conftest import ROOT
 from tests.hub import UPLOAD_WARNING, Hub
 

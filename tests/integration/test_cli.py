@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 import hf_flash
-from hf_flash import cli
-from hf_flash.cli import main
+from hf_flash.commands import main as cli
+from hf_flash.commands.main import main
 from tests.conftest import ROOT, make_opt
 
 TABLES = {"demo", "doctor", "repack", "inspect", "calibrate", "eval", "verify", "plan", "bench"}

@@ -20,10 +20,11 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
 import hf_flash
-from hf_flash import BudgetError, FlashOffloadConfig, config, planner
-from hf_flash.cli import _parser
-from hf_flash.lowrank import LowRankFormat
-from hf_flash.quantized import DEFAULT_MARGIN, QuantizedFormat
+from hf_flash import BudgetError, FlashOffloadConfig, config
+from hf_flash.commands.main import _parser
+from hf_flash.planning import planner
+from hf_flash.predictors.lowrank import LowRankFormat
+from hf_flash.predictors.quantized import DEFAULT_MARGIN, QuantizedFormat
 from tests.conftest import ROOT, TINY_OPT
 from tests.docs import PAGES, anchors, blocks, prose, tables
 from tests.hub import Hub

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import hf_flash
-from hf_flash import doctor
-from hf_flash.cli import main
-from hf_flash.doctor import BAD, FAIR, GOOD, Diagnosis, Finding, diagnose
+from hf_flash.commands import doctor
+from hf_flash.commands.doctor import BAD, FAIR, GOOD, Diagnosis, Finding, diagnose
+from hf_flash.commands.main import main
 from hf_flash.errors import ConfigError
 
 
@@ -94,7 +94,7 @@ def test_what_a_machine_lacks_could_be_better_and_is_no_problem(tmp_path: Path, 
     monkeypatch.setattr(doctor.native, "load", no_library)
     monkeypatch.setattr(doctor, "available_memory", lambda: 1 << 20)
     monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 4096)
-    monkeypatch.setattr("hf_flash.disk._takes_direct", lambda path: False)
+    monkeypatch.setattr("hf_flash.machine.disk._takes_direct", lambda path: False)
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
     found = look(tmp_path)
     assert found.works

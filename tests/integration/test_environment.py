@@ -17,8 +17,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_flash import ConfigError, FlashOffloadConfig, HfFlashError, cli, flash_cache, folders
-from hf_flash.packing import cache_folder
+from hf_flash import ConfigError, FlashOffloadConfig, HfFlashError
+from hf_flash.base import folders
+from hf_flash.commands import main as cli
+from hf_flash.packing import flash_cache
+from hf_flash.packing.flash_cache import cache_folder
 from tests.conftest import ROOT, TINY_OPT, in_a_fork, torch_threads
 
 RUN = """

@@ -46,7 +46,7 @@ from hf_flash import (
     UnsupportedModelError,
     UsageError,
 )
-from hf_flash.writer import write_safetensors
+from hf_flash.store.writer import write_safetensors
 from tests.conftest import ROOT, make_opt
 
 INDEX = "model.safetensors.index.json"
@@ -610,7 +610,7 @@ def dying(pieces):
         yield piece[: len(piece) // 2].contiguous()  # half a tensor is in the file, then the power goes
         os.kill(os.getpid(), signal.SIGKILL)
 
-write = sys.modules["hf_flash.writer"].write_safetensors
+write = sys.modules["hf_flash.store.layout.writer"].write_safetensors
 def wrapped(path, specs, pieces, metadata):
     write(path, specs, dying(pieces) if path.name.removesuffix(".new") == victim else pieces, metadata)
 

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_flash
-from hf_flash import CalibrationError, cli
-from hf_flash.evaluation import evaluate, evaluate_tasks
-from hf_flash.store import FlashStore
-from hf_flash.text import seen_share, token_windows
+from hf_flash import CalibrationError
+from hf_flash.calibration.text import seen_share, token_windows
+from hf_flash.commands import main as cli
+from hf_flash.evaluation.compare import evaluate
+from hf_flash.evaluation.tasks import evaluate_tasks
+from hf_flash.store.layout import FlashStore
 from tests.conftest import ROOT
 
 TASKS = ROOT / "examples" / "tasks"

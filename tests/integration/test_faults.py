@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, StoreFormatError, TargetExistsError, UsageError
-from hf_flash.native import TokenKernel, library
-from hf_flash.store import FlashStore
+from hf_flash.compute.kernels import TokenKernel
+from hf_flash.compute.library import library
+from hf_flash.store.layout import FlashStore
 from tests.conftest import in_a_fork, make_opt
 
 IDS = torch.arange(5, 15)[None]
@@ -55,7 +56,7 @@ def test_an_interrupted_call_leaves_no_wrong_rows(opt: Load, load: Load, monkeyp
         if library() is None:
             pytest.skip("no compiled part here")
     else:
-        monkeypatch.setattr("hf_flash.native.library", lambda: None)
+        monkeypatch.setattr("hf_flash.compute.library.library", lambda: None)
     budget = hf_flash.stats(load(opt())).minimum_bytes + 3 * 40 * 256  # some 40 neurons a layer: rows move all the time
     wanted, model = decode(load(opt(), memory_budget=budget)), load(opt(), memory_budget=budget)
     owners: dict[str, Any] = {"index_copy_": torch.Tensor, "index_select": torch, "up": TokenKernel, "down": TokenKernel}
@@ -223,9 +224,9 @@ def test_saving_over_its_own_folder_survives_new_shard_borders(
 ) -> None:
     import sys
 
-    import hf_flash.saving  # `hf_flash.repack` is the function
+    import hf_flash.hub.saving  # `hf_flash.repack` is the function
 
-    monkeypatch.setattr(sys.modules["hf_flash.packing"], "_SHARD_BYTES", 6000)
+    monkeypatch.setattr(sys.modules["hf_flash.packing.repacking"], "_SHARD_BYTES", 6000)
     folder = hf_flash.repack(opt(dtype=torch.float16), tmp_path / "packed")
     model = load(folder)
     with torch.no_grad():
@@ -300,7 +301,7 @@ def test_check_finds_a_flipped_bit_in_every_file(tmp_path: Path, opt: Load) -> N
 def test_a_system_without_direct_io_and_advice_works_and_says_so(
     opt: Load, load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reader: str
 ) -> None:
-    monkeypatch.setattr("hf_flash.native.library", lambda: None)
+    monkeypatch.setattr("hf_flash.compute.library.library", lambda: None)
     wanted = logits(load(opt()))
     advice = [name for name in dir(mmap) if name.startswith("MADV_")]
     for module, names in ((os, ["O_DIRECT", "preadv", "posix_fadvise"]), (mmap, advice)):

@@ -23,22 +23,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, HfFlashError, RepackError, StoreFormatError, StoreReadError
-from hf_flash.adapters import adapter_for
-from hf_flash.checkpoint import Checkpoint
-from hf_flash.cli import main
-from hf_flash.header import read_header
-from hf_flash.packing import cached_store
-from hf_flash.predictor import read_tensors
-from hf_flash.quantized import QuantizedFormat
-from hf_flash.store import INDEX_NAME, FlashStore
-from hf_flash.writer import write_safetensors
+from hf_flash.commands.main import main
+from hf_flash.families.adapters import adapter_for
+from hf_flash.packing.flash_cache import cached_store
+from hf_flash.predictors.base import read_tensors
+from hf_flash.predictors.quantized import QuantizedFormat
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.layout import INDEX_NAME, FlashStore
+from hf_flash.store.safetensors_files import read_header
+from hf_flash.store.writer import write_safetensors
 from tests.conftest import ROOT, make_opt
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="users, mounts and system calls of Linux")
 Make = Callable[..., Path]
 IDS = torch.tensor([[5, 6, 7, 8]])
 REST = "model-00001-of-00001.safetensors"
-REPACK = sys.modules["hf_flash.packing"]
+REPACK = sys.modules["hf_flash.packing.repacking"]
 
 
 def load(folder: str | Path, cache: Path | None = None, **arguments: Any) -> Any:

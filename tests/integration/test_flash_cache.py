@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
-from hf_flash.cli import main
+from hf_flash.commands.main import main
 from tests.conftest import make_opt
 from tests.hub import UPLOAD_WARNING, Hub
 
@@ -150,7 +150,7 @@ def test_two_processes_that_need_the_same_entry_wait_for_each_other(
 import os, signal, sys, hf_flash
 from hf_flash import FlashOffloadConfig
 from transformers import AutoModelForCausalLM
-repack = sys.modules["hf_flash.packing"]
+repack = sys.modules["hf_flash.packing.repacking"]
 write, pause = repack.write_layer, sys.argv[2] == "pause"
 def counting(path, index, *rest):
     if pause and index == 1:

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, StoreReadError, UnsupportedModelError, native
-from hf_flash.read_queue import CompiledQueue
-from hf_flash.store import FlashStore
+from hf_flash import FlashOffloadConfig, StoreReadError, UnsupportedModelError
+from hf_flash.compute import library as native
+from hf_flash.reading.compiled_queue import CompiledQueue
+from hf_flash.store.layout import FlashStore
 from tests.conftest import ROOT, TINY_OPT, in_a_fork, interrupting, torch_threads
 from tests.seccomp import forbid_ring
 
@@ -77,9 +78,9 @@ def story(model: Any, prompt: torch.Tensor = PROMPT, tokens: int = 6) -> list[in
 def reads_with(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What reads: all that a machine may have."""
     if request.param == "threads":
-        monkeypatch.setattr("hf_flash.sources.CompiledQueue", partial(CompiledQueue, ring=False))
+        monkeypatch.setattr("hf_flash.reading.layer_files.CompiledQueue", partial(CompiledQueue, ring=False))
     if request.param == "python":
-        monkeypatch.setattr("hf_flash.native.library", lambda: None)
+        monkeypatch.setattr("hf_flash.compute.library.library", lambda: None)
     found: str = request.param
     return found
 

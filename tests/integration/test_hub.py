@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
-from hf_flash.cli import main
-from hf_flash.store import FlashStore
+from hf_flash.commands.main import main
+from hf_flash.store.layout import FlashStore
 from tests.hub import TOKEN, UPLOAD_WARNING, Hub
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)

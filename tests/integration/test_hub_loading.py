@@ -20,8 +20,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import hf_flash
-from hf_flash.cli import main
-from hf_flash.store import FlashStore
+from hf_flash.commands.main import main
+from hf_flash.store.layout import FlashStore
 from tests.hub import TOKEN, UPLOAD_WARNING, Hub
 from tests.integration.test_hub import elsewhere, tokens
 
@@ -209,7 +209,7 @@ def test_nothing_is_removed_unless_every_bit_was_found_again(
     """A disk that flips a bit in a bundle, or in another weight, behind our back; checksums that fit what was written."""
     here.publish("me/x", opt())
     cache = str(tmp_path / "cache")
-    module = sys.modules["hf_flash.packing"]  # the function of that name hides it
+    module = sys.modules["hf_flash.packing.repacking"]  # the function of that name hides it
     copy = module.copy_small_files
     for number, name in enumerate(["flash-layer-00001.safetensors", "model-00001-of-00001.safetensors"]):
 

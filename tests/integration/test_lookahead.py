@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, StoreReadError
-from hf_flash.read_queue import CompiledQueue
-from hf_flash.reader import BundleReader
-from hf_flash.runtime import find_runtime
-from hf_flash.store import FlashStore
+from hf_flash.reading.compiled_queue import CompiledQueue
+from hf_flash.reading.reader import BundleReader
+from hf_flash.runtime.model import find_runtime
+from hf_flash.store.layout import FlashStore
 from tests.conftest import TINY_OPT, in_a_fork
 
 MIB = 1 << 20
@@ -141,7 +141,7 @@ def test_a_prompt_that_ends_in_attention_leaves_reads_that_harm_nobody(load: Loa
 
 def test_without_io_uring_threads_read_the_same(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     with_ring = load(lookahead=1, io_threads=3)
-    monkeypatch.setattr("hf_flash.sources.CompiledQueue", partial(CompiledQueue, ring=False))
+    monkeypatch.setattr("hf_flash.reading.layer_files.CompiledQueue", partial(CompiledQueue, ring=False))
     model = load(lookahead=1, io_threads=3)
     assert hf_flash.stats(model).reads_with == "3 threads"
     for one in (model, with_ring):

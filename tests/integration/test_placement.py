@@ -17,13 +17,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import ConfigError, DiskSpaceError, FlashOffloadConfig, StoreFormatError, calibration, cli, placement, runtime
-from hf_flash.activity import Activations, pack_bits
-from hf_flash.compute import block_rows
-from hf_flash.placement import chain, count_reads, place_neurons
-from hf_flash.reader import open_reader
-from hf_flash.store import FlashStore
-from hf_flash.writer import place_layer
+from hf_flash import ConfigError, DiskSpaceError, FlashOffloadConfig, StoreFormatError
+from hf_flash.calibration import job as calibration
+from hf_flash.calibration import placement
+from hf_flash.calibration.activity import Activations, pack_bits
+from hf_flash.calibration.placement import chain, count_reads, place_neurons
+from hf_flash.commands import main as cli
+from hf_flash.compute.arithmetic import block_rows
+from hf_flash.reading.reader import open_reader
+from hf_flash.runtime import model as runtime
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.writer import place_layer
 from tests.conftest import make_opt
 
 INDEX = "model.safetensors.index.json"

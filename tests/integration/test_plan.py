@@ -15,12 +15,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, folders, machine, pairing, planner, runtime
-from hf_flash.budget import parse_bytes
-from hf_flash.cli import main
+from hf_flash import FlashOffloadConfig
+from hf_flash.base import folders
+from hf_flash.base.sizes import parse_bytes
+from hf_flash.commands.main import main
 from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
-from hf_flash.runtime import find_runtime
-from hf_flash.store import FlashStore
+from hf_flash.planning import pairing, planner
+from hf_flash.planning import slice as machine
+from hf_flash.runtime import model as runtime
+from hf_flash.runtime.model import find_runtime
+from hf_flash.store.layout import FlashStore
 
 PARTS = ("io_ms", "manage_ms", "predict_ms", "compute_ms", "rest_ms")
 

@@ -22,8 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import ConfigError, FlashOffloadConfig, cli
-from hf_flash.server import Server
+from hf_flash import ConfigError, FlashOffloadConfig
+from hf_flash.commands import main as cli
+from hf_flash.serving.server import Server
 from tests.conftest import ROOT, TINY_OPT, torch_threads
 
 TEMPLATE = ROOT / "examples" / "chat_template.jinja"
@@ -249,7 +250,7 @@ def test_every_argument_of_the_config_is_on_the_command_line(monkeypatch: pytest
         seen.update({name: config.get(name) for name in given})
         raise ConfigError("seen")
 
-    monkeypatch.setattr("hf_flash.server.Server", stop_here)
+    monkeypatch.setattr("hf_flash.serving.server.Server", stop_here)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     try:
         assert cli.main(["serve", "model", *flags]) == 1

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import requests
 
-from hf_flash import ConfigError, fields, guard
-from hf_flash.server import Server
+from hf_flash import ConfigError
+from hf_flash.serving import fields, guard
+from hf_flash.serving.server import Server
 from tests.conftest import TINY_OPT, torch_threads
 from tests.integration.test_serve import client, serving
 

@@ -15,11 +15,12 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, liveview
-from hf_flash.cli import main
-from hf_flash.liveview import LiveView, PlainView, view
-from hf_flash.observing import LayerSeen, TokenSeen, watched
-from hf_flash.runtime import find_runtime
+from hf_flash import FlashOffloadConfig
+from hf_flash.commands import live_view as liveview
+from hf_flash.commands.live_view import LiveView, PlainView, view
+from hf_flash.commands.main import main
+from hf_flash.runtime.model import find_runtime
+from hf_flash.runtime.observing import LayerSeen, TokenSeen, watched
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_flash import cgroup
-from hf_flash.budget import available_memory
-from hf_flash.cap import memory_cap
+from hf_flash.machine import cgroup
+from hf_flash.machine.free_memory import available_memory
+from hf_flash.machine.memory_cap import memory_cap
 from tests.conftest import in_a_fork
 
 GIB = 1 << 30

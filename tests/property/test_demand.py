@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flash import demand
-from hf_flash.activity import FAR, LONGEST, Use
-from hf_flash.budget import MemoryPlan, plan_memory
-from hf_flash.window import ResidentWindow
+from hf_flash.budget import demand
+from hf_flash.budget.plan import MemoryPlan, plan_memory
+from hf_flash.calibration.activity import FAR, LONGEST, Use
+from hf_flash.runtime.window import ResidentWindow
 
 Mask = npt.NDArray[np.bool_]
 

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, HfFlashError, StoreFormatError
-from hf_flash.cli import main
-from hf_flash.header import DTYPES, read_header
-from hf_flash.store import FlashStore
+from hf_flash.commands.main import main
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.safetensors_files import DTYPES, read_header
 from tests.conftest import make_opt
 
 INDEX = "model.safetensors.index.json"
@@ -257,9 +257,9 @@ def report(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """Change the stored report of a calibration."""
 
     def edited(header: dict[str, Any]) -> None:
-        found = json.loads(header["__metadata__"]["hf_flash.calibration"])
+        found = json.loads(header["__metadata__"]["hf_flash.calibration.job"])
         change(found)
-        header["__metadata__"]["hf_flash.calibration"] = json.dumps(found)
+        header["__metadata__"]["hf_flash.calibration.job"] = json.dumps(found)
 
     return lambda folder: edit(folder / "flash-calibration.safetensors", edited)
 

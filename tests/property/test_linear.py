@@ -16,8 +16,10 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM
 
-from hf_flash import FlashOffloadConfig, linear, native
-from hf_flash.linear import ResidentLinear
+from hf_flash import FlashOffloadConfig
+from hf_flash.compute import library as native
+from hf_flash.runtime import resident_linear as linear
+from hf_flash.runtime.resident_linear import ResidentLinear
 
 ONE_ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half of a last place, and more
 DTYPES = list(ONE_ROUNDING)

@@ -10,10 +10,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_flash import compute, native
-from hf_flash.compute import OneToken, Scratch
-from hf_flash.lowbit import Int8Matrix, Scores
-from hf_flash.native import ABI, library
+from hf_flash.compute import arithmetic as compute
+from hf_flash.compute import library as native
+from hf_flash.compute.arithmetic import OneToken, Scratch
+from hf_flash.compute.library import ABI, library
+from hf_flash.predictors.low_bit import Int8Matrix, Scores
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 needs_library = pytest.mark.skipif(library() is None, reason="no compiled part here")

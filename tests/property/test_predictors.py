@@ -17,14 +17,26 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import hf_flash
-from hf_flash.activity import FAR, LONGEST, PARTNERS, Activations, Use, frequency, moments, pack_bits, partners, reached_by
-from hf_flash.lowbit import widen
-from hf_flash.lowrank import LowRankPredictor, lowrank_bytes, lowrank_specs, pack_lowrank
-from hf_flash.predictor import read_tensors
-from hf_flash.quantized import QuantizedFormat, quantized_forms, rounding
-from hf_flash.store import FlashStore, LayerStore
-from hf_flash.text import quotations, seen_share
-from hf_flash.training import _judge, _Start
+from hf_flash.calibration.activity import (
+    FAR,
+    LONGEST,
+    PARTNERS,
+    Activations,
+    Use,
+    frequency,
+    moments,
+    pack_bits,
+    partners,
+    reached_by,
+)
+from hf_flash.calibration.margin import rounding
+from hf_flash.calibration.text import quotations, seen_share
+from hf_flash.calibration.training import _judge, _Start
+from hf_flash.predictors.base import read_tensors
+from hf_flash.predictors.low_bit import widen
+from hf_flash.predictors.lowrank import LowRankPredictor, lowrank_bytes, lowrank_specs, pack_lowrank
+from hf_flash.predictors.quantized import QuantizedFormat, quantized_forms
+from hf_flash.store.layout import FlashStore, LayerStore
 from tests.conftest import ROOT
 
 SEEDS = st.integers(0, 1 << 30)

@@ -18,10 +18,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_flash import native
-from hf_flash.chunks import Chunks
-from hf_flash.memory import anonymous
-from hf_flash.read_queue import CompiledQueue, FileChangedError, OpenFile, PagesQueue, ReadQueue
+from hf_flash.base.buffers import anonymous
+from hf_flash.compute import library as native
+from hf_flash.reading.chunks import Chunks
+from hf_flash.reading.compiled_queue import CompiledQueue
+from hf_flash.reading.open_file import FileChangedError, OpenFile
+from hf_flash.reading.pages_queue import PagesQueue
+from hf_flash.reading.queues import ReadQueue
 from tests.conftest import in_a_fork, interrupting
 from tests.seccomp import forbid_ring
 

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from test_window_and_reads import BRAIN, D_FF, FULL, LAYER, Layout, Rig, make_store
 
 from hf_flash import StoreReadError
-from hf_flash.memory import aligned_empty
-from hf_flash.native import library
-from hf_flash.read_queue import CompiledQueue
-from hf_flash.reader import open_reader
-from hf_flash.step import TokenStep
-from hf_flash.store import FlashStore
+from hf_flash.base.buffers import aligned_empty
+from hf_flash.compute.library import library
+from hf_flash.reading.compiled_queue import CompiledQueue
+from hf_flash.reading.reader import open_reader
+from hf_flash.runtime.token_step import TokenStep
+from hf_flash.store.layout import FlashStore
 from tests.conftest import in_a_fork
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no compiled part")
@@ -50,7 +50,7 @@ def make_rig(store: FlashStore, dtype: torch.dtype, reader: str, capacity: int, 
     name, _, ringless = reader.partition(" ")
     with pytest.MonkeyPatch.context() as patch:
         if ringless:
-            patch.setattr("hf_flash.sources.CompiledQueue", partial(CompiledQueue, ring=False))
+            patch.setattr("hf_flash.reading.layer_files.CompiledQueue", partial(CompiledQueue, ring=False))
         return Rig(store, dtype, name, capacity, window)
 
 
@@ -218,7 +218,7 @@ def test_files_are_closed_whatever_happens(tmp_path: Path, name: str, monkeypatc
             assert files() == before
         del reader
         assert files() == before
-    monkeypatch.setattr("hf_flash.sources.hold", Mock(side_effect=[None, MemoryError]))
+    monkeypatch.setattr("hf_flash.reading.layer_files.hold", Mock(side_effect=[None, MemoryError]))
     with pytest.raises(MemoryError):
         open_reader(store, name, 3, FULL, 0)
     assert files() == before

@@ -21,18 +21,22 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hf_flash import BudgetError, ConfigError, StoreReadError, lowbit
-from hf_flash.budget import available_memory, format_bytes, parse_bytes, plan_memory
-from hf_flash.chunks import chunked
-from hf_flash.ffn import Engine, FlashFFN, Scratch, block_rows
-from hf_flash.lowbit import quantize_rows
-from hf_flash.native import library
-from hf_flash.quantized import QuantizedFormat, QuantizedPredictor
-from hf_flash.reader import open_reader
-from hf_flash.sources import PAGE, direct_alignment
-from hf_flash.store import FlashStore
-from hf_flash.window import ResidentWindow
-from hf_flash.writer import place_layer, write_layer
+from hf_flash import BudgetError, ConfigError, StoreReadError
+from hf_flash.base.sizes import format_bytes, parse_bytes
+from hf_flash.budget.plan import plan_memory
+from hf_flash.compute.library import library
+from hf_flash.machine.free_memory import available_memory
+from hf_flash.predictors import low_bit as lowbit
+from hf_flash.predictors.low_bit import quantize_rows
+from hf_flash.predictors.quantized import QuantizedFormat, QuantizedPredictor
+from hf_flash.reading.chunks import chunked
+from hf_flash.reading.layer_files import PAGE, direct_alignment
+from hf_flash.reading.reader import open_reader
+from hf_flash.runtime.engine import Engine
+from hf_flash.runtime.layer import FlashFFN, Scratch, block_rows
+from hf_flash.runtime.window import ResidentWindow
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.writer import place_layer, write_layer
 
 D_FF = 160  # three blocks
 STAGED = 128  # rows that are converted at a time when the dtypes differ
@@ -196,7 +200,7 @@ class Rig:
         d_model = self.store.d_model
         with pytest.MonkeyPatch.context() as patch:
             if reader == "python":  # a machine without io_uring and without a compiler
-                patch.setattr("hf_flash.native.library", lambda: None)
+                patch.setattr("hf_flash.compute.library.library", lambda: None)
             scratch = Scratch(D_FF, d_model, dtype)
             reader_there = open_reader(store, "mmap" if reader == "mmap" else "direct", 3, dtype, 0)
         reader_there.gap = 0  # counted reads go through no gaps
@@ -519,7 +523,7 @@ def make(form: QuantizedFormat, up: torch.Tensor, bias: torch.Tensor | None, way
     parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
     with pytest.MonkeyPatch.context() as patch:
         if way != "compiled":
-            patch.setattr("hf_flash.native.library", lambda: None)
+            patch.setattr("hf_flash.compute.library.library", lambda: None)
         if way == "plain":
             patch.setattr(lowbit, "_works", lambda call: False)
         return QuantizedPredictor(parts, bias, form, parts["error"] * (1.5 / up.shape[1] ** 0.5))
@@ -653,7 +657,7 @@ def test_a_plan_never_exceeds_its_budget_and_wastes_none(
 @given(free=st.integers(0, 1 << 34))
 def test_an_unset_budget_stays_below_what_is_free(free: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_flash.budget.available_memory", lambda: free)
+        patch.setattr("hf_flash.machine.free_memory.available_memory", lambda: free)
         plan = plan_memory(None, resident_bytes=0, predictor_bytes=0, scratch_bytes=0, layers=2, d_ff=8, bundle_bytes=64)
     assert plan.window_bytes <= plan.budget_bytes <= free
 
@@ -662,6 +666,6 @@ def test_an_unset_budget_stays_below_what_is_free(free: int) -> None:
 def test_the_tightest_limit_counts_and_is_never_negative(
     monkeypatch: pytest.MonkeyPatch, limits: list[int], wanted: int
 ) -> None:
-    monkeypatch.setattr("hf_flash.budget.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10})())
-    monkeypatch.setattr("hf_flash.budget.memory_left", lambda: iter(limits))
+    monkeypatch.setattr("hf_flash.budget.plan.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10})())
+    monkeypatch.setattr("hf_flash.budget.plan.memory_left", lambda: iter(limits))
     assert available_memory() == wanted

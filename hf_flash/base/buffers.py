@@ -1,0 +1,79 @@
+"""Where tensors lie: page-aligned buffers of our own, and tensors that still lie in a mapped file."""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+_LARGE_BYTES = 1 << 18
+
+
+def anonymous(nbytes: int) -> mmap.mmap:
+    """Page-aligned memory of this process alone: a forked worker writes to a copy, not into ours.
+
+    In huge pages where the system has them: reading rows all over a matrix is a quarter faster, reading it whole a tenth.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor that starts on a page, as direct I/O wants its target.
+
+    The pages are anonymous memory that the kernel provides when they are first written.
+    """
+    count = torch.Size(shape).numel()
+    if count == 0:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(anonymous(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in memory. Large ones get pages of their own, which go back to the system when the copy is freed;
+    from the heap they might not."""
+    if tensor.nbytes < _LARGE_BYTES:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return aligned_empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+
+def load_into_memory(tensors: Iterable[torch.Tensor]) -> None:
+    """Copy tensors that lie in a mapped checkpoint file into anonymous memory, one at a time, in place.
+
+    transformers loads a same-dtype checkpoint lazily: attention and embeddings stay on the file mapping, where the kernel
+    may drop their pages again under pressure and where they are slower to read. Only Linux tells which tensors those are;
+    elsewhere all are copied.
+    """
+    mapped = _file_mappings()
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and (mapped is None or _within(mapped, tensor.data_ptr())):
+            tensor.data = copied(tensor.data)
+
+
+def _file_mappings() -> list[tuple[int, int]] | None:
+    """Sorted address ranges of mapped regular files, or `None` where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    ranges = []
+    for line in lines:
+        parts = line.split(maxsplit=5)
+        if len(parts) == 6 and parts[4] != "0":  # an inode: file-backed
+            start, _, end = parts[0].partition("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    return sorted(ranges)
+
+
+def _within(ranges: list[tuple[int, int]], address: int) -> bool:
+    at = bisect.bisect_right(ranges, (address, 1 << 64)) - 1
+    return at >= 0 and ranges[at][0] <= address < ranges[at][1]

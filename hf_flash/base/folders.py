@@ -1,0 +1,233 @@
+"""Folders that appear whole or not at all: locks, room, a partial folder that is renamed at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from hf_flash.base import locks as inuse
+from hf_flash.base.files import to_disk, write_text, writing
+from hf_flash.base.sizes import format_bytes
+from hf_flash.errors import DiskSpaceError, HfFlashError, TargetExistsError
+
+logger = logging.getLogger("hf_flash")
+
+MARK: Final = ".belongs-to"  # in a partial folder
+_MOST_BYTES: Final = 240  # of a name: file systems take 255, and hidden files beside it have longer ones
+_NOT_COPIED: Final = re.compile(
+    r"(.*\.(safetensors|bin|pt|pth|h5|msgpack|ot|onnx|gguf|tmp|new|partial|lock)|.*\.index\.json|config\.json|\..*)",
+    re.IGNORECASE,
+)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse to start when the disk cannot hold what will be written."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskSpaceError(
+            "not enough room on the disk",
+            where=folder,
+            expected=f"{format_bytes(needed)} ({needed} bytes) free",
+            got=f"{format_bytes(free)} ({free} bytes)",
+            hint="free some space or choose another disk",
+        )
+
+
+def lock_file(target: Path) -> Path:
+    """The file beside a target whose lock says that somebody is at work on it."""
+    return beside(target, ".lock")
+
+
+def short(name: str, most: int = _MOST_BYTES) -> str:
+    """A name that file systems take; one that is too long gets a hash for its end."""
+    raw = os.fsencode(name)
+    if len(raw) <= most:
+        return name
+    return raw[: most - 17].decode(errors="ignore") + "-" + hashlib.sha256(raw).hexdigest()[:16]
+
+
+def beside(target: Path, suffix: str) -> Path:
+    """The hidden file or folder beside a target that belongs to it."""
+    return target.with_name(f".{short(target.name)}{suffix}")
+
+
+@contextmanager
+def scratch_folder(parent: Path, purpose: str) -> Iterator[Path]:
+    """A folder that is gone afterwards, however often the user interrupts. Its name is known before it is made, and `finally`
+    is entered: an interrupt within `tempfile.TemporaryDirectory` can leave one behind."""
+    folder = parent / f".hf-flash-{purpose}-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        with writing(folder):
+            folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    interrupted: BaseException | None = None
+    while folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError:  # somebody else's matter; there may be an error on its way already
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+
+
+@contextmanager
+def scratch_file(parent: Path, purpose: str, nbytes: int, pieces: Iterable[Any]) -> Iterator[Path]:
+    """A file of `nbytes` on the disk, of `pieces`, that is gone afterwards."""
+    check_room(parent, nbytes)
+    with scratch_folder(parent, purpose) as folder:
+        path = folder / "scratch"
+        with writing(path, needed=nbytes), open(path, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            to_disk(file)
+        yield path
+
+
+def lock_on(path: Path) -> Any:
+    """The lock that a lock file, which exists, stands for; a file beside it where the file system has no locks."""
+    return FileLock(path) if inuse.lockable(path) else SoftFileLock(path.with_name(f"{path.name}.held"))
+
+
+@contextmanager
+def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
+    """Hold a lock beside the target; says so when it has to wait.
+
+    Where the file system has no locks, the existence of a file is one. What a killed process left of it on this machine does
+    not count; one that another machine left has to be removed by hand.
+
+    Args:
+        keep: leave the lock file, where many processes come and go. Otherwise the next owner must check the target again.
+    """
+    path = lock_file(target)
+    with writing(target):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # a folder that cannot be written to is an error here; a FileLock would wait for it
+        lock = lock_on(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning(
+            "hf_flash: another process is writing %s; waiting for it%s",
+            target,
+            f". If there is none, remove {lock.lock_file}" if isinstance(lock, SoftFileLock) else "",
+        )
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if not keep:
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def partial_folder(target: Path, belongs: str = "") -> Iterator[Path]:
+    """A folder beside `target` that becomes it when the block ends well, and stays for the next run when it does not.
+
+    The caller holds the target's lock.
+
+    Args:
+        belongs: what it is made from. What another run left is still there if it was made from the same; otherwise, and
+            without this, the folder is empty.
+    """
+    check_target(target)
+    partial = beside(target, ".partial")
+    mark = partial / MARK
+    with writing(partial):
+        if not belongs or _text_of(mark) != belongs:
+            clear_away(partial)
+        partial.mkdir(exist_ok=True)
+        write_text(mark, belongs)
+    try:
+        yield partial
+    except HfFlashError:
+        with suppress(OSError):
+            if os.listdir(partial) == [MARK]:  # nothing was finished
+                mark.unlink()
+                partial.rmdir()
+        raise
+    with writing(target):
+        mark.unlink()
+        if target.is_dir():
+            target.rmdir()
+        os.rename(partial, target)
+    _sync(target.parent)
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def clear_away(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+        return
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def put_aside(folder: Path) -> Path:
+    """Rename a folder to what is cleared away later: it is out of the way at once, or not at all. Returns the new name."""
+    for number in count():
+        aside = folder.with_name(f".{folder.name}{f'.{number}' if number else ''}.removed")
+        with suppress(OSError):  # somebody else's
+            clear_away(aside)  # of a run that died here
+        if not os.path.lexists(aside):
+            break
+    with writing(folder):
+        os.rename(folder, aside)
+    return aside
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system lets us. It is done already, so no refusal matters."""
+    if hasattr(os, "O_DIRECTORY"):
+        with suppress(OSError):
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def check_target(target: Path) -> None:
+    """Refuse a target that is no empty folder, or whose place cannot be taken by a rename."""
+    with writing(target):  # a folder that may not be looked into
+        _check_target(target)
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise TargetExistsError("the target is not an empty folder", where=target, hint="choose another one, or remove it")
+    if target.exists() and os.path.ismount(target):
+        raise TargetExistsError("the target is a mount point", where=target, hint="name a new folder inside it")
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Tokenizer, generation config, licence, model card: everything that is not weights."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
+            with writing(target / path.name):
+                shutil.copyfile(path, target / path.name)

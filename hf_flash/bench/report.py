@@ -1,0 +1,148 @@
+"""What `hf-flash bench` reports: the machine that the figures depend on, and the tables."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import torch
+
+from hf_flash.base.sizes import format_bytes
+from hf_flash.compute.dram_speed import dram_gb_per_s
+from hf_flash.machine.about import cpu_name, mount_of
+
+
+def machine(folder: Path) -> dict[str, Any]:
+    """What the figures depend on."""
+    disk = mount_of(folder)
+    return {
+        "cpu": cpu_name(),
+        "cores": psutil.cpu_count(logical=True),
+        "torch_threads": torch.get_num_threads(),
+        "dram_bytes": psutil.virtual_memory().total,
+        "dram_gb_per_s": dram_gb_per_s(),
+        "disk": f"{disk.device}, {disk.fstype}" if disk else "unknown",
+        "kernel": f"{platform.system()} {platform.release()}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")},
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """A report as tables."""
+    there, model, settings = report["machine"], report["model"], report["settings"]
+    memory = f"weights {format_bytes(settings['memory_bytes'])}, cap {format_bytes(settings['cap_bytes'])}"
+    if all(row["sweep"] for row in report["rows"]):
+        memory = "weights and cap as each row says"
+    lines = [
+        f"{model['source']}: {format_bytes(model['dense_bytes'])}, {model['dtype']}; {what(settings)}; {memory}",
+        f"{there['cpu']}, {there['cores']} cores, {there['torch_threads']} torch threads, "
+        f"DRAM {there['dram_gb_per_s']:.1f} GB/s; {there['disk']}; {there['kernel']}; {there['date']}",
+        *report["notes"],
+        "",
+        *_speed_table(report["rows"], each(settings)),
+        *check_lines(report["rows"]),
+        "",
+        *disk_table(report["disk"]),
+    ]
+    if "same_tokens" in report:
+        answer = {True: "yes", False: "NO", None: "not known, a row failed"}[report["same_tokens"]]
+        lines += ["", f"flash generates the same tokens without a cap: {answer}"]
+    return "\n".join(lines)
+
+
+COLUMNS: Final = (  # heading, width, field, digits, unit
+    ("tok/s", 8, "tokens_per_s", 2, 1),
+    ("median", 9, "median_ms", 1, 1),
+    ("p95 ms", 9, "p95_ms", 1, 1),
+    ("I/O ms", 9, "io", 2, 1),
+    ("manage", 8, "manage", 2, 1),
+    ("predict", 8, "predict", 2, 1),
+    ("compute", 9, "compute", 2, 1),
+    ("rest", 9, "rest", 2, 1),
+    ("MB", 9, "bytes", 2, 1e6),
+    ("reads", 8, "reads", 0, 1),
+    ("KiB/read", 9, "run_bytes", 1, 1024),
+    ("GB/s", 6, "read_gb_per_s", 2, 1),
+    ("hits %", 7, "hit_rate", 1, 0.01),
+    ("first s", 9, "first_token_s", 2, 1),
+    ("load s", 8, "load_s", 1, 1),
+    ("anon MB", 9, "peak_anonymous_bytes", 0, 1e6),
+)
+
+
+def what(settings: dict[str, Any]) -> str:
+    """What was generated."""
+    found = f"{settings['tokens']} tokens after a prompt of {settings['prompt_tokens']}"
+    return found + (f", {settings['batch_size']} sequences at once" if each(settings) == "step" else "")
+
+
+def each(settings: dict[str, Any]) -> str:
+    """What figures are per: a token, or a step that makes one of every sequence. Reports of old say nothing of batches."""
+    return "step" if settings.get("batch_size", 1) > 1 else "token"
+
+
+def _speed_table(rows: list[dict[str, Any]], one: str) -> Iterator[str]:
+    """One system a line; all but the last columns are per token or step. MB: asked of the reader, or else of the disk."""
+    wide = max(len(row["system"]) for row in rows) + 2
+    yield f"{f'a {one}:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in COLUMNS) + "  cap"
+    for row in rows:
+        if "failed" in row:
+            yield f"{row['system']:<{wide}}  failed ({row['cap']}): {row['failed'][:200]}"
+            continue
+        found = "".join(f"{cell:>{width}}" for cell, (_, width, *_) in zip(cells(row), COLUMNS, strict=True))
+        yield f"{row['system']:<{wide}}{found}  {row['cap']}{_spread(row)}"
+
+
+def cells(row: dict[str, Any]) -> Iterator[str]:
+    """A row's figures, by `COLUMNS`."""
+    values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
+    return (_number(values.get(key), digits, unit) for _, _, key, digits, unit in COLUMNS)
+
+
+def check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What the rows of hf_flash are held against (bench/checks.py), two lines each."""
+    held = [row for row in rows if "floor_ms" in row]
+    yield from [""] if held else []
+    for row in held:
+        floor, window = row["floor_ms"], row["window_tokens"]
+        law, read = "", f"read {row['read_bytes'] / 1e6:.2f} MB"
+        if row["expected_bytes"] is not None:
+            law = f"{row['expected_bytes'] / 1e6:.2f} MB a token by the window law"
+            law += "; " if window is None else f", {window:.1f} tokens kept; "
+            read = f"read {row['read_bytes'] / 1e6:.2f}: {_number(row['expected_ratio'], 2)} of it"
+        rate = row["disk_rate_share"]
+        yield f"{row['system']}: {law}{read}" + ("" if rate is None else f", at {rate:.0%} of the disk's rate")
+        yield (
+            f"  floor: DRAM {floor['dram']:.1f} ms, disk {floor['disk']:.1f}; {floor['overlapped']:.1f} overlapped, "
+            f"{floor['in_turn']:.1f} in turn; measured {row['mean_ms']:.1f} (mean)"
+        )
+
+
+def _number(value: float | None, digits: int, unit: float = 1) -> str:
+    return "-" if value is None else f"{value / unit:.{digits}f}"
+
+
+def _spread(row: dict[str, Any]) -> str:
+    speeds = [speed for speed in row["runs_tokens_per_s"] if speed is not None]
+    return f", {min(speeds):.2f}-{max(speeds):.2f} tok/s in {len(speeds)} runs" if len(row["runs_tokens_per_s"]) > 1 else ""
+
+
+def disk_table(points: list[dict[str, Any]]) -> Iterator[str]:
+    """A curve as a table: GB/s by size of a read and reads at a time."""
+    random = [point for point in points if point["pattern"] == "random"]
+    sizes, depths = (sorted({point[key] for point in random}) for key in ("size", "depth"))
+    how = "" if points[0]["direct"] else " (through the page cache: no direct I/O here)"
+    yield f"{f'disk, GB/s{how}':<22}" + "".join(f"{format_bytes(size):>11}" for size in sizes)
+    for depth in depths:
+        at = {point["size"]: point["gb_per_s"] for point in random if point["depth"] == depth}
+        yield f"{f'random, {depth} at a time':<22}" + "".join(f"{_number(at.get(size), 3):>11}" for size in sizes)
+    for point in points:
+        if point["pattern"] == "sequential":
+            yield f"{'sequential':<22}{_number(point['gb_per_s'], 3):>11} in reads of {format_bytes(point['size'])}"

@@ -1,0 +1,182 @@
+"""`hf-flash bench`: decode speed of systems side by side, measured so that the figures can be compared.
+
+Every system runs in a process of its own, one after the other, under the same ceiling on memory (machine/memory_cap.py), from a cold page
+cache, on the same prompt, greedy. The ceiling is the budget for weights plus a headroom for what every process needs besides:
+interpreter, libraries, activations, KV cache. hf_flash gets that budget; the others take of the ceiling what they can.
+
+    stock-ram     transformers, all weights in memory, no cap: what one would like to have
+    stock-cap     transformers as it is, under the cap: the kernel pages the weights in and out
+    accelerate    every decoder layer on disk, under the cap
+    none          hf_flash without a predictor: reads what does not fit, for every token
+    hybrid        the paper's steps (table 2). Attention resident, the whole FFN read for every token
+    +predictor    only predicted neurons, up and down row each a read of its own, nothing kept
+    +window       neurons of recent tokens are kept
+    +bundling     up and down row in one read
+    flash         hf_flash as it comes: with everything else it does to make reads fewer and longer
+    flash-uncapped   the same with all the memory it wants; `check` compares the tokens
+    flash 40% ...    a sweep: the same over budgets, the cap following each (paper: figure 7)
+
+A system that fails is a row with its reason. A child (bench/child.py, bench/worker.py) measures; here it is said which, and what
+is made of the figures (bench/checks.py, bench/report.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.utils import tqdm
+
+from hf_flash.base.sizes import parse_bytes, parse_share
+from hf_flash.bench.checks import add_checks
+from hf_flash.bench.child import Job
+from hf_flash.bench.report import machine
+from hf_flash.bench.systems import (
+    TINY,
+    System,
+    _resolve,
+    default_systems,
+)
+from hf_flash.machine.disk import disk_curve, mean_curve
+from hf_flash.packing.repacking import repack
+from hf_flash.store.layout import FlashStore
+
+
+def bench(
+    folder: str | os.PathLike[str],
+    *,
+    plain: str | os.PathLike[str] | None = None,
+    systems: Sequence[str | System] | None = None,
+    tokens: int = 64,
+    prompt_tokens: int = 16,
+    batch_size: int = 1,
+    memory: int | str = "50%",
+    headroom: int | str = "0.6GB",
+    repeats: int = 1,
+    cap: bool = True,
+    check: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+    timeout: float = 1800,
+    disk_seconds: float = 0.3,
+    seed: int = 0,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure decode speed.
+
+    Args:
+        folder: a repacked checkpoint.
+        plain: the same model as a plain checkpoint, for stock transformers and accelerate.
+        systems: names from `SYSTEMS`, the groups "ablation" and "peers", or own ones (see [`parse_system`], [`parse_sweep`]).
+            Default: the peers if there is a plain checkpoint, "none" and "flash".
+        tokens: to generate; slow systems stop earlier.
+        prompt_tokens: of each prompt, random ids.
+        batch_size: sequences that are generated at once. With more than one, figures are per step, which makes a token of each,
+            tokens per second count all of them, and the window law, which is one of single tokens, is left out.
+        memory: budget for weights in DRAM, a size or a share of the dense model such as `"50%"`.
+        headroom: what the cap allows beyond it.
+        repeats: rounds through all systems; a row shows its median run, and the median time to the first token.
+        cap: `False` runs everything without a ceiling.
+        check: whether "flash" must generate the tokens of "flash-uncapped", which is added.
+        arguments: of FlashOffloadConfig, for every row of hf_flash that does not name them itself.
+        timeout: seconds for a system.
+        disk_seconds: for each point of the disk's curve, which is measured between the rows: disks drift.
+        seed: of the prompt.
+        notes: what else the figures depend on, for the report.
+
+    Returns:
+        `machine`, `model`, `settings`, `disk` and `rows`, ready for JSON; with `check` also `same_tokens`.
+
+    Raises:
+        ConfigError: no such system or argument, or there is no plain checkpoint for it.
+        StoreError: the folder is not a repacked checkpoint.
+    """
+    store, folder = FlashStore.open_folder(folder), Path(folder)
+    plain = None if plain is None else Path(plain)
+    wanted = _resolve(systems or default_systems(plain), arguments or {}, check, plain)
+    dense = _dense_bytes(folder, store)
+    budget, extra = parse_share(memory, dense), parse_bytes(headroom)
+    job = Job(folder, plain, _prompts(folder, (batch_size, prompt_tokens), seed), tokens, dense, budget, extra, cap, timeout)
+    runs: dict[str, list[dict[str, Any]]] = {system.label: [] for system in wanted}
+    there, curves = machine(folder), [disk_curve(folder, max_seconds=disk_seconds)]
+    with tqdm(total=repeats * len(wanted), desc="Benchmark", unit="system") as bar:
+        for system in [*wanted] * repeats:
+            bar.set_postfix_str(system.label)
+            row = job.run(system)
+            curves.append(disk_curve(folder, max_seconds=disk_seconds))
+            around = mean_curve(curves[-2:])
+            runs[system.label].append(add_checks(row, around, there["dram_gb_per_s"]))
+            bar.update()
+    rows, points = [_median_run(found) for found in runs.values()], mean_curve(curves)
+    report: dict[str, Any] = {
+        "machine": there,
+        "model": {"folder": folder.name, "source": store.metadata["source"], "dense_bytes": dense, "ffn_bytes": store.nbytes,
+                  "layers": len(store.layers), "d_ff": store.layers[0].d_ff, "d_model": store.layers[0].d_model,
+                  "dtype": str(store.layers[0].dtype).removeprefix("torch.")},
+        "settings": {"tokens": tokens, "prompt_tokens": prompt_tokens, "batch_size": batch_size, "memory_bytes": budget,
+                     "cap_bytes": budget + extra, "repeats": repeats, "seed": seed},
+        "notes": list(notes),
+        "disk": [vars(point) | {"gb_per_s": point.gb_per_s} for point in points],
+        "rows": rows,
+    }  # fmt: skip
+    return report | ({"same_tokens": same_tokens(rows, "flash", "flash-uncapped")} if check else {})
+
+
+def bench_tiny(**settings: Any) -> dict[str, Any]:
+    """[`bench`] on a random OPT made for the purpose: seconds on any machine. Shows that it works, not how fast it is."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    with tempfile.TemporaryDirectory(prefix="hf-flash-bench-") as place:
+        torch.manual_seed(0)
+        model = OPTForCausalLM(OPTConfig(
+            vocab_size=96, hidden_size=64, word_embed_proj_dim=64, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=4,
+            max_position_embeddings=128, pad_token_id=1, bos_token_id=2, eos_token_id=2, init_std=0.2,
+        ))  # fmt: skip
+        with torch.no_grad():
+            for layer in model.model.decoder.layers:
+                layer.fc1.bias.normal_(-3.0, 0.5)
+        model.save_pretrained(Path(place) / "plain")
+        packed = repack(Path(place) / "plain", Path(place) / "packed")
+        defaults: dict[str, Any] = {
+            "systems": TINY, "tokens": 12, "prompt_tokens": 4, "memory": "85%", "disk_seconds": 0.02,
+        }  # fmt: skip
+        return bench(packed, plain=Path(place) / "plain", **defaults | settings)
+
+
+# --- what to run -----------------------------------------------------------------------------------------------------
+
+
+def _prompts(folder: Path, shape: tuple[int, int], seed: int) -> list[list[int]]:
+    """Random token ids [sequences, tokens], past the special ones."""
+    vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    ids: list[list[int]] = np.random.default_rng(seed).integers(4, vocabulary, shape).tolist()
+    return ids
+
+
+def _dense_bytes(folder: Path, store: FlashStore) -> int:
+    """All weights of the plain model, in the dtype they are stored in."""
+    extras = {path.resolve() for path in store.files} - {layer.path.resolve() for layer in store.layers}
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.resolve() not in extras)
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def _median_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the median speed, a failed one being the slowest, and the median time to the first token."""
+    ordered = sorted(runs, key=lambda run: run.get("tokens_per_s", 0.0))
+    found = ordered[len(ordered) // 2] | {"runs_tokens_per_s": [run.get("tokens_per_s") for run in runs]}
+    first = [run["first_token_s"] for run in runs if "first_token_s" in run]
+    return found | ({"first_token_s": float(np.median(first)), "runs_first_token_s": first} if "first_token_s" in found else {})
+
+
+def same_tokens(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> bool | None:
+    """Whether two rows generated the same, as far as both came; `None` if one of them failed."""
+    first, second = (next(row.get("tokens", []) for row in rows if row["system"] == name) for name in (one, other))
+    both = min(len(first), len(second))
+    return first[:both] == second[:both] if both else None

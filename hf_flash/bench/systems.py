@@ -1,0 +1,125 @@
+"""The systems that a benchmark compares, and how the command line names them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from hf_flash.base.sizes import parse_share
+from hf_flash.config import FlashOffloadConfig
+from hf_flash.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class System:
+    """One row: what to load, and how."""
+
+    label: str
+    kind: str = "flash"  # "stock", "accelerate" or "flash"
+    capped: bool = True
+    in_memory: bool = False  # stock: weights copied off the mapped file
+    arguments: dict[str, Any] = field(default_factory=dict)  # flash: of FlashOffloadConfig
+    window_off: bool = False  # flash: the least budget that the model runs in
+    pieces: int = 0  # flash: reads a neuron is torn into; 0: neighbours are coalesced
+    memory: str | None = None  # a budget of its own, of a sweep, instead of the run's
+
+
+UNCAPPED: Final = 1 << 50  # a budget that nothing fills
+
+
+SYSTEMS: Final = {
+    system.label: system
+    for system in (
+        System("stock-ram", "stock", capped=False, in_memory=True),
+        System("stock-cap", "stock"),
+        System("accelerate", "accelerate"),
+        System("none", arguments={"predictor": "none"}),
+        System("hybrid", arguments={"predictor": "none", "lookahead": 0}, window_off=True),
+        System("+predictor", arguments={"lookahead": 0}, window_off=True, pieces=2),
+        System("+window", arguments={"lookahead": 0}, pieces=2),
+        System("+bundling", arguments={"lookahead": 0}, pieces=1),
+        System("flash"),
+        System("flash-uncapped", capped=False, arguments={"memory_budget": UNCAPPED}),
+    )
+}
+
+
+ABLATION: Final = ("hybrid", "+predictor", "+window", "+bundling", "flash")
+
+
+TINY: Final = ("stock-ram", "none", "flash")
+
+
+GROUPS: Final = {"ablation": ABLATION, "peers": ("stock-ram", "stock-cap", "accelerate")}
+
+
+def default_systems(plain: object) -> list[str]:
+    """What is compared when nobody says what: the peers if there is a plain checkpoint for them."""
+    return ["peers"] * (plain is not None) + ["none", "flash"]
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """`"lookahead=0, reader=direct"` as arguments of FlashOffloadConfig, checked."""
+    found: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ConfigError("not an argument", expected="name=value", got=repr(item))
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    FlashOffloadConfig(**found)
+    return found
+
+
+def parse_system(text: str) -> System:
+    """`"label: name=value, ..."`, a row of hf_flash with arguments of its own; what `--system` takes."""
+    label, colon, rest = text.partition(":")
+    if not colon or not label.strip() or label.strip() in SYSTEMS:
+        raise ConfigError("not a system", expected='a new name and arguments, such as "direct: reader=direct"', got=repr(text))
+    return System(label.strip(), arguments=parse_arguments(rest))
+
+
+def parse_sweep(text: str) -> list[System]:
+    """`"40, 50, 80:quantized, 6GiB"`, the row "flash" at each budget; what `--sweep` takes.
+
+    Args:
+        text: percent of the dense model, or sizes with their unit; each with the predictor to take, if not the folder's own.
+    """
+    found = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        size, colon, predictor = (part.strip() for part in item.partition(":"))
+        size += "%" if re.fullmatch(r"[\d.]+", size) else ""
+        arguments: dict[str, Any] = {"predictor": predictor} if colon else {}
+        FlashOffloadConfig(memory_budget=parse_share(size, 1 << 40), **arguments)  # an error now, not in a row
+        found.append(System(" ".join(filter(None, ["flash", size, predictor])), arguments=arguments, memory=size))
+    if not found:
+        raise ConfigError("not a sweep", expected='budgets, such as "40,50,60"', got=repr(text))
+    return found
+
+
+def _resolve(names: Sequence[str | System], arguments: Mapping[str, Any], check: bool, plain: Any) -> list[System]:
+    """The systems, each once, with the arguments for all in those of hf_flash."""
+    flat = [one for name in names for one in (GROUPS.get(name, (name,)) if isinstance(name, str) else (name,))]
+    flat += ["flash", "flash-uncapped"] if check else []
+    found: dict[str, System] = {}
+    for item in flat:
+        if isinstance(item, str) and item not in SYSTEMS:
+            raise ConfigError("no such system", expected=", ".join([*SYSTEMS, *GROUPS]), got=item)
+        system = SYSTEMS[item] if isinstance(item, str) else item
+        if system.kind != "flash" and plain is None:
+            raise ConfigError(f"{system.label} needs the plain checkpoint", hint="name its folder with --plain")
+        if system.memory is not None and "memory_budget" in arguments:
+            raise ConfigError("a sweep says itself what the budget is", got="memory_budget for all rows of hf_flash")
+        if found.get(system.label, system) != system:
+            raise ConfigError("two systems of one name", got=system.label)
+        found[system.label] = system
+    for label, system in found.items():
+        if system.kind == "flash":
+            found[label] = replace(system, arguments={**arguments, **system.arguments})
+            FlashOffloadConfig(**found[label].arguments)  # an error now, not in a row
+    return list(found.values())

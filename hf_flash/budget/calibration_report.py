@@ -1,0 +1,117 @@
+"""The report that `calibrate` stores as metadata: checked value by value before anything is made of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, Final
+
+from hf_flash.base.files import parse_json
+from hf_flash.budget.demand import LONGEST
+from hf_flash.errors import StoreFormatError
+
+_QUANTIZED: Final = re.compile(r"int4-g[0-9]+|int8")
+Check = Callable[[Any], bool]
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1e18 and math.isfinite(value)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _amounts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= LONGEST and all(map(_amount, value))
+
+
+def _use(value: Any) -> bool:
+    """Aggregated use: for 1, 2 ... tokens, and for some numbers of tokens beyond."""
+    if not isinstance(value, dict) or not _amounts(value.get("mean")) or not value["mean"]:
+        return False
+    tokens, far = value.get("far_tokens", []), value.get("far", [])
+    if not _amounts(tokens) or not _amounts(far) or len(tokens) != len(far):
+        return False
+    ascending = [len(value["mean"]), *tokens]
+    return all(a < b <= LONGEST for a, b in pairwise(ascending))
+
+
+def _reads(value: Any) -> bool:
+    names = ("missing", "before", "after")
+    if not isinstance(value, dict) or not _flag(value.get("worth")) or not all(_amount(value.get(name)) for name in names):
+        return False
+    return not value["worth"] or (value["before"] > 0 and value["after"] > 0)
+
+
+# What has to be there, as the values that are used of it; `?`: only in newer reports.
+_REPORT: Final[Mapping[str, Check]] = {"reached": _flag, "placement?": _flag}
+_TEXT: Final[Mapping[str, Check]] = {
+    "tokens": _whole, "held_out": _whole, "context": _whole, "sha256": _text, "name?": _text_or_none
+}  # fmt: skip
+_TARGETS: Final[Mapping[str, Check]] = {"recall": _amount, "extra": _amount}
+_LAYER: Final[Mapping[str, Check]] = {"active": _amount, "use": _use, "reads?": _reads}
+_LOWRANK: Final[Mapping[str, Check]] = {"rank": _whole, "recall": _amount, "selected": _amount, "use?": _use}
+_MEASURED: Final[Mapping[str, Check]] = {"recall": _amount, "selected": _amount, "use?": _use}
+
+
+def parse_report(text: str, where: object, layers: int) -> dict[str, Any]:
+    """A stored report.
+
+    Args:
+        layers: how many the model has.
+
+    Raises:
+        StoreFormatError: it is no JSON, or a value in it is missing or of another kind.
+    """
+    report = parse_json(text, where)
+    _check(report, _REPORT, where, "the report")
+    _check(report.get("text"), _TEXT, where, "text")
+    _check(report.get("targets"), _TARGETS, where, "targets")
+    found = report.get("layers")
+    if not isinstance(found, list) or len(found) != layers:
+        raise _wrong(where, f"a list of {layers} layers", found)
+    for layer in found:
+        check_layer(layer, where)
+    if any("reads" in layer for layer in found) and "placement" not in report:
+        raise _wrong(where, "whether neurons were placed", None)
+    checked: dict[str, Any] = report
+    return checked
+
+
+def check_layer(layer: Any, where: object) -> None:
+    """Refuse what is no layer's part of a report."""
+    _check(layer, _LAYER, where, "a layer")
+    _check(layer.get("lowrank"), _LOWRANK, where, "lowrank")
+    for name in filter(_QUANTIZED.fullmatch, layer):
+        _check(layer[name], _MEASURED, where, name)
+
+
+def _check(value: Any, checks: Mapping[str, Check], where: object, what: str) -> None:
+    if not isinstance(value, dict):
+        raise _wrong(where, f"{what}, an object", value)
+    for name, check in checks.items():
+        key = name.rstrip("?")
+        if key in value and not check(value[key]):
+            raise _wrong(where, f"a valid `{key}` in {what}", value[key])
+        if key == name and key not in value:
+            raise _wrong(where, f"`{key}` in {what}", "no such key")
+
+
+def _wrong(where: object, expected: str, got: object) -> StoreFormatError:
+    hint = "calibrate the model again, or take the file out of the folder and its index"
+    return StoreFormatError("not a calibration report", where=where, expected=expected, got=ascii(got)[:200], hint=hint)

@@ -1,0 +1,131 @@
+"""From a number of bytes to what stays in DRAM (contract C5).
+
+`memory_budget` is a ceiling on every *weight* byte the process holds, counted in the dtype of compute:
+
+    resident   embeddings, attention, norms, biases: everything that is not an FFN matrix
+  + predictor  the packed predictor of every layer
+  + scratch    block buffers shared by all layers (`compute.Scratch`) and bounce buffers of the reader
+  + windows    whatever the budget leaves: room for equally many tokens in each layer if the model was calibrated (budget/demand.py),
+               else for equally many neurons; at most d_ff
+
+The first three are the minimum; a budget below it is an error before anything is loaded. Interpreter, libraries,
+activations and the KV cache come on top: about 0.3 GB plus the KV cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from hf_flash.base.sizes import format_bytes, parse_bytes
+from hf_flash.budget.demand import LONGEST, Demand
+from hf_flash.errors import BudgetError
+from hf_flash.machine.free_memory import available_memory
+
+_HEADROOM = 0.9  # share of the free memory that a budget of None takes: activations and the KV cache need the rest
+
+
+def ceiling_bytes(budget: int | str | None) -> int:
+    """A budget in bytes; `None` takes most of what is free on this machine."""
+    return int(available_memory() * _HEADROOM) if budget is None else parse_bytes(budget)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a budget holds, in bytes. Made by [`plan_memory`]."""
+
+    budget_bytes: int
+    resident_bytes: int
+    predictor_bytes: int
+    scratch_bytes: int
+    layers: int
+    d_ff: int
+    bundle_bytes: int  # one neuron in the dtype of compute
+    demand: Demand | None = field(
+        default=None, repr=False, compare=False
+    )  # what tokens need, where they do not need everything
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The smallest budget this model runs in: nothing kept in windows."""
+        return self.resident_bytes + self.predictor_bytes + self.scratch_bytes
+
+    @cached_property
+    def capacities(self) -> tuple[int, ...]:
+        """Neurons that each layer's window can hold."""
+        total = max(0, self.budget_bytes - self.minimum_bytes) // self.bundle_bytes
+        even = (min(self.d_ff, total // self.layers),) * self.layers
+        return even if self.demand is None else self.demand.divide(total)
+
+    @property
+    def capacity(self) -> int:
+        """Neurons that a layer's window can hold, on average."""
+        return sum(self.capacities) // self.layers
+
+    @property
+    def window_bytes(self) -> int:
+        return sum(self.capacities) * self.bundle_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """The whole model in DRAM, as stock transformers would hold it."""
+        return self.resident_bytes + self.layers * self.d_ff * self.bundle_bytes
+
+    def shortage(self, tokens: int) -> str | None:
+        """What to say of windows that do not hold even what one token uses; `None` if they do.
+
+        Args:
+            tokens: that windows are meant to hold.
+        """
+        need = self.demand
+        if need is None or sum(self.capacities) >= need.held(1) - self.layers:
+            return None
+        enough = self.minimum_bytes + need.held(min(tokens, LONGEST)) * self.bundle_bytes
+        return (
+            f"a budget of {format_bytes(self.budget_bytes)} leaves room for {self.capacity} neurons a layer, and a token uses "
+            f"{need.selected:.0f} ({need.source}): most of them are read again for every token. "
+            f"{format_bytes(enough)} would hold what {tokens} tokens use"
+        )
+
+    def describe(self) -> str:
+        """The parts, one a line."""
+        low, high = min(self.capacities), max(self.capacities)
+        spread = f" ({low} to {high})" if low < high else ""
+        rows = [
+            ("embeddings, attention, norms, biases", self.resident_bytes),
+            ("predictor", self.predictor_bytes),
+            ("scratch buffers", self.scratch_bytes),
+            (f"windows, {self.capacity} of {self.d_ff} neurons a layer{spread}", self.window_bytes),
+        ]
+        return "\n".join(f"{name:<44}{format_bytes(size):>12}" for name, size in rows)
+
+
+def plan_memory(
+    budget: int | str | None,
+    *,
+    resident_bytes: int,
+    predictor_bytes: int,
+    scratch_bytes: int,
+    layers: int,
+    d_ff: int,
+    bundle_bytes: int,
+    demand: Demand | None = None,
+) -> MemoryPlan:
+    """Divide a budget; `None` takes most of what is free on this machine.
+
+    Raises:
+        BudgetError: the budget is below the minimum, its `minimum_bytes`; the message lists what takes it.
+    """
+    free, ceiling = available_memory(), ceiling_bytes(budget)
+    plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, layers, d_ff, bundle_bytes, demand)
+    if ceiling < plan.minimum_bytes:
+        parts = plan.describe().rsplit("\n", 1)[0].replace("\n", "\n    ")
+        raise BudgetError(
+            "the memory budget is too small for this model",
+            minimum_bytes=plan.minimum_bytes,
+            where="memory_budget" if budget is not None else f"memory_budget unset: {format_bytes(free)} are free",
+            expected=f"at least {format_bytes(plan.minimum_bytes)} ({plan.minimum_bytes} bytes):\n    {parts}",
+            got=f"{format_bytes(ceiling)} ({ceiling} bytes)",
+            hint="raise memory_budget, or load in a smaller dtype" + (", or without a predictor" if predictor_bytes else ""),
+        )
+    return plan

@@ -1,0 +1,169 @@
+"""What the cgroups of this process allow it: memory and cores. Versions 1 and 2, and both at once.
+
+`/proc/self/cgroup` names the group of this process in every hierarchy. `/proc/self/mountinfo` says where one is mounted, and
+which group the mount begins at: in a container that is often the container's own. A limit of any group between the two
+holds for this process. What cannot be found or read limits nothing, and no text in these files is an error.
+
+Every function takes the `root` of a file system, so that it can be tried on a made-up tree.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path("/")
+
+
+class _Names(NamedTuple):
+    """The files of a memory group, and the rows of its `memory.stat` that count the groups below it, too."""
+
+    limits: tuple[str, ...]
+    usage: str
+    peak: str
+    cache: tuple[str, ...]  # pages of files that lie in memory; those of tmpfs and locked ones are on other lists
+    busy: tuple[str, ...]  # of these: pages that must be written to the disk first
+
+
+_MEMORY: Final = {
+    1: _Names(
+        ("memory.limit_in_bytes",),
+        "memory.usage_in_bytes",
+        "memory.max_usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+        ("total_dirty", "total_writeback"),
+    ),
+    2: _Names(
+        ("memory.max", "memory.high"),
+        "memory.current",
+        "memory.peak",
+        ("active_file", "inactive_file"),
+        ("file_dirty", "file_writeback"),
+    ),
+}
+_NO_LIMIT: Final = 1 << 60  # version 1 writes a number near 2**63
+_CPU: Final = {1: ("cpu.cfs_quota_us", "cpu.cfs_period_us"), 2: ("cpu.max",)}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A cgroup.
+
+    Attributes:
+        folder: where its files are.
+        version: 1 or 2.
+    """
+
+    folder: Path
+    version: int
+
+    def text(self, name: str) -> str:
+        """A file of the group; nothing where there is none, or it cannot be read."""
+        return _text(self.folder / name)
+
+    def number(self, name: str) -> int | None:
+        """A file that holds one number; `None` for anything else, as "max" is."""
+        return _number(self.text(name).strip())
+
+
+def groups(controller: str, root: Path = ROOT) -> list[Group]:
+    """The groups that `controller` may limit this process by: its own, then those above it."""
+    found: list[Group] = []
+    for version, name in _memberships(controller, root):
+        chains = [_chain(mount, begin, name, version) for mount, begin in _mounts(controller, version, root)]
+        longest: list[Group] = max(chains, key=len, default=[])
+        found += longest
+    return found
+
+
+def memory_left(root: Path = ROOT) -> Iterator[int]:
+    """The bytes that each memory group above this process lets it take; below zero where a group is over its limit.
+
+    Page cache counts as free: the kernel takes it back before it refuses memory, whether it was read once or often.
+    """
+    seen: Group | None = None
+    for group in groups("memory", root):
+        if seen and seen.version == group.version == 1 and group.number("memory.use_hierarchy") == 0:
+            continue  # an old kernel: what is below does not count here
+        seen, names = group, _MEMORY[group.version]
+        limits = [limit for name in names.limits if (limit := group.number(name)) is not None and limit < _NO_LIMIT]
+        if limits:
+            used = group.number(names.usage) or 0
+            yield min(limits) - max(0, used - _reclaimable(group, names))
+
+
+def memory_peak(root: Path = ROOT) -> int | None:
+    """The most bytes that the group of this process held, page cache included; `None` where no kernel tells."""
+    for version, names in _MEMORY.items():
+        own = next((group for group in groups("memory", root) if group.version == version), None)
+        if own and (peak := own.number(names.peak)) is not None:
+            return peak
+    return None
+
+
+def cores(root: Path = ROOT) -> int | None:
+    """Cores' worth of time that the groups of this process leave it, rounded up; `None` without a limit."""
+    found = []
+    for group in groups("cpu", root):
+        match [_number(word) for name in _CPU[group.version] for word in group.text(name).split()]:
+            case [int(quota), int(period)] if period > 0:
+                found.append(max(1, -(-quota // period)))
+    return min(found, default=None)
+
+
+def _reclaimable(group: Group, names: _Names) -> int:
+    rows = dict(row.split(" ", 1) for row in group.text("memory.stat").splitlines() if " " in row)
+    cache, busy = (sum(_number(rows.get(name, "")) or 0 for name in some) for some in (names.cache, names.busy))
+    return max(0, cache - busy)
+
+
+def _memberships(controller: str, root: Path) -> Iterator[tuple[int, str]]:
+    """The version of a hierarchy that may have `controller`, and the name of our group in it."""
+    for row in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = row.partition(":")
+        controllers, colon, name = rest.partition(":")
+        if colon and controller in controllers.split(","):
+            yield 1, name
+        elif colon and (number, controllers) == ("0", ""):
+            yield 2, name
+
+
+def _mounts(controller: str, version: int, root: Path) -> Iterator[tuple[Path, str]]:
+    """Where a hierarchy is mounted, and the name of the group that the mount begins at."""
+    for row in _text(root / "proc/self/mountinfo").splitlines():
+        place, _, source = row.partition(" - ")
+        match place.split(" "), source.split(" "):
+            case [_, _, _, begin, folder, *_], [kind, _, options]:
+                if kind == "cgroup2" if version == 2 else kind == "cgroup" and controller in options.split(","):
+                    yield root / _plain(folder).lstrip("/"), _plain(begin)
+
+
+def _chain(mount: Path, begin: str, name: str, version: int) -> list[Group]:
+    """The groups from `name` up to a mount, without those that it does not show: a removed one, those of the host."""
+    begin = begin.rstrip("/")
+    below = name[len(begin) :].strip("/") if (name + "/").startswith(begin + "/") else ""
+    parts = below.split("/") if below else []
+    if ".." in parts:  # outside of the namespace that we see
+        parts = []
+    folders = (mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1))
+    return [Group(folder, version) for folder in folders if os.path.isdir(folder)]  # `is_dir` may raise
+
+
+def _plain(field: str) -> str:
+    r"""A field of mountinfo, in which blanks and backslashes are written as `\040` and the like."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[0-9]{1,30}", text) else None
+
+
+def _text(path: Path) -> str:
+    with suppress(OSError):
+        return os.fsdecode(path.read_bytes())
+    return ""

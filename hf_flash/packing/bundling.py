@@ -1,0 +1,109 @@
+"""Write the layer files and the predictor of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub.utils import tqdm
+
+from hf_flash.base.files import writing
+from hf_flash.base.folders import (
+    MARK,
+    check_room,
+    clear_away,
+)
+from hf_flash.base.heap import trim_heap
+from hf_flash.errors import (
+    HfFlashError,
+    StoreFormatError,
+)
+from hf_flash.families.adapters import Adapter, FFNNames
+from hf_flash.predictors.quantized import QuantizedFormat, write_quantized
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.layout import LAYER_FILE, PREDICTOR_FILE, FlashStore
+from hf_flash.store.safetensors_files import nbytes_of, read_header
+from hf_flash.store.writer import layer_spec, write_layer
+
+
+def build_store(
+    folder: Path, checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat | None, *, rest: bool
+) -> FlashStore:
+    """Write the layer files and the predictor into `folder`, passing over what is there already and complete.
+
+    Args:
+        rest: whether room for the other tensors is needed in `folder` too.
+    """
+    names, origin = adapter.names(checkpoint.specs), checkpoint.origin()
+    todo = _forget_strangers(folder, names, origin, form)
+    shapes = {layer_spec(checkpoint.specs[n.up], checkpoint.specs[n.down], n.up, n.down) for n in names}
+    if len(shapes) > 1:
+        raise StoreFormatError("FFN layers of different dtypes or shapes", where=origin["source"], got=sorted(map(str, shapes)))
+    ((_, d_ff, d_model),) = shapes
+    ffn = {name for layer in names for name in (layer.up, layer.down)}
+    total = sum(nbytes_of(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
+    needed = total + len(names) * _predictor_bytes(form, d_ff, d_model)
+    check_room(folder, needed + sum(nbytes_of(s) for n, s in checkpoint.specs.items() if rest and n not in ffn))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", delay=1) as bar:
+        for layer in todo:
+            up, down = checkpoint.rows(layer.up), checkpoint.in_memory(layer.down)
+            write_layer(
+                path := folder / LAYER_FILE.format(layer.index),
+                layer.index,
+                len(names),
+                layer.bundles,
+                (layer.up, layer.down),
+                up,
+                down,
+                origin,
+            )
+            bar.update(up.nbytes + down.nbytes)
+            try:
+                checkpoint.check_unchanged()
+            except HfFlashError:
+                path.unlink()  # the next run might take it over
+                raise
+            trim_heap()
+    return add_predictor(folder, form)
+
+
+def _predictor_bytes(form: QuantizedFormat | None, d_ff: int, d_model: int) -> int:
+    """What a layer's predictor takes on disk."""
+    return sum(map(nbytes_of, form.shapes("", d_ff, d_model).values())) if form else 0
+
+
+def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
+    """Make a predictor from the layer files in `folder`, unless it is there."""
+    store = FlashStore.open_folder(folder)
+    if form is None or form.variant in store.predictors:
+        return store
+    first = store.layers[0]
+    check_room(folder, len(store.layers) * _predictor_bytes(form, first.d_ff, first.d_model))
+    write_quantized(
+        folder / PREDICTOR_FILE.format(form.variant),
+        store,
+        form,
+        lambda layers: tqdm(layers, desc="Making predictors", unit="layer", delay=1),
+    )
+    return FlashStore.open_folder(folder)
+
+
+def _forget_strangers(
+    folder: Path, names: list[FFNNames], origin: Mapping[str, str], form: QuantizedFormat | None
+) -> list[FFNNames]:
+    """Remove what an earlier run left in `folder` and this one will not take over. Returns the layers still to do."""
+    done = {LAYER_FILE.format(layer.index): layer for layer in names}
+    predictor = PREDICTOR_FILE.format(form.variant) if form else ""
+    for path in list(folder.iterdir()):
+        if path.name not in (*done, predictor, MARK) or (path.name != MARK and not _complete(path, origin["fingerprint"])):
+            with writing(path):
+                clear_away(path)
+    return [layer for name, layer in done.items() if not (folder / name).exists()]
+
+
+def _complete(path: Path, fingerprint: str) -> bool:
+    """Whether an earlier run finished this file, from the same source."""
+    try:
+        return read_header(path)[1].get("hf_flash.fingerprint") == fingerprint
+    except StoreFormatError:
+        return False

@@ -1,0 +1,191 @@
+"""A folder with a store as a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from hf_flash.base.files import link as link_inside
+from hf_flash.base.files import write_json, writing
+from hf_flash.errors import (
+    StoreFormatError,
+)
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.layout import HEADERS, INDEX_NAME, NOTICE, FlashStore, listed_files, read_json
+from hf_flash.store.safetensors_files import TensorSpec, header_digest, nbytes_of, read_header
+from hf_flash.store.writer import rest_metadata, write_safetensors
+
+_SHARD_BYTES: Final = 5_000_000_000
+
+
+_OURS: Final = re.compile(r"model(-\d{5}-of-\d{5}(-\d+)?)?\.safetensors|flash-(layer-.+|predictor-.+|calibration)\.safetensors")
+
+
+def _finish_folder(
+    folder: Path,
+    checkpoint: Checkpoint,
+    store: FlashStore,
+    config: Mapping[str, Any],
+    changed: Mapping[str, torch.Tensor],
+) -> None:
+    """Write what makes a folder with a store a checkpoint: the other tensors with tombstones, the index, config.json.
+
+    Args:
+        checkpoint: where the other tensors come from: the plain checkpoint, or a repacked one.
+        changed: tensors whose values differ from the checkpoint's by now, or that it has not.
+    """
+    rest = other_weights(checkpoint, store)
+    rest |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in changed.items()}
+    tombstones: dict[str, TensorSpec] = {}
+    for layer in store.layers:
+        tombstones |= {
+            layer.up_name: (layer.dtype, (0, layer.d_model)),
+            layer.down_name: (layer.dtype, (layer.d_model, 0)),
+        }
+    tombstones[NOTICE] = (store.layers[0].dtype, (0,))
+    _write_index(folder, store, _write_rest(folder, tombstones | rest, checkpoint, changed), {})
+    write_json(folder / "config.json", config)
+
+
+def _write_index(folder: Path, store: FlashStore, weight_map: dict[str, str], headers: Mapping[str, str]) -> None:
+    """List the store's files in `folder` beside the other weights, `weight_map`, of which `headers` says what they are.
+
+    What a file of other weights is, nothing but the index says. The store's own files say what they belong to, and they may
+    be written again before the index is.
+    """
+    rest = sorted(set(weight_map.values()))
+    for path in store.files:
+        weight_map |= dict.fromkeys(read_header(folder / path.name)[0], path.name)
+    digests = {name: headers.get(name) or header_digest(folder / name) for name in rest}
+    size = sum((folder / name).stat().st_size for name in {*rest, *(path.name for path in store.files)})
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": size, HEADERS: digests}, "weight_map": weight_map})
+
+
+def list_store(folder: Path) -> None:
+    """Bring the index of a repacked folder up to date after files of its store were added or replaced."""
+    store = FlashStore.open_folder(folder)
+    ours = {path.name for path in store.files}
+    listed_files(folder / INDEX_NAME)
+    weight_map: dict[str, str] = read_json(folder / INDEX_NAME)["weight_map"]
+    rest = {tensor: name for tensor, name in weight_map.items() if name not in ours}
+    _write_index(folder, store, rest, store.headers)
+
+
+def other_weights(checkpoint: Checkpoint, store: FlashStore) -> dict[str, TensorSpec]:
+    """The tensors of a checkpoint, plain or repacked, that are neither FFN matrices nor the store's."""
+    passed_over = store.keys | store.ffn_names | {NOTICE}
+    return {name: spec for name, spec in checkpoint.specs.items() if name not in passed_over}
+
+
+def _write_rest(
+    folder: Path, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint, changed: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Write the weights that are not FFN matrices; returns which file has which tensor.
+
+    The files have names of their own. So the folder is what it was until its index is replaced, which is one step, and they may
+    be copies of files that the index lists until then.
+    """
+    weight_map: dict[str, str] = {}
+    shards = _shards(specs)
+    names = _free_names(folder, len(shards))
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            real = (n for n, (_, shape) in shard.items() if 0 not in shape)
+            pieces = (piece for n in real for piece in ([changed[n]] if n in changed else checkpoint.pieces(n)))
+            write_safetensors(folder / name, shard, pieces, rest_metadata())
+            weight_map |= dict.fromkeys(shard, name)
+    except BaseException:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise
+    return weight_map
+
+
+def _free_names(folder: Path, shards: int) -> list[str]:
+    """Names of files that do not exist yet."""
+    for turn in count():
+        end = f"-of-{shards:05d}{f'-{turn}' if turn else ''}.safetensors"
+        names = [f"model-{number:05d}{end}" for number in range(1, shards + 1)]
+        if not any(os.path.lexists(folder / name) for name in names):
+            break
+    return names
+
+
+def _shards(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
+    """Specs divided into files of at most `_SHARD_BYTES`, or one tensor."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + nbytes_of(spec) > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += nbytes_of(spec)
+    return shards
+
+
+def repacked_config(folder: Path) -> dict[str, Any]:
+    """config.json of a repacked checkpoint; an error if the folder is something else."""
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "flash":
+        raise StoreFormatError(
+            "not a repacked checkpoint",
+            where=folder / "config.json",
+            expected="quant_method: flash",
+            hint="take what `hf_flash.repack` or `save_pretrained` made",
+        )
+    return config
+
+
+def link_or_copy(path: Path, name: Path) -> None:
+    """Make `name` a link to a file; a copy where there are no links."""
+    try:
+        link_inside(path, name)
+    except OSError:  # Windows without the right to
+        shutil.copyfile(path, name)
+
+
+def save_folder(
+    target: Path,
+    checkpoint: Checkpoint,
+    store: FlashStore,
+    config: Mapping[str, Any],
+    changed: Mapping[str, torch.Tensor],
+    *,
+    link: bool = False,
+) -> None:
+    """Write a loaded model as a repacked checkpoint; the store's files are copied byte for byte.
+
+    `target` may be the folder the model was loaded from; its store is then left alone.
+
+    Args:
+        link: link to the store's files where the system can, for a folder that does not outlive them.
+    """
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(store.files, desc="Copying the store", unit="file", delay=1):
+        copy = target / path.name
+        temporary = copy.with_name(copy.name + ".tmp")
+        if not (copy.exists() and os.path.samefile(path, copy)):
+            with writing(copy, needed=path.stat().st_size):
+                temporary.unlink(missing_ok=True)
+                if link:
+                    link_or_copy(path, temporary)
+                else:
+                    shutil.copyfile(path, temporary)
+                os.replace(temporary, copy)
+    _finish_folder(target, checkpoint, store, config, changed)
+    current = {path.name for path in listed_files(target / INDEX_NAME)}
+    for path in target.iterdir():  # of an earlier save; transformers would prefer a `model.safetensors`
+        left = path.name.removesuffix(".tmp").removesuffix(".new")  # by a save that was killed, of this version or an older one
+        if _OURS.fullmatch(left) and path.name not in current:
+            path.unlink()

@@ -1,0 +1,199 @@
+"""Repack a plain checkpoint for flash, and back.
+
+`repack`        plain checkpoint -> folder with bundles, predictor and everything else (store/layout.py has the layout)
+`restore`       such a folder -> the plain checkpoint, every tensor bit for bit
+`cached_store`  plain checkpoint -> bundles and predictor only, in the flash cache: what `from_pretrained` uses
+`save_folder`   a loaded model -> such a folder; the store is copied as it is
+
+All of them stream: one layer's bundles in memory at most. The first three write into a folder beside the target,
+`.<name>.partial`, and rename it at the end, so a run that dies leaves the source whole and nothing that looks finished; the
+next run takes the layers that are complete from there and goes on. Saving may go into the model's own folder, so its files get
+new names, and the index that lists them is replaced in one step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from hf_flash.base.files import write_json
+from hf_flash.base.folders import (
+    check_target,
+    copy_small_files,
+    locked,
+    partial_folder,
+)
+from hf_flash.config import FlashOffloadConfig
+from hf_flash.errors import (
+    ConfigError,
+    UnsupportedModelError,
+)
+from hf_flash.families.adapters import adapter_for
+from hf_flash.packing import source_cache as hub_cache
+from hf_flash.packing.bundling import build_store
+from hf_flash.packing.checkpoint_folder import (
+    _finish_folder,
+    _shards,
+    other_weights,
+    repacked_config,
+)
+from hf_flash.packing.readme import without_ours
+from hf_flash.predictors.choice import fresh_form, stored_choice
+from hf_flash.store.checkpoint import Checkpoint, find_snapshot, resolve_folder
+from hf_flash.store.layout import INDEX_NAME, FlashStore, read_json
+from hf_flash.store.safetensors_files import TensorSpec, nbytes_of
+from hf_flash.store.writer import unbundle, write_safetensors
+
+logger = logging.getLogger("hf_flash")
+
+
+def repack(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    predictor: Literal["quantized", "none"] | None = None,
+    predictor_bits: Literal[4, 8] | None = None,
+    predictor_group_size: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    delete_source: bool = False,
+) -> Path:
+    """Write a checkpoint again with its FFN bundled for flash. Paper: section 3.2.
+
+    Args:
+        source: a folder or a Hub repository with a plain checkpoint, safetensors or `pytorch_model.bin`.
+        target: the folder to make; it must not exist or be empty.
+        predictor: which one to store; unset: `"quantized"` for ReLU models, `"none"` for others.
+        predictor_bits, predictor_group_size: as in [`FlashOffloadConfig`].
+        revision, token, cache_dir, local_files_only, subfolder: for the Hub, as in `from_pretrained`.
+        delete_source: at the end, when every tensor of the source was compared with what was written, remove the source's
+            weight files from the Hub's cache, as far as no other revision uses them. A local folder is never touched.
+
+    Returns:
+        The target folder.
+
+    Raises:
+        TargetExistsError, DiskSpaceError, InvalidWeightsError, RepackError: nothing is left at `target`.
+        StoreError, UnsupportedModelError, ConfigError: the source cannot be repacked.
+    """
+    target = Path(target).resolve()
+    wish = FlashOffloadConfig(predictor=predictor, predictor_bits=predictor_bits, predictor_group_size=predictor_group_size)
+    check_target(target)
+    local = Path(source).is_dir()
+    if delete_source and local:
+        raise ConfigError(
+            "only what can be downloaded again is deleted: the source is a local folder",
+            where="delete_source",
+            got=source,
+            hint="remove its weights yourself afterwards; `hf_flash.restore` makes the same checkpoint again",
+        )
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
+    folder = resolve_folder(source, config_only=True, revision=revision, **hub)
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise UnsupportedModelError(
+            "the source is already quantized or repacked",
+            where=folder,
+            got=_method(config),
+            hint="repack the plain checkpoint",
+        )
+    adapter = adapter_for(config)
+    form = fresh_form(wish, adapter, config)
+    if (found := find_snapshot(folder)) and not local:
+        folder = resolve_folder(source, revision=found.commit, **hub)  # the commit that config.json is from
+    checkpoint = Checkpoint.open_folder(folder)
+    with locked(target), partial_folder(target, checkpoint.identity(checkpoint.origin()["fingerprint"])) as partial:
+        store = build_store(partial, checkpoint, adapter, form, rest=True)
+        wish.remember(**stored_choice(form))
+        config["quantization_config"] = wish.to_dict()
+        _finish_folder(partial, checkpoint, store, config, {})
+        copy_small_files(folder, partial)
+        checkpoint.check_unchanged()
+    if delete_source:
+        hub_cache.delete_source(checkpoint, target)
+    return target
+
+
+def _method(config: Mapping[str, Any]) -> Any:
+    found = config["quantization_config"]
+    return found.get("quant_method") if isinstance(found, dict) else ascii(found)
+
+
+# --- the flash cache -----------------------------------------------------------------------------------------------
+
+
+# --- back, and save -------------------------------------------------------------------------------------------------
+
+
+def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+    """Undo [`repack`]: every tensor of the plain checkpoint with its name, dtype, shape and bytes, in safetensors files.
+
+    Args:
+        folder: a repacked checkpoint.
+        target: the folder to make; it must not exist or be empty.
+
+    Returns:
+        The target folder.
+    """
+    folder, target = Path(folder), Path(target).resolve()
+    check_target(target)
+    store = FlashStore.open_folder(folder)
+    store.check_others()
+    checkpoint = Checkpoint.open_folder(folder)
+    ffn: dict[str, TensorSpec] = {}
+    for layer in store.layers:
+        ffn |= {
+            layer.up_name: (layer.dtype, (layer.d_ff, layer.d_model)),
+            layer.down_name: (layer.dtype, (layer.d_model, layer.d_ff)),
+        }
+    rest = other_weights(checkpoint, store)
+    config = repacked_config(folder)
+    del config["quantization_config"]
+    with locked(target), partial_folder(target) as partial:
+        shards = _shards(rest | ffn)
+        pieces = _restored(checkpoint, store, rest)
+        weight_map: dict[str, str] = {}
+        for number, specs in enumerate(tqdm(shards, desc="Restoring", unit="shard", delay=1), start=1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(partial / name, specs, (piece for _ in specs for piece in next(pieces)), {})
+            weight_map |= dict.fromkeys(specs, name)
+        if len(shards) > 1:
+            size = sum(map(nbytes_of, (rest | ffn).values()))
+            write_json(partial / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(partial / "config.json", config)
+        copy_small_files(folder, partial)
+        _plain_card(partial / "README.md")
+        store.check_unchanged()
+        checkpoint.check_unchanged()
+    return target
+
+
+def _plain_card(path: Path) -> None:
+    """Take our part out of a model card that came from the Hub; one that is nothing else is removed."""
+    card = path.read_bytes() if path.exists() else b""
+    try:
+        plain = without_ours(card.decode("utf-8-sig")).encode()
+    except UnicodeDecodeError:  # not written by us
+        return
+    if card != plain:
+        path.unlink()
+        if plain:
+            path.write_bytes(plain)
+
+
+def _restored(checkpoint: Checkpoint, store: FlashStore, rest: Mapping[str, TensorSpec]) -> Iterator[Iterable[torch.Tensor]]:
+    """The pieces of each tensor."""
+    for name in rest:
+        yield checkpoint.pieces(name)
+    for layer in store.layers:
+        for matrix in unbundle(layer):
+            yield [matrix]

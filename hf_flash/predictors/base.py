@@ -1,0 +1,118 @@
+"""Predictors: which neurons a token will use (paper: section 3.1, appendix B).
+
+    none        every neuron: the stock model
+    quantized   a low-bit copy of the up projection (predictors/quantized.py); works on any checkpoint at once
+    lowrank     the paper's: two thin matrices, trained on text (predictors/lowrank.py); a tenth of the memory in large models
+
+A predictor sees one token at a time: what it says about a token never depends on the tokens beside it (contract C3), and a
+NaN in the input selects every neuron, so that it reaches the output as in the stock model.
+
+A *form* is what is known of a predictor before it is loaded: its name in the store, its tensors, the memory it will take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from hf_flash.base.files import StoredFile, exists
+from hf_flash.errors import StoreFormatError, StoreMissingError
+from hf_flash.store.layout import FlashStore, LayerStore
+from hf_flash.store.safetensors_files import TensorSpec, read_header, read_tensor
+
+
+class Predictor(Protocol):
+    """Names the neurons each token uses."""
+
+    nbytes: int
+    bias: torch.Tensor | None  # [d_ff] of the up projection: the layer sets it before every call, since others may replace it
+
+    def select(self, x: torch.Tensor) -> torch.Tensor | None:
+        """bool [tokens, d_ff] for `x` [tokens, d_model], or `None`: every neuron for every token."""
+        ...
+
+
+class NoPredictor:
+    """Every neuron for every token."""
+
+    nbytes = 0
+    bias: torch.Tensor | None = None
+
+    def select(self, x: torch.Tensor) -> None:
+        return None
+
+
+class PredictorForm(Protocol):
+    """A kind of predictor and its sizes."""
+
+    @property
+    def variant(self) -> str:
+        """Its name in file names and metadata."""
+        ...
+
+    def specs(self, layer: LayerStore) -> dict[str, TensorSpec]:
+        """The tensors of one layer in its file."""
+        ...
+
+    def dram_bytes(self, layers: int, d_ff: int, d_model: int) -> int:
+        """What the loaded predictors of all layers hold."""
+        ...
+
+    def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> Predictor:
+        """The predictor of one layer; `bias` [d_ff] is the up projection's."""
+        ...
+
+
+def find_predictor(store: FlashStore, form: PredictorForm) -> Path:
+    """The file of a predictor in a store, checked against the store it belongs to."""
+    path = store.predictors.get(form.variant)
+    if path is None or not exists(path):
+        raise StoreMissingError(
+            "the store has no such predictor",
+            where=store.layers[0].path.parent,
+            expected=form.variant,
+            got=", ".join(store.predictors) or "none at all",
+            hint="repack or calibrate with this predictor, name a stored one, or load with predictor='none'",
+        )
+    tensors = belonging(store, path)
+    for layer in store.layers:
+        check_specs(path, tensors, form.specs(layer))
+    return path
+
+
+def belonging(store: FlashStore, path: Path) -> Mapping[str, tuple[TensorSpec, int]]:
+    """The tensors of a file that was made from a store's weights; an error if it was made from others."""
+    tensors, meta = read_header(path)
+    wanted, fingerprint = store.metadata, meta.get("hf_flash.fingerprint")
+    revision = meta.get("hf_flash.revision", wanted["revision"])
+    if (fingerprint, revision) != (wanted["fingerprint"], wanted["revision"]):
+        raise StoreFormatError(
+            "the predictor belongs to another checkpoint",
+            where=path,
+            expected=f"fingerprint {wanted['fingerprint']}, revision {wanted['revision']!r}",
+            got=f"fingerprint {fingerprint}, revision {revision!r}",
+            hint="repack or calibrate the model again",
+        )
+    return tensors
+
+
+def check_specs(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse a file whose tensors are not those that its layer needs."""
+    for name, spec in specs.items():
+        if name not in tensors or tensors[name][0] != spec:
+            raise StoreFormatError(
+                "the predictor does not fit its layer",
+                where=f"{path}: {name}",
+                expected=spec,
+                got=tensors[name][0] if name in tensors else "no such tensor",
+            )
+
+
+def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file whose names begin with `prefix.`, by the rest of their names; in memory."""
+    found = {name: at for name, at in read_header(path)[0].items() if name.startswith(prefix + ".")}
+    with StoredFile(path) as file:
+        return {name.removeprefix(prefix + "."): read_tensor(file, *at) for name, at in found.items()}

@@ -1,0 +1,258 @@
+"""Matrices in 8 and 4 bits, and their product with a few tokens: what predictors hold in DRAM.
+
+    8 bits   symmetric, `w = code * scale`, one scale a row
+    4 bits   asymmetric, `w = (code - 8) * scale + zero`, per group of columns the range with the smallest squared error
+
+The store keeps plain codes, so that a file made on one machine serves on every other. The compiled part (compute/library.py) multiplies
+them as they are; without it torch does, whose layout of 4 bits is made when loading. Where torch has no fast product for a
+shape or a machine either, plain codes are widened some rows at a time, and that is said once.
+
+Whichever it is, a token's sums do not depend on how many are beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from hf_flash.compute import library as native
+from hf_flash.compute.kernels import Product
+from hf_flash.compute.library import GROUP_STEP
+
+logger = logging.getLogger("hf_flash")
+
+_ROWS: Final = 1024  # rows packed or widened at a time
+_INT8_COLUMNS: Final = 16  # torch's int8 product takes columns in steps of a vector register, 16 floats at most
+_TOKENS: Final = 256  # tokens multiplied at a time
+_SHRINK: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # candidate scales, as shares of the full range of a group
+
+
+def quantize_rows(w: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
+    """Quantize the rows of a matrix.
+
+    Args:
+        w: [rows, columns], any floating dtype.
+        bits: 4 or 8.
+        group: columns that share a scale; all of them in 8 bits.
+
+    Returns:
+        `codes` (4 bits: uint8 [rows, columns / 2], two a byte; 8 bits: int8 [rows, columns]), `scales` and, in 4 bits,
+        `zeros` (bfloat16 [rows, groups]), and `error`, float32 [rows]: the norm of what rounding changed in a row.
+    """
+    rows, columns = w.shape
+    w = w.float().reshape(rows, -1, group)
+    if bits == 8:
+        scale = _safe_scale(w.abs().amax(-1, keepdim=True) / 127)
+        code = (w / scale).round_().clamp_(-127, 127)
+        error = (code * scale).sub_(w).view(rows, -1).norm(dim=1)
+        return {"codes": code.view(rows, columns).to(torch.int8), "scales": scale[..., 0].bfloat16(), "error": error}
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    best: tuple[torch.Tensor, ...] | None = None
+    for shrink in _SHRINK:
+        scale = _safe_scale((high - low) * shrink / 15)
+        zero = ((high + low + scale * (high > low)) / 2).bfloat16().float()
+        code = (w - zero).div_(scale).round_().clamp_(-8, 7)
+        loss = (code * scale).add_(zero).sub_(w).square_().sum(-1, keepdim=True)
+        if best is None:
+            best = loss, code, scale, zero
+        else:
+            better = loss < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip((loss, code, scale, zero), best, strict=True))
+    assert best is not None
+    loss, code, scale, zero = best
+    nibbles = (code + 8).view(rows, columns).to(torch.uint8)
+    return {
+        "codes": nibbles[:, 0::2] | nibbles[:, 1::2] << 4,
+        "scales": scale[..., 0].bfloat16(),
+        "zeros": zero[..., 0].bfloat16(),
+        "error": loss.sum((1, 2)).sqrt(),
+    }
+
+
+def _safe_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Scales rounded to what is stored; 1 where a group is constant."""
+    scale = scale.bfloat16().float()
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def widen(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+    """float32 [rows, columns] from what [`quantize_rows`] made of it."""
+    if zeros is None:
+        return codes.float() * scales.float()
+    rows, groups = scales.shape
+    grouped = (_nibbles(codes) - 8).float().view(rows, groups, -1)
+    return (grouped * scales.float().unsqueeze(-1) + zeros.float().unsqueeze(-1)).view(rows, -1)
+
+
+def _nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, columns / 2] to int32 [rows, columns], 0 to 15."""
+    return torch.stack([codes & 15, codes >> 4], dim=-1).view(codes.shape[0], -1).to(torch.int32)
+
+
+class LowBitMatrix(Protocol):
+    """A matrix [rows, columns] in DRAM that multiplies tokens."""
+
+    nbytes: int
+    compiled: Product | None
+
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` bfloat16 or float32 [tokens, columns] to [tokens, rows], bfloat16 or float32; `plus` float32 [rows] is added."""
+        ...
+
+
+class Int8Matrix:
+    """8 bits, one scale a row. Args: `codes` int8 [rows, columns], `scales` bfloat16 [rows, 1]; both are copied."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        self._codes, self._scales = codes.clone(), scales.reshape(-1).clone()
+        self.nbytes = self._codes.nbytes + self._scales.nbytes
+        self.compiled: Product | None = Product(self._codes, self._scales, None) if native.library() else None
+        self.packed = False
+        if self.compiled is None:
+            whole = codes.shape[1] % _INT8_COLUMNS == 0  # torch does not check, and reads beyond the matrix
+            self.packed = whole and _works(lambda: self._packed(_probe(codes.shape[1])))
+            if not self.packed:
+                _warn_slow("int8", codes.shape[1])
+
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        if self.compiled is not None:
+            return self.compiled(x, plus)
+        return _sum(self._packed(x.bfloat16()) if self.packed else self.plain(x.bfloat16()), plus)
+
+    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x, self._codes, self._scales)
+        return product
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """The same from plain codes."""
+        return _plain_product(x, lambda rows: widen(self._codes[rows], self._scales[rows, None], None), len(self._codes))
+
+
+class Int4Matrix:
+    """4 bits in groups. Args: `codes`, `scales`, `zeros` as [`quantize_rows`] returns them; `group` columns share a scale."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group: int) -> None:
+        self._group, columns = group, 2 * codes.shape[1]
+        self._codes, self._scales, self._zeros = codes, scales, zeros
+        self.compiled: Product | None = None
+        self.packed = False
+        compiles = native.library() is not None and group % GROUP_STEP == 0
+        if compiles or not self._pack(columns):
+            self._codes, self._scales, self._zeros = codes.clone(), scales.clone(), zeros.clone()
+            if compiles:
+                self.compiled = Product(self._codes, self._scales, self._zeros)
+            else:
+                _warn_slow("int4", columns)
+        self.nbytes = self._codes.nbytes + scales.nbytes + zeros.nbytes
+
+    def _pack(self, columns: int) -> bool:
+        """Change to the layout of torch's product, if it has one."""
+        codes = self._codes
+        try:
+            slices = [
+                torch.ops.aten._convert_weight_to_int4pack_for_cpu(_nibbles(codes[at : at + _ROWS]), 1)
+                for at in range(0, len(codes), _ROWS)
+            ]
+        except (RuntimeError, AttributeError):
+            return False
+        self._pairs = torch.stack([self._scales, self._zeros], dim=-1).transpose(0, 1).contiguous()  # [groups, rows, 2]
+        self._codes = torch.cat(slices)
+        self.packed = _works(lambda: self._packed(_probe(columns)))
+        if not self.packed:
+            self._codes = codes
+        return self.packed
+
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        if self.compiled is not None:
+            return self.compiled(x, plus)
+        return _sum(self._packed(x.bfloat16()) if self.packed else self.plain(x.bfloat16()), plus)
+
+    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._codes, self._group, self._pairs)
+        return product
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """The same from plain codes; only where there is no packed layout."""
+
+        def rows_of(rows: slice) -> torch.Tensor:
+            return widen(self._codes[rows], self._scales[rows], self._zeros[rows])
+
+        return _plain_product(x, rows_of, len(self._codes))
+
+
+def _sum(product: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
+    return product if plus is None else product + plus
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a predictor makes of tokens: `matrix @ x + plus + bias`.
+
+    Attributes:
+        matrix: [neurons, columns].
+        plus: float32 [neurons], added as often as `times` says.
+        bias: [neurons], any floating dtype.
+        first: another matrix, which `x` goes through before.
+    """
+
+    matrix: LowBitMatrix
+    plus: torch.Tensor
+    bias: torch.Tensor | None = None
+    first: LowBitMatrix | None = None
+
+    def __call__(self, x: torch.Tensor, times: torch.Tensor | None = None) -> torch.Tensor:
+        """[tokens, neurons] in float32 or bfloat16.
+
+        Args:
+            x: bfloat16 [tokens, columns].
+            times: float32 [tokens]; once if there is none.
+        """
+        x = x if self.first is None else self.first(x)
+        scores = self.matrix(x, self.plus) if times is None else self.matrix(x) + times[:, None] * self.plus
+        return scores if self.bias is None else scores + self.bias
+
+    def called_active(self, x: torch.Tensor, times: torch.Tensor | None = None) -> torch.Tensor:
+        """bool [tokens, neurons]: whatever is not called inactive, so that what is no number is computed."""
+        first = None if self.first is None else self.first.compiled
+        if self.matrix.compiled is None or (first is None) != (self.first is None):
+            return ~(self(x, times) <= 0)
+        return self.matrix.compiled.called(x, self.plus, times=times, bias=self.bias, first=first)
+
+
+def by_tokens(x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`compute` over some tokens at a time, so that what it holds in between stays small."""
+    parts = [compute(x[at : at + _TOKENS]) for at in range(0, x.shape[0], _TOKENS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _plain_product(x: torch.Tensor, rows_of: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
+    """In float64 and then rounded, so that a token's sums do not depend on how many are beside it."""
+    wide = x.double()
+    parts = [F.linear(wide, rows_of(slice(at, at + _ROWS)).double()).float() for at in range(0, count, _ROWS)]
+    return torch.cat(parts, dim=1)
+
+
+def _probe(columns: int) -> torch.Tensor:
+    return torch.zeros(1, columns, dtype=torch.bfloat16, device="cpu")
+
+
+def _works(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except (RuntimeError, AttributeError):
+        return False
+    return True
+
+
+@lru_cache
+def _warn_slow(kind: str, columns: int) -> None:
+    """Say once that torch's fast product is not to be had."""
+    logger.warning(
+        "hf_flash: torch has no packed %s product for %d columns on this machine; predicting takes the slow path", kind, columns
+    )

@@ -1,0 +1,110 @@
+"""The paper's predictor: two thin matrices per layer, trained on the model's own activations (section 3.1, appendix B).
+
+Neuron i is called active when
+
+    B_i . (A x) + offset_i  >  0            A [rank, d_model], B [d_ff, rank]
+
+The offset has the up projection's bias and the layer's threshold in it. Ranks are chosen per layer by `calibrate`; A and B are
+kept in 8 bits with a scale a row, which changes nothing that can be measured and halves the memory and the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from hf_flash.errors import StoreFormatError
+from hf_flash.predictors.base import read_tensors
+from hf_flash.predictors.low_bit import Int8Matrix, Scores, by_tokens, quantize_rows
+from hf_flash.store.layout import FlashStore, LayerStore
+from hf_flash.store.safetensors_files import TensorSpec, read_header
+
+VARIANT: Final = "lowrank"
+
+
+@dataclass(frozen=True)
+class LowRankFormat:
+    """The ranks of a low-rank predictor, by layer."""
+
+    ranks: tuple[int, ...]
+
+    @property
+    def variant(self) -> str:
+        return VARIANT
+
+    def specs(self, layer: LayerStore) -> dict[str, TensorSpec]:
+        return lowrank_specs(layer.prefix, layer.d_ff, layer.d_model, self.ranks[layer.index])
+
+    def dram_bytes(self, layers: int, d_ff: int, d_model: int) -> int:
+        return sum(lowrank_bytes(rank, d_ff, d_model) for rank in self.ranks)
+
+    def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> LowRankPredictor:
+        return LowRankPredictor(read_tensors(store.predictors[VARIANT], f"{layer.prefix}.predictor"))
+
+    @classmethod
+    def of(cls, store: FlashStore) -> LowRankFormat | None:
+        """The form of the low-rank predictor in a store, if there is one."""
+        path = store.predictors.get(VARIANT)
+        if path is None:
+            return None
+        tensors, ranks = read_header(path)[0], []
+        for layer in store.layers:
+            name = f"{layer.prefix}.predictor.a_codes"
+            shape = tensors[name][0][1] if name in tensors else ()
+            if len(shape) != 2 or shape[0] < 1:
+                raise StoreFormatError("the predictor lacks a layer", where=path, expected=f"{name} [rank, d_model]", got=shape)
+            ranks.append(shape[0])
+        return cls(tuple(ranks))
+
+
+def lowrank_specs(prefix: str, d_ff: int, d_model: int, rank: int) -> dict[str, TensorSpec]:
+    """The tensors of one layer, in file order."""
+    return {
+        f"{prefix}.predictor.a_codes": (torch.int8, (rank, d_model)),
+        f"{prefix}.predictor.a_scales": (torch.bfloat16, (rank, 1)),
+        f"{prefix}.predictor.b_codes": (torch.int8, (d_ff, rank)),
+        f"{prefix}.predictor.b_scales": (torch.bfloat16, (d_ff, 1)),
+        f"{prefix}.predictor.offset": (torch.float32, (d_ff,)),
+    }
+
+
+def lowrank_bytes(rank: int, d_ff: int, d_model: int) -> int:
+    """What one layer takes, on disk and in DRAM."""
+    return rank * (d_model + d_ff) + 2 * (rank + d_ff) + 4 * d_ff
+
+
+def pack_lowrank(a: torch.Tensor, b: torch.Tensor, offset: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of one layer from its float matrices `a` [rank, d_model], `b` [d_ff, rank] and `offset` [d_ff]."""
+    down, up = quantize_rows(a, 8, a.shape[1]), quantize_rows(b, 8, b.shape[1])
+    return {
+        "a_codes": down["codes"],
+        "a_scales": down["scales"],
+        "b_codes": up["codes"],
+        "b_scales": up["scales"],
+        "offset": offset.float().clone(),
+    }
+
+
+class LowRankPredictor:
+    """The loaded form. Args: `tensors` as [`pack_lowrank`] returns them.
+
+    It was trained with the biases of then, and does not follow others (`bias` has no say).
+    """
+
+    bias: torch.Tensor | None = None
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        a = Int8Matrix(tensors["a_codes"], tensors["a_scales"])
+        b = Int8Matrix(tensors["b_codes"], tensors["b_scales"])
+        offset = tensors["offset"].clone()
+        self._scores = Scores(b, offset, first=a)
+        self.nbytes = a.nbytes + b.nbytes + offset.nbytes
+
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        return by_tokens(x.bfloat16(), self._scores.called_active)
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens, d_ff]: positive for neurons called active, in logits."""
+        return self._scores(x.bfloat16())

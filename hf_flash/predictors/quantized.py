@@ -1,0 +1,202 @@
+"""The quantized predictor: a low-bit copy q of the up projection w stays in DRAM.
+
+As it is made from weights alone, neuron i is called active when
+
+    q_i . x + b_i + margin * ||w_i - q_i|| * ||x|| / sqrt(d_model)  >  0
+
+The last term is `margin` standard deviations of what rounding does to the sum, *if* rounding errors and inputs are
+independent and inputs spread evenly over the columns. It needs no training and no data.
+
+Large OPTs have outlier features: a few columns of x that are always large and never change sign. Then the error is mostly a
+constant, which the margin has to cover although it is known. After `hf-flash calibrate` it is not assumed but measured: with
+e_i = q_i - w_i and the mean m and covariance C of the layer's real inputs,
+
+    q_i . x + b_i - e_i . m + margin * sqrt(e_i' C e_i)  >  0
+
+and the margin of each layer is the one that finds the wanted share of the active neurons on text that was held out.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from hf_flash.base.heap import trim_heap
+from hf_flash.errors import ConfigError
+from hf_flash.predictors.base import belonging, check_specs, read_tensors
+from hf_flash.predictors.low_bit import Int4Matrix, Int8Matrix, LowBitMatrix, Scores, by_tokens, quantize_rows
+from hf_flash.store.layout import FlashStore, LayerStore
+from hf_flash.store.safetensors_files import TensorSpec
+from hf_flash.store.writer import predictor_metadata, write_safetensors
+
+DEFAULT_MARGIN: Final = {4: 1.5, 8: 3.0}
+_WEIGHTS: Final = 1 << 19  # weights quantized at a time: what fits into a core's cache is three times faster
+
+
+@dataclass(frozen=True)
+class QuantizedFormat:
+    """Bits and group size of a quantized predictor, and what follows from them.
+
+    Args:
+        margin: standard deviations of rounding error to allow for. Unset: the measured one where the store was calibrated,
+            else `DEFAULT_MARGIN`.
+    """
+
+    bits: int
+    group_size: int
+    margin: float | None = None
+
+    @property
+    def variant(self) -> str:
+        return f"int4-g{self.group_size}" if self.bits == 4 else "int8"
+
+    def group(self, d_model: int) -> int:
+        """Columns that share a scale: the whole row in 8 bits, else the asked group size or its part that divides."""
+        return d_model if self.bits == 8 else math.gcd(self.group_size, d_model)
+
+    def specs(self, layer: LayerStore) -> dict[str, TensorSpec]:
+        return self.shapes(layer.prefix, layer.d_ff, layer.d_model)
+
+    def shapes(self, prefix: str, d_ff: int, d_model: int) -> dict[str, TensorSpec]:
+        """The tensors of one layer, in file order."""
+        if self.bits == 4 and d_model % 2:
+            raise ConfigError(
+                "two 4-bit codes share a byte, but d_model is odd", where=prefix, got=d_model, hint="use predictor_bits=8"
+            )
+        groups = d_model // self.group(d_model)
+        codes: TensorSpec = (torch.uint8, (d_ff, d_model // 2)) if self.bits == 4 else (torch.int8, (d_ff, d_model))
+        zeros: dict[str, TensorSpec] = {f"{prefix}.predictor.zeros": (torch.bfloat16, (d_ff, groups))} if self.bits == 4 else {}
+        return {
+            f"{prefix}.predictor.codes": codes,
+            f"{prefix}.predictor.scales": (torch.bfloat16, (d_ff, groups)),
+            **zeros,
+            f"{prefix}.predictor.error": (torch.float32, (d_ff,)),
+        }
+
+    def dram_bytes(self, layers: int, d_ff: int, d_model: int) -> int:
+        groups = d_model // self.group(d_model)
+        weights = d_ff * (d_model // 2 + 4 * groups) if self.bits == 4 else d_ff * (d_model + 2)
+        return layers * (weights + 4 * d_ff)  # and the margins
+
+    def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> QuantizedPredictor:
+        tensors = read_tensors(store.predictors[self.variant], f"{layer.prefix}.predictor")
+        margin, measured = self.margins(store, layer, tensors["error"])
+        return QuantizedPredictor(tensors, bias, self, margin, measured=measured)
+
+    def margins(self, store: FlashStore, layer: LayerStore, error: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """The `margin` and `measured` of a layer's [`QuantizedPredictor`]; `error` [d_ff] is as stored with the codes."""
+        found = read_measured(store, layer, self.variant)
+        if found is None:
+            margin = DEFAULT_MARGIN[self.bits] if self.margin is None else self.margin
+            return error * (margin / math.sqrt(layer.d_model)), False
+        margin = float(found["margin"]) if self.margin is None else self.margin
+        return margin * found["spread"] - found["shift"], True
+
+
+def quantized_forms(store: FlashStore) -> list[QuantizedFormat]:
+    """The quantized predictors in a store."""
+    groups = [int(name.removeprefix("int4-g")) for name in store.predictors if name.startswith("int4-g")]
+    eight = [QuantizedFormat(8, 64)] if "int8" in store.predictors else []
+    return [QuantizedFormat(4, group) for group in sorted(groups)] + eight
+
+
+class QuantizedPredictor:
+    """The loaded form.
+
+    Args:
+        tensors: as [`quantize_rows`] returns them, for the whole layer.
+        bias: [d_ff] of the up projection, or `None`. The layer's own, not held twice. It may change, and be set anew.
+        margin: float32 [d_ff], added to the score: as it is if it was measured, else times the norm of the token.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        bias: torch.Tensor | None,
+        form: QuantizedFormat,
+        margin: torch.Tensor,
+        *,
+        measured: bool = False,
+    ) -> None:
+        codes, scales = tensors["codes"], tensors["scales"]
+        product: LowBitMatrix
+        if form.bits == 8:
+            product = Int8Matrix(codes, scales)
+        else:
+            product = Int4Matrix(codes, scales, tensors["zeros"], form.group(2 * codes.shape[1]))
+        self._scores, self._measured = Scores(product, margin, bias), measured
+        self.nbytes = product.nbytes + margin.nbytes
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._scores.bias
+
+    @bias.setter
+    def bias(self, bias: torch.Tensor | None) -> None:
+        if bias is not self._scores.bias:
+            self._scores = replace(self._scores, bias=bias)
+
+    def with_margin(self, margin: torch.Tensor, *, measured: bool) -> QuantizedPredictor:
+        """The same weights, not copied, with another margin."""
+        other = copy.copy(self)
+        other._scores, other._measured = replace(self._scores, plus=margin), measured
+        return other
+
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        return by_tokens(x, lambda part: self._scores.called_active(part.bfloat16(), self._times(part)))
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, d_ff]: positive for neurons called active."""
+        return self._scores(x.bfloat16(), self._times(x))
+
+    def _times(self, x: torch.Tensor) -> torch.Tensor | None:
+        """float32 [tokens]: how often the margin counts."""
+        return None if self._measured else torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+
+
+def write_quantized(path: Path, store: FlashStore, form: QuantizedFormat, progress: Any = iter) -> None:
+    """Make the quantized predictor of every layer from the bundles on flash, one layer in memory at a time."""
+    specs: dict[str, TensorSpec] = {}
+    for layer in store.layers:
+        specs |= form.specs(layer)
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for layer in progress(store.layers):
+            up, rows = layer.up(), max(1, _WEIGHTS // layer.d_model)
+            parts = [
+                quantize_rows(up[at : at + rows], form.bits, form.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
+            ]
+            for name in parts[0]:
+                yield torch.cat([part[name] for part in parts])
+            del parts
+            trim_heap()
+
+    write_safetensors(path, specs, pieces(), predictor_metadata(form.variant, store.metadata))
+
+
+# --- measured on real inputs ------------------------------------------------------------------------------------------
+
+
+def read_measured(store: FlashStore, layer: LayerStore, variant: str) -> dict[str, torch.Tensor] | None:
+    """`shift` and `spread` float32 [d_ff] and `margin` float32 [1] of a quantized predictor, if the store was calibrated."""
+    if store.calibration is None:
+        return None
+    prefix = f"{layer.prefix}.calibration.{variant}"
+    specs = measured_specs(layer, variant)
+    tensors = belonging(store, store.calibration)
+    if not specs.keys() & tensors.keys():
+        return None
+    check_specs(store.calibration, tensors, specs)
+    return read_tensors(store.calibration, prefix)
+
+
+def measured_specs(layer: LayerStore, variant: str) -> dict[str, TensorSpec]:
+    """The tensors of the calibration file that [`read_measured`] reads."""
+    prefix, vector = f"{layer.prefix}.calibration.{variant}", (torch.float32, (layer.d_ff,))
+    return {f"{prefix}.shift": vector, f"{prefix}.spread": vector, f"{prefix}.margin": (torch.float32, (1,))}

@@ -1,0 +1,79 @@
+"""Chunks: what is read of a layer's file at once, and the rows of memory that it goes to.
+
+A *chunk* is one contiguous read: neighbours on flash, scattered over any rows of the caller's matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+
+from hf_flash.base.arrays import Ids
+
+_CHUNK_BYTES: Final = 1 << 20  # longer runs are split, so that they are read side by side
+_CHUNK_ROWS: Final = 1024  # what the kernel scatters one read over at most
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Contiguous reads of one layer's file.
+
+    Chunk `i` starts at byte `offset[i]` and holds the bundles, of `size` bytes each, that go to rows
+    `rows[first[i] : first[i + 1]]`.
+    """
+
+    offset: Ids  # [n]
+    first: Ids  # [n + 1]
+    rows: Ids  # [bundles]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    @property
+    def nbytes(self) -> Ids:
+        """[n]"""
+        return np.diff(self.first) * self.size
+
+    @property
+    def parts(self) -> Ids:
+        """[parts] where in `rows` a part of a chunk begins that lies together in memory, too."""
+        if len(self) == len(self.rows):
+            return self.first[:-1]
+        begins = np.diff(self.rows, prepend=-2) != 1
+        begins[self.first[:-1]] = True
+        return np.flatnonzero(begins)
+
+    def pieces(self) -> Iterator[tuple[int, list[slice]]]:
+        """Of each chunk its byte offset, and the rows that its bundles go to, a slice for those that lie together in memory."""
+        begins = self.parts
+        start = self.rows[begins]
+        end = start + np.diff(begins, append=len(self.rows))
+        slices = [slice(*ends) for ends in zip(start.tolist(), end.tolist(), strict=True)]
+        of_chunk = pairwise(np.searchsorted(begins, self.first).tolist())
+        for offset, (first, last) in zip(self.offset.tolist(), of_chunk, strict=True):
+            yield offset, slices[first:last]
+
+
+def chunked(ids: Ids, rows: Ids, offset: int, size: int) -> Chunks:
+    """Chunks for neurons `ids`, ascending, that go to `rows`: as few as neighbourhood allows, none over 1 MiB much.
+
+    Args:
+        offset: where the file's bundles begin.
+        size: bytes of a bundle.
+    """
+    longest = longest_chunk(size)
+    at = np.arange(len(ids))
+    begins = np.diff(ids, prepend=-2) != 1
+    run_start = np.maximum.accumulate(np.where(begins, at, 0))
+    first = np.flatnonzero((at - run_start) % longest == 0)
+    return Chunks(offset + ids[first] * size, np.append(first, len(ids)), rows, size)
+
+
+def longest_chunk(size: int) -> int:
+    """The most bundles of `size` bytes that are one read."""
+    return max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // size))

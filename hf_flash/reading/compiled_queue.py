@@ -1,0 +1,111 @@
+"""Reads by the compiled part: io_uring, or a few threads of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import weakref
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+
+from hf_flash.base.arrays import Bytes
+from hf_flash.compute import library as native
+from hf_flash.reading.chunks import Chunks
+from hf_flash.reading.open_file import (
+    FileChangedError,
+    OpenFile,
+    _short,
+)
+from hf_flash.reading.queues import logger
+
+BOUNCE_BYTES: Final = 1 << 16  # BOUNCE_BYTES of _native_read.h
+
+
+_CHANGED, _SHORT, _FORGOTTEN = -1, -2, -3
+
+
+class CompiledQueue:
+    """Reads by the compiled part. To be made only where there is a `native.library()`.
+
+    Args:
+        threads: how many read where io_uring does not.
+        file: io_uring is tried with it.
+        ring: whether to try io_uring at all. warn: whether it costs speed to do without.
+    """
+
+    def __init__(self, threads: int, file: OpenFile, *, ring: bool = True, warn: bool = True) -> None:
+        library = native.library()
+        assert library is not None
+        self._library, self._targets = library, dict[int, Bytes]()  # what is written to: it must outlive the reads
+        self.reader: int | None = library.hf_reader_open(threads, ring, file.address)
+        if not self.reader:
+            raise MemoryError("no memory for reading")
+        self.buffer_bytes = (threads + 1) * BOUNCE_BYTES
+        self._threads, self._warn = threads, warn
+        self._finalize = weakref.finalize(self, library.hf_reader_close, self.reader)
+        self._look_for_ring()
+
+    @property
+    def has_ring(self) -> bool:
+        """Whether io_uring works, as far as is known now."""
+        return self.reader is not None and bool(self._library.hf_reader_has_ring(self.reader))
+
+    @property
+    def description(self) -> str:
+        return "io_uring" if self.has_ring else f"{self._threads} threads"
+
+    def _look_for_ring(self) -> None:
+        """Say once that there is no io_uring, or none any more."""
+        if self._warn and not self.has_ring:
+            self._warn = False
+            _warn_no_ring(self._threads)
+
+    def start(self, file: OpenFile, chunks: Chunks, out: Bytes, *, background: bool) -> tuple[int, int]:
+        parts, base = chunks.parts, out.ctypes.data
+        lengths = np.diff(parts, append=len(chunks.rows)) * chunks.size
+        pieces = np.stack([base + chunks.rows[parts] * chunks.size, lengths], axis=1)
+        first, offsets = np.searchsorted(parts, chunks.first), np.ascontiguousarray(chunks.offset, dtype=np.int64)
+        order = native.Order(offsets.ctypes.data, first.ctypes.data, pieces.ctypes.data, len(offsets), background)
+        self._targets[id(out)] = out
+        ticket: int = self._library.hf_read_start(self.reader, file.address, ctypes.byref(order))
+        if not ticket:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return ticket, id(out)
+
+    def wait(self, ticket: tuple[int, int]) -> None:
+        error = self._library.hf_read_wait(self.reader, ticket[0])
+        self._targets.pop(ticket[1], None)
+        if self._warn:
+            self._look_for_ring()
+        if error == _CHANGED:
+            raise FileChangedError
+        if error == _SHORT:
+            raise _short()
+        if error:
+            code = errno.ECANCELED if error == _FORGOTTEN else error
+            raise OSError(code, os.strerror(code))
+
+    def settle(self) -> None:
+        if self.reader is not None:
+            self._library.hf_read_settle(self.reader, 0)
+
+    def forget(self) -> None:
+        if self.reader is not None:
+            self._library.hf_read_settle(self.reader, 1)
+            self._targets.clear()
+
+    def close(self) -> None:
+        self.reader = None
+        self._finalize()
+
+
+@lru_cache
+def _warn_no_ring(threads: int) -> None:
+    logger.warning(
+        "hf_flash: io_uring cannot be used here, and %d threads read instead, which costs some speed. In a container it is a "
+        "matter of the seccomp profile: allow io_uring_setup and io_uring_enter. `hf-flash doctor` says what else is lacking",
+        threads,
+    )

@@ -1,0 +1,194 @@
+"""Where bytes come from: the files of a store's layers, opened, and a queue that reads them (reading/compiled_queue.py).
+
+    mmap      through the page cache, which keeps what memory has room for. (The name is from the time when the files were
+              mapped. A page of a map that is lost, because somebody truncates the file, kills the process; a read fails.)
+    direct    O_DIRECT, past the page cache: what memory there is stays with the model. A file that refuses it is read through
+              the page cache, alone. Where there is no compiled part all are, and the pages are given back at once.
+
+Reading has two steps, `start` and `wait`, so that something else can be computed in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from hf_flash.base.arrays import Bytes
+from hf_flash.base.buffers import anonymous
+from hf_flash.base.locks import hold
+from hf_flash.compute import library as native
+from hf_flash.reading.chunks import Chunks
+from hf_flash.reading.compiled_queue import BOUNCE_BYTES, CompiledQueue
+from hf_flash.reading.open_file import FileChangedError, OpenFile
+from hf_flash.reading.pages_queue import PagesQueue
+from hf_flash.reading.queues import ReadQueue
+from hf_flash.store.layout import FlashStore, LayerStore
+
+logger = logging.getLogger("hf_flash")
+
+PAGE: Final = mmap.PAGESIZE
+_TRIES: Final = 3  # reads of what changes all the time
+
+
+class StepFile(NamedTuple):
+    """What the compiled part reads rows of one layer with, by address."""
+
+    reader: int
+    file: int
+    unit: int  # bytes are read by so many at once, and counted so
+
+
+class FileSource:
+    """The layer files of a store.
+
+    Args:
+        align: what direct reads have to be multiples of; 0: through the page cache.
+        threads: how many read directly where io_uring does not.
+    """
+
+    def __init__(self, store: FlashStore, align: int, threads: int) -> None:
+        self.name = "direct" if align else "mmap"
+        self._layers, self._fds = store.layers, list[int]()
+        guard = weakref.finalize(self, _close_files, self._fds)
+        compiled = native.library() is not None
+        self.files = [self._open(layer, align if compiled else 0, transient=not compiled) for layer in store.layers]
+        self._units = [self._unit(file, layer) for file, layer in zip(self.files, store.layers, strict=True)]
+        self._queue: ReadQueue
+        if not compiled:
+            self._queue = PagesQueue()
+            if not hasattr(os, "posix_fadvise"):
+                logger.warning("hf_flash: this system has no posix_fadvise: pages are waited for one by one, which is slow")
+        else:
+            self._queue = CompiledQueue(threads, self.files[0], warn=align > 0)
+        self._finalize = weakref.finalize(self, _finish, self._queue, self._fds)
+        guard.detach()
+        self.buffer_bytes = self._queue.buffer_bytes if max(self._units) > 1 and align else 0
+
+    def _open(self, layer: LayerStore, align: int, *, transient: bool) -> OpenFile:
+        fd = -1
+        if align:
+            try:
+                fd = os.open(layer.path, os.O_RDONLY | os.O_DIRECT)
+            except OSError as error:
+                logger.warning(
+                    "hf_flash: %s is read through the page cache: it refuses direct reads (%s)", layer.path, error.strerror
+                )
+                align = 0
+        if fd < 0:
+            fd = os.open(layer.path, os.O_RDONLY)
+        self._fds.append(fd)
+        hold(fd)  # for as long as the file is open
+        if not align and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # only advice: no readahead
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return OpenFile(fd, align, transient=transient and self.name == "direct")
+
+    @staticmethod
+    def _unit(file: OpenFile, layer: LayerStore) -> int:
+        """Bytes that are read at once: pages, and what a direct read is rounded to if bundles are not aligned."""
+        if not file.align:
+            return PAGE
+        return file.align if (layer.offset | layer.bundle_bytes) % file.align else 1
+
+    @property
+    def reads_with(self) -> str:
+        """What it reads with, for people."""
+        return self._queue.description if self.name == "direct" else "the page cache"
+
+    def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False) -> Pending:
+        """Begin to fill rows of `out`, uint8 [any, bundle bytes], contiguous.
+
+        Args:
+            background: there is something else to do before it is waited for.
+        """
+        ticket = self._queue.start(self.files[layer], chunks, out, background=background)
+        return Pending(self, layer, chunks, out, ticket)
+
+    def finish(self, pending: Pending) -> int:
+        """Wait for what was started; bytes asked of the disk. Raises `OSError`."""
+        file, layer, chunks = self.files[pending.layer], self._layers[pending.layer], pending.chunks
+        for _ in range(_TRIES):
+            try:
+                self._queue.wait(pending.ticket)
+                first, last = chunks.offset, chunks.offset + chunks.nbytes
+                unit = self._units[pending.layer]
+                return int((-(-last // unit) * unit - first // unit * unit).sum())
+            except FileChangedError:
+                file.verify(layer.crc32)
+                pending.ticket = self._queue.start(file, chunks, pending.out, background=False)
+        raise FileChangedError
+
+    def step_file(self, layer: int) -> StepFile | None:
+        """What the compiled part can read rows of this layer with by itself."""
+        if self._queue.reader is None:
+            return None
+        return StepFile(self._queue.reader, self.files[layer].address, self._units[layer])
+
+    def settle(self) -> None:
+        """Wait for every read that was started, whether anybody waits for it or not."""
+        self._queue.settle()
+
+    def forget(self) -> None:
+        """The same; nobody will wait for any of them."""
+        self._queue.forget()
+
+    def close(self) -> None:
+        self._finalize()
+
+
+@dataclass
+class Pending:
+    """A read under way."""
+
+    source: FileSource
+    layer: int
+    chunks: Chunks
+    out: Bytes
+    ticket: Any
+
+    def wait(self) -> int:
+        """Wait until nothing writes to the buffer any more; bytes asked of the disk. Raises `OSError`."""
+        return self.source.finish(self)
+
+
+def _finish(queue: ReadQueue, fds: list[int]) -> None:
+    """End what reads, then close what is read."""
+    queue.close()
+    _close_files(fds)
+
+
+def _close_files(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+
+
+def bounce_bytes(bundle_bytes: int, threads: int, align: int) -> int:
+    """DRAM for bounce buffers: none when bundles are aligned by themselves."""
+    return (threads + 1) * BOUNCE_BYTES if bundle_bytes % align else 0
+
+
+def direct_alignment(store: FlashStore) -> tuple[int, str]:
+    """The alignment O_DIRECT needs for this store, or 0 and the reason why there is no direct I/O."""
+    if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv"):
+        return 0, "this system has no O_DIRECT"
+    path = store.layers[0].path
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        return 0, f"the file system of {path.parent} refuses O_DIRECT ({error.strerror})"
+    try:
+        page = memoryview(anonymous(2 * PAGE))
+        for align in (512, 4096):
+            try:
+                if os.preadv(fd, [page[align : 2 * align]], align) == align:
+                    return align, ""
+            except OSError:
+                continue
+        return 0, f"direct reads of {path.parent} fail at 512 and at 4096 bytes"
+    finally:
+        os.close(fd)

@@ -1,0 +1,116 @@
+"""An open layer file, and whether it is still what it was when it was opened."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import zlib
+from typing import Final
+
+from hf_flash.base.buffers import anonymous
+from hf_flash.compute import library as native
+
+_VERIFIED_BYTES: Final = 1 << 20
+
+
+_LARGEST_HEADER: Final = 1 << 27
+
+
+class FileChangedError(OSError):
+    """The file is not what it was when it was opened: what was read may be of either."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ESTALE, "the file was changed since the model was loaded")
+
+
+def _short() -> OSError:
+    return OSError(errno.EIO, "end of file: the file is shorter than when it was opened")
+
+
+class OpenFile:
+    """A file that is open for reading, and what it was then.
+
+    Args:
+        fd: open; its owner closes it.
+        align: what offsets, lengths and addresses of a direct read have to be multiples of; 0: through the page cache.
+        transient: whether pages in the page cache are given back when they were read.
+    """
+
+    def __init__(self, fd: int, align: int, *, transient: bool = False) -> None:
+        self.fd, self.align, self.transient = fd, align, transient
+        nowait = not align and _takes_nowait(fd)
+        self.state = native.File(fd=fd, align=align, nowait=nowait)  # of the compiled part, which changes `nowait`
+        self._set(_identity(fd))
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.state)
+
+    @property
+    def changed(self) -> bool:
+        """Whether somebody wrote to the file or its inode since it was opened or last verified."""
+        return _identity(self.fd) != self._known
+
+    def verify(self, crc32: str) -> None:
+        """Accept the file as it is now, if its data still has this checksum.
+
+        Raises:
+            FileChangedError: it has another one, or changes all the time.
+        """
+        for _ in range(3):
+            now = _identity(self.fd)
+            if _crc_of_data(self.fd) != crc32:
+                break
+            if _identity(self.fd) == now:
+                self._set(now)
+                return
+        raise FileChangedError
+
+    def _set(self, known: tuple[int, int, int]) -> None:
+        self._known = known
+        self.state.size, modified, changed = known
+        self.state.modified_s, self.state.modified_ns = divmod(modified, 10**9)
+        self.state.changed_s, self.state.changed_ns = divmod(changed, 10**9)
+
+
+def _identity(fd: int) -> tuple[int, int, int]:
+    found = os.fstat(fd)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _takes_nowait(fd: int) -> bool:
+    """Whether a read through the page cache can be asked to return only what is there."""
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:  # the page is not there, but was looked for
+        return True
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _crc_of_data(fd: int) -> str:
+    """CRC-32 of what is behind the header of a safetensors file; any text if it has no header any more."""
+    room, crc, at = memoryview(anonymous(_VERIFIED_BYTES)), 0, 0
+    header = 0
+    while got := _into(fd, [room], at):
+        if not at:
+            header = 8 + int.from_bytes(room[:8], "little")
+            if header > _LARGEST_HEADER:
+                return "no header"
+        crc = zlib.crc32(room[min(max(0, header - at), got) : got], crc)
+        at += got
+        if got % 4096:
+            break  # the end, or a direct read could not go on
+    return f"{crc:08x}"
+
+
+def _into(fd: int, views: list[memoryview], offset: int) -> int:
+    """`preadv`, where the system has it."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, views, offset)
+    os.lseek(fd, offset, os.SEEK_SET)
+    data = os.read(fd, len(views[0]))
+    views[0][: len(data)] = data
+    return len(data)

@@ -1,0 +1,246 @@
+"""`BundleReader`: neurons in, rows out. Coalesces, converts, counts; where bytes come from is in reading/layer_files.py.
+
+A reader is asked for neurons (sorted ids) and told the rows they go to, anywhere in the caller's matrix. When the dtype of
+compute differs from the store's, rows are read into a staging buffer and converted on the way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final, Protocol
+
+import numpy as np
+import torch
+
+from hf_flash.base.arrays import Bytes, Ids
+from hf_flash.base.buffers import aligned_empty
+from hf_flash.errors import StoreReadError
+from hf_flash.reading.chunks import Chunks, chunked
+from hf_flash.reading.layer_files import PAGE, FileSource, StepFile, bounce_bytes, direct_alignment
+from hf_flash.store.layout import FlashStore, LayerStore
+
+logger = logging.getLogger("hf_flash")
+
+_STAGING_ROWS: Final = 128
+_SAMPLE: Final = 256  # reads, as many as are under way at once, that `gap` is measured with
+_SMALL: Final = 128  # neurons in a layer, below which it is not
+
+
+@dataclass
+class ReadCount:
+    """What a read cost: bytes asked of the disk, rounding included, and the number of chunks."""
+
+    nbytes: int = 0
+    chunks: int = 0
+
+
+class Reading(Protocol):
+    """Bundles on their way; [`BundleReader.start`] makes it."""
+
+    def wait(self) -> ReadCount:
+        """Wait until the rows are filled.
+
+        Raises:
+            StoreReadError: the disk failed, or the file is shorter than it was.
+        """
+
+
+class _Reading:
+    """Straight into the caller's rows."""
+
+    def __init__(self, layer: LayerStore, chunks: Chunks, source: FileSource, out: Bytes, background: bool) -> None:
+        self._layer, self._chunks = layer, chunks
+        with self._errors():
+            self._pending = source.start(layer.index, chunks, out, background=background)
+
+    def wait(self) -> ReadCount:
+        with self._errors():
+            return ReadCount(self._pending.wait(), len(self._chunks))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        layer = self._layer
+        try:
+            yield
+        except OSError as error:
+            raise StoreReadError(
+                "reading neurons from flash failed",
+                where=f"{layer.path}, layer {layer.index}",
+                expected=f"{len(self._chunks.rows)} bundles of {layer.bundle_bytes} bytes",
+                got=error.strerror or str(error),
+                hint="check the disk and run `hf-flash inspect --check` on the folder",
+            ) from error
+
+
+@dataclass
+class _Converting:
+    """Through a staging buffer, some rows at a time, when it is waited for."""
+
+    reader: BundleReader
+    staging: torch.Tensor
+    layer: int
+    ids: Ids
+    out: torch.Tensor
+    rows: Ids
+
+    def wait(self) -> ReadCount:
+        total = ReadCount()
+        for at in range(0, len(self.ids), len(self.staging)):
+            part = self.ids[at : at + len(self.staging)]
+            count = self.reader.start(self.layer, part, self.staging, np.arange(len(part))).wait()
+            rows = torch.from_numpy(self.rows[at : at + len(part)])
+            self.out.index_copy_(0, rows, self.staging[: len(part)].to(self.out.dtype))
+            total.nbytes += count.nbytes
+            total.chunks += count.chunks
+        return total
+
+
+class BundleReader:
+    """Neurons in, rows out: coalesces, converts, counts.
+
+    Args:
+        store: where the bundles lie.
+        source: how bytes get into memory.
+        dtype: dtype of the rows that callers pass.
+    """
+
+    def __init__(self, store: FlashStore, source: FileSource, dtype: torch.dtype) -> None:
+        self.layers, self.source = store.layers, source
+        self.gap: int | None = None  # neurons that are read sooner than skipped; measured when it is first needed
+        first = store.layers[0]
+        self._staging = None if first.dtype == dtype else aligned_empty((_STAGING_ROWS, 2 * first.d_model), first.dtype)
+        self.buffer_bytes = source.buffer_bytes + _staging_bytes(first.d_model, first.dtype, dtype)  # DRAM of its own
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def converts(self) -> bool:
+        """Whether rows are converted on the way: then nothing is read before it is waited for."""
+        return self._staging is not None
+
+    def step_file(self, layer: int) -> StepFile | None:
+        """What the compiled part can read rows of this layer with by itself."""
+        return None if self.converts else self.source.step_file(layer)
+
+    def start(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False) -> Reading:
+        """Begin to fill `out[rows[j]]` with the bundle of neuron `ids[j]`.
+
+        Args:
+            layer: index of the layer.
+            ids: neurons, ascending.
+            out: contiguous [any, 2 * d_model] in the dtype of compute.
+            rows: different rows of `out`, as many as `ids`.
+            background: whether the caller has something else to do before it waits.
+        """
+        store = self.layers[layer]
+        if self._staging is not None and out is not self._staging:
+            return _Converting(self, self._staging, layer, ids, out, rows)
+        if out.dtype != store.dtype:
+            raise TypeError(f"the store holds {store.dtype}, the rows {out.dtype}")
+        target: Bytes = out.view(torch.uint8).numpy()
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(target)):  # the kernel would write there
+            raise IndexError(f"rows from {rows.min()} to {rows.max()} of {len(target)}")
+        if store.place is not None:
+            at = store.place[ids].astype(np.int64)
+            order = np.argsort(at)
+            ids, rows = at[order], rows[order]
+        return _Reading(store, chunked(ids, rows, store.offset, store.bundle_bytes), self.source, target, background)
+
+    def bridged(self, layer: int, ids: Ids, first: int, last: int, buffer: torch.Tensor) -> Ids:
+        """`ids`, and those between them on flash that are read sooner than skipped.
+
+        Args:
+            ids: neurons, ascending, from `first` to before `last`.
+            buffer: rows in the dtype of compute that hold nothing, if that is still to be measured.
+        """
+        store = self.layers[layer]
+        if self.gap is None:
+            self.gap = self._measured_gap(store, buffer) if store.d_ff >= _SMALL else 0
+        if not self.gap or len(ids) < 2:
+            return ids
+        at = ids
+        if store.place is not None:
+            placed = store.place[first:last]
+            if placed.min() < first or placed.max() >= last:  # a store may have its neurons in any order
+                return ids
+            at = np.sort(placed[ids - first])
+        steps = np.diff(at)
+        lengths = np.append(np.where(steps <= self.gap + 1, steps, 1), 1)
+        ends = np.cumsum(lengths)
+        every: Ids = np.arange(ends[-1]) + np.repeat(at - (ends - lengths), lengths)
+        return every if store.place is None else np.sort(np.argsort(placed)[every - first] + first)
+
+    def _measured_gap(self, store: LayerStore, buffer: torch.Tensor) -> int:
+        """How many bundles are read, among many, in the time that a read of its own costs more."""
+        target: Bytes = (buffer if self._staging is None else self._staging).view(torch.uint8).numpy()
+        many = min(len(target), store.d_ff)
+        some = min(_SAMPLE, many, store.d_ff // 2)
+        apart = store.d_ff // some
+
+        def seconds(at: Ids) -> float:
+            """For a neuron. The first time neither the pages nor the kernel's threads may be there."""
+            start = perf_counter()
+            chunks = chunked(at, np.arange(len(at)), store.offset, store.bundle_bytes)
+            _Reading(store, chunks, self.source, target, True).wait()  # as a prompt does
+            return (perf_counter() - start) / len(at)
+
+        together = min(seconds(np.arange(many) + turn * (store.d_ff - many) // 2) for turn in range(3))
+        alone = min(seconds(np.arange(some) * apart + turn % apart) for turn in range(3))
+        found = max(0, int((alone - together) / together))
+        logger.info(
+            "hf_flash: gaps of up to %d neurons are read through (%.1f us against %.1f)", found, 1e6 * alone, 1e6 * together
+        )
+        return found
+
+    def settle(self) -> None:
+        """Wait until no read that was ever started writes to memory any more."""
+        self.source.settle()
+
+    def forget(self) -> None:
+        """The same after an interruption: nobody waits for what was started any more."""
+        self.source.forget()
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def _staging_bytes(d_model: int, stored: torch.dtype, dtype: torch.dtype) -> int:
+    """DRAM that converting on the way takes: the staging rows, and as many converted ones."""
+    return 0 if stored == dtype else _STAGING_ROWS * 2 * d_model * (stored.itemsize + dtype.itemsize)
+
+
+def reader_buffer_bytes(d_model: int, stored: torch.dtype, dtype: torch.dtype, name: str, threads: int) -> int:
+    """The most DRAM that a reader's own buffers take, known before a store exists.
+
+    Args:
+        d_model: half the width of a bundle.
+        stored: dtype on flash. `dtype`: of compute.
+        name, threads: as in [`open_reader`].
+    """
+    staging = _staging_bytes(d_model, stored, dtype)
+    can_be_direct = name != "mmap" and hasattr(os, "O_DIRECT")
+    return staging + (bounce_bytes(2 * d_model * stored.itemsize, threads, PAGE) if can_be_direct else 0)
+
+
+def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, spare_bytes: int) -> BundleReader:
+    """Open the reader that `name` asks for.
+
+    `"auto"` takes the page cache when the whole store fits in `spare_bytes`, memory that nobody else claims, and direct I/O
+    otherwise. Direct I/O that the system does not offer falls back to mmap and says why, once.
+    """
+    align, reason = direct_alignment(store) if name != "mmap" else (0, "")
+    if name == "auto" and store.nbytes <= spare_bytes:
+        align, reason = 0, "the store fits in free memory"
+    elif not align and name == "direct":
+        logger.warning("hf_flash: reader='direct' falls back to 'mmap': %s", reason)
+    source = FileSource(store, align, threads)
+    if name == "auto":
+        logger.info("hf_flash: reader 'auto' takes %r: %s", source.name, reason or "the store does not fit in free memory")
+    return BundleReader(store, source, dtype)

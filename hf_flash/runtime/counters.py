@@ -1,0 +1,108 @@
+"""What a flash model did and holds: counters, bytes and milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from hf_flash.base.sizes import format_bytes
+
+
+@dataclass
+class Counters:
+    """Running totals over all FFN layers since loading, or since the last reset."""
+
+    calls: int = 0  # forwards of one FFN layer
+    tokens: int = 0  # tokens through one FFN layer, summed over the layers
+    selected: int = 0  # neurons computed, union over the tokens of a call
+    hits: int = 0  # of these, already in the window
+    missing_bytes: int = 0  # bundles that were missing, times their size on flash
+    read_bytes: int = 0  # what was asked of the disk: missing_bytes plus page and sector rounding
+    reads: int = 0  # chunks: contiguous requests to the disk
+    ahead: int = 0  # neurons read before the forward that may need them: by lookahead, or behind the layer before
+    ahead_used: int = 0  # of these, computed by the forward they were read for
+    predict_s: float = 0.0
+    manage_s: float = 0.0
+    io_s: float = 0.0
+    compute_s: float = 0.0
+
+    def reset(self) -> None:
+        for item in fields(self):
+            setattr(self, item.name, item.default)
+
+
+@dataclass(frozen=True)
+class FlashStats:
+    """A snapshot, as [`hf_flash.stats`] returns it. Sizes in bytes, times in seconds.
+
+    Rates are per token that went through the model, prompts and padding included; use `reset` to look at decoding alone.
+    `read_bytes` is what readers asked for; under mmap the page cache may have had it already.
+    """
+
+    layers: int
+    d_ff: int
+    window: int  # tokens
+    capacity: int  # neurons a layer's window can hold, on average
+    predictor: str
+    reader: str
+    reads_with: str  # io_uring, threads or the page cache
+    budget_bytes: int
+    minimum_bytes: int
+    resident_bytes: int  # embeddings, attention, norms, biases
+    predictor_bytes: int
+    scratch_bytes: int
+    window_bytes: int
+    dense_bytes: int  # what the stock model would hold
+    process_bytes: int  # what the whole process has in memory: weights, interpreter, libraries, activations, KV cache
+    kv_cache_bytes_per_token: int  # per sequence; comes on top of the budget
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def dram_bytes(self) -> int:
+        """All weight bytes held in DRAM now; never more than `budget_bytes`."""
+        return self.resident_bytes + self.predictor_bytes + self.scratch_bytes + self.window_bytes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the model."""
+        return self.counters.tokens // self.layers
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the computed neurons that were already in DRAM."""
+        return self.counters.hits / max(1, self.counters.selected)
+
+    @property
+    def read_bytes_per_token(self) -> float:
+        return self.counters.read_bytes / max(1, self.tokens)
+
+    @property
+    def read_gb_per_s(self) -> float:
+        return self.counters.read_bytes / 1e9 / self.counters.io_s if self.counters.io_s else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, derived ones included, for JSON."""
+        derived = ("dram_bytes", "tokens", "hit_rate", "read_bytes_per_token", "read_gb_per_s")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+    def __str__(self) -> str:
+        c, tokens, kv = self.counters, max(1, self.tokens), self.kv_cache_bytes_per_token
+        per_token = {name: 1e3 * getattr(c, name + "_s") / tokens for name in ("predict", "manage", "io", "compute")}
+        rows = [
+            ("tokens", f"{self.tokens}"),
+            ("read per token", f"{format_bytes(self.read_bytes_per_token)} in {c.reads / tokens:.1f} reads"),
+            (
+                "window hit rate",
+                f"{self.hit_rate:.1%} (window of {self.window} tokens, {self.capacity} neurons a layer)",
+            ),
+            ("neurons computed", f"{c.selected / max(1, c.calls) / self.d_ff:.1%} of each layer, per call"),
+            ("weights in DRAM", f"{format_bytes(self.dram_bytes)} of a budget of {format_bytes(self.budget_bytes)}"),
+            ("the dense model", format_bytes(self.dense_bytes)),
+            (
+                "whole process",
+                f"{format_bytes(self.process_bytes)}; KV cache {format_bytes(kv)} a token",
+            ),
+            ("FFN ms per token", ", ".join(f"{name} {ms:.2f}" for name, ms in per_token.items())),
+            ("predictor, reader", f"{self.predictor}, {self.reader} ({self.reads_with})"),
+        ]
+        return "\n".join(f"{name:<20}{value}" for name, value in rows)

@@ -1,0 +1,107 @@
+"""What a loaded flash model does otherwise than its class where devices, dtypes, foreign weights and copies are concerned.
+
+The FFN computes on the CPU. `pipeline()` moves models to an accelerator by default where there is one; it leaves those alone
+that have an `hf_device_map`, as accelerate gives them, and so flash models get one there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NoReturn
+
+import torch
+from torch import nn
+
+from hf_flash.errors import UsageError
+from hf_flash.runtime.flash_weights import OnFlash, checked, refuse_adapter
+
+
+def stay_on_cpu(model: Any) -> None:
+    """Tell pipelines, where they would move the model. Nowhere else: one with a map refuses `pipeline(device="cpu")`."""
+    if torch.accelerator.is_available():
+        model.hf_device_map = {"": "cpu"}
+
+
+def _to(model: Any, *args: Any, **kwargs: Any) -> Any:
+    device = torch._C._nn._parse_to(*args, **kwargs)[0]
+    if device is not None and device.type not in ("cpu", "meta"):
+        _stay(device)
+    return super(type(model), model).to(*args, **kwargs)
+
+
+def _cuda(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    _stay("cuda")
+
+
+def _stay(device: object) -> NoReturn:
+    raise UsageError(
+        "a flash model computes on the CPU",
+        where="moving the model",
+        expected="cpu",
+        got=device,
+        hint="leave it there: a pipeline needs no device argument, lm-eval needs --device cpu",
+    )
+
+
+def _apply(model: Any, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+    """What `.to`, `.half()`, `.float()`, `.type()` and their like come down to. Refused before anything is converted."""
+    for module in model.modules():
+        if isinstance(module, OnFlash):
+            module.check_conversion(fn)
+    return super(type(model), model)._apply(fn, *args, **kwargs)
+
+
+def _load_state_dict(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """FFN weights are taken if they are those on flash, and refused before anything is loaded otherwise."""
+    return super(type(model), model).load_state_dict(checked(model, state_dict), *args, **kwargs)
+
+
+def _load_adapter(model: Any, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
+    """An adapter is loaded whole or not at all: transformers would pass over what belongs on the FFN, and only report it."""
+    info = super(type(model), model).load_adapter(peft_model_id, adapter_name, **kwargs)
+    ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, OnFlash))
+    if dropped := sorted(name for name in info.unexpected_keys if name.startswith(ours)):
+        model.delete_adapter(adapter_name or "default")
+        refuse_adapter(dropped)
+    return info
+
+
+def _empty(model: Any) -> Any:
+    kind: Any = type(model)
+    return kind.__new__(kind)
+
+
+def _deepcopy(model: Any, memo: dict[int, Any]) -> Any:
+    """A model that has the weights in memory again, outside of any budget, and shares the store and the windows."""
+    copied = _empty(model)
+    memo[id(model)] = copied
+    copied.__setstate__(copy.deepcopy(model.__dict__, memo))
+    return copied
+
+
+def _copy(model: Any) -> Any:
+    copied = _empty(model)
+    copied.__setstate__(dict(model.__dict__))
+    return copied
+
+
+def _reduce(model: Any, protocol: Any) -> NoReturn:
+    raise UsageError(  # open files do not travel
+        "a loaded flash model cannot be pickled",
+        hint="load it again, in the other process too: it is all in the folder (save_pretrained keeps what was changed)",
+    )
+
+
+METHODS: Final = {
+    "to": _to,
+    "cuda": _cuda,
+    "half": nn.Module.half,  # those of transformers refuse every quantized model, also what changes nothing
+    "float": nn.Module.float,
+    "_apply": _apply,
+    "load_state_dict": _load_state_dict,
+    "load_adapter": _load_adapter,
+    "__deepcopy__": _deepcopy,
+    "__copy__": _copy,
+    "__reduce_ex__": _reduce,
+}

@@ -1,0 +1,84 @@
+"""Engine"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hf_flash.base.heap import Heap
+from hf_flash.compute.arithmetic import Scratch
+from hf_flash.compute.library import release_threads
+from hf_flash.errors import UsageError
+from hf_flash.reading.reader import BundleReader
+from hf_flash.runtime.counters import Counters
+
+
+class Engine:
+    """What the layers of one model share: the reader, the scratch buffers, the counters, and the lock around them."""
+
+    def __init__(self, reader: BundleReader, scratch: Scratch, dtype: torch.dtype, *, early: bool = True) -> None:
+        self.reader, self.scratch, self.dtype, self.early = reader, scratch, dtype, early
+        self.counters, self.heap = Counters(), Heap()
+        self.lock = threading.RLock()
+        self.closed = False
+        self.runtime: Callable[[], Any] = lambda: None  # weak reference to the `FlashRuntime`, for `hf_flash.stats(model)`
+        _engines[id(self)] = self
+
+    @property
+    def scratch_bytes(self) -> int:
+        """DRAM of the buffers that all layers share."""
+        return self.scratch.nbytes + self.reader.buffer_bytes
+
+    def check_open(self) -> None:
+        """Refuse to run on a closed store. Call with the lock held."""
+        if self.closed:
+            where = self.reader.layers[0].path.parent
+            raise UsageError("the model's store is closed", where=where, hint="load the model again")
+
+    def __deepcopy__(self, memo: Any) -> Engine:
+        return self
+
+    def __copy__(self) -> Engine:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError("a loaded flash model cannot be pickled", hint="load it again in the other process")
+
+    def close(self) -> None:
+        with self.lock:
+            if not self.closed:
+                self.closed = True
+                self.reader.close()
+
+
+_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+
+
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    """Wait for layers that other threads run, and for reads: a child would wait for ever, and not know which rows are whole."""
+    found = (reference() for reference in _engines.valuerefs())
+    _forking.held = []
+    for engine in sorted((engine for engine in found if engine is not None), key=id):  # one order for all who fork
+        engine.lock.acquire()
+        _forking.held.append(engine)
+        if not engine.closed:
+            engine.reader.settle()
+    _forking.alone = release_threads()
+
+
+def _after_fork() -> None:
+    while _forking.held:
+        _forking.held.pop().lock.release()
+
+
+def _after_fork_in_child() -> None:
+    _after_fork()
+    if not _forking.alone and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)  # it would wait for threads that it does not have

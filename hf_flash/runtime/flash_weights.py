@@ -1,0 +1,316 @@
+"""The FFN's two matrices as everybody else sees them: under their names, with numbers that are read when somebody asks.
+
+The modules of a flash layer have no parameter `weight`. Code that is not ours goes by that name all the same: it writes a
+`state_dict()`, loads one, assigns `layer.fc1.weight`. [`OnFlash`] answers it:
+
+    who reads     gets a [`FlashWeight`]: name, shape and dtype at once, numbers from flash when they are used
+    who writes    gets a `UsageError`, unless the values are those on flash
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+import torch
+from torch import _ops, nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from hf_flash.base.buffers import aligned_empty
+from hf_flash.base.sizes import format_bytes
+from hf_flash.errors import UsageError
+from hf_flash.machine.free_memory import available_memory
+from hf_flash.store.layout import LayerStore
+from hf_flash.store.safetensors_files import read_header
+
+_NEURONS: Final = 1024  # read or compared at a time
+_NAMES_SHOWN: Final = 4
+_KEY: Final = torch._C._TorchDispatchModeKey
+_dispatch_mode: Final = torch._C._get_dispatch_mode
+_before_dispatch: Final[Callable[..., Any]] = _ops._get_dispatch_mode_pre_dispatch
+_INSTEAD: Final = "change the plain checkpoint (`hf_flash.restore` gives it back), then repack that"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One of a layer's two matrices, as the plain model has it.
+
+    Attributes:
+        layer: where its numbers lie.
+        down: the second of the two, [d_model, d_ff]; the first is [d_ff, d_model].
+        dtype: of compute.
+    """
+
+    layer: LayerStore
+    down: bool
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.layer.down_name if self.down else self.layer.up_name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = self.layer.d_ff, self.layer.d_model
+        return shape[::-1] if self.down else shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.layer.d_ff * self.layer.d_model * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The matrix in memory.
+
+        Raises:
+            UsageError: it does not fit there.
+            StoreError: the file is gone or damaged.
+        """
+        free = available_memory()
+        if self.nbytes > free:
+            raise UsageError(
+                "the FFN weights do not fit into memory, where something outside hf_flash wants them",
+                where=self.name,
+                expected=f"{format_bytes(self.nbytes)} for this matrix",
+                got=f"{format_bytes(free)} free",
+                hint="its own save_pretrained copies the flash model's files; `hf_flash.restore` writes plain ones",
+            )
+        whole = aligned_empty(self.shape, self.dtype)
+        by_neuron = whole.T if self.down else whole
+        for neurons, rows in self._parts():
+            by_neuron[neurons] = rows
+        return whole
+
+    def equals(self, other: Any) -> bool:
+        """Whether these are the numbers of this matrix, once they are rounded to its dtype."""
+        if isinstance(other, FlashWeight) and (other.matrix.layer, other.matrix.down) == (self.layer, self.down):
+            return True
+        if not isinstance(other, torch.Tensor) or tuple(other.shape) != self.shape or other.is_meta:
+            return False
+        by_neuron = other.detach().T if self.down else other.detach()
+        return all(torch.equal(by_neuron[neurons].cpu().to(self.dtype), rows) for neurons, rows in self._parts())
+
+    def refuse(self, other: Any) -> None:
+        """Refuse other numbers than those on flash."""
+        if not self.equals(other):
+            refuse_weights([self.name])
+
+    def _parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some neurons at a time: which, and their rows [neurons, d_model] in the dtype of compute."""
+        read_header(self.layer.path)  # says what is wrong with a file that is gone or damaged
+        half = self.layer.down() if self.down else self.layer.up()
+        for at in range(0, self.layer.d_ff, _NEURONS):
+            neurons = slice(at, min(at + _NEURONS, self.layer.d_ff))
+            yield neurons, half[neurons].to(self.dtype)
+
+
+def refuse_weights(names: list[str]) -> NoReturn:
+    """Say that the weights under these names are not taken."""
+    raise UsageError(
+        "the FFN weights of a flash model are on flash, where they are only read: others cannot be put in their place",
+        where=_some(names),
+        expected="the values that are on flash",
+        got="others",
+        hint=_INSTEAD,
+    )
+
+
+def refuse_adapter(names: list[str]) -> NoReturn:
+    """Say that the module has no place for these, which `strict=False` would pass over in silence."""
+    raise UsageError(
+        "the FFN of a flash model takes no adapters and no weights of another form",
+        where=_some(names),
+        expected="weight and bias",
+        hint="merge them into the plain checkpoint, then repack that",
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+
+
+class FlashWeight(torch.Tensor):
+    """A matrix on flash as a tensor that cannot be written to: what `state_dict()` gives for `fc1.weight`.
+
+    It costs nothing until it is used. An operator reads the matrix and forgets it again; only who asks for its address or its
+    storage, as safetensors does, lets it stay in memory for as long as this object lives.
+    """
+
+    matrix: Matrix
+    _kept: torch.Tensor | None
+
+    @staticmethod
+    def __new__(cls, matrix: Matrix, kept: torch.Tensor | None = None) -> FlashWeight:
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, matrix.shape, dtype=matrix.dtype, device=torch.device("cpu"))
+        made.matrix, made._kept = matrix, kept
+        found: FlashWeight = made
+        return found
+
+    def read(self) -> torch.Tensor:
+        return self.matrix.read() if self._kept is None else self._kept
+
+    def _again(self) -> FlashWeight:
+        return FlashWeight(self.matrix, self._kept)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0]._again()
+        if func in _WRITERS and isinstance(args[0], cls):
+            refuse_weights([args[0].matrix.name])
+        if func in _ADDRESSES and isinstance(args[0], cls):
+            args[0]._kept = args[0].read()
+            args = args[0]._kept, *args[1:]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func in _SAME:
+            return args[0]._again()
+        kwargs = kwargs or {}
+        for number, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = kwargs.get(argument.name, args[number] if number < len(args) else None)
+                if names := [part.matrix.name for part in tree_leaves(given) if isinstance(part, cls)]:
+                    refuse_weights(names)
+        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.read().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: Any) -> FlashWeight:
+        return self._again()
+
+    def __repr__(self, **how: Any) -> str:  # type: ignore[override]
+        return f"FlashWeight({self.matrix.name}, shape={list(self.matrix.shape)}, dtype={self.matrix.dtype})"
+
+
+_ADDRESSES: Final = frozenset(
+    {
+        torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage,
+        torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.tolist,
+    }
+)  # fmt: skip
+_WRITERS: Final = frozenset({torch.Tensor.data.__set__, torch.Tensor.__setitem__, torch.Tensor.set_})  # type: ignore[attr-defined]
+_SAME: Final = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+class OnFlash(nn.Module):
+    """A module that stands where a linear layer stood whose matrix is on flash now."""
+
+    matrix: Matrix | None = None  # before the model is loaded
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.matrix is not None:
+            destination[f"{prefix}weight"] = FlashWeight(self.matrix)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        name = f"{prefix}weight"
+        if self.matrix is not None and name in state_dict:
+            if not self.matrix.equals(state_dict[name]):
+                refuse_weights([name])
+            state_dict = {key: value for key, value in state_dict.items() if key != name}
+        known = {"weight", *self._parameters, *self._buffers, *self._modules}
+        strange = [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in known]
+        if self.matrix is not None and strange:
+            refuse_adapter(strange)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.matrix is not None:
+            return FlashWeight(self.matrix)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self.matrix is not None:
+            self.matrix.refuse(value)
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and self.matrix is not None:
+            self.matrix.refuse(param)
+        else:
+            super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        if name == "weight" and self.matrix is not None:
+            self.matrix.refuse(tensor)
+        else:
+            super().register_buffer(name, tensor, persistent)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self.check_conversion(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def check_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Refuse what would change the dtype of the module's tensors."""
+        matrix = self.matrix
+        if matrix is not None and (found := fn(torch.empty(0, dtype=matrix.dtype, device="cpu")).dtype) != matrix.dtype:
+            refuse_dtype(found, matrix.dtype, matrix.name)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_tracing("torch.jit.script")
+
+
+def refuse_dtype(found: torch.dtype, wanted: torch.dtype, where: str) -> NoReturn:
+    """Say that the model computes in another dtype."""
+    raise UsageError(
+        "the dtype of the model was changed after loading",
+        where=where,
+        expected=wanted,
+        got=found,
+        hint=f"load it with from_pretrained(..., dtype={found})",
+    )
+
+
+def is_plain(x: Any) -> bool:
+    """Whether this is a tensor with numbers in it, and not one that stands for some."""
+    return isinstance(x, torch.Tensor) and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def stand_in(x: Any) -> str | None:
+    """What traces or transforms a call with this input: then the numbers in it are not the ones that will be asked for."""
+    if not is_plain(x):
+        return type(x).__name__
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return "torch.jit.trace"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func"
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        return "forward-mode differentiation"
+    if _dispatch_mode(_KEY.FAKE) is not None:
+        return "a fake tensor mode"
+    if (_dispatch_mode(_KEY.PROXY) or _before_dispatch(_KEY.PROXY)) is not None:
+        return "a tracer such as make_fx"
+    return None
+
+
+def refuse_tracing(got: str) -> NoReturn:
+    """Say that a layer cannot be made a graph of."""
+    raise UsageError(
+        "a flash layer cannot be traced, exported or transformed: what it reads and computes is chosen anew for every token",
+        got=got,
+        hint="torch.compile works; for the others take the plain checkpoint (`hf_flash.restore` gives it back)",
+    )
+
+
+def checked(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict for a whole model without its FFN weights, all of which are found to be those on flash, or refused."""
+    ours = {
+        f"{name}.weight": module.matrix
+        for name, module in model.named_modules()
+        if isinstance(module, OnFlash) and module.matrix is not None
+    }
+    wrong = [name for name, matrix in ours.items() if name in state_dict and not matrix.equals(state_dict[name])]
+    if wrong:
+        refuse_weights(wrong)
+    rest = OrderedDict((name, value) for name, value in state_dict.items() if name not in ours)
+    if hasattr(state_dict, "_metadata"):
+        rest._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return rest

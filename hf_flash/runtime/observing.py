@@ -1,0 +1,158 @@
+"""What every token read and reused, layer by layer: seen from outside, by comparing windows before and after a forward.
+
+Hooks on each FFN, only while somebody watches: the path of a token knows nothing of it and is no slower without. Counters tell
+what a call cost; the window's own tables tell which neurons it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter, sleep
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import StoppingCriteria
+
+from hf_flash.base.arrays import Ids, Mask
+from hf_flash.runtime.counters import Counters
+from hf_flash.runtime.layer import FlashFFN
+from hf_flash.runtime.model import find_runtime
+
+
+@dataclass(frozen=True)
+class LayerSeen:
+    """One layer after a token. All [d_ff]."""
+
+    read: Mask  # used, and not in DRAM before: read now, or just ahead
+    reused: Mask  # used, and in DRAM already
+    resident: Mask  # in DRAM now
+    age: npt.NDArray[np.int64]  # tokens since the last use; huge if there was none
+
+
+@dataclass(frozen=True)
+class TokenSeen:
+    """One call of the model, and the token that came of it."""
+
+    number: int  # 0: the prompt
+    token: int  # the id that was chosen
+    tokens: int  # that went through the model: the prompt's, then one at a time
+    ms: float
+    read_bytes: int
+    reads: int
+    layers: tuple[LayerSeen, ...]
+
+    @property
+    def read(self) -> int:
+        """Neurons read, over all layers."""
+        return sum(int(layer.read.sum()) for layer in self.layers)
+
+    @property
+    def reused(self) -> int:
+        """Neurons used that were in DRAM, over all layers."""
+        return sum(int(layer.reused.sum()) for layer in self.layers)
+
+    @property
+    def hit_rate(self) -> float:
+        return self.reused / max(1, self.read + self.reused)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: numbers of neurons, not which."""
+        layers = [{name: int(getattr(layer, name).sum()) for name in ("read", "reused", "resident")} for layer in self.layers]
+        plain = {name: getattr(self, name) for name in ("number", "token", "tokens", "ms", "read_bytes", "reads", "hit_rate")}
+        return plain | {"layers": layers}
+
+
+class _Eye:
+    """On one layer. Neurons that lookahead has under way are committed within the forward, so they count as read."""
+
+    def __init__(self, ffn: FlashFFN) -> None:
+        self._window = ffn.window
+        self.seen: LayerSeen | None = None
+        self._handles = [ffn.register_forward_pre_hook(self._before), ffn.register_forward_hook(self._after)]
+
+    def _before(self, *args: Any) -> None:
+        self._resident, self._clock = self._window.slot_of >= 0, self._window.clock
+
+    def _after(self, *args: Any) -> None:
+        window, before = self._window, self._resident
+        used, age = window.last_used > self._clock, np.minimum(window.clock - window.last_used, 1 << 40)
+        self.seen = LayerSeen(used & ~before, used & before, window.slot_of >= 0, age)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Watcher(StoppingCriteria):
+    """Called where a token is chosen; never stops a run."""
+
+    def __init__(self, counters: Counters, eyes: list[_Eye], show: Callable[[TokenSeen], None], pace: float) -> None:
+        self._counters, self._eyes, self._show, self._pace = counters, eyes, show, pace
+        self._before, self._number, self._start = replace(counters), 0, perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        now, before, start = replace(self._counters), self._before, perf_counter()
+        self._show(TokenSeen(
+            number=self._number,
+            token=int(input_ids[0, -1]),
+            tokens=(now.tokens - before.tokens) // len(self._eyes),
+            ms=1e3 * (start - self._start),
+            read_bytes=now.read_bytes - before.read_bytes,
+            reads=now.reads - before.reads,
+            layers=tuple(eye.seen for eye in self._eyes if eye.seen is not None),
+        ))  # fmt: skip
+        sleep(max(0.0, self._pace - (perf_counter() - start)))
+        self._before, self._number, self._start = now, self._number + 1, perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device="cpu")
+
+
+@contextmanager
+def watched(model: Any, show: Callable[[TokenSeen], None], pace: float = 0.0) -> Iterator[StoppingCriteria]:
+    """Look at every token of one `generate`, of one sequence.
+
+    Args:
+        model: a flash model.
+        show: called after every token. Its time, and the pause, do not count as the next token's.
+        pace: seconds that a token is shown at least.
+
+    Yields:
+        What to pass on: `generate(..., stopping_criteria=[it])`.
+    """
+    runtime = find_runtime(model)
+    eyes = [_Eye(ffn) for ffn in runtime.ffns]
+    try:
+        yield _Watcher(runtime.engine.counters, eyes, show, pace)
+    finally:
+        for eye in eyes:
+            eye.close()
+
+
+Observer = Callable[[torch.Tensor, Ids, torch.Tensor], None]
+"""Called with a layer's input x [tokens, d_model], the ids of a block and their pre-activations [tokens, ids]."""
+
+
+@contextmanager
+def observed(ffn: FlashFFN, record: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Hand every forward's input x [tokens, d_model] and pre-activations [tokens, d_ff] to `record`.
+
+    For a layer without a predictor, and for several tokens: the two ways of computing that see every neuron's.
+    """
+    whole = torch.empty(0, ffn.d_ff, dtype=torch.float32, device="cpu")
+
+    def observe(x: torch.Tensor, ids: Ids, before: torch.Tensor) -> None:
+        nonlocal whole
+        if ids[0] == 0:
+            whole = torch.empty(len(x), ffn.d_ff, dtype=before.dtype, device="cpu")
+        whole[:, ids[0] : ids[-1] + 1] = before
+        if ids[-1] == ffn.d_ff - 1:
+            record(x, whole)
+
+    ffn.observer = observe
+    try:
+        yield
+    finally:
+        ffn.observer = None

@@ -48,12 +48,14 @@ from hf_flash.base.files import write_json
 from hf_flash.base.folders import check_room, check_target
 from hf_flash.base.heap import trim_heap
 from hf_flash.base.sizes import format_bytes
-from hf_flash.calibration.activity import LONGEST, Use, reached_by
+from hf_flash.calibration.activity import LONGEST, AggregatedUse, reached_by
 from hf_flash.errors import HfFlashError
 from hf_flash.packing.checkpoint_folder import list_store, repacked_config
 from hf_flash.predictors.lowrank import VARIANT, LowRankFormat, LowRankPredictor, lowrank_specs, pack_lowrank
 from hf_flash.store.checkpoint import Checkpoint
-from hf_flash.store.layout import INDEX_NAME, PREDICTOR_FILE, FlashStore, TensorSpec
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.names import INDEX_NAME, PREDICTOR_FILE
+from hf_flash.store.safetensors_files import TensorSpec
 from hf_flash.store.writer import predictor_metadata, write_safetensors
 
 OFFSET = 2  # OPT's position embeddings begin with two rows that no position uses
@@ -301,7 +303,7 @@ def embed(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
 
 def statistics(used: torch.Tensor) -> dict[str, float]:
     """Shares of one layer, from bool [tokens, d_ff]."""
-    use, count = Use(), used.shape[1]
+    use, count = AggregatedUse(), used.shape[1]
     use.add(used)
     by_tokens = use.total / use.tokens  # neurons used by 1, 2, ... tokens in a row
     active = float(used.float().mean())

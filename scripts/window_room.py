@@ -19,7 +19,7 @@ import torch
 from window_rules import active_neurons
 
 from hf_flash.budget.demand import measured
-from hf_flash.calibration.activity import Use
+from hf_flash.calibration.activity import AggregatedUse
 from hf_flash.runtime.window import ResidentWindow
 
 ROOM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -28,7 +28,7 @@ CONTEXT = 256
 
 def layer_report(active: np.ndarray) -> dict[str, object]:
     """What calibration would store of a layer."""
-    use = Use()
+    use = AggregatedUse()
     for at in range(0, len(active), CONTEXT):
         use.add(torch.from_numpy(active[at : at + CONTEXT]))
     return {"active": float(active.sum(1).mean()), "use": use.to_dict()}

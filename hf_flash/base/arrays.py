@@ -1,4 +1,4 @@
-"""Arrays of neuron ids and masks over neurons."""
+"""Types of the arrays that travel between rooms: ids of neurons, masks over neurons, bytes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
-
-
 Mask = npt.NDArray[np.bool_]
+Bytes = npt.NDArray[np.uint8]
 
 
-def uses(selected: Mask) -> Ids:
-    """How many tokens use each neuron, int64 [d_ff], from bool [tokens, d_ff]."""
+def count_uses(selected: Mask) -> Ids:
+    """Count how many tokens use each neuron, int64 [d_ff], from bool [tokens, d_ff]."""
     total = np.zeros(selected.shape[1], dtype=np.int64)
     for at in range(0, len(selected), 255):  # bytes are added much faster than wider numbers
         total += np.add.reduce(selected[at : at + 255].view(np.uint8), axis=0, dtype=np.uint8)
     return total
 
 
-Bytes = npt.NDArray[np.uint8]
+uses = count_uses  # the old name: remove it with its last importer

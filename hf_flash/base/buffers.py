@@ -1,4 +1,4 @@
-"""Where tensors lie: page-aligned buffers of our own, and tensors that still lie in a mapped file."""
+"""Memory that tensors lie in: pages of this process, which direct reads need, instead of the heap or a mapped file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 _LARGE_BYTES = 1 << 18
 
 
-def anonymous(nbytes: int) -> mmap.mmap:
-    """Page-aligned memory of this process alone: a forked worker writes to a copy, not into ours.
+def allocate_pages(nbytes: int) -> mmap.mmap:
+    """Allocate page-aligned memory of this process alone: a forked worker writes to a copy, not into ours.
 
-    In huge pages where the system has them: reading rows all over a matrix is a quarter faster, reading it whole a tenth.
+    The pages are huge where the system has huge ones. Reading rows from all over a matrix is a quarter faster then, and
+    reading it whole a tenth.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes)
@@ -28,19 +29,19 @@ def anonymous(nbytes: int) -> mmap.mmap:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor that starts on a page, as direct I/O wants its target.
+    """Make an uninitialised tensor that starts on a page, as direct I/O needs it.
 
-    The pages are anonymous memory that the kernel provides when they are first written.
+    The kernel provides its pages when they are first written.
     """
     count = torch.Size(shape).numel()
     if count == 0:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(anonymous(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(allocate_pages(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
 
 
-def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in memory. Large ones get pages of their own, which go back to the system when the copy is freed;
-    from the heap they might not."""
+def copy_to_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Make a contiguous copy. A large one gets pages of its own: these go back to the system when the copy is freed, and
+    memory of the heap might not."""
     if tensor.nbytes < _LARGE_BYTES:
         return tensor.clone(memory_format=torch.contiguous_format)
     return aligned_empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
@@ -49,18 +50,18 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
 def load_into_memory(tensors: Iterable[torch.Tensor]) -> None:
     """Copy tensors that lie in a mapped checkpoint file into anonymous memory, one at a time, in place.
 
-    transformers loads a same-dtype checkpoint lazily: attention and embeddings stay on the file mapping, where the kernel
-    may drop their pages again under pressure and where they are slower to read. Only Linux tells which tensors those are;
-    elsewhere all are copied.
+    transformers leaves a checkpoint of the same dtype in the mapped file. The kernel may drop the pages of attention and
+    embeddings there when memory is short, and they are slower to read. Only Linux tells which tensors these are; on other
+    systems all are copied.
     """
     mapped = _file_mappings()
     for tensor in tensors:
         if tensor.device.type == "cpu" and (mapped is None or _within(mapped, tensor.data_ptr())):
-            tensor.data = copied(tensor.data)
+            tensor.data = copy_to_memory(tensor.data)
 
 
 def _file_mappings() -> list[tuple[int, int]] | None:
-    """Sorted address ranges of mapped regular files, or `None` where the system does not tell."""
+    """Return the address ranges of mapped regular files, sorted, or `None` where the system does not tell."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -77,3 +78,6 @@ def _file_mappings() -> list[tuple[int, int]] | None:
 def _within(ranges: list[tuple[int, int]], address: int) -> bool:
     at = bisect.bisect_right(ranges, (address, 1 << 64)) - 1
     return at >= 0 and ranges[at][0] <= address < ranges[at][1]
+
+
+anonymous, copied = allocate_pages, copy_to_memory  # the old names: remove each with its last importer

@@ -1,8 +1,10 @@
-"""Files that somebody else may have made (contract C11): opened without waiting, of bounded size, inside their folder.
+"""Reading files that somebody else may have made (contract C11), and writing ours so that none is half written.
 
-Only regular files are opened, and never by a way that could wait: a FIFO or a device of a shard's name is an error at once.
-Bytes come by `pread`, not through a memory map: a file that is cut short meanwhile is an error then, not a signal that ends the
-process. What the system refuses keeps its `errno`, so that "not now" is never taken for "damaged".
+Only regular files are opened, and opening one never waits: a FIFO or a device in the place of a shard is an error at once.
+Bytes are read with `pread`, not through a memory map. If a file is cut short while it is read, that is an error and not a
+signal that ends the process. Errors of the operating system keep their `errno`, so that nobody takes "not now" for "damaged".
+
+Importing this module imports neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -13,14 +15,11 @@ import os
 import re
 import stat
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from hf_flash.base.arrays import Bytes
 from hf_flash.errors import (
     DiskSpaceError,
     HfFlashError,
@@ -30,6 +29,9 @@ from hf_flash.errors import (
     StoreMissingError,
     StoreReadError,
 )
+
+if TYPE_CHECKING:
+    from hf_flash.base.arrays import Bytes
 
 TEXT_BYTES: Final = 32 << 20  # of a header, an index or a config: 200 000 tensors. safetensors itself allows 100 MB
 DIGITS: Final = 18  # of a number in metadata: below 2^63
@@ -55,12 +57,12 @@ class StoredFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path):
-            _regular(path, os.stat(path))  # before it is opened: opening a device can have effects
+            _check_regular(path, os.stat(path))  # before it is opened: opening a device can have effects
             flags = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
             self._fd = os.open(path, flags)
             self.close = weakref.finalize(self, os.close, self._fd)
             state = os.fstat(self._fd)
-            _regular(path, state)
+            _check_regular(path, state)
         self.nbytes = state.st_size
 
     def __enter__(self) -> StoredFile:
@@ -70,15 +72,18 @@ class StoredFile:
         self.close()
 
     def read_into(self, out: Bytes, offset: int) -> None:
-        """Fill `out`, uint8 [n], from byte `offset` on.
+        """Fill `out`, uint8 [n], with the bytes from `offset` on.
 
         Raises:
-            StoreReadError: the disk does not deliver, or the file ends before that.
+            StoreReadError: the disk does not deliver, or the file ends before `out` is full.
         """
-        view, at = out.data, 0
+        self._fill(out.data, offset)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        at = 0
         with reading(self.path):
             while at < len(view):
-                count = _pread(self._fd, view[at:], offset + at)
+                count = read_at(self._fd, [view[at:]], offset + at)
                 if not count:
                     raise StoreReadError(
                         "the file ends too early: it was cut short while it was read",
@@ -90,13 +95,15 @@ class StoredFile:
                 at += count
 
     def read(self, nbytes: int, offset: int) -> bytes:
-        """So many bytes from `offset` on."""
-        out = np.empty(nbytes, np.uint8)
-        self.read_into(out, offset)
-        return out.tobytes()
+        """Read `nbytes` bytes from `offset` on."""
+        out = bytearray(nbytes)
+        self._fill(memoryview(out), offset)
+        return bytes(out)
 
     def blocks(self, offset: int, size: int = 1 << 22) -> Iterator[Bytes]:
-        """Everything from `offset` on, in one buffer that is used again and again."""
+        """Yield everything from `offset` on in blocks, uint8 [up to `size`]. Each block overwrites the one before."""
+        import numpy as np
+
         buffer = np.empty(min(size, max(1, self.nbytes - offset)), np.uint8)
         for at in range(offset, self.nbytes, size):
             block = buffer[: min(size, self.nbytes - at)]
@@ -104,16 +111,32 @@ class StoredFile:
             yield block
 
 
-def _pread(fd: int, out: memoryview, offset: int) -> int:
+def read_at(fd: int, views: Sequence[memoryview], offset: int) -> int:
+    """Read once from byte `offset` of an open file into `views`, one after the other.
+
+    A system without `preadv` fills the first view only, at most 1 MiB of it, and moves the file's position. Threads must not
+    share a descriptor there.
+
+    Args:
+        fd: open for reading.
+        views: writable, of bytes.
+        offset: in bytes.
+
+    Returns:
+        How many bytes were read: 0 at the end of the file, and anywhere possibly fewer than `views` take.
+
+    Raises:
+        OSError: as `preadv`.
+    """
     if hasattr(os, "preadv"):
-        return os.preadv(fd, [out], offset)
+        return os.preadv(fd, views, offset)
     os.lseek(fd, offset, os.SEEK_SET)
-    data = os.read(fd, min(len(out), 1 << 20))
-    out[: len(data)] = data
+    data = os.read(fd, min(len(views[0]), 1 << 20))
+    views[0][: len(data)] = data
     return len(data)
 
 
-def _regular(path: Path, state: os.stat_result) -> None:
+def _check_regular(path: Path, state: os.stat_result) -> None:
     if not stat.S_ISREG(state.st_mode):
         kind = next((name for test, name in _KINDS if test(state.st_mode)), "something else")
         raise StoreFormatError("not a regular file", where=path, got=kind, hint="download or repack the model again")
@@ -121,17 +144,17 @@ def _regular(path: Path, state: os.stat_result) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns the operating system's errors about `path` into ours. They keep their `errno`."""
+    """Turn the operating system's errors about `path` into ours while the block runs. They keep their `errno`."""
     try:
         yield
     except StoreError:
         raise
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
 
 
-def unreadable(path: Path, error: OSError) -> StoreError:
-    """Our error for one of the operating system's: not there, or not to be had just now."""
+def read_error(path: Path, error: OSError) -> StoreError:
+    """Make our error out of one of the operating system's: the file is missing, or it cannot be read at the moment."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         hint = "download or repack the model again"
         ours: StoreError = StoreMissingError("a file of the checkpoint is not there", where=path, hint=hint)
@@ -147,14 +170,14 @@ def unreadable(path: Path, error: OSError) -> StoreError:
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """A path that means the same file after `chdir`. Links and `..` stay as they are."""
+    """Return a path that names the same file after `chdir`. Links and `..` stay as they are."""
     path = Path(path)
     with reading(path):
         return path.absolute()
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something. An error if that cannot be known, where `Path.exists` may say no."""
+    """Tell whether `path` exists. If that cannot be known, it is an error here; `Path.exists` may say no."""
     with reading(path):
         try:
             os.stat(path)
@@ -163,8 +186,8 @@ def exists(path: Path) -> bool:
         return True
 
 
-def listing(folder: Path) -> list[Path]:
-    """What is in a folder, sorted. An error if that cannot be known, where `Path.glob` finds nothing."""
+def list_folder(folder: Path) -> list[Path]:
+    """List what is in a folder, sorted. If that cannot be known, it is an error here; `Path.glob` finds nothing."""
     with reading(folder):
         return sorted(folder / name for name in os.listdir(folder))
 
@@ -172,14 +195,14 @@ def listing(folder: Path) -> list[Path]:
 # --- text ----------------------------------------------------------------------------------------------------------------
 
 
-def number(text: object) -> int | None:
-    """A number as metadata has it: at most `DIGITS` ASCII digits. `None` for everything else."""
+def parse_number(text: object) -> int | None:
+    """Parse a number of metadata: at most `DIGITS` ASCII digits. Returns `None` for everything else."""
     whole = isinstance(text, str) and re.fullmatch(rf"[0-9]{{1,{DIGITS}}}", text) is not None
     return int(str(text)) if whole else None
 
 
 def parse_json(text: bytes | str, where: object, **hooks: Any) -> Any:
-    """JSON in UTF-8, whoever wrote it.
+    """Parse JSON in UTF-8 that anybody may have written. `hooks` go to `json.loads`.
 
     Raises:
         StoreFormatError: it is something else, or nested too deeply.
@@ -193,7 +216,7 @@ def parse_json(text: bytes | str, where: object, **hooks: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """Read a JSON object from a file of at most `TEXT_BYTES`."""
     with StoredFile(path) as file:
         if file.nbytes > TEXT_BYTES:
             raise StoreFormatError(
@@ -210,8 +233,8 @@ def read_json(path: Path) -> dict[str, Any]:
 _links: set[tuple[str, str]] = set()  # of this process: the folder of a link, and where it leads
 
 
-def link(target: Path, name: Path) -> None:
-    """Make a link out of a folder, which then counts as inside: for what is uploaded."""
+def link_inside(target: Path, name: Path) -> None:
+    """Make a link that leads out of its folder and yet counts as inside: uploads are made of such links."""
     real = os.path.realpath(target)
     name.symlink_to(real)
     _links.add((os.path.realpath(name.parent), real))
@@ -251,8 +274,8 @@ def _blobs(folder: str) -> str | None:
     return None
 
 
-def plain_name(name: object) -> bool:
-    """Whether a name that an index gives can only mean something inside the folder of the index, on every system."""
+def is_plain_name(name: object) -> bool:
+    """Tell whether a name in an index can only mean something inside the folder of the index, on every system."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         return False
     try:
@@ -264,7 +287,7 @@ def plain_name(name: object) -> bool:
 
 
 def listed_files(index: Path) -> list[Path]:
-    """The files that a checkpoint's index lists, whether they exist or not: inside its folder, of the index's kind.
+    """Return the files that a checkpoint's index lists, whether they exist or not: inside its folder, of the index's kind.
 
     Raises:
         StoreFormatError: it lists anything else.
@@ -274,7 +297,7 @@ def listed_files(index: Path) -> list[Path]:
         raise StoreFormatError("not a checkpoint index", where=index, expected="a weight_map from tensors to file names")
     names = sorted(set(weight_map.values()))
     safe = index.name.startswith("model.safetensors.index")
-    wrong = [name for name in names if not plain_name(name) or (safe and not name.endswith(".safetensors"))]
+    wrong = [name for name in names if not is_plain_name(name) or (safe and not name.endswith(".safetensors"))]
     if wrong:
         raise StoreFormatError(
             "the index lists files that do not belong to it",
@@ -287,18 +310,20 @@ def listed_files(index: Path) -> list[Path]:
     return paths
 
 
+# --- writing -------------------------------------------------------------------------------------------------------------
+
 _NO_SYNC: Final = {getattr(errno, name) for name in ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EROFS")}
 
 
 def new_file(path: Path) -> IO[bytes]:
-    """A file to write, a new one: what has the name goes, so that nothing is written through a link or into a FIFO."""
+    """Open a new file to write. What has its name is removed, so that nothing is written through a link or into a FIFO."""
     with suppress(FileNotFoundError):
         os.unlink(path)
     return open(path, "xb")
 
 
-def to_disk(file: IO[bytes]) -> None:
-    """Make what was written survive a power cut, where the file system can: some refuse to be asked."""
+def sync_to_disk(file: IO[bytes]) -> None:
+    """Make what was written survive a power cut. Some file systems refuse `fsync`; that is no error."""
     file.flush()
     try:
         os.fsync(file.fileno())
@@ -308,7 +333,12 @@ def to_disk(file: IO[bytes]) -> None:
 
 
 class writing:
-    """Turns the operating system's errors while writing `path` into ours, and removes what was half written."""
+    """Turn the operating system's errors while `path` is written into ours, and remove what was half written.
+
+    Args:
+        path: the file. What is half written is `path` with `.tmp` behind it.
+        needed: bytes, for the message of a full disk.
+    """
 
     def __init__(self, path: Path, needed: int = 0) -> None:
         self.path, self.needed = path, needed
@@ -347,10 +377,14 @@ def write_text(path: Path, text: str) -> None:
     with writing(path):
         with new_file(temporary) as file:
             file.write(text.encode("utf-8"))
-            to_disk(file)
+            sync_to_disk(file)
         os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object so that it appears complete or not at all."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+# Old names: remove each with its last importer.
+number, listing, link, plain_name, to_disk = parse_number, list_folder, link_inside, is_plain_name, sync_to_disk

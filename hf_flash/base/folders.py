@@ -1,4 +1,8 @@
-"""Folders that appear whole or not at all: locks, room, a partial folder that is renamed at the end."""
+"""Folders that appear whole or not at all.
+
+A folder is made beside its target, under a lock, and renamed to it at the end. Before that, the target and the room on the
+disk are checked.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,8 @@ from typing import Any, Final
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from hf_flash.base import locks as inuse
-from hf_flash.base.files import to_disk, write_text, writing
+from hf_flash.base import locks
+from hf_flash.base.files import sync_to_disk, write_text, writing
 from hf_flash.base.sizes import format_bytes
 from hf_flash.errors import DiskSpaceError, HfFlashError, TargetExistsError
 
@@ -32,7 +36,11 @@ _NOT_COPIED: Final = re.compile(
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Refuse to start when the disk cannot hold what will be written."""
+    """Refuse to start when the disk cannot hold what will be written.
+
+    Raises:
+        DiskSpaceError: fewer than `needed` bytes are free.
+    """
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskSpaceError(
@@ -45,27 +53,30 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def lock_file(target: Path) -> Path:
-    """The file beside a target whose lock says that somebody is at work on it."""
-    return beside(target, ".lock")
+    """Return the file beside a target whose lock says that somebody is writing the target."""
+    return path_beside(target, ".lock")
 
 
-def short(name: str, most: int = _MOST_BYTES) -> str:
-    """A name that file systems take; one that is too long gets a hash for its end."""
+def shorten_name(name: str, most: int = _MOST_BYTES) -> str:
+    """Return a name of at most `most` bytes: the end of one that is too long is replaced by a hash."""
     raw = os.fsencode(name)
     if len(raw) <= most:
         return name
     return raw[: most - 17].decode(errors="ignore") + "-" + hashlib.sha256(raw).hexdigest()[:16]
 
 
-def beside(target: Path, suffix: str) -> Path:
-    """The hidden file or folder beside a target that belongs to it."""
-    return target.with_name(f".{short(target.name)}{suffix}")
+def path_beside(target: Path, suffix: str) -> Path:
+    """Return the path of the hidden file or folder beside a target that belongs to it."""
+    return target.with_name(f".{shorten_name(target.name)}{suffix}")
 
 
 @contextmanager
 def scratch_folder(parent: Path, purpose: str) -> Iterator[Path]:
-    """A folder that is gone afterwards, however often the user interrupts. Its name is known before it is made, and `finally`
-    is entered: an interrupt within `tempfile.TemporaryDirectory` can leave one behind."""
+    """Make a folder that is removed after the block, however often the user interrupts.
+
+    Its name is known before it is made, so `finally` can always remove it. An interrupt within `tempfile.TemporaryDirectory`
+    can leave one behind.
+    """
     folder = parent / f".hf-flash-{purpose}-{os.getpid()}-{time.monotonic_ns()}"
     try:
         with writing(folder):
@@ -80,7 +91,7 @@ def _remove(folder: Path) -> None:
     while folder.exists():
         try:
             shutil.rmtree(folder)
-        except OSError:  # somebody else's matter; there may be an error on its way already
+        except OSError:  # it stays; there may be an error on its way already, which says more
             break
         except KeyboardInterrupt as error:
             interrupted = error
@@ -90,37 +101,38 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def scratch_file(parent: Path, purpose: str, nbytes: int, pieces: Iterable[Any]) -> Iterator[Path]:
-    """A file of `nbytes` on the disk, of `pieces`, that is gone afterwards."""
+    """Write a file of `nbytes`, which are those of `pieces`, to the disk. It is removed after the block."""
     check_room(parent, nbytes)
     with scratch_folder(parent, purpose) as folder:
         path = folder / "scratch"
         with writing(path, needed=nbytes), open(path, "wb") as file:
             for piece in pieces:
                 file.write(piece)
-            to_disk(file)
+            sync_to_disk(file)
         yield path
 
 
-def lock_on(path: Path) -> Any:
-    """The lock that a lock file, which exists, stands for; a file beside it where the file system has no locks."""
-    return FileLock(path) if inuse.lockable(path) else SoftFileLock(path.with_name(f"{path.name}.held"))
+def make_lock(path: Path) -> Any:
+    """Make the lock for an existing lock file. Where the file system has no locks, a second file beside it is the lock."""
+    return FileLock(path) if locks.has_locks(path) else SoftFileLock(path.with_name(f"{path.name}.held"))
 
 
 @contextmanager
 def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
-    """Hold a lock beside the target; says so when it has to wait.
+    """Hold the lock of a target while the block runs. Waiting for it is logged as a warning.
 
-    Where the file system has no locks, the existence of a file is one. What a killed process left of it on this machine does
-    not count; one that another machine left has to be removed by hand.
+    Where the file system has no locks, a file that exists is one. A file that a killed process of this machine left behind
+    does not count; one that another machine left has to be removed by hand.
 
     Args:
-        keep: leave the lock file, where many processes come and go. Otherwise the next owner must check the target again.
+        keep: leave the lock file there, for locks that many processes take. Without this the next owner must check the
+            target again.
     """
     path = lock_file(target)
     with writing(target):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()  # a folder that cannot be written to is an error here; a FileLock would wait for it
-        lock = lock_on(path)
+        path.touch()  # where we may not write this fails at once; a FileLock would wait
+        lock = make_lock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -140,16 +152,16 @@ def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
 
 @contextmanager
 def partial_folder(target: Path, belongs: str = "") -> Iterator[Path]:
-    """A folder beside `target` that becomes it when the block ends well, and stays for the next run when it does not.
+    """Make a folder beside `target`. It is renamed to `target` when the block ends well, and else stays for the next run.
 
     The caller holds the target's lock.
 
     Args:
-        belongs: what it is made from. What another run left is still there if it was made from the same; otherwise, and
-            without this, the folder is empty.
+        belongs: names what the folder is made from. If an earlier run left a folder that was made from the same, its files
+            are still there; otherwise, and without a name, the folder is empty.
     """
     check_target(target)
-    partial = beside(target, ".partial")
+    partial = path_beside(target, ".partial")
     mark = partial / MARK
     with writing(partial):
         if not belongs or _text_of(mark) != belongs:
@@ -189,10 +201,10 @@ def clear_away(path: Path) -> None:
 
 
 def put_aside(folder: Path) -> Path:
-    """Rename a folder to what is cleared away later: it is out of the way at once, or not at all. Returns the new name."""
+    """Rename a folder, to be cleared away later: it is gone from its place at once, or not at all. Returns the new path."""
     for number in count():
         aside = folder.with_name(f".{folder.name}{f'.{number}' if number else ''}.removed")
-        with suppress(OSError):  # somebody else's
+        with suppress(OSError):  # another process is clearing it away
             clear_away(aside)  # of a run that died here
         if not os.path.lexists(aside):
             break
@@ -202,7 +214,7 @@ def put_aside(folder: Path) -> Path:
 
 
 def _sync(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system lets us. It is done already, so no refusal matters."""
+    """Make a rename in `folder` survive a power cut, where the system can. The rename is done, so a refusal is no error."""
     if hasattr(os, "O_DIRECTORY"):
         with suppress(OSError):
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -213,8 +225,13 @@ def _sync(folder: Path) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Refuse a target that is no empty folder, or whose place cannot be taken by a rename."""
-    with writing(target):  # a folder that may not be looked into
+    """Refuse a target that exists and is no empty folder, or that a rename cannot replace.
+
+    Raises:
+        TargetExistsError: for these two.
+        RepackError: the folder cannot be read.
+    """
+    with writing(target):
         _check_target(target)
 
 
@@ -226,8 +243,11 @@ def _check_target(target: Path) -> None:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Tokenizer, generation config, licence, model card: everything that is not weights."""
+    """Copy every file that is not weights: tokenizer, generation config, licence, model card."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
             with writing(target / path.name):
                 shutil.copyfile(path, target / path.name)
+
+
+short, beside, lock_on = shorten_name, path_beside, make_lock  # the old names: remove each with its last importer

@@ -1,4 +1,4 @@
-"""The heap of glibc: given back, and prepared for long prompts."""
+"""The heap of glibc: returning what was freed to the system, and settings for long prompts."""
 
 from __future__ import annotations
 
@@ -8,36 +8,32 @@ import sys
 from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
 _OFF_HEAP_BYTES, _LARGEST_ON_HEAP = 1 << 20, 32 << 20  # the second is what glibc itself goes up to
-
-
 _MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
 
 
 def trim_heap() -> None:
-    """Give freed heap memory back to the system. glibc keeps what repacking and loading freed, tens of MiB or more."""
+    """Return freed heap memory to the system. glibc keeps what repacking and loading freed: tens of MiB or more."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 class Heap:
-    """glibc's heap, for a call of many tokens and for those of few.
+    """Settings of glibc's heap: one for a call of many tokens, one for calls of few.
 
-    Between the blocks of a long prompt, freed in any order, a heap keeps hundreds of MiB (1024 tokens of OPT-2.7B: 490). So a
-    call with large blocks has them as pages of their own, which go back to the system one by one. Not so afterwards: providing
-    pages anew for a growing KV cache would cost decoding a quarter of its time, and a heap reuses blocks that are alike.
+    The blocks of a long prompt are freed in any order, and a heap keeps hundreds of MiB between them (1024 tokens of OPT-2.7B:
+    490). So a call with large blocks gets each as pages of its own, which go back to the system one by one. Decoding uses the
+    heap again: new pages for a growing KV cache would cost it a quarter of its time, and a heap reuses blocks of one size.
 
-    Nothing is set before the first call of many tokens, nor where the user has set it, nor without glibc.
+    Nothing is set before the first call of many tokens, where the user has set these options, or without glibc.
     """
 
     def __init__(self) -> None:
         self._large = False
 
     def prepare(self, nbytes: int) -> None:
-        """For a call whose activations take `nbytes` each; with 0, that it is over."""
+        """Set the heap for a call whose activations take `nbytes` each; 0 says that the call is over."""
         large = nbytes >= _OFF_HEAP_BYTES
         if large == self._large:
             return
@@ -51,5 +47,5 @@ class Heap:
 
 
 def _glibc(name: str) -> Callable[..., int] | None:
-    """A function of glibc's allocator; musl has none of them."""
+    """Find a function of glibc's allocator; musl has none of them."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

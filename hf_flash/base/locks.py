@@ -1,6 +1,6 @@
-"""Whether some process has files open: a shared lock on each, that lasts as long as the file is open or mapped.
+"""Shared locks that tell whether some process uses a file. A lock lasts as long as the file is open or mapped.
 
-Where the system has no such locks nothing is known, and nothing is held.
+Where the system has no such locks, none is taken and no file counts as in use.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-if sys.platform != "win32":  # which does not let go of open files anyway
+if sys.platform != "win32":  # which does not remove open files anyway
     import fcntl
 
 
 def hold(fd: int) -> None:
-    """Let others see that this file is in use. Several may hold it."""
+    """Take a shared lock on an open file: others see that it is in use. Several may hold it."""
     if sys.platform == "win32":
         return
     for _ in range(100):
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return
-        except BlockingIOError:  # somebody is just looking
+        except BlockingIOError:  # somebody is testing it in `is_held`
             time.sleep(0.001)
         except OSError:  # a file system without locks
             return
 
 
-def lockable(path: Path) -> bool:
-    """Whether the file system has locks. Some have none, such as Lustre mounted without `flock`."""
+def has_locks(path: Path) -> bool:
+    """Tell whether the file system of an existing file has locks. Some have none, such as Lustre mounted without `flock`."""
     if sys.platform == "win32":
         return True
     fd = os.open(path, os.O_RDONLY)
@@ -47,8 +47,8 @@ def lockable(path: Path) -> bool:
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
-    """Hold a folder while the block runs, where folders can be opened."""
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a shared lock on a folder while the block runs, where the system can open folders."""
     if sys.platform == "win32":
         yield
         return
@@ -60,12 +60,12 @@ def holding(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def held(paths: Iterable[Path]) -> bool:
-    """Whether anybody holds one of these files or folders."""
-    return any(map(_held, paths))
+def is_held(paths: Iterable[Path]) -> bool:
+    """Tell whether anybody holds one of these files or folders."""
+    return any(map(_is_held, paths))
 
 
-def _held(path: Path) -> bool:
+def _is_held(path: Path) -> bool:
     if sys.platform == "win32":
         return False
     try:
@@ -81,3 +81,6 @@ def _held(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+held, holding = is_held, hold_folder  # the old names: remove each with its last importer

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Sizes in bytes as people write and read them: `"6GiB"`, `"50%"`, `"1.5 KiB"`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def parse_bytes(value: float | str) -> int:
-    """`6_000_000`, `"6GB"` (decimal) or `"6GiB"` (binary) as a number of bytes."""
+    """Parse a number of bytes: `6_000_000`, `"6GB"` (decimal) or `"6GiB"` (binary).
+
+    Raises:
+        ConfigError: it is no positive size.
+    """
     if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 1e18 and value == int(value):
         return int(value)
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
@@ -27,13 +31,13 @@ def parse_bytes(value: float | str) -> int:
 
 
 def parse_share(value: float | str, whole: int) -> int:
-    """`"50%"` of `whole` bytes, or a size as [`parse_bytes`] takes it."""
+    """Parse `"50%"` as a share of `whole` bytes, or a size as [`parse_bytes`] does."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
     return int(whole * float(match[1]) / 100) if match else parse_bytes(value)
 
 
 def format_bytes(n: float) -> str:
-    """A size for people: `format_bytes(1536)` is `"1.5 KiB"`."""
+    """Write a size for people: `format_bytes(1536)` is `"1.5 KiB"`."""
     for unit in ("B", "KiB", "MiB"):
         if abs(n) < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"

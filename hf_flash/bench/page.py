@@ -10,7 +10,7 @@ from typing import Any
 from hf_flash._version import __version__
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.plots import bench_drawings
-from hf_flash.bench.report import COLUMNS, cells, check_lines, disk_table, each, what
+from hf_flash.bench.report import COLUMNS, cells, check_lines, disk_table, generated, step_name
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfd; --card: #fff; --text: #1c2130; --soft: #667085; --lines: #d9dde5;
@@ -54,7 +54,7 @@ def page(report: dict[str, Any]) -> str:
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>", *_about(report), *_cards(report),
         *(f"<h2>{title}</h2><figure>{drawing}</figure>" for title, drawing in bench_drawings(report)),
-        "<h2>All figures</h2>", *_table(report["rows"], each(report["settings"])),
+        "<h2>All figures</h2>", *_table(report["rows"], step_name(report["settings"])),
         *_lines("What hf_flash is held against", check_lines(report["rows"])),
         *_lines("The disk's curve", disk_table(report["disk"])),
         f"<p>hf_flash {__version__}. Every system ran in a process of its own, in turn, from a cold page cache, greedy.</p>",
@@ -65,17 +65,17 @@ def page(report: dict[str, Any]) -> str:
 
 def _about(report: dict[str, Any]) -> Iterator[str]:
     """What the figures depend on."""
-    there, model, settings = report["machine"], report["model"], report["settings"]
+    host, model, settings = report["machine"], report["model"], report["settings"]
     yield (
         f"<p>{format_bytes(model['dense_bytes'])} in {model['dtype']}, {model['layers']} layers, d_model {model['d_model']}, "
-        f"d_ff {model['d_ff']}; {what(settings)}</p>"
+        f"d_ff {model['d_ff']}; {generated(settings)}</p>"
     )
-    versions = ", ".join(f"{name} {number}" for name, number in there["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
     yield (
-        f"<p>{escape(there['cpu'])}, {there['cores']} cores, {there['torch_threads']} torch threads, "
-        f"DRAM {there['dram_gb_per_s']:.1f} GB/s; {escape(there['disk'])}; {escape(there['kernel'])}</p>"
+        f"<p>{escape(host['cpu'])}, {host['cores']} cores, {host['torch_threads']} torch threads, "
+        f"DRAM {host['dram_gb_per_s']:.1f} GB/s; {escape(host['disk'])}; {escape(host['kernel'])}</p>"
     )
-    yield f"<p>{versions}; {there['date']}</p>"
+    yield f"<p>{versions}; {host['date']}</p>"
     yield from (f"<p>{escape(note)}</p>" for note in report["notes"])
     if report.get("same_tokens") is not None:
         yield f"<p>Same tokens as without a cap: {'yes' if report['same_tokens'] else '<b>NO</b>'}</p>"
@@ -94,7 +94,7 @@ def _cards(report: dict[str, Any]) -> Iterator[str]:
             figures.append((f"{ours['tokens_per_s'] / done[name]['tokens_per_s']:.2g}x", f"as fast as {words}"))
     if ours["memory_bytes"]:
         figures.append((f"{ours['memory_bytes'] / report['model']['dense_bytes']:.0%}", "of the weights fit into DRAM"))
-    read, one = f"{ours['read_bytes'] / 1e6:.3g} MB", each(report["settings"])
+    read, one = f"{ours['read_bytes'] / 1e6:.3g} MB", step_name(report["settings"])
     figures.append((read, f"read for a {one}; {ours['hit_rate']:.0%} of its neurons were there"))
     yield '<div class="cards">'
     yield from (f'<div class="card"><b>{number}</b><span>{escape(words)}</span></div>' for number, words in figures)

@@ -1,4 +1,8 @@
-"""Plots of an evaluation report (evaluation/compare.py) and of a bench report (bench/run.py), with matplotlib from the `plots` extra."""
+"""Drawings of a bench report (run.py) and of an evaluation report (evaluation/compare.py), with matplotlib.
+
+matplotlib comes with the `plots` extra and is imported when something is drawn. A report is a plain dictionary, so that
+drawings can be made of reports that were saved.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hf_flash.base.sizes import format_bytes
-from hf_flash.bench.report import each
+from hf_flash.bench.report import step_name
 from hf_flash.errors import ConfigError
 
 
@@ -19,7 +23,7 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
     """Draw a report: sparsity by layer, pre-activations of predicted and missed neurons, aggregated use.
 
     Args:
-        report: from [`hf_flash.evaluate`].
+        report: from `hf_flash.evaluation.compare.evaluate`.
         folder: where `sparsity.svg`, `preactivations.svg` and `aggregated-use.svg` go; made if it is not there.
 
     Returns:
@@ -142,7 +146,7 @@ def _systems(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> N
     axes.margins(x=0.12)
     size = report["settings"]["memory_bytes"] / report["model"]["dense_bytes"]
     title = f"{report['model']['source']}, {size:.0%} of the weights in DRAM"
-    axes.set(xlabel=f"ms a {each(report['settings'])}", title=title)
+    axes.set(xlabel=f"ms a {step_name(report['settings'])}", title=title)
     axes.legend(fontsize=8)
 
 
@@ -155,7 +159,7 @@ def _sweep(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> Non
     axes.set_xticks(range(len(rows)), [row["system"].removeprefix("flash ") for row in rows])
     axes.margins(y=0.12)
     title = f"{report['model']['source']} over budgets"
-    axes.set(xlabel="budget for weights in DRAM", ylabel=f"ms a {each(report['settings'])}", title=title)
+    axes.set(xlabel="budget for weights in DRAM", ylabel=f"ms a {step_name(report['settings'])}", title=title)
     axes.legend(fontsize=8)
 
 

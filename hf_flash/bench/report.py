@@ -36,17 +36,17 @@ def machine(folder: Path) -> dict[str, Any]:
 
 def describe(report: dict[str, Any]) -> str:
     """A report as tables."""
-    there, model, settings = report["machine"], report["model"], report["settings"]
+    host, model, settings = report["machine"], report["model"], report["settings"]
     memory = f"weights {format_bytes(settings['memory_bytes'])}, cap {format_bytes(settings['cap_bytes'])}"
     if all(row["sweep"] for row in report["rows"]):
         memory = "weights and cap as each row says"
     lines = [
-        f"{model['source']}: {format_bytes(model['dense_bytes'])}, {model['dtype']}; {what(settings)}; {memory}",
-        f"{there['cpu']}, {there['cores']} cores, {there['torch_threads']} torch threads, "
-        f"DRAM {there['dram_gb_per_s']:.1f} GB/s; {there['disk']}; {there['kernel']}; {there['date']}",
+        f"{model['source']}: {format_bytes(model['dense_bytes'])}, {model['dtype']}; {generated(settings)}; {memory}",
+        f"{host['cpu']}, {host['cores']} cores, {host['torch_threads']} torch threads, "
+        f"DRAM {host['dram_gb_per_s']:.1f} GB/s; {host['disk']}; {host['kernel']}; {host['date']}",
         *report["notes"],
         "",
-        *_speed_table(report["rows"], each(settings)),
+        *_speed_table(report["rows"], step_name(settings)),
         *check_lines(report["rows"]),
         "",
         *disk_table(report["disk"]),
@@ -77,14 +77,14 @@ COLUMNS: Final = (  # heading, width, field, digits, unit
 )
 
 
-def what(settings: dict[str, Any]) -> str:
+def generated(settings: dict[str, Any]) -> str:
     """What was generated."""
     found = f"{settings['tokens']} tokens after a prompt of {settings['prompt_tokens']}"
-    return found + (f", {settings['batch_size']} sequences at once" if each(settings) == "step" else "")
+    return found + (f", {settings['batch_size']} sequences at once" if step_name(settings) == "step" else "")
 
 
-def each(settings: dict[str, Any]) -> str:
-    """What figures are per: a token, or a step that makes one of every sequence. Reports of old say nothing of batches."""
+def step_name(settings: dict[str, Any]) -> str:
+    """What figures are per: a token, or a step that makes one of every sequence. Old reports say nothing of batches."""
     return "step" if settings.get("batch_size", 1) > 1 else "token"
 
 

@@ -1,8 +1,9 @@
 """`hf-flash bench`: decode speed of systems side by side, measured so that the figures can be compared.
 
-Every system runs in a process of its own, one after the other, under the same ceiling on memory (machine/memory_cap.py), from a cold page
-cache, on the same prompt, greedy. The ceiling is the budget for weights plus a headroom for what every process needs besides:
-interpreter, libraries, activations, KV cache. hf_flash gets that budget; the others take of the ceiling what they can.
+Every system runs in a process of its own, one after the other, under the same ceiling on memory (machine/memory_cap.py), from
+a cold page cache, on the same prompt, greedy. The ceiling is the budget for weights plus a headroom for what every process
+needs besides: interpreter, libraries, activations, KV cache. hf_flash gets that budget; the others take of the ceiling what
+they can.
 
     stock-ram     transformers, all weights in memory, no cap: what one would like to have
     stock-cap     transformers as it is, under the cap: the kernel pages the weights in and out
@@ -16,8 +17,8 @@ interpreter, libraries, activations, KV cache. hf_flash gets that budget; the ot
     flash-uncapped   the same with all the memory it wants; `check` compares the tokens
     flash 40% ...    a sweep: the same over budgets, the cap following each (paper: figure 7)
 
-A system that fails is a row with its reason. A child (bench/child.py, bench/worker.py) measures; here it is said which, and what
-is made of the figures (bench/checks.py, bench/report.py).
+A system that fails is a row with its reason. This module says which systems run and puts the rows together; a child measures
+(child.py, worker.py), the figures are held against what could be expected (checks.py), and tables are made of them (report.py).
 """
 
 from __future__ import annotations
@@ -37,13 +38,8 @@ from hf_flash.base.sizes import parse_bytes, parse_share
 from hf_flash.bench.checks import add_checks
 from hf_flash.bench.child import Job
 from hf_flash.bench.report import machine
-from hf_flash.bench.systems import (
-    TINY,
-    System,
-    _resolve,
-    default_systems,
-)
-from hf_flash.machine.disk import disk_curve, mean_curve
+from hf_flash.bench.systems import TINY, System, _resolve, default_systems
+from hf_flash.machine.disk import DiskPoint, disk_curve, mean_curve
 from hf_flash.packing.repacking import repack
 from hf_flash.store.layout import FlashStore
 
@@ -102,26 +98,15 @@ def bench(
     dense = _dense_bytes(folder, store)
     budget, extra = parse_share(memory, dense), parse_bytes(headroom)
     job = Job(folder, plain, _prompts(folder, (batch_size, prompt_tokens), seed), tokens, dense, budget, extra, cap, timeout)
-    runs: dict[str, list[dict[str, Any]]] = {system.label: [] for system in wanted}
-    there, curves = machine(folder), [disk_curve(folder, max_seconds=disk_seconds)]
-    with tqdm(total=repeats * len(wanted), desc="Benchmark", unit="system") as bar:
-        for system in [*wanted] * repeats:
-            bar.set_postfix_str(system.label)
-            row = job.run(system)
-            curves.append(disk_curve(folder, max_seconds=disk_seconds))
-            around = mean_curve(curves[-2:])
-            runs[system.label].append(add_checks(row, around, there["dram_gb_per_s"]))
-            bar.update()
-    rows, points = [_median_run(found) for found in runs.values()], mean_curve(curves)
+    about_machine = machine(folder)
+    rows, curve = _run_in_turn(job, wanted, repeats, disk_seconds, about_machine["dram_gb_per_s"])
     report: dict[str, Any] = {
-        "machine": there,
-        "model": {"folder": folder.name, "source": store.metadata["source"], "dense_bytes": dense, "ffn_bytes": store.nbytes,
-                  "layers": len(store.layers), "d_ff": store.layers[0].d_ff, "d_model": store.layers[0].d_model,
-                  "dtype": str(store.layers[0].dtype).removeprefix("torch.")},
+        "machine": about_machine,
+        "model": _about_model(store, folder, dense),
         "settings": {"tokens": tokens, "prompt_tokens": prompt_tokens, "batch_size": batch_size, "memory_bytes": budget,
                      "cap_bytes": budget + extra, "repeats": repeats, "seed": seed},
         "notes": list(notes),
-        "disk": [vars(point) | {"gb_per_s": point.gb_per_s} for point in points],
+        "disk": [vars(point) | {"gb_per_s": point.gb_per_s} for point in curve],
         "rows": rows,
     }  # fmt: skip
     return report | ({"same_tokens": same_tokens(rows, "flash", "flash-uncapped")} if check else {})
@@ -148,7 +133,36 @@ def bench_tiny(**settings: Any) -> dict[str, Any]:
         return bench(packed, plain=Path(place) / "plain", **defaults | settings)
 
 
-# --- what to run -----------------------------------------------------------------------------------------------------
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def _run_in_turn(
+    job: Job, systems: Sequence[System], repeats: int, disk_seconds: float, dram_gb_per_s: float
+) -> tuple[list[dict[str, Any]], list[DiskPoint]]:
+    """Run all systems one after the other, `repeats` times; the disk is measured before and after each.
+
+    Returns:
+        A row for each system, checked against the disk as it was around the run; and the disk's mean curve.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {system.label: [] for system in systems}
+    curves = [disk_curve(job.folder, max_seconds=disk_seconds)]
+    with tqdm(total=repeats * len(systems), desc="Benchmark", unit="system") as bar:
+        for system in [*systems] * repeats:
+            bar.set_postfix_str(system.label)
+            row = job.run(system)
+            curves.append(disk_curve(job.folder, max_seconds=disk_seconds))
+            runs[system.label].append(add_checks(row, mean_curve(curves[-2:]), dram_gb_per_s))
+            bar.update()
+    return [_median_run(of_one) for of_one in runs.values()], mean_curve(curves)
+
+
+def _about_model(store: FlashStore, folder: Path, dense_bytes: int) -> dict[str, Any]:
+    first = store.layers[0]
+    return {
+        "folder": folder.name, "source": store.metadata["source"], "dense_bytes": dense_bytes, "ffn_bytes": store.nbytes,
+        "layers": len(store.layers), "d_ff": first.d_ff, "d_model": first.d_model,
+        "dtype": str(first.dtype).removeprefix("torch."),
+    }  # fmt: skip
 
 
 def _prompts(folder: Path, shape: tuple[int, int], seed: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The systems that a benchmark compares, and how the command line names them."""
+"""The systems that a benchmark compares, and how the command line names them. It imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from hf_flash.base.sizes import parse_share
-from hf_flash.config import FlashOffloadConfig
+from hf_flash.config_arguments import checked_if_set
 from hf_flash.errors import ConfigError
 
 
@@ -29,7 +29,6 @@ class System:
 
 UNCAPPED: Final = 1 << 50  # a budget that nothing fills
 
-
 SYSTEMS: Final = {
     system.label: system
     for system in (
@@ -46,12 +45,9 @@ SYSTEMS: Final = {
     )
 }
 
-
 ABLATION: Final = ("hybrid", "+predictor", "+window", "+bundling", "flash")
 
-
 TINY: Final = ("stock-ram", "none", "flash")
-
 
 GROUPS: Final = {"ablation": ABLATION, "peers": ("stock-ram", "stock-cap", "accelerate")}
 
@@ -72,7 +68,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
             found[name] = json.loads(value)
         except ValueError:
             found[name] = value
-    FlashOffloadConfig(**found)
+    checked_if_set(found)
     return found
 
 
@@ -95,7 +91,7 @@ def parse_sweep(text: str) -> list[System]:
         size, colon, predictor = (part.strip() for part in item.partition(":"))
         size += "%" if re.fullmatch(r"[\d.]+", size) else ""
         arguments: dict[str, Any] = {"predictor": predictor} if colon else {}
-        FlashOffloadConfig(memory_budget=parse_share(size, 1 << 40), **arguments)  # an error now, not in a row
+        checked_if_set({"memory_budget": parse_share(size, 1 << 40), **arguments})  # an error now, not in a row
         found.append(System(" ".join(filter(None, ["flash", size, predictor])), arguments=arguments, memory=size))
     if not found:
         raise ConfigError("not a sweep", expected='budgets, such as "40,50,60"', got=repr(text))
@@ -121,5 +117,5 @@ def _resolve(names: Sequence[str | System], arguments: Mapping[str, Any], check:
     for label, system in found.items():
         if system.kind == "flash":
             found[label] = replace(system, arguments={**arguments, **system.arguments})
-            FlashOffloadConfig(**found[label].arguments)  # an error now, not in a row
+            checked_if_set(found[label].arguments)  # an error now, not in a row
     return list(found.values())

@@ -41,14 +41,14 @@ class Demand:
 
     Attributes:
         source: `"measured"` (a calibration), `"assumed"` (the paper's figures) or `"given"`.
-        d_ff: neurons of a layer.
+        widths: neurons of each layer.
         active: share of them that a token leaves non-zero.
         predicted: neurons that are named for one that is active.
         use: aggregated use of *named* neurons, [layers, 4097], for k = 0 to 4096 tokens.
     """
 
     source: str
-    d_ff: int
+    widths: tuple[int, ...]
     active: float
     predicted: float
     use: Curve
@@ -77,8 +77,8 @@ class Demand:
         tokens = float(np.interp(total, self.use.sum(0), np.arange(LONGEST + 1)))
         low = min(int(tokens), LONGEST - 1)
         exact = self.use[:, low] + (tokens - low) * (self.use[:, low + 1] - self.use[:, low])
-        rooms = np.minimum(exact + 1e-6, self.d_ff).astype(np.int64)
-        unused = self.d_ff - rooms  # what 4096 tokens do not use: filled when everything else is
+        rooms = np.minimum(exact + 1e-6, self.widths).astype(np.int64)
+        unused = np.array(self.widths) - rooms  # what 4096 tokens do not use: filled when everything else is
         rooms += (unused * (total - rooms.sum()) / max(total - rooms.sum(), unused.sum(), 1)).astype(np.int64)
         return tuple(int(room) for room in rooms)
 
@@ -87,40 +87,44 @@ class Demand:
         return int(np.ceil(self.use[:, tokens]).sum())
 
 
-def measured(layers: Sequence[Mapping[str, Any]], variant: str, kind: str, d_ff: int, predicted: float | None = None) -> Demand:
+def measured(
+    layers: Sequence[Mapping[str, Any]], variant: str, kind: str, widths: Sequence[int], predicted: float | None = None
+) -> Demand:
     """From a calibration's report.
 
     Args:
         layers: the report's `layers`.
         variant: the predictor's name there; `kind`: `"quantized"` or `"lowrank"`.
+        widths: neurons of each layer.
         predicted: neurons named for one that is active, if not as measured.
     """
     over, curves = [], []
-    for layer in layers:
+    for layer, d_ff in zip(layers, widths, strict=True):
         own = layer.get(variant, {})
         over.append(float(predicted or own.get("selected") or PREDICTED[kind]))
         if predicted is None and "use" in own:
             curves.append(_known(own["use"], d_ff))
         else:
             curves.append(_named(_known(layer["use"], d_ff), over[-1], d_ff))
-    active = float(np.mean([layer["active"] for layer in layers])) / d_ff
-    return Demand("measured", d_ff, active, float(np.mean(over)), np.stack(curves))
+    active = float(np.mean([layer["active"] / d_ff for layer, d_ff in zip(layers, widths, strict=True)]))
+    return Demand("measured", tuple(widths), active, float(np.mean(over)), np.stack(curves))
 
 
-def supposed(layers: int, d_ff: int, kind: str, active: float | None, fresh: float | None, predicted: float | None) -> Demand:
+def supposed(widths: Sequence[int], kind: str, active: float | None, fresh: float | None, predicted: float | None) -> Demand:
     """From shares, the paper's where none are given: all layers alike, s(1) to s(5) a power of k, and the tail from there."""
     share, over = active or ACTIVE, predicted or PREDICTED[kind]
     grid = np.linspace(1e-6, 1.0, 10_001)
     power = float(np.interp(fresh or FRESH, (_WORD_OF_4 + 1.0) ** grid - _WORD_OF_4**grid, grid))
     tokens = range(1, _WORD_OF_4 + 2)
-    use = curve(tokens, [share * d_ff * k**power for k in tokens], d_ff)
+    curves = {d_ff: _named(curve(tokens, [share * d_ff * k**power for k in tokens], d_ff), over, d_ff) for d_ff in set(widths)}
     source = "assumed" if active is None and fresh is None else "given"
-    return Demand(source, d_ff, share, over, np.tile(_named(use, over, d_ff), (layers, 1)))
+    return Demand(source, tuple(widths), share, over, np.stack([curves[d_ff] for d_ff in widths]))
 
 
-def everything(layers: int, d_ff: int) -> Demand:
+def everything(widths: Sequence[int]) -> Demand:
     """Without a predictor: every token needs every neuron."""
-    return Demand("given", d_ff, 1.0, 1.0, np.tile(np.append(0.0, np.full(LONGEST, float(d_ff))), (layers, 1)))
+    curves = [np.append(0.0, np.full(LONGEST, float(d_ff))) for d_ff in widths]
+    return Demand("given", tuple(widths), 1.0, 1.0, np.stack(curves))
 
 
 def _known(use: Mapping[str, Sequence[float]], d_ff: int) -> Curve:

@@ -4,8 +4,8 @@
 
     resident   embeddings, attention, norms, biases: everything that is not an FFN matrix
   + predictor  the packed predictor of every layer
-  + scratch    block buffers shared by all layers (`compute.Scratch`) and bounce buffers of the reader
-  + windows    whatever the budget leaves: room for equally many tokens in each layer if the model was calibrated (budget/demand.py),
+  + scratch    block buffers shared by all layers (`Arithmetic`) and bounce buffers of the reader
+  + windows    whatever the budget leaves: room for equally many tokens in each layer if the model was calibrated (demand.py),
                else for equally many neurons; at most d_ff
 
 The first three are the minimum; a budget below it is an error before anything is loaded. Interpreter, libraries,
@@ -38,12 +38,20 @@ class MemoryPlan:
     resident_bytes: int
     predictor_bytes: int
     scratch_bytes: int
-    layers: int
-    d_ff: int
+    widths: tuple[int, ...]  # neurons of each layer
     bundle_bytes: int  # one neuron in the dtype of compute
     demand: Demand | None = field(
         default=None, repr=False, compare=False
     )  # what tokens need, where they do not need everything
+
+    @property
+    def layers(self) -> int:
+        return len(self.widths)
+
+    @property
+    def d_ff(self) -> int:
+        """Neurons of the widest layer."""
+        return max(self.widths)
 
     @property
     def minimum_bytes(self) -> int:
@@ -54,8 +62,9 @@ class MemoryPlan:
     def capacities(self) -> tuple[int, ...]:
         """Neurons that each layer's window can hold."""
         total = max(0, self.budget_bytes - self.minimum_bytes) // self.bundle_bytes
-        even = (min(self.d_ff, total // self.layers),) * self.layers
-        return even if self.demand is None else self.demand.divide(total)
+        if self.demand is not None:
+            return self.demand.divide(total)
+        return tuple(min(d_ff, total // self.layers) for d_ff in self.widths)
 
     @property
     def capacity(self) -> int:
@@ -69,7 +78,7 @@ class MemoryPlan:
     @property
     def dense_bytes(self) -> int:
         """The whole model in DRAM, as stock transformers would hold it."""
-        return self.resident_bytes + self.layers * self.d_ff * self.bundle_bytes
+        return self.resident_bytes + sum(self.widths) * self.bundle_bytes
 
     def shortage(self, tokens: int) -> str | None:
         """What to say of windows that do not hold even what one token uses; `None` if they do.
@@ -106,8 +115,7 @@ def plan_memory(
     resident_bytes: int,
     predictor_bytes: int,
     scratch_bytes: int,
-    layers: int,
-    d_ff: int,
+    widths: tuple[int, ...],
     bundle_bytes: int,
     demand: Demand | None = None,
 ) -> MemoryPlan:
@@ -117,7 +125,7 @@ def plan_memory(
         BudgetError: the budget is below the minimum, its `minimum_bytes`; the message lists what takes it.
     """
     free, ceiling = available_memory(), ceiling_bytes(budget)
-    plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, layers, d_ff, bundle_bytes, demand)
+    plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, widths, bundle_bytes, demand)
     if ceiling < plan.minimum_bytes:
         parts = plan.describe().rsplit("\n", 1)[0].replace("\n", "\n    ")
         raise BudgetError(

@@ -113,8 +113,8 @@ def reached_by(share: float, values: Callable[[], Iterable[torch.Tensor]]) -> fl
 
 
 @dataclass
-class Use:
-    """Aggregated use s_agg(k): how many different neurons the last k tokens used (paper: figure 4a).
+class AggregatedUse:
+    """Counts aggregated use s_agg(k): how many different neurons the last k tokens used (paper: figure 4a).
 
     Feed it sequences; `mean` and `most` are lists by k = 1 to 16. `most[k - 1]` is what a window of k tokens needs, the paper's
     Req_i. `far` goes on to 256 tokens, `far_tokens` says to which: as far as the sequences are long.

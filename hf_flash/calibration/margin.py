@@ -1,4 +1,9 @@
-"""The measured margin."""
+"""The measured margin: how far below zero a quantized predictor must look to find nearly all active neurons of real text.
+
+Rounding adds an error to what a quantized predictor says of a neuron. Without calibration its size is assumed; here its mean
+(`shift`) and its standard deviation (`spread`) follow from the mean and the covariance of the layer's real inputs. Held-out
+text then says how many spreads the margin must have.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,9 @@ import torch
 from hf_flash.calibration.activity import Activations, reached_by
 from hf_flash.predictors.base import find_predictor, read_tensors
 from hf_flash.predictors.low_bit import widen
-from hf_flash.predictors.quantized import (
-    _WEIGHTS,
-    DEFAULT_MARGIN,
-    QuantizedFormat,
-    QuantizedPredictor,
-)
-from hf_flash.store.layout import FlashStore, LayerStore
+from hf_flash.predictors.quantized import _WEIGHTS, DEFAULT_MARGIN, QuantizedFormat, QuantizedPredictor
+from hf_flash.store.layer_file import LayerStore
+from hf_flash.store.layout import FlashStore
 
 MEASURED_RECALL: Final = 0.999  # share of the active neurons that a measured margin has to find
 
@@ -29,7 +30,7 @@ def rounding(
         mean, covariance: of the layer's inputs, [d_model] and [d_model, d_model].
     """
     tensors = read_tensors(find_predictor(store, form), f"{layer.prefix}.predictor")
-    up, shift, spread = layer.up(), [], []
+    up, shift, spread = layer.part(layer.unit.deciding), [], []
     rows = max(1, _WEIGHTS // layer.d_model)
     for at in range(0, layer.d_ff, rows):
         part = {name: tensor[at : at + rows] for name, tensor in tensors.items()}

@@ -9,9 +9,9 @@ neurons whose steps weigh as much as possible, which is taken greedily: the stro
 It is relative because the neurons that are used all the time are in DRAM and never read. Counting what a window of some size
 really misses instead is as good at that size, and no better (docs/experiments.md).
 
-Neurons only move within a *block*, the neurons that a call of several tokens works on at a time (compute/arithmetic.py). A prompt needs
-most of a block, and still finds it in one piece; were neurons to move freely, prefill would take a read for every neuron.
-Ids stay as they are (store/layout.py), so that nothing that is computed changes, not even by rounding.
+Neurons only move within a *block*, the neurons that a call of several tokens works on at a time (compute/arithmetic.py). A
+prompt needs most of a block, and still finds it in one piece; were neurons to move freely, prefill would take a read for every
+neuron. Ids stay as they are (store/layout.py), so that nothing that is computed changes, not even by rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hf_flash.runtime.window import ResidentWindow
 _TOKENS: Final = 8192  # counted; 36 000 save another 0.5 % of the reads
 _WINDOW: Final = 5  # tokens, the default of `FlashOffloadConfig`
 _SHARE: Final = 3  # reads are counted with room for one neuron in so many
-_WORTH: Final = 0.02  # of the reads must be saved for a file to be written again
+_LEAST_SAVED: Final = 0.02  # of the reads must be saved for a file to be written again
 _DECODED: Final = 2048  # tokens that reads are counted on
 _EDGES: Final = 4096  # looked at at a time
 
@@ -48,12 +48,12 @@ class Reads:
     after: float  # reads a token as placed
 
     @property
-    def worth(self) -> bool:
+    def saves_enough(self) -> bool:
         """Whether enough is saved to write a layer's file again."""
-        return self.after <= (1 - _WORTH) * self.before and self.before > 0
+        return self.after <= (1 - _LEAST_SAVED) * self.before and self.before > 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: round(value, 3) for name, value in asdict(self).items()} | {"worth": self.worth}
+        return {name: round(value, 3) for name, value in asdict(self).items()} | {"worth": self.saves_enough}
 
 
 def place_neurons(data: Activations) -> Place:
@@ -107,7 +107,7 @@ def count_reads(data: Activations, place: Place) -> Reads:
     start = max(data.trained_on, len(data.x) - _DECODED)
     used = [np.flatnonzero(row) for rows in data.chunks(start, len(data.x)) for row in data.active(rows).numpy()]
     capacity = max(1, data.d_ff // _SHARE, *map(len, used))
-    window = ResidentWindow(data.d_ff, 0, capacity, _WINDOW, torch.bfloat16)
+    window = ResidentWindow(data.d_ff, torch.empty(capacity, 0, dtype=torch.bfloat16, device="cpu"), _WINDOW)
     missing = before = after = 0
     for ids in used:
         window.note_use(None, 1, ids)

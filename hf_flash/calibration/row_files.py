@@ -1,4 +1,4 @@
-"""Files of rows."""
+"""Large tables on disk, one row a token: several processes write them, and they are read as mapped tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from hf_flash.base.files import writing
 
 
-class _Rows:
-    """A file of rows that several processes write at different places."""
+class RowFile:
+    """A file of rows that several processes write at different places. A context manager: at its end the rows are on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,7 +27,7 @@ class _Rows:
             self._file.seek(row * data.shape[1])
             self._file.write(data.data)
 
-    def __enter__(self) -> _Rows:
+    def __enter__(self) -> RowFile:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -36,7 +36,7 @@ class _Rows:
             os.fsync(self._file.fileno())
 
 
-def _mapped(path: Path, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
-    """A file as a tensor whose pages the kernel may drop."""
+def map_rows(path: Path, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    """A file as a tensor. It takes no memory of its own: the kernel may drop its pages and read them again."""
     raw = np.memmap(path, dtype=np.uint8, mode="c")
     return torch.from_numpy(raw).view(dtype).view(shape)

@@ -22,7 +22,7 @@ import torch
 
 from hf_flash.calibration.activity import CHUNK, Activations, reached_by
 from hf_flash.predictors.lowrank import LowRankPredictor, lowrank_bytes, pack_lowrank
-from hf_flash.store.layout import Half
+from hf_flash.store.safetensors_files import Rows
 
 _SEGMENT: Final = 16  # neighbouring tokens that stay together when tokens are shuffled: reads of some size
 _BATCH: Final = 512  # tokens a step
@@ -84,7 +84,7 @@ class LayerResult:
 
 def train_layer(
     data: Activations,
-    up: Half | torch.Tensor,
+    up: Rows | torch.Tensor,
     bias: torch.Tensor | None,
     mean: torch.Tensor,
     covariance: torch.Tensor,
@@ -140,7 +140,7 @@ class _Start:
 
     def __init__(
         self,
-        up: Half | torch.Tensor,
+        up: Rows | torch.Tensor,
         bias: torch.Tensor | None,
         mean: torch.Tensor,
         covariance: torch.Tensor,

@@ -1,4 +1,4 @@
-"""What all commands of `hf-flash` share: help in groups with examples, argument types, tables or JSON."""
+"""What several commands share: types of arguments, `--json`, and printing. It imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,52 +7,13 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from hf_flash.base.files import write_json
 from hf_flash.base.sizes import parse_bytes
 from hf_flash.errors import ConfigError
 
-Run = Callable[[argparse.Namespace], int]
-
-
-class Commands:
-    """The subcommands of a parser, listed in its help by group."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._parser = parser
-        self._about = parser.description or ""
-        self._made = parser.add_subparsers(prog=parser.prog, metavar="COMMAND", required=True, help=argparse.SUPPRESS)
-        self._groups: list[tuple[str, list[tuple[str, str]]]] = []
-
-    def group(self, title: str) -> None:
-        """What is added from now on is listed under this title."""
-        self._groups.append((title, []))
-
-    def add(self, name: str, run: Run, about: str, *examples: str) -> argparse.ArgumentParser:
-        """A command.
-
-        Args:
-            name: what users type.
-            run: does it; returns the exit code.
-            about: a sentence.
-            examples: command lines, each with a comment if it needs one.
-        """
-        title = "example" if len(examples) == 1 else "examples"
-        sub: argparse.ArgumentParser = self._made.add_parser(
-            name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="\n  ".join([f"{title}:", *examples]) if examples else None,
-        )  # fmt: skip
-        sub.set_defaults(run=run)
-        self._groups[-1][1].append((name, about))
-        wide = 2 + max(len(name) for _, commands in self._groups for name, _ in commands)
-        listing = [
-            "\n".join([f"{title}:", *(f"  {name:<{wide}}{about}" for name, about in commands)])
-            for title, commands in self._groups
-        ]
-        self._parser.description = "\n\n".join([self._about, *listing])
-        return sub
-
+WIKITEXT: Final = "Salesforce/wikitext:wikitext-2-raw-v1"
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
 # --- tables or JSON ----------------------------------------------------------------------------------------------------
 
@@ -69,7 +30,7 @@ def json_target(text: str) -> str:
 
 
 def file_target(text: str) -> Path:
-    """A file that can be written, for argparse: what is wrong is found now, not after hours."""
+    """A file that can be written, for argparse, so that a wrong name is an error now and not after hours of work."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder, or in none that exists")
@@ -77,12 +38,12 @@ def file_target(text: str) -> Path:
 
 
 def say(text: object = "") -> None:
-    """Print to stdout, at once: what comes next may take hours."""
+    """Print to stdout at once, because the next step may take hours."""
     print(text, flush=True)  # noqa: T201
 
 
 def tell(args: argparse.Namespace, text: object) -> None:
-    """Print for people, unless stdout is for JSON."""
+    """Print for people, unless stdout is reserved for JSON."""
     if args.json != "-":
         say(text)
 
@@ -92,18 +53,20 @@ def finish(args: argparse.Namespace, report: Mapping[str, Any]) -> None:
     if args.json == "-":
         say(json.dumps(report, indent=2))
     elif args.json:
+        from hf_flash.base.files import write_json
+
         write_json(Path(args.json), report)
 
 
 def forgiving(*streams: Any) -> None:
-    """Let streams take every text: what their encoding has not, as names of files in other languages, is escaped."""
+    """Let streams take every text: they escape what their encoding lacks, such as names of files in other languages."""
     for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def quiet_pipe(stream: Any) -> None:
-    """After its reader went away: nothing more is tried to be written to it, at exit neither."""
+    """Let a stream whose reader is gone lead nowhere, so that Python does not fail again when it flushes it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -134,8 +97,8 @@ def seconds(text: str) -> float:
     return number
 
 
-def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse, whose errors are wrong usage."""
+def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` as a type for argparse: a `ConfigError` becomes wrong usage."""
 
     def parsed(text: str) -> Any:
         try:

@@ -1,10 +1,11 @@
-"""`hf-flash demo`: a small model generates with its FFN on flash, beside the stock model."""
+"""The demonstration of `hf-flash demo`: a small model generates with its FFN on flash, then the stock model does."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,8 +15,8 @@ from transformers.utils import logging
 
 from hf_flash.base.folders import scratch_folder
 from hf_flash.calibration.text import tokenizer_of
-from hf_flash.commands import inspect as inspection
 from hf_flash.commands.live_view import LiveView, view
+from hf_flash.commands.store_facts import describe, facts
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError
 from hf_flash.packing.repacking import repack
@@ -24,7 +25,16 @@ from hf_flash.runtime.model import stats
 from hf_flash.runtime.observing import TokenSeen, watched
 from hf_flash.store.layout import FlashStore
 
-_SHOWN: Final = 0.3  # of the FFN fits, where it is to be seen how neurons come and go
+_SHARE_TO_WATCH: Final = 0.3  # of the FFN fits into the budget of `watch`, so that neurons come and go
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model generated."""
+
+    ids: list[int]  # with the prompt
+    seconds: float  # of decoding, without the time that showing takes
+    watched: list[TokenSeen]  # one for each token, if they were watched
 
 
 def demo(
@@ -38,21 +48,21 @@ def demo(
     tell: Callable[[str], None] = print,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Repack a model, generate with its FFN on flash, and hold both predictors against the stock model.
+    """Repack a model, generate with its FFN on flash, and compare the tokens of both predictors with the stock model's.
 
     Args:
         source: folder or Hub repository of a plain checkpoint, with its tokenizer.
         prompt: text to continue.
         tokens: to generate.
-        memory_budget: bytes for weights in DRAM; default: what is free, or, with `watch`, so much that neurons come and go.
+        memory_budget: bytes for weights in DRAM. Default: what is free; with `watch`, so little that neurons come and go.
         watch: show what every token reads and reuses.
-        pace: seconds that a token is shown at least, in a terminal.
-        tell: what is found, as soon as it is.
+        pace: least time to show a token, in seconds, in a terminal.
+        tell: is called with each finding as soon as there is one.
         console: where to show tokens.
 
     Returns:
-        `text`, `tokens_per_s`, `stock_tokens_per_s`, `stats`, and `same_tokens` as the stock model's, by predictor; with
-        `watch` also `watched`, a row for every token. Speeds are of decoding and leave out the time that showing takes.
+        `text`, `tokens_per_s`, `stock_tokens_per_s`, `stats`, and `same_tokens`: by predictor, whether they are those of the
+        stock model; with `watch` also `watched`, a row for every token. Speeds leave out the time that showing takes.
 
     Raises:
         ConfigError: the model has no room for so many tokens.
@@ -61,54 +71,58 @@ def demo(
     logging.disable_progress_bar()
     with scratch_folder(Path(tempfile.gettempdir()), "demo") as place:
         packed = repack(source, place / "packed")
-        tell(f"\n{inspection.describe(inspection.facts(FlashStore.open_folder(packed)))}\n")
+        tell(f"\n{describe(facts(FlashStore.open_folder(packed)))}\n")
         tokenizer = tokenizer_of(packed)
         inputs = tokenizer(prompt, return_tensors="pt")
         if watch and memory_budget is None:
-            memory_budget = _tight(packed)
+            memory_budget = _budget_to_watch(packed)
         model = _load(packed, FlashOffloadConfig(memory_budget=memory_budget))
         _check_room(model, inputs.input_ids.shape[1], tokens)
-        seen: list[TokenSeen] = []
         if watch:
             about = {"about": f"hf_flash: {Path(source).name}, token by token", "found": stats(model), "prompt": prompt,
                      "decode": lambda ids: tokenizer.decode(ids, skip_special_tokens=True), "total": tokens}  # fmt: skip
             with view(console or Console(), tell, **about) as show:
-                slow = pace if isinstance(show, LiveView) else 0.0
-                with watched(model, _both(seen.append, show), slow) as criterion:
-                    found, _ = _generate(model, inputs, tokens, stopping_criteria=[criterion])
-            seconds = sum(token.ms for token in seen) / 1e3
+                flash = _generate_watched(model, inputs, tokens, show, pace)
         else:
-            _generate(model, inputs, 2)
-            stats(model, reset=True)
-            found, seconds = _generate(model, inputs, tokens)
-        text, snapshot = tokenizer.decode(found, skip_special_tokens=True), stats(model)
+            flash = _generate_timed(model, inputs, tokens, lambda: stats(model, reset=True))
+        text, snapshot = tokenizer.decode(flash.ids, skip_special_tokens=True), stats(model)
         tell(f"{text}\n")
-        dense = AutoModelForCausalLM.from_pretrained(source)
-        _generate(dense, inputs, 2)
-        stock, stock_seconds = _generate(dense, inputs, tokens)
-        speed = f"{tokens / seconds:.0f}, the stock model in memory {tokens / stock_seconds:.0f}"
-        tell(f"{snapshot}\n{'tokens per second':<20}{speed}\n")
+        stock = _generate_timed(AutoModelForCausalLM.from_pretrained(source), inputs, tokens)
+        speed, stock_speed = tokens / flash.seconds, tokens / stock.seconds
+        tell(f"{snapshot}\n{'tokens per second':<20}{speed:.0f}, the stock model in memory {stock_speed:.0f}\n")
         exact, _ = _generate(_load(packed, FlashOffloadConfig(memory_budget=memory_budget, predictor="none")), inputs, tokens)
-    same = {"none": exact == stock, snapshot.predictor: found == stock}
+    same = {"none": exact == stock.ids, snapshot.predictor: flash.ids == stock.ids}
     answers = ", ".join(f"{name}: {'yes' if yes else 'NO'}" for name, yes in same.items())
     tell(f"the same tokens as the stock model?  predictor {answers}")
-    report = {"model": source, "prompt": prompt, "text": text, "tokens_per_s": tokens / seconds,
-            "stock_tokens_per_s": tokens / stock_seconds, "same_tokens": same, "stats": snapshot.to_dict()}  # fmt: skip
-    return report | ({"watched": [token.to_dict() for token in seen]} if watch else {})
+    report = {"model": source, "prompt": prompt, "text": text, "tokens_per_s": speed, "stock_tokens_per_s": stock_speed,
+              "same_tokens": same, "stats": snapshot.to_dict()}  # fmt: skip
+    return report | ({"watched": [token.to_dict() for token in flash.watched]} if watch else {})
 
 
-def _both(first: Callable[[TokenSeen], object], second: Callable[[TokenSeen], object]) -> Callable[[TokenSeen], None]:
-    def call(token: TokenSeen) -> None:
-        first(token)
-        second(token)
+def _generate_watched(model: Any, inputs: Any, tokens: int, show: Callable[[TokenSeen], object], pace: float) -> Generated:
+    """Generate, and show every token; in a terminal for `pace` seconds at least."""
+    seen: list[TokenSeen] = []
 
-    return call
+    def observe(token: TokenSeen) -> None:
+        seen.append(token)
+        show(token)
+
+    with watched(model, observe, pace if isinstance(show, LiveView) else 0.0) as criterion:
+        ids, _ = _generate(model, inputs, tokens, stopping_criteria=[criterion])
+    return Generated(ids, sum(token.ms for token in seen) / 1e3, seen)
 
 
-def _tight(folder: Path) -> int:
+def _generate_timed(model: Any, inputs: Any, tokens: int, warmed_up: Callable[[], object] = lambda: None) -> Generated:
+    """Generate twice: a little to warm up, then everything. `warmed_up` is called between the two."""
+    _generate(model, inputs, 2)
+    warmed_up()
+    return Generated(*_generate(model, inputs, tokens), watched=[])
+
+
+def _budget_to_watch(folder: Path) -> int:
     """A budget with room for a part of the FFN."""
     found = needs(folder)
-    return found.minimum_bytes + int(_SHOWN * (found.dense_bytes - found.resident_bytes))
+    return found.minimum_bytes + int(_SHARE_TO_WATCH * (found.dense_bytes - found.resident_bytes))
 
 
 def _load(folder: Path, config: FlashOffloadConfig) -> Any:

@@ -1,7 +1,7 @@
-"""`hf-flash doctor`: whether this machine is fit for hf_flash, and what would make it fitter. Takes some seconds.
+"""The examination of `hf-flash doctor`: is this machine fit for hf_flash, and what would make it fitter? It takes seconds.
 
-Every finding has a verdict: *good*; *could be better*: it works, and there is something to gain; *problem*: it keeps hf_flash
-from working here. What a system does not tell is left out rather than guessed.
+Every finding has a verdict. *good*: nothing to do. *could be better*: it works, but you can gain speed or memory. *problem*: it
+keeps hf_flash from working here. Where a system does not give an answer, the finding is left out; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_flash.base.folders import scratch_file
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.report import disk_table
 from hf_flash.budget.plan import ceiling_bytes
-from hf_flash.compute import library as native
+from hf_flash.compute import library
 from hf_flash.compute.dram_speed import dram_gb_per_s
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError, HfFlashError
@@ -50,7 +50,7 @@ _NETWORK: Final = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "afs", "virtiofs"
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and what is to be said of it; `advice` where the verdict is not good."""
+    """What was looked at, the verdict, and what was found; `advice` where the verdict is not good."""
 
     name: str
     verdict: str
@@ -60,7 +60,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings, and the disk's curve if it could be measured."""
+    """All findings, and the curve of the disk if it could be measured."""
 
     place: str  # the folder whose disk was measured
     findings: tuple[Finding, ...]
@@ -77,7 +77,7 @@ class Diagnosis:
                 "disk": [asdict(point) | {"gb_per_s": point.gb_per_s} for point in self.disk]}  # fmt: skip
 
     def describe(self) -> Text:
-        """For people, in colours where there are some."""
+        """The findings as text, in colours where the terminal has them."""
         text = Text()
         wide = max(len(finding.name) for finding in self.findings) + 2
         for finding in self.findings:
@@ -98,7 +98,7 @@ def diagnose(folder: str | os.PathLike[str] | None = None, *, disk_seconds: floa
     """Look at everything that hf_flash depends on.
 
     Args:
-        folder: a model, repacked or plain, or any folder whose disk is to be measured; default: the flash cache.
+        folder: a model, repacked or plain, or any folder whose disk to measure. Default: the flash cache.
         disk_seconds: for each point of the disk's curve.
 
     Raises:
@@ -121,14 +121,14 @@ def diagnose(folder: str | os.PathLike[str] | None = None, *, disk_seconds: floa
 
 
 def _versions() -> Finding:
-    """What is installed, against what hf_flash asks for."""
+    """Compare what is installed with what hf_flash requires."""
     found = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
     found = f"hf_flash {__version__}, Python {platform.python_version()}, {found}; {platform.system()} {platform.release()}"
     try:
         asked = [Requirement(line) for line in metadata.requires("hf-flash") or ()]
     except metadata.PackageNotFoundError:  # runs from a folder
         asked = []
-    wrong = [str(one) for one in asked if (not one.marker or one.marker.evaluate({"extra": ""})) and not _there(one)]
+    wrong = [str(one) for one in asked if (not one.marker or one.marker.evaluate({"extra": ""})) and not _is_installed(one)]
     if wrong:
         return Finding("versions", BAD, found, "pip install -U " + " ".join(f'"{one}"' for one in wrong))
     if not sys.platform.startswith("linux"):
@@ -136,7 +136,7 @@ def _versions() -> Finding:
     return Finding("versions", GOOD, found)
 
 
-def _there(wanted: Requirement) -> bool:
+def _is_installed(wanted: Requirement) -> bool:
     try:
         return wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
     except metadata.PackageNotFoundError:
@@ -145,7 +145,7 @@ def _there(wanted: Requirement) -> bool:
 
 def _compiled() -> Finding:
     try:
-        native.load()
+        library.load()
     except (OSError, AttributeError) as error:
         advice = "torch computes instead, slower: install hf_flash where there is a C compiler, on x86-64 Linux with AVX2"
         return Finding("compiled part", FAIR, f"none: {error}", advice)
@@ -153,7 +153,7 @@ def _compiled() -> Finding:
 
 
 def _threads() -> Finding:
-    """Torch's threads against the cores that this process may use."""
+    """Compare the threads of torch with the cores that this process may use."""
     threads, cores = torch.get_num_threads(), usable_cores()
     real = min(cores, psutil.cpu_count(logical=False) or cores)
     found = f"{threads} of torch, {cores} cores to use ({cpu_name()})"
@@ -200,7 +200,7 @@ def _huge_pages(path: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def _disk(place: Path, seconds: float) -> tuple[tuple[DiskPoint, ...], list[Finding]]:
-    """The curve, and what is to be said of the disk and of how it can be read."""
+    """The curve, and the findings about the disk and how it can be read."""
     mount = mount_of(place)
     where = f"{place} ({mount.device}, {mount.fstype})" if mount else str(place)
     try:
@@ -213,7 +213,7 @@ def _disk(place: Path, seconds: float) -> tuple[tuple[DiskPoint, ...], list[Find
 
 @contextmanager
 def _readable(place: Path) -> Iterator[Path]:
-    """Model files to measure with, or else a scratch file."""
+    """Model files to measure with, or a scratch file if there are none."""
     try:
         sizes = [path.stat().st_size for path in place.glob("*.safetensors")]
     except OSError:
@@ -250,7 +250,7 @@ def _direct(points: tuple[DiskPoint, ...]) -> Finding:
 
 
 def _ring() -> Finding:
-    error = native.try_ring()
+    error = library.try_ring()
     if error:
         advice = "threads read instead: containers must allow io_uring_setup and io_uring_enter, kernels be 5.9 or newer"
         return Finding("io_uring", FAIR, f"none: {os.strerror(error)}", advice)
@@ -272,7 +272,7 @@ def _cache(cache: Path, place: Path) -> Finding:
 
 
 def _model(folder: Path) -> Iterator[Finding]:
-    """Whether the model in a folder can be run with what memory there is."""
+    """Whether the model in a folder can run in the memory that is free."""
     try:
         needed = planner.needs(folder)
         store = FlashStore.open_folder(folder) if any(folder.glob("flash-layer-*.safetensors")) else None

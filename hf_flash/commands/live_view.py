@@ -1,10 +1,10 @@
-"""The live view of `hf-flash demo --watch`: what every token read and reused, as a picture of the windows.
+"""The live view of `hf-flash demo --watch`: a picture of the windows that shows what every token read and reused.
 
-Every layer is a strip of its neurons, in the order of their ids, as many lines high as the terminal has room for; a character
-is two pixels, one above the other, and a pixel one or more neurons. What is in DRAM glows by how lately it was used: a token's
-neurons light up, fade while the window moves on, and go dark when their slots are given to others.
+Every layer is a strip of its neurons in the order of their ids, as many lines high as the terminal has room for. A character
+holds two pixels, one above the other, and a pixel stands for one or more neurons. Neurons in DRAM glow according to how lately
+they were used: the neurons of a token light up, fade while the window moves on, and go dark when others take their slots.
 
-Where stdout is no terminal, or one without colours, a token is a line of text.
+Where stdout is not a terminal, or one without colours, each token is a line of text.
 """
 
 from __future__ import annotations

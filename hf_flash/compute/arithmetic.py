@@ -1,219 +1,331 @@
-"""The arithmetic of a block of neurons: up, activation, down (the order of blocks is in runtime/layer.py).
+"""The arithmetic of a block of neurons: up, activation, down (the order of blocks is in runtime/stream.py).
 
 One token (decode) and several tokens are computed differently, each the fastest way that rounds as the stock model does.
 Neither depends on where the rows of a block lie, so that results are bit-identical whatever is resident.
 
-    one      the compiled part multiplies rows where they lie (compute/library.py). Sums are fp32, one for every output element, in id
+    compiled, one token
+             The compiled part multiplies rows where they lie (kernels.py). Sums are fp32, one for every output element, in id
              order; rows of neurons that turn out to be zero are not touched in the down projection.
-    one, without the compiled part
-             up: gather rows in id order, `F.linear` in the dtype of compute. down: `embedding_bag`, which reads only the rows
+    compiled, several tokens, each with few neurons of its own
+             The compiled part multiplies rows with the tokens that use them: up a share of the rows at a time, which stays in a
+             core's cache while the tokens go by; down a tile of columns at a time. A token gets the same bits as alone.
+    torch, one token
+             Up: gather rows in id order, `F.linear` in the dtype of compute. Down: `embedding_bag`, which reads only the rows
              of neurons that are really non-zero and accumulates in fp32. Each row is viewed as two half rows in two bags, so
              that two threads share the work while every output element is one sum in id order, rounded once. A call of
              several blocks in 16 bits would be rounded once a block: there the rows of non-zero neurons are widened and the
              sum over all blocks is kept in fp32.
-    several, each with few neurons of its own
-             the compiled part multiplies rows with the tokens that use them: up a share of the rows at a time, which stays in a
-             core's cache while the tokens go by; down a tile of columns at a time. A token gets the same bits as alone.
-    several, with (nearly) all neurons, or without the compiled part
-             rows are widened to fp32 and both products are fp32 GEMMs that accumulate over blocks; the hidden activations are
+    torch, several tokens; also where tokens use (nearly) all neurons
+             Rows are widened to fp32 and both products are fp32 GEMMs that accumulate over blocks; the hidden activations are
              rounded to the dtype of compute in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
              on CPUs, and bf16 would round every partial sum.)
+
+A layer with a gate has hidden = activation(gate x) * (up x); the compiled part does not know such layers, torch computes them.
 
 n = neurons in the block, d = d_model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from hf_flash.base.arrays import Ids
 from hf_flash.base.buffers import aligned_empty
-from hf_flash.compute.kernels import TokenKernel, TokensKernel
+from hf_flash.compute.activation import RELU, Activation
+from hf_flash.compute.kernels import TokenKernel, TokensKernel, addresses, copy_rows, supports
+from hf_flash.compute.library import library
+from hf_flash.store.unit import Role, UnitLayout
 
-_HALVES = 2
-_DENSE = 0.5  # share of the products of tokens and neurons from which on making all of them in a GEMM is faster
-Activation = Callable[[torch.Tensor], torch.Tensor]
+_BAGS: Final = 2
+_DENSE: Final = 0.5  # share of the products of tokens and neurons from which on making all of them in a GEMM is faster
+
+Biases = Mapping[Role, torch.Tensor | None]
+"""Of a layer's projections, by part: [d_ff] in the dtype of compute, `down` [d_model]."""
 
 
 def block_rows(d_ff: int, tokens: int) -> int:
     """Neurons worked on at a time. A function of the shape alone, because it fixes the order of summation.
 
-    One token takes twice as many, since only the up half of their rows is gathered.
+    One token takes twice as many, since only a part of their rows is gathered at a time.
     """
     rows = min(1024, max(64, d_ff // 4), d_ff)
     return min(2 * rows, d_ff) if tokens == 1 else rows
 
 
-class Scratch:
-    """Buffers for one block, allocated once and shared by all layers of a model.
+class OneToken(Protocol):
+    """A block's share of one token.
 
-    rows     [block of one token, 2 * d_model] streamed neurons, dtype of compute; page-aligned, a target of reads: one block of
-             one token, or two of several, of which one is read while the other is computed
-    gathered [block of several, 2 * d_model] rows picked from a window, dtype of compute
-    wide     [block of several, 2 * d_model] float32; the same memory as `gathered` when computing in float32
-    kernel   the compiled arithmetic of one token
+    A caller that waits for some of the rows may call `multiply_present` in between; `finish` does what is left.
     """
 
-    def __init__(self, d_ff: int, d_model: int, dtype: torch.dtype) -> None:
-        shape = (block_rows(d_ff, 2), 2 * d_model)
-        self.rows = aligned_empty((block_rows(d_ff, 1), 2 * d_model), dtype)
-        self.gathered = aligned_empty(shape, dtype)
-        self.wide = self.gathered if dtype == torch.float32 else aligned_empty(shape, torch.float32)
-        self.kernel = TokenKernel(block_rows(d_ff, 1), d_model)
-        self.nbytes = self.size(d_ff, d_model, dtype)
-
-    @staticmethod
-    def size(d_ff: int, d_model: int, dtype: torch.dtype) -> int:
-        """What the buffers for layers of this shape take, in bytes."""
-        wide = 0 if dtype == torch.float32 else 4
-        rows = 2 * d_model * (block_rows(d_ff, 1) * dtype.itemsize + block_rows(d_ff, 2) * (dtype.itemsize + wide))
-        return rows + TokenKernel.nbytes(block_rows(d_ff, 1), d_model)
-
-
-class OneToken:
-    """A block's share of one token: `up` for neurons that are there, `finish` for the others and everything after.
-
-    Args:
-        x: [1, d] in the dtype of compute.
-        bias: [d_ff] of the up projection.
-        matrix: [any, 2 * d], contiguous; `rows` [n] says where the bundles of neurons `ids` [n] are in it, or will be.
-        one_block: whether this block is the whole call.
-    """
-
-    def __init__(
-        self,
-        scratch: Scratch,
-        activation: Activation,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        matrix: torch.Tensor,
-        rows: Ids,
-        ids: Ids,
-        *,
-        one_block: bool,
-    ) -> None:
-        self._scratch, self._activation, self._one_block = scratch, activation, one_block
-        self._x, self._bias, self._matrix, self._rows, self._ids = x, bias, matrix, rows, ids
-        self._relu = is_relu(activation)
-        self.compiled = scratch.kernel.fits(x)
-        self._left: Ids | None = None
-        if self.compiled:
-            scratch.kernel.set(x, bias, matrix, rows, ids, relu=self._relu)
-
-    def up(self, there: Ids, left: Ids) -> None:
-        """Only if `compiled`: compute for positions `there` of `rows` while the rows of positions `left` are read."""
-        self._left = left
-        self._scratch.kernel.up(there)
+    def multiply_present(self, present: Ids, missing: Ids) -> None:
+        """Multiply the rows at positions `present` while those at positions `missing` are being read."""
+        ...
 
     def finish(self, out: torch.Tensor) -> None:
         """Add what the block gives to `out`, float32 [1, d]. Every row must be there."""
-        if not self.compiled:
-            self._finish_in_torch(out)
-            return
-        kernel = self._scratch.kernel
-        if self._left is None or len(self._left):
-            kernel.up(self._left)
-        if not self._relu:
-            kernel.hidden.copy_(self._activation(kernel.hidden.to(self._x.dtype)))
-        kernel.down(out)
-
-    def _finish_in_torch(self, out: torch.Tensor) -> None:
-        scratch, x, matrix, rows = self._scratch, self._x, self._matrix, self._rows
-        n, d = len(rows), x.shape[1]
-        bias = None if self._bias is None else torch.index_select(self._bias, 0, torch.from_numpy(self._ids))
-        gathered = scratch.gathered.view(-1, d)  # [2 * block, d]
-        up = torch.index_select(matrix.view(-1, d), 0, torch.from_numpy(2 * rows), out=gathered[:n])
-        hidden = self._activation(F.linear(x, up, bias))[0]  # [n]
-        active = hidden.nonzero()[:, 0].numpy()
-        if len(active) == 0:
-            return
-        bags = 1 if d % _HALVES else _HALVES
-        down = rows[active]  # in numpy: a small operator costs a tenth of one of torch when the caches are cold
-        if not self._one_block and x.dtype != torch.float32:
-            place = torch.from_numpy(2 * down + 1)  # of `matrix` seen as rows of d
-            picked = torch.index_select(matrix.view(-1, d), 0, place, out=gathered[: len(active)])
-            wide = scratch.wide.view(-1, d)[: len(active)].copy_(picked)
-            out.addmm_(hidden[torch.from_numpy(active)].float()[None], wide)
-        else:
-            places = torch.from_numpy(2 * bags * down + bags + np.arange(bags)[:, None])  # [bags, active], of rows of d / bags
-            weights = torch.index_select(hidden, 0, torch.from_numpy(np.concatenate([active] * bags))).view(bags, -1)
-            sums = F.embedding_bag(places, matrix.view(-1, d // bags), per_sample_weights=weights, mode="sum")
-            out += sums.view(1, d)
+        ...
 
 
-class SeveralTokens:
-    """A call's tokens. `x` float32 [tokens, d] is there for those that are not `apart`.
+class SeveralTokens(Protocol):
+    """The tokens of a call.
+
+    Attributes:
+        scattered: whether rows are multiplied wherever they lie (`add_scattered`), each with the tokens that use it. Otherwise
+            a block's rows have to be in one matrix.
+    """
+
+    scattered: bool
+
+    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor | None:
+        """Add what a block of neurons gives to `out`, float32 [tokens, d].
+
+        Args:
+            matrix: [any, unit.numbers], contiguous; `rows` [n] says where the bundles of neurons `ids` [n] are in it.
+
+        Returns:
+            Pre-activations, [tokens, n] in the dtype of compute, if all of them were computed.
+        """
+        ...
+
+    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
+        """Only if `scattered`: the same for bundles at addresses `places` (`kernels.addresses`)."""
+        ...
+
+
+class Arithmetic:
+    """torch's way, and the buffers that all layers of a model share, allocated once.
+
+    rows     [block of one token, unit.numbers] streamed neurons, dtype of compute; page-aligned, a target of reads: one block
+             of one token, or two of several, of which one is read while the other is computed
+    gathered [block of several, unit.numbers] rows picked from a window, dtype of compute
+    wide     [block of several, unit.numbers] float32; the same memory as `gathered` when computing in float32
 
     Args:
-        x: [tokens, d] in the dtype of compute.
-        selected: bool [tokens, d_ff], which neurons each token uses; `None`: all.
-        union: how many neurons any of them uses.
-        bias: [d_ff] of the up projection.
+        d_ff: neurons of the widest layer.
+        unit: what a neuron is, in the dtype of compute.
+        activation: of all layers.
     """
+
+    name = "torch"
+    kernel: TokenKernel | None = None  # of the compiled part, which may also take a token through a layer in one call
+
+    def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:
+        self.unit, self.activation = unit, activation
+        shape = (block_rows(d_ff, 2), unit.numbers)
+        self.rows = aligned_empty((block_rows(d_ff, 1), unit.numbers), unit.dtype)
+        self.gathered = aligned_empty(shape, unit.dtype)
+        self.wide = self.gathered if unit.dtype == torch.float32 else aligned_empty(shape, torch.float32)
+        self.nbytes = self.size(d_ff, unit)
+
+    @staticmethod
+    def size(d_ff: int, unit: UnitLayout) -> int:
+        """What the buffers for layers of this shape take, in bytes, with any arithmetic."""
+        wide = 0 if unit.dtype == torch.float32 else 4 * unit.numbers
+        rows = block_rows(d_ff, 1) * unit.row_bytes + block_rows(d_ff, 2) * (unit.row_bytes + wide)
+        return rows + TokenKernel.nbytes(block_rows(d_ff, 1), unit.width)
+
+    def matrix(self, rows: int) -> torch.Tensor:
+        """Memory for the bundles of so many neurons, [rows, unit.numbers]: what a window keeps them in."""
+        return aligned_empty((rows, self.unit.numbers), self.unit.dtype)
+
+    def one_token(
+        self, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids, *, one_block: bool
+    ) -> OneToken:
+        """A block of a call of one token.
+
+        Args:
+            x: [1, d] in the dtype of compute, contiguous.
+            matrix: [any, unit.numbers], contiguous; `rows` [n] says where the bundles of neurons `ids` [n] are, or will be.
+            one_block: whether this block is the whole call.
+        """
+        return _TorchToken(self, x, biases, matrix, rows, ids, one_block)
+
+    def several_tokens(self, x: torch.Tensor, selected: torch.Tensor | None, union: int, biases: Biases) -> SeveralTokens:
+        """The tokens of a call.
+
+        Args:
+            x: [tokens, d] in the dtype of compute, contiguous.
+            selected: bool [tokens, d_ff], which neurons each token uses; `None`: all.
+            union: how many neurons any of them uses.
+        """
+        return _TorchTokens(self, x, selected, biases)
+
+    def copy_rows(self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids) -> None:
+        """`target[places] = source[chosen]`, some rows at a time through a buffer."""
+        step = len(self.gathered)
+        for at in range(0, len(chosen), step):
+            part = torch.from_numpy(chosen[at : at + step])
+            picked = torch.index_select(source, 0, part, out=self.gathered[: len(part)])
+            target.index_copy_(0, torch.from_numpy(places[at : at + step]), picked)
+
+
+class CompiledArithmetic(Arithmetic):
+    """The compiled part, for what it knows: layers of two matrices; several tokens only with an activation of its own."""
+
+    name = "compiled"
+
+    def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:
+        super().__init__(d_ff, unit, activation)
+        self._kernel = self.kernel = TokenKernel(block_rows(d_ff, 1), unit)
+
+    def one_token(
+        self, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids, *, one_block: bool
+    ) -> OneToken:
+        self._kernel.set(x, biases["up"], matrix, rows, ids, relu=self.activation.code == RELU)
+        return _CompiledToken(self._kernel, x.dtype, self.activation)
+
+    def several_tokens(self, x: torch.Tensor, selected: torch.Tensor | None, union: int, biases: Biases) -> SeveralTokens:
+        if self.activation.code != RELU or selected is None or np.count_nonzero(selected.numpy()) > _DENSE * len(x) * union:
+            return super().several_tokens(x, selected, union, biases)
+        kernel = TokensKernel(self.unit, x, selected.contiguous(), biases["up"], min(union, len(self.gathered)))
+        return _CompiledTokens(kernel)
+
+    def copy_rows(self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids) -> None:
+        copy_rows(source, chosen, target, places)
+
+
+ARITHMETICS: Final[Mapping[str, Callable[[int, UnitLayout, Activation], Arithmetic]]] = {
+    "compiled": CompiledArithmetic,
+    "torch": Arithmetic,
+}
+"""By name."""
+
+
+def arithmetic_for(d_ff: int, unit: UnitLayout, activation: Activation) -> Arithmetic:
+    """The fastest arithmetic that knows layers of this kind on this machine; see [`Arithmetic`] for the arguments."""
+    compiled = library() is not None and supports(unit)
+    return ARITHMETICS["compiled" if compiled else "torch"](d_ff, unit, activation)
+
+
+class _CompiledToken:
+    """One token by the compiled part."""
+
+    def __init__(self, kernel: TokenKernel, dtype: torch.dtype, activation: Activation) -> None:
+        self._kernel, self._dtype, self._activation = kernel, dtype, activation
+        self._left: Ids | None = None
+
+    def multiply_present(self, present: Ids, missing: Ids) -> None:
+        self._left = missing
+        self._kernel.up(present)
+
+    def finish(self, out: torch.Tensor) -> None:
+        kernel = self._kernel
+        if self._left is None or len(self._left):
+            kernel.up(self._left)
+        if self._activation.code != RELU:
+            kernel.hidden.copy_(self._activation.function(kernel.hidden.to(self._dtype)))
+        kernel.down(out)
+
+
+class _CompiledTokens:
+    """Several tokens by the compiled part, each with its own neurons alone."""
+
+    scattered = True
+
+    def __init__(self, kernel: TokensKernel) -> None:
+        self._kernel = kernel
+
+    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
+        self._kernel.add(addresses(matrix, rows), ids, out)
+
+    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
+        self._kernel.add(places, ids, out)
+
+
+class _TorchToken:
+    """One token by torch."""
 
     def __init__(
         self,
-        scratch: Scratch,
-        activation: Activation,
+        arithmetic: Arithmetic,
         x: torch.Tensor,
-        selected: torch.Tensor | None,
-        union: int,
-        bias: torch.Tensor | None,
+        biases: Biases,
+        matrix: torch.Tensor,
+        rows: Ids,
+        ids: Ids,
+        one_block: bool,
     ) -> None:
-        self._scratch, self._activation, self._bias = scratch, activation, bias
-        self._selected, self._kernel = selected, None
-        if (
-            selected is not None
-            and scratch.kernel.fits(x)
-            and is_relu(activation)
-            and np.count_nonzero(selected.numpy()) <= _DENSE * len(x) * union
-        ):
-            self._kernel = TokensKernel(x, selected.contiguous(), bias, min(union, len(scratch.gathered)))
+        self._arithmetic, self._x, self._biases, self._one_block = arithmetic, x, biases, one_block
+        self._rows, self._ids = rows, ids
+        self._parts = matrix.view(-1, x.shape[1])  # each part of a bundle as a row of its own
+        self._roles = arithmetic.unit.roles
+
+    def multiply_present(self, present: Ids, missing: Ids) -> None:
+        """Rows are gathered in one step when all are there."""
+
+    def finish(self, out: torch.Tensor) -> None:
+        function = self._arithmetic.activation.function
+        if "gate" in self._roles:
+            hidden = function(self._product("gate")) * self._product("up")
         else:
-            self.x = x.float().contiguous()
+            hidden = function(self._product("up"))
+        active = hidden[0].nonzero()[:, 0].numpy()
+        if len(active):
+            self._add_down(hidden[0], active, out)
 
-    @property
-    def apart(self) -> bool:
-        """Whether every token is multiplied with its own neurons alone, by `add_apart`."""
-        return self._kernel is not None
+    def _product(self, role: Role) -> torch.Tensor:
+        """x times a part, and its bias, [1, n]."""
+        bias = self._biases[role]
+        bias = None if bias is None else torch.index_select(bias, 0, torch.from_numpy(self._ids))
+        return F.linear(self._x, self._gather(role, self._rows), bias)
 
-    def add_apart(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
-        """Only if `apart`: add what a block of neurons gives to `out`, float32 [tokens, d].
+    def _gather(self, role: Role, rows: Ids) -> torch.Tensor:
+        """A part of some bundles, [rows, d]; in a buffer that the next call uses again."""
+        places = torch.from_numpy(len(self._roles) * rows + self._roles.index(role))
+        room = self._arithmetic.gathered.view(-1, self._x.shape[1])
+        return torch.index_select(self._parts, 0, places, out=room[: len(rows)])
 
-        Args:
-            places: addresses of their bundles (`native.addresses`).
-        """
-        assert self._kernel is not None
-        self._kernel.add(places, ids, out)
+    def _add_down(self, hidden: torch.Tensor, active: Ids, out: torch.Tensor) -> None:
+        """Add hidden [n] times the down part of the bundles at positions `active`."""
+        d = self._x.shape[1]
+        rows = self._rows[active]  # in numpy: a small operator costs a tenth of one of torch when the caches are cold
+        if not self._one_block and self._x.dtype != torch.float32:
+            wide = self._arithmetic.wide.view(-1, d)[: len(active)].copy_(self._gather("down", rows))
+            out.addmm_(hidden[torch.from_numpy(active)].float()[None], wide)
+            return
+        bags = 1 if d % _BAGS else _BAGS
+        first = bags * (len(self._roles) * rows + self._roles.index("down"))  # of rows of d / bags
+        places = torch.from_numpy(first + np.arange(bags)[:, None])  # [bags, active]
+        weights = torch.index_select(hidden, 0, torch.from_numpy(np.concatenate([active] * bags))).view(bags, -1)
+        sums = F.embedding_bag(places, self._parts.reshape(-1, d // bags), per_sample_weights=weights, mode="sum")
+        out += sums.view(1, d)
+
+
+class _TorchTokens:
+    """Several tokens by torch, all of them with all neurons of a block."""
+
+    scattered = False
+
+    def __init__(self, arithmetic: Arithmetic, x: torch.Tensor, selected: torch.Tensor | None, biases: Biases) -> None:
+        self._arithmetic, self._selected, self._biases = arithmetic, selected, biases
+        self._x = x.float().contiguous()  # [tokens, d]
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
-        """Add what a block of neurons gives to `out`, float32 [tokens, d], in a GEMM.
-
-        Args:
-            matrix: [any, 2 * d], contiguous; `rows` [n] says where the bundles of neurons `ids` [n] are in it.
-
-        Returns:
-            Pre-activations, [tokens, n] in the dtype of compute.
-        """
-        scratch, n, d, which = self._scratch, len(rows), self.x.shape[1], torch.from_numpy(ids)
-        wide = scratch.wide[:n]
-        gathered = torch.index_select(matrix, 0, torch.from_numpy(rows), out=scratch.gathered[:n])
+        buffers, unit, which = self._arithmetic, self._arithmetic.unit, torch.from_numpy(ids)
+        function = buffers.activation.function
+        wide = buffers.wide[: len(rows)]
+        gathered = torch.index_select(matrix, 0, torch.from_numpy(rows), out=buffers.gathered[: len(rows)])
         if wide.data_ptr() != gathered.data_ptr():
             wide.copy_(gathered)
-        bias = None if self._bias is None else torch.index_select(self._bias, 0, which).float()
-        before = F.linear(self.x, wide[:, :d], bias).to(matrix.dtype)
-        hidden = self._activation(before).float()  # [tokens, n]
+
+        def product(role: Role) -> torch.Tensor:
+            bias = self._biases[role]
+            bias = None if bias is None else torch.index_select(bias, 0, which).float()
+            return F.linear(self._x, wide[:, unit.columns(role)], bias).to(matrix.dtype)
+
+        before = product(unit.deciding)
+        hidden = function(before) * product("up") if unit.deciding == "gate" else function(before)
+        hidden = hidden.float()  # [tokens, n]
         if self._selected is not None:
             hidden.masked_fill_(~self._selected[:, which], 0.0)
-        out.addmm_(hidden, wide[:, d:])
+        out.addmm_(hidden, wide[:, unit.columns("down")])
         return before
 
-
-def is_relu(activation: Activation) -> bool:
-    """Whether this is the activation that the compiled part knows."""
-    return isinstance(activation, nn.ReLU) or activation in (F.relu, torch.relu)
+    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
+        raise AssertionError("not scattered")

@@ -1,4 +1,14 @@
-"""Calls of the compiled part."""
+"""Calls of the compiled part that compute. All but `copy_rows` are to be made only where there is a `library()`.
+
+    TokenKernel      one token and the rows of some neurons, multiplied where they lie; runtime/token_step.py does the same with
+                     window and reads in one call
+    TokensKernel     the same for tokens that each use neurons of their own
+    Product          a quantized matrix, to be multiplied with tokens
+    linear           a matrix that stays in memory times a few tokens
+    copy_rows        scattered rows to scattered places
+
+[`supports`] says whether it knows a layout of units.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +19,30 @@ import numpy as np
 import torch
 
 from hf_flash.base.arrays import Ids
-from hf_flash.compute.library import (
-    DTYPES,
-    Job,
-    _Linear,
-    _Matrix,
-    _Rows,
-    _Several,
-    library,
-    threads,
-)
+from hf_flash.compute import library as native
+from hf_flash.compute.library import DTYPES, CopyJob, LinearJob, ProductJob, RowLayout, TokenJob, TokensJob
+from hf_flash.store.unit import UnitLayout
 
+_ROLES: Final = ("up", "down")  # of the parts of a unit, in their order
 _SHARED: Final = 1 << 18  # products that waking another thread is worth
-
-
 _WORTH_COPYING: Final = 1 << 18  # bytes that waking another thread is worth
-
-
 _TOKENS: Final = 1024  # that `TokensKernel` takes at a time: for more, its room would grow
+_LEAST_SHARE: Final = 16  # neurons, at least, that are counted together (UP_ROWS of native.h)
+_TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of native.h)
 
 
-_LEAST_SHARE: Final = 16  # neurons, at least, that are counted together (UP_ROWS of _native.c)
+def supports(layout: UnitLayout) -> bool:
+    """Whether the compiled part can compute with units of this layout, as they lie in memory.
+
+    It knows layers with two matrices and a ReLU between them. For one token it also does the two products alone, with another
+    activation in between.
+    """
+    return layout.roles == _ROLES and layout.dtype in DTYPES
 
 
-_TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of _native.c)
+def row_layout(layout: UnitLayout) -> RowLayout:
+    """A layout as the compiled part wants it."""
+    return RowLayout(layout.row_bytes, layout.offset("up"), layout.offset("down"), layout.width)
 
 
 class TokenRoom:
@@ -47,9 +57,10 @@ class TokenRoom:
 
     def __init__(self, neurons: int, d_model: int) -> None:
         self.neurons = neurons
-        self.hidden, self.wide = torch.empty(neurons, dtype=torch.float32, device="cpu"), np.empty(d_model, dtype=np.float32)
-        self.active, *self.ids = (np.empty(neurons, dtype=np.int64) for _ in range(5))
-        self.pairs, self.parts = (np.empty(2 * self.reads, dtype=np.int64) for _ in range(2))
+        self.hidden, self.x_f32 = torch.empty(neurons, dtype=torch.float32, device="cpu"), np.empty(d_model, dtype=np.float32)
+        self.active, self.ids, self.rows = (np.empty(neurons, dtype=np.int64) for _ in range(3))
+        self.resident_at, self.missing_at = (np.empty(neurons, dtype=np.int64) for _ in range(2))
+        self.incoming, self.pieces = (np.empty(2 * self.reads, dtype=np.int64) for _ in range(2))
         self.offsets, self.first = (np.empty(self.reads + 1, dtype=np.int64) for _ in range(2))
 
     @classmethod
@@ -62,56 +73,49 @@ class TokenKernel:
 
     Args:
         neurons: the most in one call.
-        d_model: width.
+        layout: of the rows, one that is supported.
     """
 
-    def __init__(self, neurons: int, d_model: int) -> None:
-        self._library = library()
-        self.room = TokenRoom(neurons, d_model)
-        self._everything: Ids = np.arange(neurons)
-        self._job = Job()
+    def __init__(self, neurons: int, layout: UnitLayout) -> None:
+        self._library = native.loaded()
+        self.room = TokenRoom(neurons, layout.width)
+        self._all_positions: Ids = np.arange(neurons)
+        self._job = TokenJob()
+        self._row_layout = row_layout(layout)
 
     @staticmethod
     def nbytes(neurons: int, d_model: int) -> int:
         return 8 * neurons + TokenRoom.nbytes(neurons, d_model)
 
-    @property
-    def compiled(self) -> bool:
-        """Whether there is a `library()`."""
-        return self._library is not None
-
-    def fits(self, x: torch.Tensor) -> bool:
-        """Whether this can compute with `x`."""
-        return self.compiled and x.dtype in DTYPES and x.is_contiguous()
-
     def set(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: torch.Tensor, rows: Ids, ids: Ids, *, relu: bool) -> None:
         """What the next calls are about.
 
         Args:
-            x: [1, d] in the dtype of compute.
+            x: [1, width] in the dtype of compute, contiguous.
             bias: [d_ff] of the up projection.
-            matrix: [any, 2 * d], contiguous.
+            matrix: [any, numbers of a row], contiguous.
             rows, ids: [n] rows of `matrix`, and the neurons in them.
             relu: whether hidden values below zero become zero.
         """
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
         self._keep = x, bias, matrix, rows, ids
-        self._job = Job(
-            x=x.data_ptr(), matrix=matrix.data_ptr(), bias=None if bias is None else bias.data_ptr(), rows=rows.ctypes.data,
-            ids=ids.ctypes.data, hidden=self.room.hidden.data_ptr(), wide=self.room.wide.ctypes.data,
-            active=self.room.active.ctypes.data,
-            n=len(rows), d=x.shape[1], dtype=DTYPES[x.dtype], relu=relu, threads=threads(),
+        room = self.room
+        self._job = TokenJob(
+            layout=self._row_layout, x=x.data_ptr(), matrix=matrix.data_ptr(), bias=None if bias is None else bias.data_ptr(),
+            rows=rows.ctypes.data, ids=ids.ctypes.data, hidden=room.hidden.data_ptr(), x_f32=room.x_f32.ctypes.data,
+            active=room.active.ctypes.data,
+            n=len(rows), dtype=DTYPES[x.dtype], relu=relu, threads=native.threads(),
         )  # fmt: skip
 
-    def up(self, which: Ids | None = None) -> None:
+    def up(self, positions: Ids | None = None) -> None:
         """Hidden values of some neurons.
 
         Args:
-            which: positions in `rows`; `None`: all.
+            positions: in `rows`; `None`: all.
         """
-        which = self._everything[: self._job.n] if which is None else which
-        self._job.which, self._job.todo = which.ctypes.data, len(which)
-        self._call(self._library.hf_up)  # type: ignore[union-attr]  # `fits` was asked
+        positions = self._all_positions[: self._job.n] if positions is None else positions
+        self._job.positions, self._job.todo = positions.ctypes.data, len(positions)
+        self._call(self._library.hf_up)  # type: ignore[union-attr]
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -119,7 +123,7 @@ class TokenKernel:
         return self.room.hidden[: self._job.n]
 
     def down(self, out: torch.Tensor) -> None:
-        """Add hidden values times down projections to `out`, float32 [1, d], in the order of `rows`."""
+        """Add hidden values times down projections to `out`, float32 [1, width], in the order of `rows`."""
         self._job.out = out.data_ptr()
         self._call(self._library.hf_down)  # type: ignore[union-attr]
 
@@ -128,24 +132,33 @@ class TokenKernel:
 
 
 class TokensKernel:
-    """The arithmetic of several tokens that each use neurons of their own. To be made only where there is a `library()`.
+    """The arithmetic of several tokens that each use neurons of their own.
 
     The sums are those of [`TokenKernel`], in the same order: beside others or alone, on any number of threads, with AVX-512 and
     without, a token gets the same bits.
 
     Args:
-        x: [tokens, d] in the dtype of compute, contiguous.
+        layout: of the rows, one that is supported.
+        x: [tokens, width] in the dtype of compute, contiguous.
         used: bool [tokens, d_ff], contiguous: which neurons each token uses.
         bias: [d_ff] of the up projection. Hidden values below zero become zero.
         neurons: the most in one call.
-        narrow: do without AVX-512.
+        avx512: whether AVX-512 may be used.
     """
 
     def __init__(
-        self, x: torch.Tensor, used: torch.Tensor, bias: torch.Tensor | None, neurons: int, *, narrow: bool = False
+        self,
+        layout: UnitLayout,
+        x: torch.Tensor,
+        used: torch.Tensor,
+        bias: torch.Tensor | None,
+        neurons: int,
+        *,
+        avx512: bool = True,
     ) -> None:
-        self._x, self._used, self._bias, self._narrow = x, used, bias, narrow
-        self._threads, self._most = threads(), min(len(x), _TOKENS)
+        self._x, self._used, self._bias, self._avx512 = x, used, bias, avx512
+        self._row_layout = row_layout(layout)
+        self._threads, self._most = native.threads(), min(len(x), _TOKENS)
         room = (4 * neurons, 2 * neurons, 4 * -(-neurons // _LEAST_SHARE))  # a token's: hidden values, whose they are, how many
         self._room = [torch.empty(self._most * size, dtype=torch.uint8, device="cpu") for size in room]
         self._packed = torch.empty(self._threads * neurons * _TILE_BYTES, dtype=torch.uint8, device="cpu")
@@ -154,54 +167,57 @@ class TokensKernel:
         """Add to each token's `out` what the neurons give that it uses.
 
         Args:
-            rows, ids: [n] addresses of bundles, [2 * d] in the dtype of compute, and the neurons that they are of.
-            out: float32 [tokens, d], contiguous.
+            rows, ids: [n] addresses of units, in the dtype of compute, and the neurons that they are of.
+            out: float32 [tokens, width], contiguous.
         """
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
-        hidden, place, count = (part.data_ptr() for part in self._room)
+        hidden, row_of, count = (part.data_ptr() for part in self._room)
         for at in range(0, len(self._x), self._most):
             x, used = self._x[at : at + self._most], self._used[at : at + self._most]
-            job = _Several(
-                x=x.data_ptr(), bias=None if self._bias is None else self._bias.data_ptr(), rows=rows.ctypes.data,
-                ids=ids.ctypes.data, used=used.data_ptr(), hidden=hidden, out=out[at:].data_ptr(), place=place, count=count,
-                packed=self._packed.data_ptr(), n=len(rows), d=x.shape[1], d_ff=used.shape[1], tokens=len(x),
-                dtype=DTYPES[x.dtype], threads=self._threads, narrow=self._narrow,
+            job = TokensJob(
+                layout=self._row_layout, x=x.data_ptr(), bias=None if self._bias is None else self._bias.data_ptr(),
+                rows=rows.ctypes.data, ids=ids.ctypes.data, used=used.data_ptr(), hidden=hidden, out=out[at:].data_ptr(),
+                row_of=row_of, count=count, packed=self._packed.data_ptr(), n=len(rows), d_ff=used.shape[1], tokens=len(x),
+                dtype=DTYPES[x.dtype], threads=self._threads, no_avx512=not self._avx512,
             )  # fmt: skip
-            library().hf_several(ctypes.byref(job))  # type: ignore[union-attr]
+            native.loaded().hf_several(ctypes.byref(job))  # type: ignore[union-attr]
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, narrow: bool = False) -> torch.Tensor:
-    """`x @ weight.T + bias`, accumulated in fp32 and rounded once. To be called only where there is a `library()`.
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, avx512: bool = True) -> torch.Tensor:
+    """`x @ weight.T + bias`, accumulated in fp32 and rounded once.
 
     A token gets the same bits beside others and alone, on any number of threads, with AVX-512 and without.
 
     Args:
         x: [..., columns], contiguous. All in one dtype of `DTYPES`.
         weight: [rows, columns], contiguous. bias: [rows].
-        narrow: do without AVX-512.
+        avx512: whether AVX-512 may be used.
 
     Returns:
         [..., rows].
+
+    Raises:
+        MemoryError: there is none for `x` in fp32.
     """
     rows, columns = weight.shape
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
-    job = _Linear(
+    job = LinearJob(
         weight.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(), None, out.data_ptr(),
-        rows, columns, x.numel() // columns, DTYPES[x.dtype], threads(), narrow,
+        rows, columns, x.numel() // columns, DTYPES[x.dtype], native.threads(), not avx512,
     )  # fmt: skip
-    if not library().hf_linear(ctypes.byref(job)):  # type: ignore[union-attr]
+    if not native.loaded().hf_linear(ctypes.byref(job)):  # type: ignore[union-attr]
         raise MemoryError(f"no memory for {x.numel()} numbers")
     return out
 
 
-def copy_rows(source: torch.Tensor, those: Ids, target: torch.Tensor, places: Ids) -> bool:
-    """`target[places] = source[those]`, of contiguous matrices as wide. Returns whether there is a `library()` to do it."""
-    compiled = library()
+def copy_rows(source: torch.Tensor, rows: Ids, target: torch.Tensor, places: Ids) -> bool:
+    """`target[places] = source[rows]`, of contiguous matrices as wide. Returns whether there is a `library()` to do it."""
+    compiled = native.library()
     if compiled is None:
         return False
-    there, here, size = addresses(source, those), addresses(target, places), source.shape[1] * source.element_size()
-    job = _Rows(there.ctypes.data, here.ctypes.data, len(there), size, threads() if len(there) * size >= _WORTH_COPYING else 1)
-    compiled.hf_copy(ctypes.byref(job))
+    from_, to, size = addresses(source, rows), addresses(target, places), source.shape[1] * source.element_size()
+    count = native.threads() if len(from_) * size >= _WORTH_COPYING else 1
+    compiled.hf_copy(ctypes.byref(CopyJob(from_.ctypes.data, to.ctypes.data, len(from_), size, count)))
     return True
 
 
@@ -211,7 +227,7 @@ def addresses(matrix: torch.Tensor, rows: Ids) -> Ids:
 
 
 class Product:
-    """A quantized matrix times tokens, each of them on its own. To be made only where there is a `library()`.
+    """A quantized matrix times tokens, each of them on its own.
 
     Args:
         codes: int8 [rows, columns], or uint8 [rows, columns / 2] with `zeros`.
@@ -219,22 +235,44 @@ class Product:
     """
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
-        self._keep, self._library = (codes, scales, zeros), library()
+        self._keep, self._library = (codes, scales, zeros), native.loaded()
         self._rows, columns, groups = len(codes), codes.shape[1], 1
         if zeros is not None:
             columns, groups = 2 * columns, scales.shape[1]
         self._columns, self._groups, self._room = columns, groups, 8 * groups + 2 * (columns + 15 & ~15)  # bytes a token
-        self._matrix = _Matrix(
+        self._job = ProductJob(
             codes=codes.data_ptr(), scales=scales.data_ptr(), zeros=None if zeros is None else zeros.data_ptr(),
             rows=self._rows, columns=columns, group=columns // groups, bits=8 if zeros is None else 4,
         )  # fmt: skip
 
-    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 [tokens, rows], from `x` float32 or bfloat16 [tokens, columns]; `plus` float32 [rows] is added."""
+    def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 [tokens, rows], from `x` float32 or bfloat16 [tokens, columns]; `shift` float32 [rows] is added."""
         out = torch.empty(x.shape[0], self._rows, dtype=torch.float32, device="cpu")
-        self._matrix.called = None
-        self._run(x, out, plus)
+        self._job.active = None
+        self._run(x, out, shift)
         return out
+
+    def active(
+        self,
+        x: torch.Tensor,
+        shift: torch.Tensor,
+        *,
+        shift_scale: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        first: Product | None = None,
+    ) -> torch.Tensor:
+        """Where the sums are not at or below zero, bool [tokens, rows].
+
+        Args:
+            x: float32 or bfloat16 [tokens, columns], or what `first` takes.
+            shift: float32 [rows], added to the sums; `shift_scale` float32 [tokens] is multiplied with it before.
+            bias: [rows], added after that.
+            first: another matrix, which `x` goes through before.
+        """
+        active = torch.empty(x.shape[0], self._rows, dtype=torch.bool, device="cpu")
+        self._job.active = active.data_ptr()
+        self._run(x, None, shift, shift_scale, bias, first)
+        return active
 
     def called(
         self,
@@ -245,46 +283,38 @@ class Product:
         bias: torch.Tensor | None = None,
         first: Product | None = None,
     ) -> torch.Tensor:
-        """Where the sums are not at or below zero, bool [tokens, rows].
-
-        Args:
-            x: float32 or bfloat16 [tokens, columns], or what `first` takes.
-            plus: float32 [rows], added to the sums; `times` float32 [tokens] says how often.
-            bias: [rows], added after that.
-            first: another matrix, which `x` goes through before.
-        """
-        called = torch.empty(x.shape[0], self._rows, dtype=torch.bool, device="cpu")
-        self._matrix.called = called.data_ptr()
-        self._run(x, None, plus, times, bias, first)
-        return called
+        """The old name of [`active`], which predictors/low_bit.py uses."""
+        return self.active(x, plus, shift_scale=times, bias=bias, first=first)
 
     def _run(
         self,
         x: torch.Tensor,
         out: torch.Tensor | None,
-        plus: torch.Tensor | None,
-        times: torch.Tensor | None = None,
+        shift: torch.Tensor | None,
+        shift_scale: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
         first: Product | None = None,
     ) -> None:
         assert self._library is not None
-        x, matrix, own = x.contiguous(), self._matrix, len(x) * self._room
-        room = torch.empty(own if first is None else own + len(x) * first._room, dtype=torch.uint8, device="cpu")
+        x, job, own_bytes = x.contiguous(), self._job, len(x) * self._room
+        room_bytes = own_bytes if first is None else own_bytes + len(x) * first._room
+        room = torch.empty(room_bytes, dtype=torch.uint8, device="cpu")
         if first is not None:
             between = torch.empty(len(x), first._rows, dtype=torch.float32, device="cpu")
-            first._set(x, between, room.data_ptr() + own)
+            first._set(x, between, room.data_ptr() + own_bytes)
             x = between
         self._set(x, out, room.data_ptr())
-        matrix.plus, matrix.times, matrix.bias = (None if part is None else part.data_ptr() for part in (plus, times, bias))
-        matrix.bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
-        matrix.first = None if first is None else ctypes.addressof(first._matrix)
-        matrix.threads = threads() if len(x) * self._rows * self._columns >= _SHARED else 1
-        self._library.hf_multiply(ctypes.byref(matrix))
+        added = (None if part is None else part.data_ptr() for part in (shift, shift_scale, bias))
+        job.shift, job.shift_scale, job.bias = added
+        job.bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
+        job.first = None if first is None else ctypes.addressof(first._job)
+        job.threads = native.threads() if len(x) * self._rows * self._columns >= _SHARED else 1
+        self._library.hf_multiply(ctypes.byref(job))
 
     def _set(self, x: torch.Tensor, out: torch.Tensor | None, room: int) -> None:
-        """Input, output, and the address of room for x in steps."""
-        matrix, tokens = self._matrix, len(x)
-        matrix.x, matrix.dtype, matrix.tokens = x.data_ptr(), DTYPES[x.dtype], tokens
-        matrix.out = None if out is None else out.data_ptr()
-        matrix.step, matrix.sums = room, room + 4 * tokens * self._groups
-        matrix.steps = room + 8 * tokens * self._groups
+        """Input, output, and the address of room for x as multiples of a step."""
+        job, tokens = self._job, len(x)
+        job.x, job.dtype, job.tokens = x.data_ptr(), DTYPES[x.dtype], tokens
+        job.out = None if out is None else out.data_ptr()
+        job.x_step, job.x_sum = room, room + 4 * tokens * self._groups
+        job.x_codes = room + 8 * tokens * self._groups

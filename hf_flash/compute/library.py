@@ -1,13 +1,14 @@
-"""The compiled part (_native.c), as far as there is one: `library()` is `None` without it, and callers take the torch way.
+"""The compiled part: the library that is loaded through ctypes, and the structures that it takes (native.h).
 
-It is a plain shared library beside this file, made at installation where there is a C compiler, and called through ctypes,
-which gives up the interpreter's lock during a call. It computes on torch's own threads.
+It is a plain shared library beside this file, made at installation where there is a C compiler. Calls give up the interpreter's
+lock, and compute on torch's own threads. kernels.py has the calls that compute, runtime/token_step.py the one that decodes a
+token, and reading/compiled_queue.py those that read.
 
-    TokenKernel      one token and the rows of some neurons, multiplied where they lie; what comes before that is runtime/token_step.py
-    TokensKernel     the same for tokens that each use neurons of their own
-    Product          a quantized matrix, to be multiplied with tokens
-    linear           a matrix that stays in memory times a few tokens
-    copy_rows        scattered rows to scattered places
+[`library`] is `None` where there is no compiled part, and then torch and Python do its work. Three things switch it off:
+
+    HF_FLASH_NATIVE=0     for a process and its children. Any other value is the path of another build of the library.
+    switched_off()        for what a process makes inside a `with` block
+    no compiler, another processor, an installation that does not fit: it is said once, with the reason
 """
 
 from __future__ import annotations
@@ -17,75 +18,89 @@ import errno
 import logging
 import os
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 import torch
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 10  # as in _native.c: to be raised with every change of what a function or a structure means
+ABI: Final = 11  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
-DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as numbered in native.h
 _SOFTLY: Final = 1  # omp_pause_soft: settings stay
 
 _pointer, _long, _int, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 
 
-class Job(ctypes.Structure):
-    """One token and some neurons; the fields are explained in _native.c."""
+# --- structures: their fields are explained in native.h
+
+
+class RowLayout(ctypes.Structure):
+    """Where the parts of a unit lie in a row of memory."""
+
+    _fields_ = tuple((name, _long) for name in ("row_bytes", "up_offset", "down_offset", "width"))
+
+
+class TokenJob(ctypes.Structure):
+    """One token and some neurons."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("x", "matrix", "bias", "rows", "ids", "which", "hidden", "out", "wide", "active")),
-        *((name, _long) for name in ("n", "d", "todo", "share")), ("step", _pointer), ("waited", _double),
-        *((name, _int) for name in ("dtype", "threads", "relu", "next", "settled")),
+        ("layout", RowLayout),
+        *((name, _pointer) for name in ("x", "matrix", "bias", "rows", "ids", "positions", "hidden", "out", "x_f32", "active")),
+        *((name, _long) for name in ("n", "todo", "share")), ("meanwhile", _pointer), ("waited_s", _double),
+        *((name, _int) for name in ("dtype", "threads", "relu", "next", "meanwhile_ended")),
     )  # fmt: skip
 
 
-class _Several(ctypes.Structure):
+class TokensJob(ctypes.Structure):
     """Several tokens and some neurons."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("x", "bias", "rows", "ids", "used", "hidden", "out", "place", "count", "packed")),
-        *((name, _long) for name in ("n", "d", "d_ff", "tokens", "share")),
-        *((name, _int) for name in ("dtype", "threads", "narrow", "pack", "next")),
-    )
-
-
-class _Matrix(ctypes.Structure):
-    """A quantized matrix and some tokens."""
-
-    _fields_ = (
-        *((name, _pointer) for name in ("codes", "scales", "zeros", "plus", "times", "bias", "x", "steps", "step", "sums")),
-        *((name, _pointer) for name in ("out", "called", "first")),
-        *((name, _long) for name in ("rows", "columns", "group", "tokens")),
-        *((name, _int) for name in ("bits", "dtype", "bias_dtype", "threads", "next", "done", "ready")),
+        ("layout", RowLayout),
+        *((name, _pointer) for name in ("x", "bias", "rows", "ids", "used", "hidden", "out", "row_of", "count", "packed")),
+        *((name, _long) for name in ("n", "d_ff", "tokens", "share")),
+        *((name, _int) for name in ("dtype", "threads", "no_avx512", "pack", "next")),
     )  # fmt: skip
 
 
-class _Linear(ctypes.Structure):
-    """A matrix in the dtype of compute and some tokens."""
+class ProductJob(ctypes.Structure):
+    """A quantized matrix and some tokens."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("weight", "bias", "x", "wide", "out")),
-        *((name, _long) for name in ("rows", "columns", "tokens")),
-        *((name, _int) for name in ("dtype", "threads", "narrow", "next")),
+        *((name, _pointer) for name in ("codes", "scales", "zeros", "shift", "shift_scale", "bias", "x")),
+        *((name, _pointer) for name in ("x_codes", "x_step", "x_sum", "out", "active", "first")),
+        *((name, _long) for name in ("rows", "columns", "group", "tokens")),
+        *((name, _int) for name in ("bits", "dtype", "bias_dtype", "threads", "next", "done", "x_ready")),
     )
 
 
-class _Rows(ctypes.Structure):
+class LinearJob(ctypes.Structure):
+    """A matrix in the dtype of compute and some tokens."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("weight", "bias", "x", "x_f32", "out")),
+        *((name, _long) for name in ("rows", "columns", "tokens")),
+        *((name, _int) for name in ("dtype", "threads", "no_avx512", "next")),
+    )
+
+
+class CopyJob(ctypes.Structure):
     """Rows of equal size to be copied."""
 
     _fields_ = (
         *((name, _pointer) for name in ("source", "target")),
-        *((name, _long) for name in ("n", "bytes")),
+        *((name, _long) for name in ("n", "row_bytes")),
         *((name, _int) for name in ("threads", "next")),
     )
 
 
 class File(ctypes.Structure):
-    """An open file as it was when it was opened; the fields are explained in _native_read.h."""
+    """An open file as it was when it was opened."""
 
     _fields_ = (
         *((name, _long) for name in ("size", "modified_s", "modified_ns", "changed_s", "changed_ns")),
@@ -94,7 +109,7 @@ class File(ctypes.Structure):
 
 
 class Order(ctypes.Structure):
-    """Reads of one file; the fields are explained in _native_read.h."""
+    """Reads of one file."""
 
     _fields_ = (
         *((name, _pointer) for name in ("offsets", "first", "pieces")),
@@ -103,32 +118,40 @@ class Order(ctypes.Structure):
 
 
 class Window(ctypes.Structure):
-    """The arrays and numbers of a window; the fields are explained in _native_step.h and runtime/window.py."""
+    """The arrays and numbers of runtime/window.py: ResidentWindow."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("slot_of", "pointer", "last_used", "unused", "worth")),
-        *((name, _long) for name in ("d_ff", "capacity", "window", "clock", "free")),
-        *((name, _double) for name in ("gain", "growth", "renew")),
+        *((name, _pointer) for name in ("slot_of", "neuron_in", "last_used", "free_slots", "score")),
+        *((name, _long) for name in ("d_ff", "capacity", "kept_tokens", "clock", "free")),
+        *((name, _double) for name in ("use_score", "growth", "rescale_beyond")),
     )
 
 
 class Step(ctypes.Structure):
-    """One token through one layer; the fields are explained in _native_step.h."""
+    """One token through one layer."""
 
     _fields_ = (
-        ("job", Job), ("window", Window),
-        *((name, _pointer) for name in ("reader", "file", "selected", "place", "ids", "rows", "there", "away", "pairs")),
-        *((name, _pointer) for name in ("offsets", "first", "parts")),
-        *((name, _long) for name in ("most", "reads", "offset", "bundle", "longest", "unit", "ticket", "failed")),
-        *((name, _long) for name in ("used", "missing", "nbytes", "chunks")), ("managed", _double),
+        ("job", TokenJob), ("window", Window),
+        *((name, _pointer) for name in ("reader", "file", "selected", "place_of", "ids", "rows", "resident_at", "missing_at")),
+        *((name, _pointer) for name in ("incoming", "offsets", "first", "pieces")),
+        *((name, _long) for name in ("max_used", "max_missing", "file_offset", "max_run", "block_bytes", "ticket", "failed")),
+        *((name, _long) for name in ("used", "missing", "read_bytes", "chunks")), ("managed_s", _double),
     )  # fmt: skip
 
 
-STRUCTURES: Final = (Job, _Several, _Matrix, _Linear, _Rows, File, Order, Window, Step)  # in the order of `hf_sizes`
+STRUCTURES: Final = (  # in the order of `hf_sizes`
+    RowLayout, TokenJob, TokensJob, ProductJob, LinearJob, CopyJob, File, Order, Window, Step,
+)  # fmt: skip
+
+
+Job = TokenJob  # the old name, which tests/property/test_read_queue.py uses
+
+
+# --- the library
 
 
 def load() -> ctypes.CDLL:
-    """The compiled part; `HF_FLASH_NATIVE` names another build of it, or switches it off with `0`.
+    """Find and check the compiled part.
 
     Raises:
         OSError, AttributeError: it is not there, does not fit this processor, or is not what this file was written for.
@@ -141,15 +164,32 @@ def load() -> ctypes.CDLL:
         raise OSError("this processor lacks AVX2, FMA or F16C")
     if (abi := found.hf_abi()) != ABI:
         raise OSError(f"it is of version {abi}, not {ABI}: install hf_flash again")
-    wanted, sizes = [ctypes.sizeof(kind) for kind in STRUCTURES], (ctypes.c_int64 * 64)()
+    wanted, sizes = [ctypes.sizeof(structure) for structure in STRUCTURES], (ctypes.c_int64 * 64)()
     if (found_sizes := sizes[: found.hf_sizes(sizes)]) != wanted:
         raise OSError(f"its structures take {found_sizes} bytes, not {wanted}: install hf_flash again")
     return found
 
 
+def _declare(found: ctypes.CDLL) -> None:
+    """Say what its functions take and return."""
+    found.hf_up.argtypes = found.hf_down.argtypes = [ctypes.POINTER(TokenJob)]
+    found.hf_several.argtypes = [ctypes.POINTER(TokensJob)]
+    found.hf_multiply.argtypes = [ctypes.POINTER(ProductJob)]
+    found.hf_linear.argtypes = [ctypes.POINTER(LinearJob)]
+    found.hf_copy.argtypes = [ctypes.POINTER(CopyJob)]
+    found.hf_step.argtypes = [ctypes.POINTER(Step)]
+    found.hf_reader_open.argtypes, found.hf_reader_open.restype = [_int, _int, _pointer], _pointer
+    found.hf_reader_has_ring.argtypes = found.hf_reader_close.argtypes = [_pointer]
+    found.hf_read_start.argtypes, found.hf_read_start.restype = [_pointer, _pointer, ctypes.POINTER(Order)], _long
+    found.hf_read_wait.argtypes, found.hf_read_settle.argtypes = [_pointer, _long], [_pointer, _int]
+
+
 @lru_cache
-def library() -> ctypes.CDLL | None:
-    """[`load`], made ready; `None` without it."""
+def loaded() -> ctypes.CDLL | None:
+    """[`load`], made ready; `None` without it. It does not ask whether the compiled part is switched off.
+
+    Ask [`library`] where it is decided who computes, and this for the calls that follow from the decision.
+    """
     try:
         found = load()
     except (OSError, AttributeError) as error:
@@ -163,23 +203,50 @@ def library() -> ctypes.CDLL | None:
     start, number = (getattr(everything, name, None) for name in ("GOMP_parallel", "omp_get_thread_num"))
     if start is not None and number is not None:  # torch's own OpenMP, which it loads for all to see
         found.hf_use_threads_of(start, number)
-    found.hf_up.argtypes = found.hf_down.argtypes = [ctypes.POINTER(Job)]
-    found.hf_several.argtypes = [ctypes.POINTER(_Several)]
-    found.hf_multiply.argtypes = [ctypes.POINTER(_Matrix)]
-    found.hf_linear.argtypes = [ctypes.POINTER(_Linear)]
-    found.hf_copy.argtypes = [ctypes.POINTER(_Rows)]
-    found.hf_step.argtypes = [ctypes.POINTER(Step)]
-    found.hf_reader_open.argtypes, found.hf_reader_open.restype = [_int, _int, _pointer], _pointer
-    found.hf_reader_has_ring.argtypes = found.hf_reader_close.argtypes = [_pointer]
-    found.hf_read_start.argtypes, found.hf_read_start.restype = [_pointer, _pointer, ctypes.POINTER(Order)], _long
-    found.hf_read_wait.argtypes, found.hf_read_settle.argtypes = [_pointer, _long], [_pointer, _int]
+    _declare(found)
     return found
+
+
+_off_lock = Lock()
+_times_off = 0  # how often `switched_off` was entered and not left
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled part; `None` where there is none, or it is switched off."""
+    return None if _times_off else loaded()
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Do without the compiled part inside the block, in all threads of this process.
+
+    What is made inside the block keeps to torch and Python: models, readers, predictors. What was made before goes on as it
+    was made; of its choices only those that are made anew for every call change. So load a model inside the block, and use it
+    there. Blocks may be nested, and entered by several threads: the compiled part is on again when all have left.
+
+    ```python
+    with switched_off():
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=FlashOffloadConfig())
+        model.generate(**inputs)
+    ```
+    """
+    global _times_off
+    with _off_lock:
+        _times_off += 1
+    try:
+        yield
+    finally:
+        with _off_lock:
+            _times_off -= 1
 
 
 def try_ring() -> int:
     """Whether this process may use io_uring: 0, or the number of the error that says why not."""
     compiled = library()
     return errno.ENOSYS if compiled is None else int(compiled.hf_try_ring())
+
+
+# --- threads
 
 
 def threads() -> int:

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_flash.errors import ConfigError
-from hf_flash.evaluation.compare import _install, _load, candidates
+from hf_flash.evaluation.candidates import candidates, install, load_for
 from hf_flash.runtime.model import close
 from hf_flash.store.layout import FlashStore
 
 
-class Harness:
-    """Tasks to run with one model after another.
+class TaskRunner:
+    """Runs the same tasks with one model after another.
 
     Args:
         tasks: names that lm-evaluation-harness knows, such as `"arc_easy"`.
@@ -69,7 +69,7 @@ def evaluate_tasks(
     """Run lm-evaluation-harness tasks with every predictor of a repacked model, and with the stock model beside it.
 
     Args:
-        tasks, limit, include_path: as in [`Harness`].
+        tasks, limit, include_path: as in [`TaskRunner`].
         stock: the plain checkpoint; unset: the dense figures are those of predictor "none", whose logits are the same.
 
     Returns:
@@ -77,15 +77,15 @@ def evaluate_tasks(
     """
     folder = Path(folder).resolve()
     store, tokenizer = FlashStore.open_folder(folder), AutoTokenizer.from_pretrained(folder)
-    harness = Harness(tasks, limit=limit, include_path=include_path)
+    runner = TaskRunner(tasks, limit=limit, include_path=include_path)
     results = {}
     if stock is not None:
-        results["stock"] = harness.run(AutoModelForCausalLM.from_pretrained(stock, dtype=dtype).eval(), tokenizer)
+        results["stock"] = runner.run(AutoModelForCausalLM.from_pretrained(stock, dtype=dtype).eval(), tokenizer)
     every = candidates(store)
-    model = _load(folder, store, every, memory_budget, dtype)
+    model = load_for(every, folder, store, memory_budget, dtype)
     for candidate in every:
-        _install(model, store, candidate)
-        results[candidate.name] = harness.run(model, tokenizer)
+        install(candidate, model, store)
+        results[candidate.name] = runner.run(model, tokenizer)
     close(model)
     return results
 

@@ -14,21 +14,20 @@ from typing import Any, Final
 
 import torch
 
+from hf_flash.base.files import read_json
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.report import describe as describe_bench
 from hf_flash.budget.divide import divide_memory, stored_report
 from hf_flash.budget.plan import MemoryPlan
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError
-from hf_flash.families.adapters import adapter_for
+from hf_flash.families import family_of
+from hf_flash.families.base import Shape
 from hf_flash.packing.checkpoint_folder import other_weights, repacked_config
 from hf_flash.packing.readme import body, merged
-from hf_flash.predictors.base import PredictorForm
-from hf_flash.predictors.choice import stored_form
-from hf_flash.predictors.lowrank import LowRankFormat
-from hf_flash.predictors.quantized import quantized_forms
+from hf_flash.predictors.choice import forms_in, stored_form
 from hf_flash.store.checkpoint import Checkpoint
-from hf_flash.store.layout import FlashStore, read_json
+from hf_flash.store.layout import FlashStore
 
 TAGS: Final = ("hf_flash", "flash-offload")
 _TASKS: Final = {  # ending of the architecture -> pipeline_tag; the class to load it with is named alike
@@ -61,13 +60,13 @@ def model_card(
     entries: dict[str, Any] = {"library_name": "transformers", "tags": list(TAGS)}
     entries |= {"base_model": base} if base else {}
     entries |= {"pipeline_tag": _TASKS[task]} if task else {}
-    plan, dtype = _plan(folder, store, config)
+    plan, dtype, shape = _plan(folder, store, config)
     budget = _some_budget(plan)
     parts = [
         *_origin(name, store, base),
         *_loading(name, task or "", budget),
-        *_memory(plan, dtype, store),
-        *_predictors(store, config),
+        *_memory(plan, dtype, shape, store),
+        *_predictors(store, config, shape),
         *_speed(name, budget, store, bench),
         *(["", "The card of the source follows."] if body(before).strip() else []),
     ]
@@ -118,9 +117,9 @@ def _some_budget(plan: MemoryPlan) -> str:
     return f"{-(-size // 2**30)}GiB" if size > 3 * 2**30 else f"{-(-size // 2**20)}MiB"
 
 
-def _memory(plan: MemoryPlan, dtype: torch.dtype, store: FlashStore) -> Iterator[str]:
+def _memory(plan: MemoryPlan, dtype: torch.dtype, shape: Shape, store: FlashStore) -> Iterator[str]:
     name = str(dtype).removeprefix("torch.")
-    token = 2 * plan.layers * store.layers[0].d_model * dtype.itemsize
+    token = shape.kv_bytes(dtype.itemsize)
     yield from ("", f"## Memory, in {name}", "", "| | |", "|---|---|")
     yield f"| embeddings, attention, norms, biases | {format_bytes(plan.resident_bytes)} |"
     yield f"| predictor | {format_bytes(plan.predictor_bytes)} |"
@@ -135,40 +134,38 @@ def _memory(plan: MemoryPlan, dtype: torch.dtype, store: FlashStore) -> Iterator
     )
 
 
-def _plan(folder: Path, store: FlashStore, config: dict[str, Any]) -> tuple[MemoryPlan, torch.dtype]:
+def _plan(folder: Path, store: FlashStore, config: dict[str, Any]) -> tuple[MemoryPlan, torch.dtype, Shape]:
     """What must stay in DRAM, and the dtype it is counted in: that of the config."""
     first = store.layers[0]
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or ""), first.dtype)
     wish = FlashOffloadConfig.from_dict(dict(config["quantization_config"]))
-    form = stored_form(wish, adapter_for(config), config, store)
+    family = family_of(config)
+    form = stored_form(wish, family, config, store)
     specs = other_weights(Checkpoint.open_folder(folder), store)
     if config.get("tie_word_embeddings", True):
         specs.pop("lm_head.weight", None)
     resident = sum(
         torch.Size(shape).numel() * (dtype if kind.is_floating_point else kind).itemsize for kind, shape in specs.values()
     )
-    dims = len(store.layers), first.d_ff, first.d_model
-    plan = divide_memory(1 << 59, resident, form, dims, dtype, first.dtype, reader="auto", io_threads=16, demand=None)
-    return plan, dtype
+    shape, reading = family.shape(config), {"reader": "auto", "io_threads": 16}
+    plan = divide_memory(1 << 59, resident, form, shape, first.unit, dtype, demand=None, **reading)  # type: ignore[arg-type]
+    return plan, dtype, shape
 
 
-def _predictors(store: FlashStore, config: dict[str, Any]) -> Iterator[str]:
+def _predictors(store: FlashStore, config: dict[str, Any], shape: Shape) -> Iterator[str]:
     report, stored = stored_report(store), config["quantization_config"].get("predictor")
-    lowrank = LowRankFormat.of(store)
-    forms: list[PredictorForm] = [*quantized_forms(store), *([lowrank] if lowrank else [])]
+    forms = forms_in(store)
     yield from ("", "## Predictors", "")
     if not forms:
         yield "None is stored: every neuron is read for every token."
         return
     yield "| | on disk | in memory | active neurons found | named for one that is active |"
     yield "|---|---|---|---|---|"
-    first = store.layers[0]
     for form in forms:
-        kind = "lowrank" if form is lowrank else "quantized"
-        about = f"`{kind}`, {form.variant}" if lowrank is None or form is not lowrank else _ranks(lowrank)
+        about = f"`{form.kind}`, {form.detail}"
         size = format_bytes(store.predictors[form.variant].stat().st_size)
-        held = format_bytes(form.dram_bytes(len(store.layers), first.d_ff, first.d_model))
-        cells = (about + (", the default" if kind == stored else ""), size, held, *_measured(report, form.variant))
+        held = format_bytes(form.dram_bytes(shape))
+        cells = (about + (", the default" if form.kind == stored else ""), size, held, *_measured(report, form.variant))
         yield f"| {' | '.join(cells)} |"
     yield ""
     if report is None:
@@ -181,11 +178,6 @@ def _predictors(store: FlashStore, config: dict[str, Any]) -> Iterator[str]:
         f"{targets['recall']:.0%} of the active neurons and name at most {targets['extra']:.0%} of the others: "
         f"{'reached' if report['reached'] else 'not reached'} in every layer."
     )
-
-
-def _ranks(form: LowRankFormat) -> str:
-    low, high = min(form.ranks), max(form.ranks)
-    return f"`lowrank`, rank {low}" + (f" to {high}" if high > low else "")
 
 
 def _measured(report: dict[str, Any] | None, variant: str) -> tuple[str, str]:

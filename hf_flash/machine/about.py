@@ -1,4 +1,4 @@
-"""What this machine is: processor, usable cores, mounted file systems."""
+"""What this machine is: its processor, its usable cores, its mounted file systems."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_flash.machine.cgroup import ROOT, cores
 
 
 def cpu_name() -> str:
-    """The processor's, as far as the system tells."""
+    """Return the name of the processor, or of its architecture where the system tells no more."""
     try:
         rows = Path("/proc/cpuinfo").read_text().splitlines()
         return next(row.partition(":")[2].strip() for row in rows if row.startswith("model name"))
@@ -22,12 +22,20 @@ def cpu_name() -> str:
 
 
 def mount_of(folder: Path) -> Any:
-    """The mounted file system that a folder lies on, with `device`, `fstype` and `mountpoint`; `None` if it is not found."""
+    """Find the mounted file system that a folder lies on.
+
+    Returns:
+        psutil's row with `device`, `fstype` and `mountpoint`; `None` if none is found.
+    """
     mounts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
     return max(mounts, key=lambda part: len(part.mountpoint), default=None)
 
 
 def usable_cores(root: Path = ROOT) -> int:
-    """Cores that this process may use: those it is tied to, by its affinity or a cpuset, or less where a quota says so."""
+    """Count the cores that this process may use: those of its affinity, which a cpuset narrows too, or fewer under a quota.
+
+    Args:
+        root: of the file system with the cgroups' files; another one for tests.
+    """
     tied = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(tied, cores(root) or tied)

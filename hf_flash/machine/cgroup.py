@@ -1,10 +1,11 @@
-"""What the cgroups of this process allow it: memory and cores. Versions 1 and 2, and both at once.
+"""What the cgroups of this process allow it: memory and cores. Version 1, version 2, and both at once.
 
-`/proc/self/cgroup` names the group of this process in every hierarchy. `/proc/self/mountinfo` says where one is mounted, and
-which group the mount begins at: in a container that is often the container's own. A limit of any group between the two
-holds for this process. What cannot be found or read limits nothing, and no text in these files is an error.
+This is the only module that parses files of cgroups. `/proc/self/cgroup` names the group of this process in every hierarchy.
+`/proc/self/mountinfo` says where a hierarchy is mounted, and at which group the mount begins: in a container that is often the
+container's own. The limits of this group, of our own and of all between them hold for this process. A file that is missing
+or cannot be read sets no limit, and no text in these files is an error.
 
-Every function takes the `root` of a file system, so that it can be tried on a made-up tree.
+Every function takes the `root` of a file system, so that tests can use a made-up tree.
 """
 
 from __future__ import annotations
@@ -63,16 +64,16 @@ class Group:
     version: int
 
     def text(self, name: str) -> str:
-        """A file of the group; nothing where there is none, or it cannot be read."""
+        """Read a file of the group. Returns an empty text where there is none, or it cannot be read."""
         return _text(self.folder / name)
 
     def number(self, name: str) -> int | None:
-        """A file that holds one number; `None` for anything else, as "max" is."""
+        """Read a file that holds one number. Returns `None` for anything else, such as "max"."""
         return _number(self.text(name).strip())
 
 
 def groups(controller: str, root: Path = ROOT) -> list[Group]:
-    """The groups that `controller` may limit this process by: its own, then those above it."""
+    """Find the groups through which `controller` may limit this process: its own first, then those above it."""
     found: list[Group] = []
     for version, name in _memberships(controller, root):
         chains = [_chain(mount, begin, name, version) for mount, begin in _mounts(controller, version, root)]
@@ -82,7 +83,7 @@ def groups(controller: str, root: Path = ROOT) -> list[Group]:
 
 
 def memory_left(root: Path = ROOT) -> Iterator[int]:
-    """The bytes that each memory group above this process lets it take; below zero where a group is over its limit.
+    """Yield the bytes that each limited memory group still lets this process take; below zero where a group is over its limit.
 
     Page cache counts as free: the kernel takes it back before it refuses memory, whether it was read once or often.
     """
@@ -98,7 +99,7 @@ def memory_left(root: Path = ROOT) -> Iterator[int]:
 
 
 def memory_peak(root: Path = ROOT) -> int | None:
-    """The most bytes that the group of this process held, page cache included; `None` where no kernel tells."""
+    """Return the most bytes that the group of this process ever held, page cache included; `None` where no kernel tells."""
     for version, names in _MEMORY.items():
         own = next((group for group in groups("memory", root) if group.version == version), None)
         if own and (peak := own.number(names.peak)) is not None:
@@ -107,7 +108,7 @@ def memory_peak(root: Path = ROOT) -> int | None:
 
 
 def cores(root: Path = ROOT) -> int | None:
-    """Cores' worth of time that the groups of this process leave it, rounded up; `None` without a limit."""
+    """Count the cores' worth of time that the quotas of this process's groups leave it, rounded up; `None` without a quota."""
     found = []
     for group in groups("cpu", root):
         match [_number(word) for name in _CPU[group.version] for word in group.text(name).split()]:
@@ -123,7 +124,7 @@ def _reclaimable(group: Group, names: _Names) -> int:
 
 
 def _memberships(controller: str, root: Path) -> Iterator[tuple[int, str]]:
-    """The version of a hierarchy that may have `controller`, and the name of our group in it."""
+    """Yield the version of each hierarchy that may have `controller`, and the name of our group in it."""
     for row in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = row.partition(":")
         controllers, colon, name = rest.partition(":")
@@ -134,7 +135,7 @@ def _memberships(controller: str, root: Path) -> Iterator[tuple[int, str]]:
 
 
 def _mounts(controller: str, version: int, root: Path) -> Iterator[tuple[Path, str]]:
-    """Where a hierarchy is mounted, and the name of the group that the mount begins at."""
+    """Yield the folders where a hierarchy is mounted, each with the name of the group at which the mount begins."""
     for row in _text(root / "proc/self/mountinfo").splitlines():
         place, _, source = row.partition(" - ")
         match place.split(" "), source.split(" "):
@@ -144,18 +145,18 @@ def _mounts(controller: str, version: int, root: Path) -> Iterator[tuple[Path, s
 
 
 def _chain(mount: Path, begin: str, name: str, version: int) -> list[Group]:
-    """The groups from `name` up to a mount, without those that it does not show: a removed one, those of the host."""
+    """List the groups from `name` up to a mount, without those that it does not show: removed ones, those of the host."""
     begin = begin.rstrip("/")
     below = name[len(begin) :].strip("/") if (name + "/").startswith(begin + "/") else ""
     parts = below.split("/") if below else []
-    if ".." in parts:  # outside of the namespace that we see
+    if ".." in parts:  # the group is outside of our cgroup namespace
         parts = []
     folders = (mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1))
     return [Group(folder, version) for folder in folders if os.path.isdir(folder)]  # `is_dir` may raise
 
 
 def _plain(field: str) -> str:
-    r"""A field of mountinfo, in which blanks and backslashes are written as `\040` and the like."""
+    r"""Decode a field of mountinfo: blanks and backslashes are written there as `\040` and the like."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 

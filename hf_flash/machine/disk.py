@@ -1,10 +1,10 @@
-"""What the machine can deliver: the disk's curve over read size and depth, and the bandwidth of DRAM.
+"""What the disk can deliver: its curve over the size of a read and the number of reads at a time.
 
-A disk has no single speed. Small random reads are bound by its latency, many of them in parallel by its queue, long ones by
-its bus, so [`disk_curve`] measures a grid: random reads of 4 KiB to 1 MiB, 1 to 32 at a time, and one sequential pass. Reads go
-past the page cache (O_DIRECT) and take the offsets of real model files, so that the figures are those a model gets. Disks of
-virtual machines are metered: a point stops after a fraction of a second or a bounded volume, whichever comes first. With
-Python threads, a fast disk shows the cost of issuing a read as much as its own: the figures are what this program can reach.
+A disk has no single speed. Its latency bounds small random reads, its queue bounds many of them in parallel, and its bus bounds
+long ones. So [`disk_curve`] measures a grid: random reads of 4 KiB to 1 MiB, 1 to 32 at a time, and one sequential pass. Reads
+go past the page cache (O_DIRECT), at offsets in real model files, so a model gets what is measured. Disks of virtual machines
+are metered: a point ends after a fraction of a second or a bounded volume, whichever comes first. Python threads issue the
+reads, and on a fast disk that costs as much as the read: the figures are what this program can reach.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Final
 
 import numpy as np
 
-from hf_flash.base.buffers import anonymous
+from hf_flash.base.buffers import allocate_pages
 from hf_flash.errors import StoreReadError
 
 SIZES: Final = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
@@ -48,7 +48,7 @@ class DiskPoint:
 
     @property
     def latency_us(self) -> float:
-        """Mean time from asking to having."""
+        """Return the mean time that one read takes."""
         return 1e6 * self.seconds * self.depth * self.size / self.nbytes
 
 
@@ -96,7 +96,7 @@ def disk_curve(
 
 
 def _largest_files(path: Path) -> list[tuple[Path, int]]:
-    """Files to read from with their sizes, the largest first."""
+    """List the files to read from, each with its size, the largest first."""
     paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     found = sorted(((item, item.stat().st_size) for item in paths), key=lambda item: -item[1])
     if not found:
@@ -106,7 +106,7 @@ def _largest_files(path: Path) -> list[tuple[Path, int]]:
 
 @contextmanager
 def _opened(files: list[tuple[Path, int]]) -> Iterator[tuple[list[tuple[int, int]], bool]]:
-    """Descriptors with sizes, and whether they are direct; buffered ones are dropped from the page cache."""
+    """Open files and yield (descriptor, size) pairs, and whether reads are direct. Else the files' page cache is dropped."""
     fds: list[tuple[int, int]] = []
     direct = hasattr(os, "O_DIRECT") and _takes_direct(files[0][0])
     try:
@@ -126,7 +126,7 @@ def _takes_direct(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return os.preadv(fd, [memoryview(anonymous(_ALIGN))], 0) > 0
+        return os.preadv(fd, [memoryview(allocate_pages(_ALIGN))], 0) > 0
     except OSError:
         return False
     finally:
@@ -134,7 +134,7 @@ def _takes_direct(path: Path) -> bool:
 
 
 def _random_reads(files: list[tuple[int, int]], size: int, count: int, generator: np.random.Generator) -> list[tuple[int, int]]:
-    """(descriptor, offset) pairs, offsets on 4 KiB, every file as often as its share of the bytes."""
+    """Draw (descriptor, offset) pairs: offsets are multiples of 4 KiB, and every file comes up by its share of the bytes."""
     usable = [(fd, (length - size) // _ALIGN + 1) for fd, length in files if length >= size]
     if not usable:
         return []
@@ -146,9 +146,9 @@ def _random_reads(files: list[tuple[int, int]], size: int, count: int, generator
 
 
 def _measure(pattern: str, direct: bool, reads: list[tuple[int, int]], size: int, depth: int, max_seconds: float) -> DiskPoint:
-    """Threads that share a list of reads until it or the time is over."""
+    """Measure one point: `depth` threads share a list of reads until it or the time is over."""
     lanes = min(depth, len(reads))
-    buffers, done, failed = [anonymous(size) for _ in range(lanes)], [0] * lanes, list[OSError]()
+    buffers, done, failed = [allocate_pages(size) for _ in range(lanes)], [0] * lanes, list[OSError]()
     barrier = threading.Barrier(lanes + 1)
 
     def work(lane: int, buffer: mmap.mmap) -> None:
@@ -177,7 +177,7 @@ def _measure(pattern: str, direct: bool, reads: list[tuple[int, int]], size: int
 
 
 def mean_curve(curves: Iterable[Iterable[DiskPoint]]) -> list[DiskPoint]:
-    """Curves of one disk, measured at different times, as one: what was read in all of them, in all their time."""
+    """Join curves of one disk that were measured at different times: all bytes over all seconds, point by point."""
     found: dict[tuple[str, int, int], DiskPoint] = {}
     for point in itertools.chain.from_iterable(curves):
         key = point.pattern, point.size, point.depth
@@ -189,7 +189,7 @@ def mean_curve(curves: Iterable[Iterable[DiskPoint]]) -> list[DiskPoint]:
 
 
 def rate_at(points: Iterable[DiskPoint], size: float, depth: float | None = None) -> float:
-    """GB/s of random reads between the points of a curve, on logarithmic scales; beyond its ends, what they have.
+    """Interpolate GB/s of random reads between the points of a curve, on logarithmic scales. Beyond an end, its value holds.
 
     Args:
         points: from [`disk_curve`].

@@ -1,4 +1,4 @@
-"""Memory that this process may still take, on this machine or in its cgroup."""
+"""How much memory this process may still take, by the machine and by its cgroups."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from hf_flash.machine.cgroup import memory_left
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: the machine's free memory, or less where a cgroup says so."""
+    """Return the bytes that this process may still take: the machine's free memory, or less where a cgroup leaves less."""
     return max(0, min([int(psutil.virtual_memory().available), *memory_left()]))

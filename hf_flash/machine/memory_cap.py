@@ -1,9 +1,9 @@
-"""A ceiling on the memory of a child process, by whatever this system lets us use.
+"""A ceiling on the memory of a child process, by whatever means this system offers.
 
-Tried in turn: a cgroup v2 below one that we may write to and that hands the memory controller down, nearest first; a cgroup v1,
-nearest first, so that the limits on this process hold for the child, too; `systemd-run --user --scope`, which needs no rights.
-A way counts only if a trial process really ran in it. Swapping is switched off inside, or else the ceiling would be none. The
-page cache of the child counts; the kernel takes it back when it needs to.
+These are tried in turn: a cgroup v2 below one that we may write to and that hands the memory controller down; a cgroup v1;
+`systemd-run --user --scope`, which needs no rights. The group nearest to this process comes first, so that the limits on this
+process hold for the child too. A means is taken only if a trial process ran in it. Swapping is switched off inside, since the
+child could otherwise exceed the ceiling. The page cache of the child counts; the kernel takes it back when it needs memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SWAP: Final[dict[int, tuple[str, ...]]] = {1: (), 2: ("memory.swap.max",)}
 
 @dataclass(frozen=True)
 class MemoryCap:
-    """A way to start processes under a ceiling of `nbytes`; `label` says which, or [`NO_CAP`]."""
+    """How to start processes under a ceiling of `nbytes`; `label` names the means, or is [`NO_CAP`]."""
 
     label: str = NO_CAP
     nbytes: int | None = None
@@ -36,11 +36,11 @@ class MemoryCap:
     folder: Path | None = None  # of our own cgroup
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """The command that runs `arguments` under the cap; same process id, same standard streams."""
+        """Return the command that runs `arguments` under the cap, with the same process id and standard streams."""
         return [*self.prefix, *arguments]
 
     def remove(self) -> None:
-        """Take our cgroup away. Its processes must have ended; the kernel may need a moment to notice."""
+        """Remove our cgroup. Its processes must have ended; the kernel may need a moment to notice."""
         for _ in range(50 if self.folder is not None and self.folder.exists() else 0):
             try:
                 self.folder.rmdir()  # type: ignore[union-attr]
@@ -51,12 +51,12 @@ class MemoryCap:
 
 @contextmanager
 def memory_cap(nbytes: int | None) -> Iterator[MemoryCap]:
-    """The first way that works, or none; its cgroup is fresh, and removed afterwards.
+    """Yield the first cap that works, or none. Its cgroup is new, and removed after the block.
 
     Args:
         nbytes: the ceiling; `None` asks for no cap.
     """
-    for cap in _ways(nbytes) if nbytes is not None else ():
+    for cap in _candidates(nbytes) if nbytes is not None else ():
         try:
             if _works(cap):
                 yield cap
@@ -73,7 +73,7 @@ def _works(cap: MemoryCap) -> bool:
     return False
 
 
-def _ways(nbytes: int) -> Iterator[MemoryCap]:
+def _candidates(nbytes: int) -> Iterator[MemoryCap]:
     name = f"hf-flash-{os.getpid()}-{time.monotonic_ns()}"
     for parent in sorted(cgroup.groups("memory", _ROOT), key=lambda group: -group.version):
         if parent.version == 1 or "memory" in parent.text("cgroup.subtree_control").split():
@@ -85,7 +85,7 @@ def _ways(nbytes: int) -> Iterator[MemoryCap]:
 
 
 def _cgroup(label: str, folder: Path, limits: dict[str, int], nbytes: int) -> Iterator[MemoryCap]:
-    """A cgroup of our own, if it can be made and takes the first of the limits; the others are about swap."""
+    """Yield a cgroup of our own, if it can be made and takes the first of the limits; the others are about swap."""
     (first, ceiling), *others = limits.items()
     try:
         if not (folder.parent / "cgroup.procs").exists():

@@ -18,51 +18,49 @@ from hf_flash.errors import (
     HfFlashError,
     StoreFormatError,
 )
-from hf_flash.families.adapters import Adapter, FFNNames
+from hf_flash.families.base import Family, LayerNames
 from hf_flash.predictors.quantized import QuantizedFormat, write_quantized
 from hf_flash.store.checkpoint import Checkpoint
-from hf_flash.store.layout import LAYER_FILE, PREDICTOR_FILE, FlashStore
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.names import LAYER_FILE, PREDICTOR_FILE
 from hf_flash.store.safetensors_files import nbytes_of, read_header
-from hf_flash.store.writer import layer_spec, write_layer
+from hf_flash.store.unit import ROW
+from hf_flash.store.writer import plain_unit, write_layer
 
 
 def build_store(
-    folder: Path, checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat | None, *, rest: bool
+    folder: Path, checkpoint: Checkpoint, family: Family, form: QuantizedFormat | None, *, rest: bool
 ) -> FlashStore:
     """Write the layer files and the predictor into `folder`, passing over what is there already and complete.
 
     Args:
         rest: whether room for the other tensors is needed in `folder` too.
     """
-    names, origin = adapter.names(checkpoint.specs), checkpoint.origin()
+    names, origin = family.names(checkpoint.specs), checkpoint.origin()
     todo = _forget_strangers(folder, names, origin, form)
-    shapes = {layer_spec(checkpoint.specs[n.up], checkpoint.specs[n.down], n.up, n.down) for n in names}
-    if len(shapes) > 1:
-        raise StoreFormatError("FFN layers of different dtypes or shapes", where=origin["source"], got=sorted(map(str, shapes)))
-    ((_, d_ff, d_model),) = shapes
-    ffn = {name for layer in names for name in (layer.up, layer.down)}
-    total = sum(nbytes_of(checkpoint.specs[n]) for layer in todo for n in (layer.up, layer.down))
-    needed = total + len(names) * _predictor_bytes(form, d_ff, d_model)
+    units = {plain_unit(family.parts, [checkpoint.specs[name] for name in n.matrices], n.matrices) for n in names}
+    if len(units) > 1:
+        raise StoreFormatError("FFN layers of different dtypes or shapes", where=origin["source"], got=sorted(map(str, units)))
+    ((unit, d_ff),) = units
+    ffn = {name for layer in names for name in layer.matrices}
+    total = len(todo) * d_ff * unit.row_bytes
+    needed = total + len(names) * _predictor_bytes(form, d_ff, unit.width)
     check_room(folder, needed + sum(nbytes_of(s) for n, s in checkpoint.specs.items() if rest and n not in ffn))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", delay=1) as bar:
         for layer in todo:
-            up, down = checkpoint.rows(layer.up), checkpoint.in_memory(layer.down)
-            write_layer(
-                path := folder / LAYER_FILE.format(layer.index),
-                layer.index,
-                len(names),
-                layer.bundles,
-                (layer.up, layer.down),
-                up,
-                down,
-                origin,
-            )
-            bar.update(up.nbytes + down.nbytes)
+            path = folder / LAYER_FILE.format(layer.index)
+            matrices = [
+                checkpoint.rows(name) if part.stored == ROW else checkpoint.in_memory(name)
+                for part, name in zip(family.parts, layer.matrices, strict=True)
+            ]
+            write_layer(path, layer.index, len(names), layer.bundles, family.parts, layer.matrices, matrices, origin)
+            bar.update(d_ff * unit.row_bytes)
             try:
                 checkpoint.check_unchanged()
             except HfFlashError:
                 path.unlink()  # the next run might take it over
                 raise
+            del matrices
             trim_heap()
     return add_predictor(folder, form)
 
@@ -89,8 +87,8 @@ def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
 
 
 def _forget_strangers(
-    folder: Path, names: list[FFNNames], origin: Mapping[str, str], form: QuantizedFormat | None
-) -> list[FFNNames]:
+    folder: Path, names: list[LayerNames], origin: Mapping[str, str], form: QuantizedFormat | None
+) -> list[LayerNames]:
     """Remove what an earlier run left in `folder` and this one will not take over. Returns the layers still to do."""
     done = {LAYER_FILE.format(layer.index): layer for layer in names}
     predictor = PREDICTOR_FILE.format(form.variant) if form else ""

@@ -14,12 +14,13 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from hf_flash.base.files import link as link_inside
-from hf_flash.base.files import write_json, writing
+from hf_flash.base.files import listed_files, read_json, write_json, writing
 from hf_flash.errors import (
     StoreFormatError,
 )
 from hf_flash.store.checkpoint import Checkpoint
-from hf_flash.store.layout import HEADERS, INDEX_NAME, NOTICE, FlashStore, listed_files, read_json
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.names import HEADERS, INDEX_NAME, NOTICE
 from hf_flash.store.safetensors_files import TensorSpec, header_digest, nbytes_of, read_header
 from hf_flash.store.writer import rest_metadata, write_safetensors
 
@@ -46,10 +47,8 @@ def _finish_folder(
     rest |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in changed.items()}
     tombstones: dict[str, TensorSpec] = {}
     for layer in store.layers:
-        tombstones |= {
-            layer.up_name: (layer.dtype, (0, layer.d_model)),
-            layer.down_name: (layer.dtype, (layer.d_model, 0)),
-        }
+        shapes = (part.plain_shape(0, layer.d_model) for part in layer.unit.parts)
+        tombstones |= {name: (layer.dtype, shape) for name, shape in zip(layer.names, shapes, strict=True)}
     tombstones[NOTICE] = (store.layers[0].dtype, (0,))
     _write_index(folder, store, _write_rest(folder, tombstones | rest, checkpoint, changed), {})
     write_json(folder / "config.json", config)

@@ -40,7 +40,7 @@ from hf_flash.errors import (
     StoreMissingError,
     UsageError,
 )
-from hf_flash.families.adapters import Adapter
+from hf_flash.families.base import Family
 from hf_flash.packing.bundling import add_predictor, build_store
 from hf_flash.packing.repacking import logger
 from hf_flash.predictors.quantized import QuantizedFormat
@@ -173,7 +173,7 @@ def cache_folder(cache_dir: str | None) -> Path:
         raise ConfigError("there is no place for the flash cache", where=folder, got=error, hint=hint) from error
 
 
-def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat | None, cache_dir: str | None) -> FlashStore:
+def cached_store(checkpoint: Checkpoint, family: Family, form: QuantizedFormat | None, cache_dir: str | None) -> FlashStore:
     """The bundles and predictor of a plain checkpoint, made once per source, revision and format.
 
     Several processes may ask at once: one works, the others wait for it.
@@ -198,7 +198,7 @@ def cached_store(checkpoint: Checkpoint, adapter: Adapter, form: QuantizedFormat
                 shutil.rmtree(put_aside(target), ignore_errors=True)
         logger.info("hf_flash: repacking the FFN of %s into %s, once", origin["source"], target)
         with partial_folder(target, checkpoint.identity(origin["fingerprint"])) as partial:
-            build_store(partial, checkpoint, adapter, form, rest=False)
+            build_store(partial, checkpoint, family, form, rest=False)
             checkpoint.check_unchanged()
         return FlashStore.open_folder(target)
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.utils import tqdm
 
-from hf_flash.base.files import write_json
+from hf_flash.base.files import read_json, write_json
 from hf_flash.base.folders import (
     check_target,
     copy_small_files,
@@ -34,7 +34,7 @@ from hf_flash.errors import (
     ConfigError,
     UnsupportedModelError,
 )
-from hf_flash.families.adapters import adapter_for
+from hf_flash.families import family_of
 from hf_flash.packing import source_cache as hub_cache
 from hf_flash.packing.bundling import build_store
 from hf_flash.packing.checkpoint_folder import (
@@ -46,7 +46,8 @@ from hf_flash.packing.checkpoint_folder import (
 from hf_flash.packing.readme import without_ours
 from hf_flash.predictors.choice import fresh_form, stored_choice
 from hf_flash.store.checkpoint import Checkpoint, find_snapshot, resolve_folder
-from hf_flash.store.layout import INDEX_NAME, FlashStore, read_json
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.names import INDEX_NAME
 from hf_flash.store.safetensors_files import TensorSpec, nbytes_of
 from hf_flash.store.writer import unbundle, write_safetensors
 
@@ -106,13 +107,13 @@ def repack(
             got=_method(config),
             hint="repack the plain checkpoint",
         )
-    adapter = adapter_for(config)
-    form = fresh_form(wish, adapter, config)
+    family = family_of(config)
+    form = fresh_form(wish, family, config)
     if (found := find_snapshot(folder)) and not local:
         folder = resolve_folder(source, revision=found.commit, **hub)  # the commit that config.json is from
     checkpoint = Checkpoint.open_folder(folder)
     with locked(target), partial_folder(target, checkpoint.identity(checkpoint.origin()["fingerprint"])) as partial:
-        store = build_store(partial, checkpoint, adapter, form, rest=True)
+        store = build_store(partial, checkpoint, family, form, rest=True)
         wish.remember(**stored_choice(form))
         config["quantization_config"] = wish.to_dict()
         _finish_folder(partial, checkpoint, store, config, {})
@@ -151,10 +152,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     checkpoint = Checkpoint.open_folder(folder)
     ffn: dict[str, TensorSpec] = {}
     for layer in store.layers:
-        ffn |= {
-            layer.up_name: (layer.dtype, (layer.d_ff, layer.d_model)),
-            layer.down_name: (layer.dtype, (layer.d_model, layer.d_ff)),
-        }
+        ffn |= layer.plain_specs
     rest = other_weights(checkpoint, store)
     config = repacked_config(folder)
     del config["quantization_config"]

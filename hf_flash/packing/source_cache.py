@@ -52,11 +52,11 @@ def delete_source(source: Checkpoint, target: Path) -> int:
 def _compare(source: Checkpoint, target: Path) -> None:
     """Read both, a tensor at a time."""
     store, packed = FlashStore.open_folder(target), Checkpoint.open_folder(target)
-    layers = {layer.up_name: layer for layer in store.layers}
+    layers = {layer.names[0]: layer for layer in store.layers}
     names = [name for name in source.specs if name not in store.ffn_names]
     for name in tqdm([*layers, *names], desc="Comparing with the source", unit="tensor", delay=1):
         if name in layers:
-            found = dict(zip((layers[name].up_name, layers[name].down_name), unbundle(layers[name]), strict=True))
+            found = dict(zip(layers[name].names, unbundle(layers[name]), strict=True))
         else:
             found = {name: packed.tensor(name)} if name in packed.specs else {}
         for wanted in list(found) or [name]:

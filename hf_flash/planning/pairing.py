@@ -20,7 +20,8 @@ import numpy as np
 from hf_flash.base.sizes import format_bytes, parse_share
 from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.errors import BudgetError, ConfigError
-from hf_flash.planning.planner import Plan, needs, plan
+from hf_flash.planning.planner import needs, plan
+from hf_flash.planning.report import Plan
 
 DRAFT_TOKENS: Final = 4  # the paper's lambda
 _OPENING: Final = ("dtype", "token", "cache_dir", "local_files_only")  # options that say how both models are found
@@ -51,10 +52,10 @@ class Pair:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        own = {name: getattr(self, name) for name in (
+        figures = {name: getattr(self, name) for name in (
             "target_bytes", "assistant_bytes", "draft_tokens", "draft_token_ms", "call_ms", "round_ms", "worth_from",
         )}  # fmt: skip
-        return own | {"target": self.target.to_dict(), "assistant": self.assistant.to_dict()}
+        return figures | {"target": self.target.to_dict(), "assistant": self.assistant.to_dict()}
 
     def describe(self) -> str:
         """What people read."""

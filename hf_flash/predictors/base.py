@@ -12,41 +12,81 @@ A *form* is what is known of a predictor before it is loaded: its name in the st
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from hf_flash.base.files import StoredFile, exists
 from hf_flash.errors import StoreFormatError, StoreMissingError
-from hf_flash.store.layout import FlashStore, LayerStore
+from hf_flash.families.base import Shape
+from hf_flash.store.layer_file import LayerStore
+from hf_flash.store.layout import FlashStore
 from hf_flash.store.safetensors_files import TensorSpec, read_header, read_tensor
 
 
-class Predictor(Protocol):
-    """Names the neurons each token uses."""
+class Predictor(ABC):
+    """Names the neurons each token uses.
+
+    Attributes:
+        nbytes: DRAM that it holds.
+        bias: [d_ff] of the projection that decides: the layer sets it before every call, since others may replace it.
+    """
 
     nbytes: int
-    bias: torch.Tensor | None  # [d_ff] of the up projection: the layer sets it before every call, since others may replace it
+    bias: torch.Tensor | None = None
 
-    def select(self, x: torch.Tensor) -> torch.Tensor | None:
-        """bool [tokens, d_ff] for `x` [tokens, d_model], or `None`: every neuron for every token."""
-        ...
+    @abstractmethod
+    def select(self, x: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Which neurons each token uses.
+
+        Args:
+            x: [tokens, d_model] in the dtype of compute.
+            allowed: bool [tokens, d_ff] or [d_ff], somebody else's choice, which narrows this one; `None`: all.
+
+        Returns:
+            bool [tokens, d_ff], or `None`: every neuron for every token.
+        """
 
 
-class NoPredictor:
+def narrowed(selected: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """What is both selected, bool [tokens, d_ff], and allowed."""
+    return selected if allowed is None else selected & allowed
+
+
+class NoPredictor(Predictor):
     """Every neuron for every token."""
 
     nbytes = 0
-    bias: torch.Tensor | None = None
 
-    def select(self, x: torch.Tensor) -> None:
-        return None
+    def select(self, x: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor | None:
+        return None if allowed is None else allowed.expand(len(x), allowed.shape[-1])
 
 
 class PredictorForm(Protocol):
-    """A kind of predictor and its sizes."""
+    """A predictor before it is loaded: what it is called and what it takes."""
+
+    @property
+    def kind(self) -> str:
+        """As `FlashOffloadConfig` calls it."""
+        ...
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Of `FlashOffloadConfig`, that find it again."""
+        ...
+
+    @property
+    def assumed_margin(self) -> float | None:
+        """The margin that it takes where none was measured, if it has one."""
+        ...
+
+    @property
+    def detail(self) -> str:
+        """What distinguishes it from others of its kind, for people."""
+        ...
 
     @property
     def variant(self) -> str:
@@ -57,12 +97,16 @@ class PredictorForm(Protocol):
         """The tensors of one layer in its file."""
         ...
 
-    def dram_bytes(self, layers: int, d_ff: int, d_model: int) -> int:
+    def dram_bytes(self, shape: Shape) -> int:
         """What the loaded predictors of all layers hold."""
         ...
 
     def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> Predictor:
-        """The predictor of one layer; `bias` [d_ff] is the up projection's."""
+        """The predictor of one layer; `bias` [d_ff] is that of the projection that decides."""
+        ...
+
+    def made_up(self, d_ff: int, d_model: int) -> Predictor:
+        """A predictor of this size whose weights mean nothing: for measuring how long it takes."""
         ...
 
 
@@ -116,3 +160,11 @@ def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     found = {name: at for name, at in read_header(path)[0].items() if name.startswith(prefix + ".")}
     with StoredFile(path) as file:
         return {name.removeprefix(prefix + "."): read_tensor(file, *at) for name, at in found.items()}
+
+
+def made_up_tensor(spec: TensorSpec) -> torch.Tensor:
+    """A tensor of this dtype and shape whose numbers mean nothing."""
+    dtype, shape = spec
+    if dtype.is_floating_point:
+        return torch.full(shape, 0.01, dtype=dtype, device="cpu")
+    return torch.randint(0, 127, shape, dtype=dtype, device="cpu")

@@ -3,9 +3,9 @@
     8 bits   symmetric, `w = code * scale`, one scale a row
     4 bits   asymmetric, `w = (code - 8) * scale + zero`, per group of columns the range with the smallest squared error
 
-The store keeps plain codes, so that a file made on one machine serves on every other. The compiled part (compute/library.py) multiplies
-them as they are; without it torch does, whose layout of 4 bits is made when loading. Where torch has no fast product for a
-shape or a machine either, plain codes are widened some rows at a time, and that is said once.
+The store keeps plain codes, so that a file made on one machine serves on every other. The compiled part (compute/kernels.py)
+multiplies them as they are; without it torch does, whose layout of 4 bits is made when loading. Where torch has no fast product
+for a shape or a machine either, plain codes are widened some rows at a time, and that is said once.
 
 Whichever it is, a token's sums do not depend on how many are beside it.
 """

@@ -10,15 +10,18 @@ kept in 8 bits with a scale a row, which changes nothing that can be measured an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from hf_flash.errors import StoreFormatError
-from hf_flash.predictors.base import read_tensors
+from hf_flash.families.base import Shape
+from hf_flash.predictors.base import Predictor, made_up_tensor, narrowed, read_tensors
 from hf_flash.predictors.low_bit import Int8Matrix, Scores, by_tokens, quantize_rows
-from hf_flash.store.layout import FlashStore, LayerStore
+from hf_flash.store.layer_file import LayerStore
+from hf_flash.store.layout import FlashStore
 from hf_flash.store.safetensors_files import TensorSpec, read_header
 
 VARIANT: Final = "lowrank"
@@ -30,6 +33,18 @@ class LowRankFormat:
 
     ranks: tuple[int, ...]
 
+    kind = "lowrank"
+    assumed_margin = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"predictor": self.kind}
+
+    @property
+    def detail(self) -> str:
+        low, high = min(self.ranks), max(self.ranks)
+        return f"rank {low}" + (f" to {high}" if high > low else "")
+
     @property
     def variant(self) -> str:
         return VARIANT
@@ -37,8 +52,13 @@ class LowRankFormat:
     def specs(self, layer: LayerStore) -> dict[str, TensorSpec]:
         return lowrank_specs(layer.prefix, layer.d_ff, layer.d_model, self.ranks[layer.index])
 
-    def dram_bytes(self, layers: int, d_ff: int, d_model: int) -> int:
-        return sum(lowrank_bytes(rank, d_ff, d_model) for rank in self.ranks)
+    def dram_bytes(self, shape: Shape) -> int:
+        ranks = zip(self.ranks, shape.widths, strict=True)
+        return sum(lowrank_bytes(rank, d_ff, shape.d_model) for rank, d_ff in ranks)
+
+    def made_up(self, d_ff: int, d_model: int) -> LowRankPredictor:
+        specs = lowrank_specs("x", d_ff, d_model, fast_rank(sum(self.ranks) / len(self.ranks)))
+        return LowRankPredictor({name.rpartition(".")[2]: made_up_tensor(spec) for name, spec in specs.items()})
 
     def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> LowRankPredictor:
         return LowRankPredictor(read_tensors(store.predictors[VARIANT], f"{layer.prefix}.predictor"))
@@ -57,6 +77,17 @@ class LowRankFormat:
                 raise StoreFormatError("the predictor lacks a layer", where=path, expected=f"{name} [rank, d_model]", got=shape)
             ranks.append(shape[0])
         return cls(tuple(ranks))
+
+
+def expected_low_rank(shape: Shape) -> LowRankFormat:
+    """The form that calibration may come to: the paper's ranks, 128, in the last 4 of 32 layers 1024, at d_model 4096."""
+    wide, narrow = shape.layers // 8, shape.layers - shape.layers // 8
+    return LowRankFormat((fast_rank(shape.d_model // 32),) * narrow + (fast_rank(shape.d_model // 4),) * wide)
+
+
+def fast_rank(rank: float) -> int:
+    """The next rank that torch has a fast product for."""
+    return max(16, math.ceil(rank / 16) * 16)
 
 
 def lowrank_specs(prefix: str, d_ff: int, d_model: int, rank: int) -> dict[str, TensorSpec]:
@@ -87,13 +118,11 @@ def pack_lowrank(a: torch.Tensor, b: torch.Tensor, offset: torch.Tensor) -> dict
     }
 
 
-class LowRankPredictor:
+class LowRankPredictor(Predictor):
     """The loaded form. Args: `tensors` as [`pack_lowrank`] returns them.
 
     It was trained with the biases of then, and does not follow others (`bias` has no say).
     """
-
-    bias: torch.Tensor | None = None
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         a = Int8Matrix(tensors["a_codes"], tensors["a_scales"])
@@ -102,8 +131,8 @@ class LowRankPredictor:
         self._scores = Scores(b, offset, first=a)
         self.nbytes = a.nbytes + b.nbytes + offset.nbytes
 
-    def select(self, x: torch.Tensor) -> torch.Tensor:
-        return by_tokens(x.bfloat16(), self._scores.called_active)
+    def select(self, x: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
+        return narrowed(by_tokens(x.bfloat16(), self._scores.called_active), allowed)
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [tokens, d_ff]: positive for neurons called active, in logits."""

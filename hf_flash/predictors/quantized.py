@@ -1,4 +1,4 @@
-"""The quantized predictor: a low-bit copy q of the up projection w stays in DRAM.
+"""The quantized predictor: a low-bit copy q of the projection w that decides (up, or the gate) stays in DRAM.
 
 As it is made from weights alone, neuron i is called active when
 
@@ -29,9 +29,11 @@ import torch
 
 from hf_flash.base.heap import trim_heap
 from hf_flash.errors import ConfigError
-from hf_flash.predictors.base import belonging, check_specs, read_tensors
+from hf_flash.families.base import Shape
+from hf_flash.predictors.base import Predictor, belonging, check_specs, made_up_tensor, narrowed, read_tensors
 from hf_flash.predictors.low_bit import Int4Matrix, Int8Matrix, LowBitMatrix, Scores, by_tokens, quantize_rows
-from hf_flash.store.layout import FlashStore, LayerStore
+from hf_flash.store.layer_file import LayerStore
+from hf_flash.store.layout import FlashStore
 from hf_flash.store.safetensors_files import TensorSpec
 from hf_flash.store.writer import predictor_metadata, write_safetensors
 
@@ -51,6 +53,20 @@ class QuantizedFormat:
     bits: int
     group_size: int
     margin: float | None = None
+
+    kind = "quantized"
+
+    @property
+    def assumed_margin(self) -> float:
+        return DEFAULT_MARGIN[self.bits]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"predictor": self.kind, "predictor_bits": self.bits, "predictor_group_size": self.group_size}
+
+    @property
+    def detail(self) -> str:
+        return self.variant
 
     @property
     def variant(self) -> str:
@@ -79,10 +95,14 @@ class QuantizedFormat:
             f"{prefix}.predictor.error": (torch.float32, (d_ff,)),
         }
 
-    def dram_bytes(self, layers: int, d_ff: int, d_model: int) -> int:
-        groups = d_model // self.group(d_model)
-        weights = d_ff * (d_model // 2 + 4 * groups) if self.bits == 4 else d_ff * (d_model + 2)
-        return layers * (weights + 4 * d_ff)  # and the margins
+    def dram_bytes(self, shape: Shape) -> int:
+        groups = shape.d_model // self.group(shape.d_model)
+        neuron = shape.d_model // 2 + 4 * groups if self.bits == 4 else shape.d_model + 2
+        return sum(shape.widths) * (neuron + 4)  # and the margins
+
+    def made_up(self, d_ff: int, d_model: int) -> QuantizedPredictor:
+        tensors = {name.rpartition(".")[2]: made_up_tensor(spec) for name, spec in self.shapes("x", d_ff, d_model).items()}
+        return QuantizedPredictor(tensors, None, self, tensors["error"])
 
     def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> QuantizedPredictor:
         tensors = read_tensors(store.predictors[self.variant], f"{layer.prefix}.predictor")
@@ -106,7 +126,7 @@ def quantized_forms(store: FlashStore) -> list[QuantizedFormat]:
     return [QuantizedFormat(4, group) for group in sorted(groups)] + eight
 
 
-class QuantizedPredictor:
+class QuantizedPredictor(Predictor):
     """The loaded form.
 
     Args:
@@ -148,8 +168,8 @@ class QuantizedPredictor:
         other._scores, other._measured = replace(self._scores, plus=margin), measured
         return other
 
-    def select(self, x: torch.Tensor) -> torch.Tensor:
-        return by_tokens(x, lambda part: self._scores.called_active(part.bfloat16(), self._times(part)))
+    def select(self, x: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
+        return narrowed(by_tokens(x, lambda part: self._scores.called_active(part.bfloat16(), self._times(part))), allowed)
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, d_ff]: positive for neurons called active."""
@@ -168,9 +188,9 @@ def write_quantized(path: Path, store: FlashStore, form: QuantizedFormat, progre
 
     def pieces() -> Iterator[torch.Tensor]:
         for layer in progress(store.layers):
-            up, rows = layer.up(), max(1, _WEIGHTS // layer.d_model)
+            copied, rows = layer.part(layer.unit.deciding), max(1, _WEIGHTS // layer.d_model)
             parts = [
-                quantize_rows(up[at : at + rows], form.bits, form.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
+                quantize_rows(copied[at : at + rows], form.bits, form.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
             ]
             for name in parts[0]:
                 yield torch.cat([part[name] for part in parts])

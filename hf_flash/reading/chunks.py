@@ -74,6 +74,16 @@ def chunked(ids: Ids, rows: Ids, offset: int, size: int) -> Chunks:
     return Chunks(offset + ids[first] * size, np.append(first, len(ids)), rows, size)
 
 
+def torn(ids: Ids, rows: Ids, offset: int, size: int, pieces: int) -> Chunks:
+    """As [`chunked`], but every neuron takes `pieces` reads of its own, of `size // pieces` bytes.
+
+    Rows of the caller's matrix are counted in pieces then: a row of the matrix is `pieces` rows of the chunks.
+    """
+    part = np.arange(pieces)
+    offsets = (offset + ids[:, None] * size + part * (size // pieces)).reshape(-1)
+    return Chunks(offsets, np.arange(len(offsets) + 1), (rows[:, None] * pieces + part).reshape(-1), size // pieces)
+
+
 def longest_chunk(size: int) -> int:
     """The most bundles of `size` bytes that are one read."""
     return max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // size))

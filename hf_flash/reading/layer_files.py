@@ -27,7 +27,8 @@ from hf_flash.reading.compiled_queue import BOUNCE_BYTES, CompiledQueue
 from hf_flash.reading.open_file import FileChangedError, OpenFile
 from hf_flash.reading.pages_queue import PagesQueue
 from hf_flash.reading.queues import ReadQueue
-from hf_flash.store.layout import FlashStore, LayerStore
+from hf_flash.store.layer_file import LayerStore
+from hf_flash.store.layout import FlashStore
 
 logger = logging.getLogger("hf_flash")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -20,9 +20,11 @@ import torch
 from hf_flash.base.arrays import Bytes, Ids
 from hf_flash.base.buffers import aligned_empty
 from hf_flash.errors import StoreReadError
-from hf_flash.reading.chunks import Chunks, chunked
+from hf_flash.reading.chunks import Chunks, chunked, torn
 from hf_flash.reading.layer_files import PAGE, FileSource, StepFile, bounce_bytes, direct_alignment
-from hf_flash.store.layout import FlashStore, LayerStore
+from hf_flash.store.layer_file import LayerStore
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.unit import UnitLayout
 
 logger = logging.getLogger("hf_flash")
 
@@ -112,13 +114,26 @@ class BundleReader:
     def __init__(self, store: FlashStore, source: FileSource, dtype: torch.dtype) -> None:
         self.layers, self.source = store.layers, source
         self.gap: int | None = None  # neurons that are read sooner than skipped; measured when it is first needed
-        first = store.layers[0]
-        self._staging = None if first.dtype == dtype else aligned_empty((_STAGING_ROWS, 2 * first.d_model), first.dtype)
-        self.buffer_bytes = source.buffer_bytes + _staging_bytes(first.d_model, first.dtype, dtype)  # DRAM of its own
+        self._pieces = 0  # reads that a bundle is torn into; 0: neighbours are one read
+        unit = store.layers[0].unit
+        self._staging = None if unit.dtype == dtype else aligned_empty((_STAGING_ROWS, unit.numbers), unit.dtype)
+        self.buffer_bytes = source.buffer_bytes + _staging_bytes(unit, dtype)  # DRAM of its own
 
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def reads_with(self) -> str:
+        """What it reads with, for people."""
+        return self.source.reads_with
+
+    def tear_bundles(self, pieces: int) -> None:
+        """From now on read every bundle by itself, in so many pieces of equal size: what coalescing and bundling save.
+
+        With 1 neighbours are not one read any more; with 2 the rows and columns of two matrices come separately.
+        """
+        self._pieces = pieces
 
     @property
     def converts(self) -> bool:
@@ -127,7 +142,7 @@ class BundleReader:
 
     def step_file(self, layer: int) -> StepFile | None:
         """What the compiled part can read rows of this layer with by itself."""
-        return None if self.converts else self.source.step_file(layer)
+        return None if self.converts or self._pieces else self.source.step_file(layer)
 
     def start(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False) -> Reading:
         """Begin to fill `out[rows[j]]` with the bundle of neuron `ids[j]`.
@@ -135,7 +150,7 @@ class BundleReader:
         Args:
             layer: index of the layer.
             ids: neurons, ascending.
-            out: contiguous [any, 2 * d_model] in the dtype of compute.
+            out: contiguous [any, unit.numbers] in the dtype of compute.
             rows: different rows of `out`, as many as `ids`.
             background: whether the caller has something else to do before it waits.
         """
@@ -151,9 +166,14 @@ class BundleReader:
             at = store.place[ids].astype(np.int64)
             order = np.argsort(at)
             ids, rows = at[order], rows[order]
-        return _Reading(store, chunked(ids, rows, store.offset, store.bundle_bytes), self.source, target, background)
+        return _Reading(store, self._chunks(store, ids, rows), self.source, target, background)
 
-    def bridged(self, layer: int, ids: Ids, first: int, last: int, buffer: torch.Tensor) -> Ids:
+    def _chunks(self, store: LayerStore, places: Ids, rows: Ids) -> Chunks:
+        if self._pieces:
+            return torn(places, rows, store.offset, store.bundle_bytes, self._pieces)
+        return chunked(places, rows, store.offset, store.bundle_bytes)
+
+    def through_gaps(self, layer: int, ids: Ids, first: int, last: int, buffer: torch.Tensor) -> Ids:
         """`ids`, and those between them on flash that are read sooner than skipped.
 
         Args:
@@ -211,22 +231,50 @@ class BundleReader:
         self.source.close()
 
 
-def _staging_bytes(d_model: int, stored: torch.dtype, dtype: torch.dtype) -> int:
+def _staging_bytes(unit: UnitLayout, dtype: torch.dtype) -> int:
     """DRAM that converting on the way takes: the staging rows, and as many converted ones."""
-    return 0 if stored == dtype else _STAGING_ROWS * 2 * d_model * (stored.itemsize + dtype.itemsize)
+    return 0 if unit.dtype == dtype else _STAGING_ROWS * (unit.row_bytes + unit.as_dtype(dtype).row_bytes)
 
 
-def reader_buffer_bytes(d_model: int, stored: torch.dtype, dtype: torch.dtype, name: str, threads: int) -> int:
+def reader_buffer_bytes(unit: UnitLayout, dtype: torch.dtype, name: str, threads: int) -> int:
     """The most DRAM that a reader's own buffers take, known before a store exists.
 
     Args:
-        d_model: half the width of a bundle.
-        stored: dtype on flash. `dtype`: of compute.
+        unit: on flash.
+        dtype: of compute.
         name, threads: as in [`open_reader`].
     """
-    staging = _staging_bytes(d_model, stored, dtype)
     can_be_direct = name != "mmap" and hasattr(os, "O_DIRECT")
-    return staging + (bounce_bytes(2 * d_model * stored.itemsize, threads, PAGE) if can_be_direct else 0)
+    return _staging_bytes(unit, dtype) + (bounce_bytes(unit.row_bytes, threads, PAGE) if can_be_direct else 0)
+
+
+# --- which way to read ---------------------------------------------------------------------------------------------------
+
+
+def _through_page_cache(store: FlashStore, spare_bytes: int) -> int:
+    return 0
+
+
+def _past_page_cache(store: FlashStore, spare_bytes: int) -> int:
+    align, reason = direct_alignment(store)
+    if not align:
+        logger.warning("hf_flash: reader='direct' falls back to 'mmap': %s", reason)
+    return align
+
+
+def _by_room(store: FlashStore, spare_bytes: int) -> int:
+    align, reason = direct_alignment(store)
+    if store.nbytes <= spare_bytes:
+        align, reason = 0, "the store fits in free memory"
+    chosen = "direct" if align else "mmap"
+    logger.info("hf_flash: reader 'auto' takes %r: %s", chosen, reason or "the store does not fit in free memory")
+    return align
+
+
+READERS: Final[Mapping[str, Callable[[FlashStore, int], int]]] = {
+    "auto": _by_room, "mmap": _through_page_cache, "direct": _past_page_cache,
+}  # fmt: skip
+"""By name: what direct reads of a store have to be multiples of, given spare memory; 0: it is read through the page cache."""
 
 
 def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, spare_bytes: int) -> BundleReader:
@@ -235,12 +283,4 @@ def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, 
     `"auto"` takes the page cache when the whole store fits in `spare_bytes`, memory that nobody else claims, and direct I/O
     otherwise. Direct I/O that the system does not offer falls back to mmap and says why, once.
     """
-    align, reason = direct_alignment(store) if name != "mmap" else (0, "")
-    if name == "auto" and store.nbytes <= spare_bytes:
-        align, reason = 0, "the store fits in free memory"
-    elif not align and name == "direct":
-        logger.warning("hf_flash: reader='direct' falls back to 'mmap': %s", reason)
-    source = FileSource(store, align, threads)
-    if name == "auto":
-        logger.info("hf_flash: reader 'auto' takes %r: %s", source.name, reason or "the store does not fit in free memory")
-    return BundleReader(store, source, dtype)
+    return BundleReader(store, FileSource(store, READERS[name](store, spare_bytes), threads), dtype)

@@ -1,27 +1,26 @@
-"""Bring a loaded model to life."""
+"""Bring a loaded model to life: weights into memory, predictors, windows, reader."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from hf_flash.base.buffers import load_into_memory
 from hf_flash.base.heap import trim_heap
 from hf_flash.budget.plan import MemoryPlan
-from hf_flash.compute.arithmetic import Scratch
+from hf_flash.compute.arithmetic import arithmetic_for
 from hf_flash.config import FlashOffloadConfig
+from hf_flash.families.base import Family
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.predictors.base import NoPredictor, PredictorForm
 from hf_flash.reading.reader import open_reader
 from hf_flash.runtime.engine import Engine
-from hf_flash.runtime.flash_weights import Matrix
+from hf_flash.runtime.flash_weights import Matrix, OnFlash
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.model import FlashRuntime
-from hf_flash.runtime.resident_linear import adopt
-from hf_flash.runtime.swap import DownBias
+from hf_flash.runtime.resident_linear import make_linears_resident
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
@@ -30,33 +29,42 @@ from hf_flash.store.layout import FlashStore
 def attach(
     model: nn.Module,
     config: FlashOffloadConfig,
+    family: Family,
     plan: MemoryPlan,
     store: FlashStore,
     checkpoint: Checkpoint,
     form: PredictorForm | None,
     ffns: Sequence[FlashFFN],
-    dtype: torch.dtype,
 ) -> None:
-    """Bring a model whose other weights are loaded to life: weights into memory, predictors, windows, reader."""
+    """Give a model whose other weights are loaded what its feed-forward blocks run on.
+
+    Args:
+        plan: how the memory budget is divided.
+        checkpoint: where the other weights came from.
+        form: the predictor; `None`: every neuron is used.
+        ffns: the blocks that were replaced, by layer.
+    """
     load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     spare_bytes = available_memory() - plan.predictor_bytes - plan.scratch_bytes - plan.window_bytes  # for the page cache
-    first = store.layers[0]
-    scratch = Scratch(first.d_ff, first.d_model, dtype)
-    reader = open_reader(store, config.reader, config.io_threads, dtype, spare_bytes)
-    engine = Engine(reader, scratch, dtype, early=config.lookahead != 0)
+    shape, dtype = family.shape(model.config), model.config.dtype
+    in_memory = store.layers[0].unit.as_dtype(dtype)  # type: ignore[arg-type]
+    reader = open_reader(store, config.reader, config.io_threads, in_memory.dtype, spare_bytes)
+    arithmetic = arithmetic_for(shape.d_ff, in_memory, ffns[0].activation)
+    engine = Engine(reader, arithmetic, fills_next=config.lookahead != 0)
     predictors = [
-        NoPredictor() if form is None else form.load(store, layer, ffn.bias)
+        NoPredictor() if form is None else form.load(store, layer, ffn.projections[in_memory.deciding].bias)
         for ffn, layer in zip(ffns, store.layers, strict=True)
     ]
     store.check_unchanged()  # while it was opened, made predictors of and opened for reading
     trim_heap()
     checkpoint.release()
     for ffn, predictor, capacity in zip(ffns, predictors, plan.capacities, strict=True):  # last: they fill the budget
-        ffn.attach(engine, ResidentWindow(first.d_ff, first.d_model, capacity, config.window, dtype), predictor)
+        window = ResidentWindow(ffn.d_ff, arithmetic.matrix(capacity), config.window)
+        ffn.attach(engine, window, predictor)
     for module in model.modules():
-        if isinstance(module, FlashFFN | DownBias):
-            module.matrix = Matrix(store.layers[module.index], isinstance(module, DownBias), dtype)
-    adopt(model, engine)
-    runtime = FlashRuntime(config, plan, store, checkpoint, form, engine, ffns)
+        if isinstance(module, OnFlash):
+            module.matrix = Matrix(store.layers[module.index], module.role, in_memory.dtype)
+    make_linears_resident(model, engine)
+    runtime = FlashRuntime(config, plan, store, checkpoint, form, shape, engine, ffns)
     model.flash_runtime = runtime  # type: ignore[assignment]
     engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.reading.reader import ReadCount
 
 
 @dataclass
@@ -25,6 +26,11 @@ class Counters:
     manage_s: float = 0.0
     io_s: float = 0.0
     compute_s: float = 0.0
+
+    def add_read(self, read: ReadCount) -> None:
+        """Count what a read cost."""
+        self.read_bytes += read.nbytes
+        self.reads += read.chunks
 
     def reset(self) -> None:
         for item in fields(self):

@@ -1,7 +1,8 @@
-"""Engine"""
+"""`Engine`: what the layers of one model share, and what a fork of the process does to it."""
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_flash.base.heap import Heap
-from hf_flash.compute.arithmetic import Scratch
+from hf_flash.compute.arithmetic import Arithmetic
 from hf_flash.compute.library import release_threads
 from hf_flash.errors import UsageError
 from hf_flash.reading.reader import BundleReader
@@ -18,10 +19,15 @@ from hf_flash.runtime.counters import Counters
 
 
 class Engine:
-    """What the layers of one model share: the reader, the scratch buffers, the counters, and the lock around them."""
+    """The reader, the arithmetic with its buffers, the counters, and the lock around them.
 
-    def __init__(self, reader: BundleReader, scratch: Scratch, dtype: torch.dtype, *, early: bool = True) -> None:
-        self.reader, self.scratch, self.dtype, self.early = reader, scratch, dtype, early
+    Args:
+        fills_next: whether a call that uses most of a layer begins to fill the next layer's window.
+    """
+
+    def __init__(self, reader: BundleReader, arithmetic: Arithmetic, *, fills_next: bool = True) -> None:
+        self.reader, self.arithmetic, self.fills_next = reader, arithmetic, fills_next
+        self.dtype = arithmetic.unit.dtype  # of compute
         self.counters, self.heap = Counters(), Heap()
         self.lock = threading.RLock()
         self.closed = False
@@ -31,7 +37,7 @@ class Engine:
     @property
     def scratch_bytes(self) -> int:
         """DRAM of the buffers that all layers share."""
-        return self.scratch.nbytes + self.reader.buffer_bytes
+        return self.arithmetic.nbytes + self.reader.buffer_bytes
 
     def check_open(self) -> None:
         """Refuse to run on a closed store. Call with the lock held."""
@@ -49,15 +55,16 @@ class Engine:
         raise UsageError("a loaded flash model cannot be pickled", hint="load it again in the other process")
 
     def close(self) -> None:
+        """Close the store's files. Nothing can be computed afterwards."""
         with self.lock:
             if not self.closed:
                 self.closed = True
                 self.reader.close()
 
 
+# --- a fork of the process ----------------------------------------------------------------------------------------------
+
 _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
-
-
 _forking = threading.local()
 
 
@@ -82,3 +89,7 @@ def _after_fork_in_child() -> None:
     _after_fork()
     if not _forking.alone and torch.get_num_threads() > 1:
         torch.set_num_threads(1)  # it would wait for threads that it does not have
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

@@ -1,4 +1,4 @@
-"""The FFN's two matrices as everybody else sees them: under their names, with numbers that are read when somebody asks.
+"""The FFN's matrices as everybody else sees them: under their names, with numbers that are read when somebody asks.
 
 The modules of a flash layer have no parameter `weight`. Code that is not ours goes by that name all the same: it writes a
 `state_dict()`, loads one, assigns `layer.fc1.weight`. [`OnFlash`] answers it:
@@ -23,8 +23,9 @@ from hf_flash.base.buffers import aligned_empty
 from hf_flash.base.sizes import format_bytes
 from hf_flash.errors import UsageError
 from hf_flash.machine.free_memory import available_memory
-from hf_flash.store.layout import LayerStore
+from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.safetensors_files import read_header
+from hf_flash.store.unit import Part, Role
 
 _NEURONS: Final = 1024  # read or compared at a time
 _NAMES_SHOWN: Final = 4
@@ -36,30 +37,33 @@ _INSTEAD: Final = "change the plain checkpoint (`hf_flash.restore` gives it back
 
 @dataclass(frozen=True)
 class Matrix:
-    """One of a layer's two matrices, as the plain model has it.
+    """One of a layer's matrices, as the plain model has it.
 
     Attributes:
         layer: where its numbers lie.
-        down: the second of the two, [d_model, d_ff]; the first is [d_ff, d_model].
+        role: which of them it is.
         dtype: of compute.
     """
 
     layer: LayerStore
-    down: bool
+    role: Role
     dtype: torch.dtype
 
     @property
     def name(self) -> str:
-        return self.layer.down_name if self.down else self.layer.up_name
+        return self.layer.name(self.role)
 
     @property
     def shape(self) -> tuple[int, int]:
-        shape = self.layer.d_ff, self.layer.d_model
-        return shape[::-1] if self.down else shape
+        return self._part.plain_shape(self.layer.d_ff, self.layer.d_model)
 
     @property
     def nbytes(self) -> int:
         return self.layer.d_ff * self.layer.d_model * self.dtype.itemsize
+
+    @property
+    def _part(self) -> Part:
+        return self.layer.unit.part(self.role)
 
     def read(self) -> torch.Tensor:
         """The matrix in memory.
@@ -78,32 +82,32 @@ class Matrix:
                 hint="its own save_pretrained copies the flash model's files; `hf_flash.restore` writes plain ones",
             )
         whole = aligned_empty(self.shape, self.dtype)
-        by_neuron = whole.T if self.down else whole
-        for neurons, rows in self._parts():
+        by_neuron = self._part.by_unit(whole)
+        for neurons, rows in self._blocks():
             by_neuron[neurons] = rows
         return whole
 
     def equals(self, other: Any) -> bool:
         """Whether these are the numbers of this matrix, once they are rounded to its dtype."""
-        if isinstance(other, FlashWeight) and (other.matrix.layer, other.matrix.down) == (self.layer, self.down):
+        if isinstance(other, FlashWeight) and (other.matrix.layer, other.matrix.role) == (self.layer, self.role):
             return True
         if not isinstance(other, torch.Tensor) or tuple(other.shape) != self.shape or other.is_meta:
             return False
-        by_neuron = other.detach().T if self.down else other.detach()
-        return all(torch.equal(by_neuron[neurons].cpu().to(self.dtype), rows) for neurons, rows in self._parts())
+        by_neuron = self._part.by_unit(other.detach())
+        return all(torch.equal(by_neuron[neurons].cpu().to(self.dtype), rows) for neurons, rows in self._blocks())
 
     def refuse(self, other: Any) -> None:
         """Refuse other numbers than those on flash."""
         if not self.equals(other):
             refuse_weights([self.name])
 
-    def _parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
+    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Some neurons at a time: which, and their rows [neurons, d_model] in the dtype of compute."""
         read_header(self.layer.path)  # says what is wrong with a file that is gone or damaged
-        half = self.layer.down() if self.down else self.layer.up()
+        part = self.layer.part(self.role)
         for at in range(0, self.layer.d_ff, _NEURONS):
             neurons = slice(at, min(at + _NEURONS, self.layer.d_ff))
-            yield neurons, half[neurons].to(self.dtype)
+            yield neurons, part[neurons].to(self.dtype)
 
 
 def refuse_weights(names: list[str]) -> NoReturn:
@@ -200,7 +204,17 @@ _SAME: Final = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class OnFlash(nn.Module):
-    """A module that stands where a linear layer stood whose matrix is on flash now."""
+    """A module that stands where a linear layer stood whose matrix is on flash now.
+
+    Attributes:
+        index: of the layer.
+        role: of the matrix.
+        bias: of the linear layer, if it had one.
+    """
+
+    index: int
+    role: Role
+    bias: nn.Parameter | None
 
     matrix: Matrix | None = None  # before the model is loaded
 
@@ -227,22 +241,20 @@ class OnFlash(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._put(name, value, lambda: super(OnFlash, self).__setattr__(name, value))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._put(name, param, lambda: super(OnFlash, self).register_parameter(name, param))
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        self._put(name, tensor, lambda: super(OnFlash, self).register_buffer(name, tensor, persistent))
+
+    def _put(self, name: str, value: Any, otherwise: Callable[[], None]) -> None:
+        """Whatever is put under the name of the matrix must be the matrix; all else goes where it goes `otherwise`."""
         if name == "weight" and self.matrix is not None:
             self.matrix.refuse(value)
         else:
-            super().__setattr__(name, value)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight" and self.matrix is not None:
-            self.matrix.refuse(param)
-        else:
-            super().register_parameter(name, param)
-
-    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
-        if name == "weight" and self.matrix is not None:
-            self.matrix.refuse(tensor)
-        else:
-            super().register_buffer(name, tensor, persistent)
+            otherwise()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self.check_conversion(fn)

@@ -1,37 +1,33 @@
 """`FlashFFN`: one feed-forward layer whose weights stay on flash.
 
-How a token flows through it (paper: section 3; the stock layer is `down(act(up(x) + b))`):
+How a token flows through it (paper: section 3; the stock layer is `down(act(up(x) + b))`), in `_run`:
 
-    1. predict   the predictor names the neurons this token uses; with several tokens in a call, each its own
-    2. evict     if room is needed: what was used least, outside the window of the last tokens
-    3. read      named neurons that are not in DRAM are read from flash into the window's free slots
-    4. compute   up, activation and down over exactly the named neurons, in the order of their ids
-    5. count     bytes, hits, seconds
+    1. choose     the predictor names the neurons this token uses; with several tokens in a call, each its own
+    2. make room  if room is needed: what was used least, outside the window of the last tokens, goes
+    3. read       named neurons that are not in DRAM are read from flash into the window's free slots
+    4. compute    up, activation and down over exactly the named neurons, in the order of their ids
+    5. count      bytes, hits, seconds
 
 What is computed depends on the weights, the predictor and the tokens alone (contract C3): the window decides how bytes
 arrive, never the arithmetic. To keep results bit-identical whatever is resident, a call's neurons are worked off in *blocks*
-that follow from the call alone (`_Call`), and in the order of their ids.
+that follow from the call alone (stream.py), and in the order of their ids.
 
 One token whose neurons fit into the window is the rule in decoding: steps 2 to 4 are one call of the compiled part then, where
-there is one (`step.py`). All others go step by step (`_run`).
+there is one (token_step.py). All others go step by step.
+
+When a call's neurons do not all fit into the window (prefill, a tight budget), or several tokens miss more than a block of
+them, blocks are *streamed* through two buffers (stream.py). So after prefill the window holds what the prompt's last tokens
+used, without a second read. Behind the last block what is empty of the next layer's window begins to be filled, so that the
+disk has something to do during attention.
 
 *Lookahead* starts step 3 early: while the layer's attention runs, on what the predictor says of the layer's own input
 (`look_ahead`). That brings most neurons in time; what it missed is read as ever.
-
-When a call's neurons do not all fit into the window (prefill, a tight budget), or several tokens miss more than a block of
-them, blocks are *streamed* through two buffers, one of them being filled while the other is computed: what is missing is
-read, straight through small gaps where that is faster (`BundleReader.bridged`), and what is worth keeping goes on to the
-window. So after prefill it holds what the prompt's last tokens used, without a second read. Behind the last block what is
-empty of the next layer's window begins to be filled, so that the disk has something to do during attention.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Final
 
@@ -39,66 +35,69 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_flash.base.arrays import Ids, Mask
-from hf_flash.compute.arithmetic import OneToken, block_rows, is_relu
-from hf_flash.errors import HfFlashError, StoreReadError, UsageError
+from hf_flash.base.arrays import Ids, Mask, uses
+from hf_flash.compute.activation import Activation
+from hf_flash.compute.arithmetic import Biases, block_rows
+from hf_flash.errors import UsageError
 from hf_flash.predictors.base import Predictor
 from hf_flash.reading.reader import Reading
-from hf_flash.runtime.engine import Engine, _after_fork, _after_fork_in_child, _before_fork
+from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.flash_weights import OnFlash, is_plain, refuse_dtype, refuse_tracing, stand_in
-from hf_flash.runtime.observing import Observer
-from hf_flash.runtime.stream import _Block, _Call, _note, _union
-from hf_flash.runtime.token_step import TokenStep
+from hf_flash.runtime.stream import Call, Observer, stream
+from hf_flash.runtime.token_step import TokenStep, token_step
 from hf_flash.runtime.window import ResidentWindow
+from hf_flash.runtime.window_reads import WindowReads
+from hf_flash.store.unit import Role
 
-_SHARED: Final = ("engine", "window", "predictor", "step", "matrix", "_all_ids", "_on_the_way")  # by copies of a layer
-_ON_FLASH: Final = "weights on flash, LoRA only on attention"  # what PEFT quotes when it refuses a layer
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+_SHARED: Final = ("engine", "window", "predictor", "step", "reads", "matrix", "activation", "_all_ids")  # by copies of a layer
 
 
-class FlashFFN(OnFlash):
-    """Stands where the up projection stood and does the whole FFN but the down projection's bias.
+@dataclass
+class _Work:
+    """What is to be done for a call, once there is room for it.
 
-    Input [tokens, d_model] in the dtype of compute, output [tokens, d_model] float32: the sum before bias and rounding,
-    which [`DownBias`] adds. Keeps the parameter name `bias` of the module it replaces.
-
-    Args:
-        d_ff: neurons.
-        d_model: width.
-        bias: whether the up projection has a bias.
-        activation: elementwise function on [tokens, d_ff].
+    Attributes:
+        ids: neurons that the call uses. missing: those of them that are not in the window.
+        slots: where in the window `missing` go; `None`: the call is streamed past it.
+        keep: [d_ff] which neurons should be in the window after a streamed call.
     """
 
-    def __init__(
-        self, index: int, d_ff: int, d_model: int, bias: bool, activation: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
+    call: Call
+    ids: Ids
+    missing: Ids
+    slots: Ids | None
+    keep: Mask | None
+
+
+class FlashFFN(nn.Module):
+    """A whole feed-forward block: input of any shape [..., d_model], output alike in the dtype of compute.
+
+    How it stands in a model, under whose names, is for its subclasses (sites.py).
+
+    Args:
+        index: of the layer.
+        d_ff: neurons.
+        d_model: width.
+        activation: between the matrices.
+    """
+
+    def __init__(self, index: int, d_ff: int, d_model: int, activation: Activation) -> None:
         super().__init__()
         self.index, self.d_ff, self.d_model, self.activation = index, d_ff, d_model, activation
-        self.bias = nn.Parameter(torch.empty(d_ff, dtype=torch.float32, device="cpu"), requires_grad=False) if bias else None
         self.engine: Engine | None = None
         self.observer: Observer | None = None
-        self._on_the_way: list[tuple[Ids, Ids, Reading]] = []
+
+    @property
+    def projections(self) -> dict[Role, OnFlash]:
+        """The modules that stand where the linear layers stood, with their biases."""
+        raise NotImplementedError
 
     def attach(self, engine: Engine, window: ResidentWindow, predictor: Predictor) -> None:
         """Give the layer what it runs on. Called once the rest of the model is loaded."""
         self.engine, self.window, self.predictor = engine, window, predictor
+        self.reads = WindowReads(engine, self.index, window)
         self._all_ids: Ids = np.arange(self.d_ff)
-        self._on_the_way = []
-        store = engine.reader.layers[self.index]
-        kernel = engine.scratch.kernel
-        self.step = TokenStep(kernel.room, window, store) if kernel.compiled and is_relu(self.activation) else None
-
-    @property
-    def _ahead(self) -> tuple[Ids, Ids, Reading] | None:
-        """Neurons on their way to the window and the slots they go to; shared by copies of the layer, as the window is."""
-        return self._on_the_way[0] if self._on_the_way else None
-
-    @_ahead.setter
-    def _ahead(self, reading: tuple[Ids, Ids, Reading] | None) -> None:
-        self._on_the_way[:] = [] if reading is None else [reading]
+        self.step: TokenStep | None = token_step(engine.arithmetic, window, engine.reader.layers[self.index])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlashFFN:
         """A layer with parameters of its own. What is on flash is only read, so everything that reads it is shared."""
@@ -116,71 +115,109 @@ class FlashFFN(OnFlash):
         engine = self._usable(x)
         with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
             engine.check_open()
-            self.predictor.bias = self._checked_bias(engine.dtype)
-            with self._changing(engine):
+            biases = self._checked_biases(engine)
+            rows = x.detach().reshape(-1, self.d_model).to(engine.dtype).contiguous()
+            with self.reads.changing():
                 engine.heap.prepare(x.nbytes)
-                out = self._run(engine, x.detach().to(engine.dtype))
+                total = self._run(engine, rows, biases)
                 if self.index == len(engine.reader.layers) - 1:
                     engine.heap.prepare(0)
-        if not (torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))):
+            down = biases["down"]
+            out = (total if down is None else total + down.float()).to(engine.dtype).view(x.shape)
+        found = [bias for bias in biases.values() if bias is not None]
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *found))):
             return out
-        tracked: torch.Tensor = _NoBackward.apply(x, self.bias, out)  # type: ignore[no-untyped-call]
+        tracked: torch.Tensor = _NoBackward.apply(out, x, *found)  # type: ignore[no-untyped-call]
         return tracked
 
-    def _run(self, engine: Engine, x: torch.Tensor) -> torch.Tensor:
-        """The main path: predict, make room, read, compute, count."""
-        count, window, tokens = engine.counters, self.window, x.shape[0]
-        start = perf_counter()
-        selected = self.predictor.select(x)
-        predicted = perf_counter()
-        waited = self._arrive(engine, selected)
-        count.predict_s += predicted - start
-        if tokens == 1 and selected is not None and (whole := self._whole(engine, x, selected)) is not None:
-            count.io_s += waited
-            return whole
-        ids = self._all_ids if selected is None else _union(selected)
-        window.note_use(None if selected is None else selected.numpy(), tokens, ids)
-        missing = window.missing(ids)
-        managed, out = perf_counter(), torch.zeros(tokens, self.d_model, dtype=torch.float32, device="cpu")
-        streamed = len(ids) > window.capacity or (tokens > 1 and len(missing) >= block_rows(self.d_ff, tokens))
-        call = _Call(engine.scratch, self, x, selected, ids, streamed)
-        if not streamed:
-            slots = self._reserve(missing, ids)
-            managed, before = perf_counter(), waited
-            if call.one_block:
-                waited += self._read_and_compute(engine, x, ids, missing, slots, out)
-            else:
-                if len(missing):
-                    waited += self._take_in(engine, missing, slots, self._start(engine, missing, slots))
-                for block in call.blocks:
-                    call.add(window.matrix, window.slot_of[block], block, out)
-        else:
-            before, keep = waited, np.zeros(self.d_ff, dtype=np.bool_)
-            keep[window.worth_keeping(ids)] = True
-            unused = (window.slot_of >= 0) & ~keep
-            unused[ids] = False
-            window.evict(np.flatnonzero(unused))
-            waited += self._stream(engine, call, keep, out)
-        self._count(engine, tokens, len(ids), len(missing))
-        count.manage_s += managed - predicted - before
-        count.io_s += waited
-        count.compute_s += perf_counter() - managed - (waited - before)
+    # --- the main path
+
+    def _run(self, engine: Engine, x: torch.Tensor, biases: Biases) -> torch.Tensor:
+        """The sum before the last bias, float32 [tokens, d_model], for `x` [tokens, d_model] in the dtype of compute."""
+        selected = self._choose(engine, x, biases)
+        if len(x) == 1 and selected is not None and (out := self._in_one_call(engine, x, biases, selected)) is not None:
+            return out
+        work = self._make_room(engine, x, biases, selected)
+        reading = self._read(engine, work)
+        out = self._compute(engine, x, biases, work, reading)
+        self._count(engine, len(x), len(work.ids), len(work.missing))
         return out
 
-    def _whole(self, engine: Engine, x: torch.Tensor, selected: torch.Tensor) -> torch.Tensor | None:
-        """The main path of one token by the compiled part alone, if that can be."""
+    def _choose(self, engine: Engine, x: torch.Tensor, biases: Biases) -> torch.Tensor | None:
+        """Which neurons each token uses, bool [tokens, d_ff]; `None`: all. What was read ahead for them is taken in."""
+        start = perf_counter()
+        self.predictor.bias = biases[engine.arithmetic.unit.deciding]
+        selected = self.predictor.select(x)
+        engine.counters.predict_s += perf_counter() - start
+        engine.counters.io_s += self.reads.arrive(selected)
+        return selected
+
+    def _in_one_call(self, engine: Engine, x: torch.Tensor, biases: Biases, selected: torch.Tensor) -> torch.Tensor | None:
+        """All the other steps of one token by the compiled part alone, if that can be."""
         if self.step is None:
             return None
-        start, count, did = perf_counter(), engine.counters, self.step.did
-        out = self.step.run(x.contiguous(), selected.contiguous(), self.bias, engine.reader.step_file(self.index))
+        start = perf_counter()
+        out = self.step.run(x, selected.contiguous(), biases["up"], engine.reader.step_file(self.index))
         if out is None:
             return None
-        self._count(engine, 1, did.used, did.missing)
-        count.read_bytes += did.nbytes
-        count.reads += did.chunks
-        count.manage_s += did.managed
-        count.io_s += did.job.waited
-        count.compute_s += perf_counter() - start - did.managed - did.job.waited
+        self.step.count(engine.counters, perf_counter() - start)
+        self._count(engine, 1, self.step.used, self.step.missing)
+        return out
+
+    def _make_room(self, engine: Engine, x: torch.Tensor, biases: Biases, selected: torch.Tensor | None) -> _Work:
+        """Note what is used, decide where it is computed, and make room for what is missing."""
+        start, window, tokens = perf_counter(), self.window, len(x)
+        ids = self._all_ids if selected is None else _used_by_any(selected)
+        window.note_use(None if selected is None else selected.numpy(), tokens, ids)
+        missing = window.missing(ids)
+        streamed = len(ids) > window.capacity or (tokens > 1 and len(missing) >= block_rows(self.d_ff, tokens))
+        call = Call(
+            engine.arithmetic, x, biases, selected, ids, self.d_ff, streamed=streamed, observer=self.observer
+        )  # fmt: skip
+        work = _Work(call, ids, missing, None, None)
+        if streamed:
+            work.keep = np.zeros(self.d_ff, dtype=np.bool_)
+            work.keep[window.worth_keeping(ids)] = True
+            unused = (window.slot_of >= 0) & ~work.keep
+            unused[ids] = False
+            window.evict(np.flatnonzero(unused))
+        else:
+            work.slots = self.reads.reserve(missing, ids)
+        engine.counters.manage_s += perf_counter() - start
+        return work
+
+    def _read(self, engine: Engine, work: _Work) -> Reading | None:
+        """Start to read what is missing, unless it is streamed."""
+        if work.slots is None or not len(work.missing):
+            return None
+        start = perf_counter()
+        reading = self.reads.start(work.missing, work.slots)
+        engine.counters.io_s += perf_counter() - start
+        return reading
+
+    def _compute(self, engine: Engine, x: torch.Tensor, biases: Biases, work: _Work, reading: Reading | None) -> torch.Tensor:
+        """Compute with what is there while the rest is read; then with the rest."""
+        start, window, waited = perf_counter(), self.window, 0.0
+        out = torch.zeros(len(x), self.d_model, dtype=torch.float32, device="cpu")
+        if work.slots is None:
+            assert work.keep is not None
+            waited = stream(engine, self.index, window, work.call, work.keep, out, self._fill_next_layer)
+        elif work.call.one_block:
+            rows = window.slot_of[work.ids]
+            absent = rows < 0
+            rows[absent] = work.slots
+            token = engine.arithmetic.one_token(x, biases, window.matrix, rows, work.ids, one_block=True)
+            if reading is not None:
+                token.multiply_present(np.flatnonzero(~absent), np.flatnonzero(absent))
+                waited = self.reads.take_in(work.missing, work.slots, reading)
+            token.finish(out)
+        else:
+            if reading is not None:
+                waited = self.reads.take_in(work.missing, work.slots, reading)
+            for block in work.call.blocks:
+                work.call.add(window.matrix, window.slot_of[block], block, out)
+        engine.counters.io_s += waited
+        engine.counters.compute_s += perf_counter() - start - waited
         return out
 
     def _count(self, engine: Engine, tokens: int, selected: int, missing: int) -> None:
@@ -192,7 +229,7 @@ class FlashFFN(OnFlash):
         count.hits += selected - missing
         count.missing_bytes += missing * engine.reader.layers[self.index].bundle_bytes
 
-    # --- lookahead
+    # --- ahead of time
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def look_ahead(self, x: torch.Tensor) -> None:
@@ -205,158 +242,32 @@ class FlashFFN(OnFlash):
         if engine is None:
             return
         with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
-            if engine.closed or engine.reader.converts or self._ahead is not None:
+            if engine.closed or engine.reader.converts or self.reads.under_way:
                 return
-            self._start_ahead(engine, x.to(engine.dtype))
+            start, window, counters = perf_counter(), self.window, engine.counters
+            self.predictor.bias = self._checked_biases(engine)[engine.arithmetic.unit.deciding]
+            selected = self.predictor.select(x.to(engine.dtype))
+            predicted = perf_counter()
+            counters.predict_s += predicted - start
+            if selected is None:
+                return
+            ids = _used_by_any(selected)
+            missing = window.missing(ids)[: window.spare(ids)]  # a guess pushes nothing out that recent tokens used
+            self.reads.read_ahead(missing, ids)
+            counters.manage_s += perf_counter() - predicted
 
-    def _start_ahead(self, engine: Engine, x: torch.Tensor) -> None:
-        start, window = perf_counter(), self.window
-        self.predictor.bias = self._checked_bias(engine.dtype)
-        selected = self.predictor.select(x)
-        predicted = perf_counter()
-        engine.counters.predict_s += predicted - start
-        if selected is None:
-            return
-        ids = _union(selected)
-        missing = window.missing(ids)
-        missing = missing[: window.spare(ids)]  # a guess pushes nothing out that recent tokens used
-        self._read_ahead(engine, missing, ids)
-        engine.counters.manage_s += perf_counter() - predicted
-
-    def _start_next_layer(self, engine: Engine) -> None:
+    def _fill_next_layer(self) -> None:
         """This call uses most of this layer, so it will of the next: fill what is empty of that window, behind attention."""
-        runtime = engine.runtime()
-        if runtime is None or not engine.early or engine.reader.converts or self.index + 1 == len(runtime.ffns):
+        engine = self.engine
+        runtime = None if engine is None else engine.runtime()
+        if engine is None or runtime is None or not engine.fills_next or engine.reader.converts:
             return
-        after: FlashFFN = runtime.ffns[self.index + 1]
-        if after._ahead is None:
-            after._read_ahead(engine, after.window.missing(after._all_ids)[: after.window.free], after._all_ids)
+        after = runtime.ffns[self.index + 1 : self.index + 2]
+        if after and not after[0].reads.under_way:
+            window, every = after[0].window, after[0]._all_ids
+            after[0].reads.read_ahead(window.missing(every)[: window.free], every)
 
-    def _read_ahead(self, engine: Engine, missing: Ids, ids: Ids) -> None:
-        """Start to read `missing` into the window, without evicting any of `ids`; the next forward takes it in."""
-        if not len(missing):
-            return
-        with self._changing(engine):
-            slots = self._reserve(missing, ids)
-            with suppress(StoreReadError):  # the forward reads it again, and says what is wrong
-                self._ahead = missing, slots, self._start(engine, missing, slots, background=True)
-
-    def _arrive(self, engine: Engine, selected: torch.Tensor | None) -> float:
-        """Take in what was read ahead; returns the seconds that had to be waited."""
-        if self._ahead is None:
-            return 0.0
-        start, (ids, slots, reading) = perf_counter(), self._ahead
-        self._ahead = None
-        try:
-            waited = self._take_in(engine, ids, slots, reading)
-        except StoreReadError:  # the forward reads what it needs again, and says what is wrong
-            return perf_counter() - start
-        engine.counters.ahead += len(ids)
-        engine.counters.ahead_used += len(ids) if selected is None else int(selected[:, torch.from_numpy(ids)].any(0).sum())
-        return waited
-
-    def _reserve(self, missing: Ids, ids: Ids) -> Ids:
-        """Slots for `missing`, without evicting any of `ids`."""
-        self.window.make_room(len(missing), ids)
-        return self.window.reserve(len(missing))
-
-    @contextmanager
-    def _changing(self, engine: Engine) -> Iterator[None]:
-        """The block may be interrupted anywhere, and so may the clearing up after it: then the next call does that."""
-        if not self.window.consistent:
-            self._forget(engine)
-        self.window.consistent = False
-        try:
-            yield
-        except HfFlashError:  # nothing was committed that is not whole
-            self.window.consistent = True
-            raise
-        except BaseException:
-            self._forget(engine)
-            raise
-        self.window.consistent = True
-
-    def _forget(self, engine: Engine) -> None:
-        """After an interruption: nobody knows which rows are whole."""
-        engine.reader.forget()
-        self._ahead = None
-        self.window.forget()
-        self.window.consistent = True
-
-    @contextmanager
-    def _given_back_on_failure(self, slots: Ids) -> Iterator[None]:
-        try:
-            yield
-        except StoreReadError:
-            self.window.give_back(slots)
-            raise
-
-    def _start(self, engine: Engine, ids: Ids, slots: Ids, *, background: bool = False) -> Reading:
-        """Start to read bundles into slots of the window."""
-        with self._given_back_on_failure(slots):
-            return engine.reader.start(self.index, ids, self.window.matrix, slots, background=background)
-
-    def _take_in(self, engine: Engine, ids: Ids, slots: Ids, reading: Reading) -> float:
-        """Wait for what [`_start`] started, and count it; returns the seconds it took."""
-        start = perf_counter()
-        with self._given_back_on_failure(slots):
-            count = reading.wait()
-        self.window.commit(ids, slots)
-        _note(engine.counters, count)
-        return perf_counter() - start
-
-    def _read_and_compute(
-        self, engine: Engine, x: torch.Tensor, ids: Ids, missing: Ids, slots: Ids, out: torch.Tensor
-    ) -> float:
-        """One token whose neurons fit into the window: compute with those that are there while the others are read.
-
-        Returns:
-            Seconds spent on reading and nothing else.
-        """
-        window, rows = self.window, self.window.slot_of[ids]
-        away = rows < 0
-        rows[away] = slots
-        token = OneToken(engine.scratch, self.activation, x, self.bias, window.matrix, rows, ids, one_block=True)
-        spent, start = 0.0, perf_counter()
-        if len(missing):
-            reading = self._start(engine, missing, slots)
-            spent = perf_counter() - start
-            if token.compiled:
-                token.up(np.flatnonzero(~away), np.flatnonzero(away))
-            spent += self._take_in(engine, missing, slots, reading)
-        token.finish(out)
-        return spent
-
-    def _stream(self, engine: Engine, call: _Call, keep: Mask, out: torch.Tensor) -> float:
-        """Work off what does not fit into the window, the next block on its way while one is computed.
-
-        Args:
-            keep: [d_ff] which neurons should be in the window afterwards.
-
-        Returns:
-            Seconds spent on reading and nothing else.
-        """
-        rows, waited = engine.scratch.rows, 0.0
-        free = [rows[at : at + call.step] for at in range(0, len(rows), call.step)]
-        blocks = [_Block(self, call, ids) for ids in call.blocks]
-        waiting = deque(blocks)
-        try:
-            for block in blocks:
-                start = perf_counter()
-                while waiting and (free or waiting[0].complete):
-                    waiting.popleft().start(engine, free)
-                block.arrive(engine)
-                if block is blocks[-1] and call.most:
-                    self._start_next_layer(engine)
-                waited += perf_counter() - start
-                block.compute(engine, call, out)
-                block.keep(engine, keep)
-                if not block.complete:
-                    free.append(block.buffer)
-        except BaseException:
-            engine.reader.forget()  # nothing may write to the buffers any more
-            raise
-        return waited
+    # --- what it refuses
 
     def _usable(self, x: torch.Tensor) -> Engine:
         """The engine, if this input can be computed; a clear error otherwise."""
@@ -377,32 +288,38 @@ class FlashFFN(OnFlash):
             )
         if x.dtype != self.engine.dtype and not torch.is_autocast_enabled("cpu"):
             refuse_dtype(x.dtype, self.engine.dtype, where)
+        if x.shape[-1:] != (self.d_model,):
+            raise UsageError("the input has another width", where=where, expected=f"[..., {self.d_model}]", got=list(x.shape))
         return self.engine
 
-    def _checked_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The bias as it is now. Others may have put it there, and it goes to the compiled part by its address."""
-        bias = self.bias
-        if bias is None or (
-            bias.dtype == dtype and bias.shape == (self.d_ff,) and bias.is_cpu and bias.is_contiguous() and is_plain(bias)
-        ):
-            return bias
-        raise UsageError(
-            "this bias does not fit the up projection",
-            where=f"FFN of layer {self.index}",
-            expected=f"[{self.d_ff}] {dtype} on cpu, contiguous",
-            got=f"{list(bias.shape)} {bias.dtype} on {bias.device}{'' if bias.is_contiguous() else ', not contiguous'}",
-            hint="convert it before you put it there",
-        )
-
-    def extra_repr(self) -> str:
-        return f"layer={self.index}, d_model={self.d_model}, d_ff={self.d_ff}, {_ON_FLASH}"
+    def _checked_biases(self, engine: Engine) -> Biases:
+        """The biases as they are now. Others may have put them there, and they go to the compiled part by their address."""
+        biases: dict[Role, torch.Tensor | None] = {role: module.bias for role, module in self.projections.items()}
+        for role, bias in biases.items():
+            if bias is None or role == "down":
+                continue
+            if not (
+                bias.dtype == engine.dtype
+                and bias.shape == (self.d_ff,)
+                and bias.is_cpu
+                and bias.is_contiguous()
+                and is_plain(bias)
+            ):
+                raise UsageError(
+                    f"this bias does not fit the {role} projection",
+                    where=f"FFN of layer {self.index}",
+                    expected=f"[{self.d_ff}] {engine.dtype} on cpu, contiguous",
+                    got=f"{list(bias.shape)} {bias.dtype} on {bias.device}{'' if bias.is_contiguous() else ', not contiguous'}",
+                    hint="convert it before you put it there",
+                )
+        return biases
 
 
 class _NoBackward(torch.autograd.Function):
     """Lets a forward run with gradients enabled, and refuses a backward that would silently skip the FFN."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         return out
 
     @staticmethod
@@ -410,3 +327,8 @@ class _NoBackward(torch.autograd.Function):
         raise UsageError(
             "a flash model has no gradients: its FFN weights are on flash", hint="use the plain checkpoint to train"
         )
+
+
+def _used_by_any(selected: torch.Tensor) -> Ids:
+    """Sorted ids of the neurons that any token selected."""
+    return np.flatnonzero(selected[0].numpy() if len(selected) == 1 else uses(selected.numpy()))

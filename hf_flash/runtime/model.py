@@ -12,6 +12,7 @@ from torch import nn
 from hf_flash.budget.plan import MemoryPlan
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import UsageError
+from hf_flash.families.base import Shape
 from hf_flash.predictors.base import PredictorForm
 from hf_flash.runtime.counters import FlashStats
 from hf_flash.runtime.engine import Engine
@@ -29,6 +30,7 @@ class FlashRuntime:
     store: FlashStore
     checkpoint: Checkpoint
     form: PredictorForm | None
+    shape: Shape
     engine: Engine
     ffns: Sequence[FlashFFN]
 
@@ -45,7 +47,7 @@ class FlashRuntime:
             capacity=plan.capacity,
             predictor=self.form.variant if self.form else "none",
             reader=self.engine.reader.name,
-            reads_with=self.engine.reader.source.reads_with,
+            reads_with=self.engine.reader.reads_with,
             budget_bytes=plan.budget_bytes,
             minimum_bytes=plan.minimum_bytes,
             resident_bytes=plan.resident_bytes,
@@ -54,7 +56,7 @@ class FlashRuntime:
             window_bytes=sum(ffn.window.matrix.nbytes for ffn in self.ffns),
             dense_bytes=plan.dense_bytes,
             process_bytes=int(psutil.Process().memory_info().rss),
-            kv_cache_bytes_per_token=2 * plan.layers * self.ffns[0].d_model * self.engine.dtype.itemsize,
+            kv_cache_bytes_per_token=self.shape.kv_bytes(self.engine.dtype.itemsize),
             counters=replace(self.engine.counters),
         )
 

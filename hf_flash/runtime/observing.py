@@ -131,10 +131,6 @@ def watched(model: Any, show: Callable[[TokenSeen], None], pace: float = 0.0) ->
             eye.close()
 
 
-Observer = Callable[[torch.Tensor, Ids, torch.Tensor], None]
-"""Called with a layer's input x [tokens, d_model], the ids of a block and their pre-activations [tokens, ids]."""
-
-
 @contextmanager
 def observed(ffn: FlashFFN, record: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     """Hand every forward's input x [tokens, d_model] and pre-activations [tokens, d_ff] to `record`.

@@ -4,7 +4,7 @@ With the FFN on flash most of a token's time is these: 1.9 GB of OPT-2.7B. torch
 speed of DRAM on some processors, with eight rows at a fraction of it, and with many rows in 16 bits six times slower than in
 32 where the processor has no instructions for them. So a flash model's `nn.Linear` become [`ResidentLinear`]:
 
-    few tokens    the compiled part fetches every weight once (compute/library.py); a token gets the same bits beside others and alone
+    few tokens    the compiled part fetches every weight once; a token gets the same bits beside others and alone
     many tokens   where 16 bits are slow: rows are widened to fp32, a buffer of them at a time, for an fp32 GEMM
     otherwise     torch, as stock: training, autocast, compiling, tracing, other devices, weights that something has replaced
 
@@ -34,7 +34,7 @@ _MANY: Final = 96  # tokens that widening is worth where 16 bits are only slower
 class ResidentLinear(nn.Linear):
     """An `nn.Linear` of a flash model. Weights, names and shapes are those of the module it was."""
 
-    engine: Engine  # its `scratch.wide` is what rows are widened into
+    engine: Engine  # its `arithmetic.wide` is what rows are widened into
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
@@ -60,7 +60,7 @@ class ResidentLinear(nn.Linear):
         rows, columns = self.weight.shape
         out, wide = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device="cpu"), x.detach().float()
         with self.engine.lock:
-            room = self.engine.scratch.wide.view(-1)
+            room = self.engine.arithmetic.wide.view(-1)
             step = len(room) // columns
             for at in range(0, rows, step):
                 part = slice(at, at + step)
@@ -102,11 +102,11 @@ def _widened_from(dtype: torch.dtype) -> float:
     return float("inf")
 
 
-def adopt(model: nn.Module, engine: Engine) -> None:
+def make_linears_resident(model: nn.Module, engine: Engine) -> None:
     """Make a loaded model's linear layers ours. Those that something else has made its own are left alone."""
     for module in model.modules():
         if type(module) is not nn.Linear or module.weight.dtype not in DTYPES:
             continue
-        if module.weight.nbytes >= _WORTH_BYTES and module.in_features <= engine.scratch.wide.numel():
+        if module.weight.nbytes >= _WORTH_BYTES and module.in_features <= engine.arithmetic.wide.numel():
             module.__class__ = ResidentLinear
             module.engine = engine  # type: ignore[assignment]

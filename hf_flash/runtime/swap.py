@@ -1,54 +1,45 @@
-"""Swap."""
+"""Replace the feed-forward blocks of a model whose parameters are still on the meta device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import nn
 
-from hf_flash.errors import UsageError
-from hf_flash.runtime.flash_weights import OnFlash
-from hf_flash.runtime.layer import (
-    _ON_FLASH,
-)
+from hf_flash.families.base import Family
+from hf_flash.runtime.layer import FlashFFN
+from hf_flash.runtime.sites import BlockFFN, InlineFFN, LastProjection, PassingActivation, empty_bias
 
 
-class FlashActivation(nn.Module):
-    """Stands where the activation stood, and passes on what [`FlashFFN`] has activated already.
-
-    If somebody has put a plain up projection in its place, what comes is as wide as that, and is activated here.
-    """
-
-    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor], d_model: int) -> None:
-        super().__init__()
-        self.activation, self.d_model = activation, d_model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if x.shape[-1] == self.d_model else self.activation(x)
+def decoder_layers(model: nn.Module, family: Family) -> Any:
+    """The decoder layers of a model."""
+    return getattr(model.get_decoder(), family.layers)  # type: ignore[operator]
 
 
-class DownBias(OnFlash):
-    """Stands where the down projection stood: adds its bias to the fp32 sum and rounds once to the dtype of compute.
+def replace_feed_forwards(model: nn.Module, family: Family) -> list[FlashFFN]:
+    """Replace every feed-forward block. Returns the new modules, by layer."""
+    config: Any = model.config
+    shape, activation = family.shape(config), family.activation_of(config)
+    found = []
+    for index, (layer, d_ff) in enumerate(zip(decoder_layers(model, family), shape.widths, strict=True)):
+        sizes = index, d_ff, shape.d_model, activation
+        found.append(_replace_inline(layer, family, *sizes) if family.inline else _replace_block(layer, family, *sizes))
+    return found
 
-    Keeps the parameter name `bias` of the module it replaces.
-    """
 
-    def __init__(self, index: int, d_model: int, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.index, self.d_model, self.dtype = index, d_model, dtype
-        self.bias = nn.Parameter(torch.empty(d_model, dtype=torch.float32, device="cpu"), requires_grad=False) if bias else None
+def _replace_block(layer: Any, family: Family, *sizes: Any) -> FlashFFN:
+    block = getattr(layer, family.block)
+    biases = {role: empty_bias(getattr(block, name)) for role, name in family.matrices.items()}
+    ffn = BlockFFN(*sizes, names=family.matrices, biases=biases)
+    setattr(layer, family.block, ffn)
+    return ffn
 
-    def extra_repr(self) -> str:
-        return _ON_FLASH
 
-    def forward(self, total: torch.Tensor) -> torch.Tensor:
-        if total.shape[-1] != self.d_model:
-            raise UsageError(
-                "the up projection in front was replaced by something that is not on flash, this one was not",
-                where=f"FFN of layer {self.index}",
-                expected=f"the sum of the layer, [tokens, {self.d_model}]",
-                got=list(total.shape),
-                hint="replace both projections of the layer",
-            )
-        return (total if self.bias is None else total + self.bias.float()).to(self.dtype)
+def _replace_inline(layer: Any, family: Family, index: int, d_ff: int, d_model: int, activation: Any) -> FlashFFN:
+    first, final = family.matrices["up"], family.matrices["down"]
+    last = LastProjection(index, d_model, empty_bias(getattr(layer, final)))
+    ffn = InlineFFN(index, d_ff, d_model, activation, empty_bias(getattr(layer, first)), last)
+    setattr(layer, first, ffn)
+    setattr(layer, family.activation, PassingActivation(getattr(layer, family.activation), d_model))
+    setattr(layer, final, last)
+    return ffn

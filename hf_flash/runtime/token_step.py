@@ -2,8 +2,8 @@
 
 [`FlashFFN`] does the same step by step for any call. Its Python takes ten times as long within a model as in a loop, because
 attention has emptied the caches in between: half a millisecond a layer. So where a token's neurons fit into the window,
-window, reads and products are one call (_native_step.h), which follows the rules of runtime/window.py and reading/chunks.py. It refuses every
-other case before it changes anything.
+window, reads and products are one call (compute/step.c), which follows the rules of runtime/window.py and reading/chunks.py. It
+refuses every other case before it changes anything.
 """
 
 from __future__ import annotations
@@ -13,65 +13,98 @@ import ctypes
 import numpy as np
 import torch
 
-from hf_flash.compute.kernels import TokenRoom
-from hf_flash.compute.library import DTYPES, Step, Window, library, threads
+from hf_flash.compute import library as native
+from hf_flash.compute.activation import RELU
+from hf_flash.compute.arithmetic import Arithmetic
+from hf_flash.compute.kernels import TokenRoom, row_layout
+from hf_flash.compute.library import DTYPES, Step, TokenJob, Window
 from hf_flash.reading.chunks import longest_chunk
 from hf_flash.reading.layer_files import StepFile
+from hf_flash.runtime.counters import Counters
 from hf_flash.runtime.window import GROWTH, RENEW, ResidentWindow
-from hf_flash.store.layout import LayerStore
+from hf_flash.store.layer_file import LayerStore
+from hf_flash.store.unit import UnitLayout
+
+
+def token_step(arithmetic: Arithmetic, window: ResidentWindow, store: LayerStore) -> TokenStep | None:
+    """The step of a layer, if the arithmetic can take a token through it in one call."""
+    if arithmetic.kernel is None or arithmetic.activation.code != RELU:
+        return None
+    return TokenStep(arithmetic.kernel.room, arithmetic.unit, window, store)
 
 
 class TokenStep:
-    """The step of one layer. To be made only where there is a `library()`.
+    """The step of one layer. To be made only where there is a `library()`, and units of a layout that kernels.py `supports`.
 
     Args:
         room: shared with other layers, which run at other times.
+        unit: as units lie in the window.
         window: the layer's. Its arrays are changed where they lie.
-        store: where the layer's bundles are.
+        store: where the layer's units are.
     """
 
-    def __init__(self, room: TokenRoom, window: ResidentWindow, store: LayerStore) -> None:
-        self._library, self._room, self._window = library(), room, window
-        self._place = None if store.place is None else np.ascontiguousarray(store.place)
-        own, ids = window.arrays, [part.ctypes.data for part in room.ids]
-        self._step = Step(
-            window=Window(*(part.ctypes.data for part in own), d_ff=store.d_ff, capacity=window.capacity,
-                           window=window.window, growth=GROWTH, renew=RENEW),
-            place=None if self._place is None else self._place.ctypes.data,
-            ids=ids[0], rows=ids[1], there=ids[2], away=ids[3],
-            pairs=room.pairs.ctypes.data, parts=room.parts.ctypes.data,
-            offsets=room.offsets.ctypes.data, first=room.first.ctypes.data,
-            most=room.neurons, reads=room.reads, offset=store.offset, bundle=store.bundle_bytes,
-            longest=longest_chunk(store.bundle_bytes),
+    def __init__(self, room: TokenRoom, unit: UnitLayout, window: ResidentWindow, store: LayerStore) -> None:
+        self._library, self._room, self._window = native.loaded(), room, window
+        self._place_of = None if store.place is None else np.ascontiguousarray(store.place)
+        job = TokenJob(
+            layout=row_layout(unit), matrix=window.matrix.data_ptr(), dtype=DTYPES[unit.dtype], relu=True,
+            hidden=room.hidden.data_ptr(), x_f32=room.x_f32.ctypes.data, active=room.active.ctypes.data,
         )  # fmt: skip
-        job = self._step.job
-        job.matrix, job.d, job.dtype, job.relu = window.matrix.data_ptr(), store.d_model, DTYPES[window.matrix.dtype], True
-        job.hidden, job.wide, job.active = room.hidden.data_ptr(), room.wide.ctypes.data, room.active.ctypes.data
+        self._step = Step(
+            job=job, window=self._window_arrays(store.d_ff),
+            place_of=None if self._place_of is None else self._place_of.ctypes.data,
+            ids=room.ids.ctypes.data, rows=room.rows.ctypes.data,
+            resident_at=room.resident_at.ctypes.data, missing_at=room.missing_at.ctypes.data,
+            incoming=room.incoming.ctypes.data, pieces=room.pieces.ctypes.data,
+            offsets=room.offsets.ctypes.data, first=room.first.ctypes.data,
+            max_used=room.neurons, max_missing=room.reads, file_offset=store.offset, max_run=longest_chunk(store.bundle_bytes),
+        )  # fmt: skip
+
+    def _window_arrays(self, d_ff: int) -> Window:
+        slot_of, neuron_in, last_used, free_slots, score = (part.ctypes.data for part in self._window.arrays)
+        return Window(
+            slot_of, neuron_in, last_used, free_slots, score,
+            d_ff=d_ff, capacity=self._window.capacity, kept_tokens=self._window.window, growth=GROWTH, rescale_beyond=RENEW,
+        )  # fmt: skip
 
     def run(
         self, x: torch.Tensor, selected: torch.Tensor, bias: torch.Tensor | None, file: StepFile | None
     ) -> torch.Tensor | None:
-        """float32 [1, d_model]: the sum before bias and rounding. `None`: not for here, or a read failed.
+        """float32 [1, width]: the sum before bias and rounding. `None`: not for here, or a read failed.
 
         After a failed read the window holds what it held and some less; who reads again is told what is wrong.
 
         Args:
-            x: [1, d_model] in the dtype of compute, contiguous.
+            x: [1, width] in the dtype of compute, contiguous.
             selected: bool [1, d_ff], contiguous: the neurons that are used. Their hidden values below zero become zero.
             bias: [d_ff] of the up projection.
-            file: what is missing is read with it. `None`: nothing can be read.
+            file: what is missing is read with it. `None`: nothing can be read, as where numbers are converted.
         """
         step, job, window, own = self._step, self._step.job, self._step.window, self._window
         out = torch.empty(1, x.shape[1], dtype=torch.float32, device="cpu")
         job.x, job.out, job.bias = x.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
-        job.threads, step.selected = threads(), selected.data_ptr()
-        window.clock, window.free, window.gain = own.clock, own.free, own.gain
-        step.reader, step.file, step.unit = file or (None, None, 1)
+        job.threads, step.selected = native.threads(), selected.data_ptr()
+        window.clock, window.free, window.use_score = own.clock, own.free, own.gain
+        step.reader, step.file, step.block_bytes = file or (None, None, 1)
         done = self._library.hf_step(ctypes.byref(step))  # type: ignore[union-attr]
-        own.clock, own.free, own.gain = window.clock, window.free, window.gain
+        own.clock, own.free, own.gain = window.clock, window.free, window.use_score
         return out if done else None
 
     @property
-    def did(self) -> Step:
-        """What the last call did: neurons `used` and `missing`, `nbytes` in `chunks` read; seconds `managed`, `job.waited`."""
-        return self._step
+    def used(self) -> int:
+        """Neurons that the last call used."""
+        return int(self._step.used)
+
+    @property
+    def missing(self) -> int:
+        """Those of them that were not in the window."""
+        return int(self._step.missing)
+
+    def count(self, counters: Counters, seconds: float) -> None:
+        """Count what the last call, which took so long, read and spent its time on."""
+        step, waited_s = self._step, self._step.job.waited_s
+        counters.read_bytes += step.read_bytes
+        counters.reads += step.chunks
+        counters.manage_s += step.managed_s
+        counters.io_s += waited_s
+        counters.compute_s += seconds - step.managed_s - waited_s

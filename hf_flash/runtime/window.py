@@ -1,10 +1,10 @@
 """`ResidentWindow`: the neurons of one layer that are in DRAM (paper: section 3.3).
 
-    matrix    [capacity, 2 * d_model]   allocated once
-    pointer   [capacity]                which neuron a row (*slot*) holds, or -1
-    slot_of   [d_ff]                    the way back: the slot of a neuron, or -1
-    last_used [d_ff]                    the token that used a neuron last: `last_k_active` for every k at once
-    worth     [d_ff]                    how often it was used, older uses counting less
+    matrix    [capacity, numbers of a unit]   allocated once
+    pointer   [capacity]   which neuron a row (*slot*) holds, or -1
+    slot_of   [d_ff]       the way back: the slot of a neuron, or -1
+    last_used [d_ff]       the token that used a neuron last: `last_k_active` for every k at once
+    worth     [d_ff]       how often it was used, older uses counting less
 
 What the last `window` tokens used stays. Older neurons stay as long as there is room; when there is none, those that were used
 least go first. (The paper drops what left the window at once. On the shipped model, with room for half of the neurons, that
@@ -28,7 +28,6 @@ import numpy.typing as npt
 import torch
 
 from hf_flash.base.arrays import Ids, Mask, uses
-from hf_flash.base.buffers import aligned_empty
 
 GROWTH: Final = 1 / 0.99  # of what a use is worth, per token: half of a neuron's worth is of the last 69 tokens
 RENEW: Final = 1e9  # when weights have grown this large they start from 1 again
@@ -40,15 +39,14 @@ class ResidentWindow:
 
     Args:
         d_ff: neurons in the layer.
-        d_model: half the width of a bundle.
-        capacity: neurons that fit.
+        matrix: [capacity, any], one row for each neuron that fits: memory that the arithmetic provides.
         window: tokens a neuron stays for after its last use.
-        dtype: dtype of compute.
     """
 
-    def __init__(self, d_ff: int, d_model: int, capacity: int, window: int, dtype: torch.dtype) -> None:
+    def __init__(self, d_ff: int, matrix: torch.Tensor, window: int) -> None:
+        capacity = len(matrix)
         self.capacity, self.window = capacity, window
-        self.matrix = aligned_empty((capacity, 2 * d_model), dtype).zero_()  # now, or reads wait for pages the first time
+        self.matrix = matrix.zero_()  # now, or reads wait for pages the first time
         self.last_used = np.full(d_ff, np.iinfo(np.int64).min, dtype=np.int64)
         self.worth = np.zeros(d_ff)
         self.gain = 1.0  # what a use adds to `worth` now; it grows, instead of all of `worth` shrinking

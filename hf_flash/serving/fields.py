@@ -1,7 +1,7 @@
-"""What the fields of a request to `hf-flash serve` may hold: one table a route.
+"""What the fields of a request to `hf-flash serve` may hold: one table for each route.
 
-Transformers' server takes most fields as they come, and fails in the middle of an answer, or generates for an hour. Fields that
-are not in a table are those that it refuses by name, or takes and does nothing with. `null` is the same as no field.
+transformers' server takes most fields unchecked, and then fails in the middle of an answer or generates for an hour. A field
+that is in no table is one that it refuses by name, or accepts and ignores. `null` counts as a missing field.
 """
 
 from __future__ import annotations
@@ -172,10 +172,10 @@ GENERATION: Final[Mapping[str, Rule]] = {
 
 
 def check(route: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The body of a request, if every field holds what it may; nulls in messages are gone.
+    """Return the body of a request whose fields are valid, without the nulls in its messages.
 
     Raises:
-        ConfigError: a field holds something else, or is missing.
+        ConfigError: a field is not valid, or is missing.
     """
     needed, also = ROUTES[route]
     for name in ("messages", "input"):
@@ -193,21 +193,21 @@ def check(route: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def used(route: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a checked body that the route does something with."""
+    """Return the fields of a checked body that the route uses."""
     needed, also = ROUTES[route]
     return {name: value for name, value in body.items() if name in needed or name in also}
 
 
 def check_generation(config: str, usual: Mapping[str, Any], vocabulary: int) -> None:
-    """Refuse settings of generation that this server does not take.
+    """Refuse settings of generation that this server does not accept.
 
     Args:
         config: the JSON text.
-        usual: values that are taken for every other name: those of the model.
+        usual: the model's own values; these are accepted for any name.
         vocabulary: tokens that the model has.
 
     Raises:
-        ConfigError: it is no JSON object, or holds something else.
+        ConfigError: it is no JSON object, or a setting is not accepted.
     """
     try:
         found = json.loads(config)

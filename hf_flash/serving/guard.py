@@ -1,11 +1,11 @@
-"""What a request must pass before transformers' server sees it, in one place: the gate of `hf-flash serve`.
+"""The gate of `hf-flash serve`: what every request is checked for before transformers' server sees it.
 
-    who asks        Host and Origin: a web page must not reach a server on this machine, neither by a plain POST nor by a name
-                    that it lets point here (DNS rebinding)
-    how much        the size of the body, the time between its parts, requests at once
-    what            JSON with finite numbers, valid text and bounded depth; then what the server's own check says
+    who asks        Host and Origin. A web page must not reach a server on this machine: neither by a plain POST, nor by a name
+                    of its own that it lets point here (DNS rebinding)
+    how much        the size of the body, the time between its parts, the number of requests at once
+    what            JSON with finite numbers, valid text and bounded depth; then the check that the server gives
 
-Every refusal is JSON in OpenAI's form, with a reason. A client that goes away sets [`gone`] of its request.
+Every refusal is JSON in OpenAI's form, with a reason. When a client goes away, the event [`gone`] of its request is set.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Refused(Exception):
 
 
 def failure(status: int, reason: object) -> dict[str, Any]:
-    """A refusal as OpenAI's clients show it."""
+    """Make the body of a refusal in OpenAI's form, as their clients show it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": str(reason), "type": kind, "param": None, "code": None}}
 
@@ -181,7 +181,7 @@ class Guard:
 
 
 async def _watched(app: App, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
-    """Let `app` answer a request whose body is here, and say when the client goes away meanwhile."""
+    """Let `app` answer a request whose body is here, and set `gone` when the client goes away meanwhile."""
     left, read = asyncio.Event(), False
 
     async def watch() -> None:
@@ -208,7 +208,7 @@ async def _watched(app: App, scope: Message, body: bytes, receive: Receive, send
 
 
 def parsed(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body, without nulls on its top level.
+    """Parse the JSON object in a body; leave out nulls on its top level.
 
     Raises:
         Refused: it is none, is nested too deeply, or has numbers or text that are none.
@@ -242,7 +242,7 @@ def _values(value: Any, depth: int) -> Iterator[Any]:
 
 
 def texts(value: Any) -> list[str]:
-    """All text in a JSON value."""
+    """Return all text in a JSON value, names of fields included."""
     return [item for item in _values(value, MOST_DEPTH) if isinstance(item, str)]
 
 
@@ -262,7 +262,7 @@ def _name(url: str) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Whether a host is this machine alone."""
+    """Tell whether a host names this machine alone."""
     try:
         return name.lower() in _LOCAL or name.lower().endswith(".localhost") or ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -270,7 +270,7 @@ def is_local(name: str) -> bool:
 
 
 def _same(origin: str, host: str) -> bool:
-    """Whether a page of `origin` came from the server that it calls `host`."""
+    """Tell whether a page of `origin` came from the server that it calls `host`."""
     try:
         page, called = urlsplit(origin), urlsplit(f"{urlsplit(origin).scheme}://{host}")
         ports = [part.port or _PORTS.get(part.scheme) for part in (page, called)]

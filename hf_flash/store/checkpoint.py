@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from hf_flash.base.buffers import copied
 from hf_flash.base.files import StoredFile, absolute, check_inside, exists, listed_files, plain_name, reading
 from hf_flash.errors import ConfigError, RepackError, StoreFormatError, StoreMissingError
-from hf_flash.store.layout import FORMAT_VERSION
+from hf_flash.store.names import FORMAT_VERSION
 from hf_flash.store.safetensors_files import DTYPE_NAMES, Rows, TensorSpec, read_header, read_pieces, read_tensor
 
 logger = logging.getLogger("hf_flash")

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +17,11 @@ import torch
 from hf_flash.base.buffers import aligned_empty
 from hf_flash.base.files import new_file, to_disk, writing
 from hf_flash.errors import InvalidWeightsError, RepackError, StoreFormatError
-from hf_flash.store.layout import ALIGNMENT, FORMAT_VERSION, META, PLACED_VERSION, LayerStore, crc_of_file
+from hf_flash.store.codecs import codec_of
+from hf_flash.store.layer_file import LayerStore, crc_of_file
+from hf_flash.store.names import ALIGNMENT, FORMAT_VERSION, META, PARTS_VERSION, PLACED_VERSION
 from hf_flash.store.safetensors_files import DTYPE_NAMES, PIECE_BYTES, Rows, TensorSpec, new_tensor, read_header
+from hf_flash.store.unit import ROW, TWO_MATRICES, Part, UnitLayout
 
 _NO_CRC: Final = "0" * 8
 
@@ -66,30 +69,36 @@ def _encode(header: dict[str, Any]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def layer_spec(up: TensorSpec, down: TensorSpec, up_name: str, down_name: str) -> tuple[torch.dtype, int, int]:
-    """dtype, d_ff and d_model of a layer, from its two matrices in the plain checkpoint."""
-    (dtype, up_shape), (down_dtype, down_shape) = up, down
-    if 0 in (*up_shape, *down_shape):
+def plain_unit(parts: Sequence[Part], specs: Sequence[TensorSpec], names: Sequence[str]) -> tuple[UnitLayout, int]:
+    """What a layer's units are, and how many it has, from its matrices in the plain checkpoint.
+
+    Args:
+        specs, names: of the matrices, one for each part.
+
+    Raises:
+        StoreFormatError: they are empty, or do not fit together.
+    """
+    found = ", ".join(f"{list(shape)} {dtype}" for dtype, shape in specs)
+    if any(0 in shape for _, shape in specs):
         raise StoreFormatError(
             "the FFN matrices are empty: this is a repacked checkpoint whose config does not say so",
-            where=f"{up_name}, {down_name}",
+            where=", ".join(names),
             expected="a plain checkpoint, or a config with the repacked folder's own `quantization_config`",
-            got=f"{list(up_shape)}, {list(down_shape)}",
+            got=", ".join(f"{list(shape)}" for _, shape in specs),
             hint="load the repacked folder with its own config.json, or `hf_flash.restore` the plain checkpoint",
         )
-    if (
-        len(up_shape) != 2
-        or down_shape != up_shape[::-1]
-        or down_dtype != dtype
-        or dtype not in (torch.float32, torch.float16, torch.bfloat16)
-    ):
+    dtype, shape = specs[0]
+    by_unit = shape if parts[0].stored == ROW else shape[::-1]
+    fits = len(shape) == 2 and codec_of(dtype) is not None
+    if not fits or any(spec != (dtype, part.plain_shape(*by_unit)) for part, spec in zip(parts, specs, strict=True)):
+        shapes = ["[d_ff, d_model]" if part.stored == ROW else "[d_model, d_ff]" for part in parts]
         raise StoreFormatError(
             "the FFN matrices do not fit together",
-            where=f"{up_name}, {down_name}",
-            expected="[d_ff, d_model] and [d_model, d_ff] in float32, float16 or bfloat16",
-            got=f"{list(up_shape)} {dtype}, {list(down_shape)} {down_dtype}",
+            where=", ".join(names),
+            expected=f"{', '.join(shapes[:-1])} and {shapes[-1]} in float32, float16 or bfloat16",
+            got=found,
         )
-    return dtype, up_shape[0], up_shape[1]
+    return UnitLayout.of(parts, by_unit[1], dtype), by_unit[0]
 
 
 def write_layer(
@@ -97,48 +106,60 @@ def write_layer(
     index: int,
     layers: int,
     key: str,
-    names: tuple[str, str],
-    up: Rows | torch.Tensor,
-    down: torch.Tensor,
+    parts: Sequence[Part],
+    names: Sequence[str],
+    matrices: Sequence[Rows | torch.Tensor],
     origin: Mapping[str, str],
 ) -> None:
-    """Bundle one layer: `up` [d_ff, d_model] and `down` [d_model, d_ff] become `key` [d_ff, 2 * d_model] in `path`."""
-    dtype, d_ff, d_model = layer_spec((up.dtype, tuple(up.shape)), (down.dtype, tuple(down.shape)), *names)
-    numbers = {"layer": index, "layers": layers, "d_ff": d_ff, "d_model": d_model}
-    metadata = _metadata(up=names[0], down=names[1], **origin, **{k: str(v) for k, v in numbers.items()})
-    write_safetensors(path, {key: (dtype, (d_ff, 2 * d_model))}, _bundle(up, down, names), metadata)
+    """Bundle one layer: its plain matrices become `key` [d_ff, unit.numbers] in `path`.
 
-
-def _bundle(up: Rows | torch.Tensor, down: torch.Tensor, names: tuple[str, str]) -> Iterator[torch.Tensor]:
-    """Rows of bundles, some MiB at a time. `down` is in memory, or read once if it is mapped, and transposed there.
-
-    The same buffer is yielded again and again.
+    Args:
+        names, matrices: one for each part. A matrix with a neuron in a column is in memory, or read once if it is mapped.
+        origin: metadata that says where the weights come from.
     """
-    d_ff, d_model = up.shape
-    rows = min(d_ff, max(1, PIECE_BYTES // (2 * d_model * up.dtype.itemsize)))
-    buffer = aligned_empty((rows, 2 * d_model), up.dtype)
+    unit, d_ff = plain_unit(parts, [(matrix.dtype, tuple(matrix.shape)) for matrix in matrices], names)
+    numbers = {"layer": index, "layers": layers, "d_ff": d_ff, "d_model": unit.width}
+    named = dict(zip(unit.roles, names, strict=True))
+    metadata = _metadata(**named, **origin, **{k: str(v) for k, v in numbers.items()})
+    if unit.parts != TWO_MATRICES:
+        metadata |= {META + "parts": unit.text, META + "format_version": str(PARTS_VERSION)}
+    write_safetensors(path, {key: (unit.dtype, (d_ff, unit.numbers))}, _bundle(unit, d_ff, names, matrices), metadata)
+
+
+def _bundle(
+    unit: UnitLayout, d_ff: int, names: Sequence[str], matrices: Sequence[Rows | torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Rows of bundles, some MiB at a time. The same buffer is yielded again and again."""
+    rows = min(d_ff, max(1, PIECE_BYTES // unit.row_bytes))
+    buffer = aligned_empty((rows, unit.numbers), unit.dtype)
     for start in range(0, d_ff, rows):
-        block = buffer[: min(rows, d_ff - start)]
-        block[:, :d_model] = up[start : start + rows]
-        block[:, d_model:] = down[:, start : start + rows].T
+        stop = min(start + rows, d_ff)
+        block = buffer[: stop - start]
+        for part, matrix in zip(unit.parts, matrices, strict=True):
+            neurons = matrix[start:stop] if part.stored == ROW else matrix[:, start:stop].T  # type: ignore[index]
+            block[:, unit.columns(part.role)] = neurons
         if not torch.isfinite(block).all():
-            half = 0 if not torch.isfinite(block[:, :d_model]).all() else 1
+            finite = [bool(torch.isfinite(block[:, unit.columns(role)]).all()) for role in unit.roles]
             raise InvalidWeightsError(
                 "the source weights contain NaN or infinite values",
-                where=names[half],
+                where=names[finite.index(False)],
                 hint="the source is damaged: download it again",
             )
         yield block
 
 
 def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
-    """The two matrices of a plain checkpoint, `up` then `down`, contiguous, one in memory at a time."""
-    yield layer.up()[:]
-    down, rows = new_tensor((layer.d_model, layer.d_ff), layer.dtype), layer.down()
-    step = max(1, PIECE_BYTES // layer.bundle_bytes)
-    for at in range(0, layer.d_ff, step):
-        down[:, at : at + step] = rows[at : at + step].T
-    yield down
+    """The matrices of a plain checkpoint in the order of the parts, contiguous, one in memory at a time."""
+    for part in layer.unit.parts:
+        rows = layer.part(part.role)
+        if part.stored == ROW:
+            yield rows[:]
+            continue
+        matrix = new_tensor((layer.d_model, layer.d_ff), layer.dtype)
+        step = max(1, PIECE_BYTES // layer.bundle_bytes)
+        for at in range(0, layer.d_ff, step):
+            matrix[:, at : at + step] = rows[at : at + step].T
+        yield matrix
 
 
 def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
@@ -165,14 +186,12 @@ def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
     def pieces() -> Iterator[torch.Tensor]:
         for at in range(0, layer.d_ff, rows):
             part = source[at : at + rows]
-            yield bundles.gather(part, new_tensor((len(part), 2 * layer.d_model), layer.dtype))
+            yield bundles.gather(part, new_tensor((len(part), layer.unit.numbers), layer.dtype))
         yield torch.from_numpy(place)
 
-    specs = {
-        layer.key: (layer.dtype, (layer.d_ff, 2 * layer.d_model)),
-        f"{layer.prefix}.place": (torch.int32, (layer.d_ff,)),
-    }
-    metadata = read_header(layer.path)[1] | {META + "format_version": str(PLACED_VERSION), META + "crc32": _NO_CRC}
+    specs = {layer.key: layer.spec, f"{layer.prefix}.place": (torch.int32, (layer.d_ff,))}
+    version = PLACED_VERSION if layer.unit.parts == TWO_MATRICES else PARTS_VERSION
+    metadata = read_header(layer.path)[1] | {META + "format_version": str(version), META + "crc32": _NO_CRC}
     write_safetensors(layer.path, specs, pieces(), metadata)
 
 

@@ -12,7 +12,6 @@ import io
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import hf_flash
 import hf_flash.calibration.job  # calibrate imports it: not in every child
 from hf_flash import FlashOffloadConfig, TargetExistsError
+from hf_flash.packing import checkpoint_folder
 from hf_flash.store.layout import FlashStore
 from tests.conftest import make_opt
 from tests.hub import TOKEN, Hub, serve
@@ -144,7 +144,7 @@ def save(scene: Scene, begin: Callable[[], Any]) -> None:
 
 def small_shards() -> None:
     """Some files of other weights instead of one."""
-    sys.modules["hf_flash.packing.repacking"]._SHARD_BYTES = 16_000  # type: ignore[attr-defined]
+    checkpoint_folder._SHARD_BYTES = 16_000  # type: ignore[misc]
 
 
 def push(scene: Scene, begin: Callable[[], Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import itertools
 import json
 import logging
 import pickle
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from transformers.utils import logging as transformers_logging
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, errors
+from hf_flash.commands.main import COMMANDS
+from hf_flash.config_arguments import ARGUMENTS
 from tests.conftest import ROOT
 
 PACKAGE = Path(hf_flash.__file__).parent
@@ -235,7 +239,8 @@ assert {k: v for k, v in auto.AUTO_QUANTIZATION_CONFIG_MAPPING.items() if k != "
 assert auto.AUTO_QUANTIZER_MAPPING["flash"].__module__ == "hf_flash.quantizer"
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["flash"] is hf_flash.FlashOffloadConfig
 assert logging.getLogger().handlers == loggers and not logging.getLogger("hf_flash").handlers
-unneeded = {"hf_flash.commands.main", "matplotlib", "datasets", "transformers.pipelines", "transformers.models.opt.modeling_opt"}
+unneeded = {"hf_flash.commands.main", "hf_flash.calibration.job", "matplotlib", "datasets", "rich", "transformers.pipelines",
+            "transformers.models.opt.modeling_opt"}
 assert not unneeded & set(sys.modules), unneeded & set(sys.modules)
 """)
     assert (done.stdout, done.stderr) == ("", "")
@@ -257,6 +262,153 @@ assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["flash"] is hf_flash.FlashOffloadCo
 assert hf_flash.FlashOffloadConfig in auto.LOADING_ATTRIBUTES_CONFIG_TYPES
 """)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+HEAVY = {"torch", "transformers", "huggingface_hub", "numpy", "rich", "matplotlib", "tqdm", "psutil", "filelock", "packaging"}
+
+
+def test_importing_is_light_and_names_are_found_when_they_are_used() -> None:
+    done = in_a_fresh_process(f"""
+import sys
+import hf_flash
+assert set(hf_flash.__all__) <= set(dir(hf_flash))
+assert issubclass(hf_flash.BudgetError, hf_flash.errors.HfFlashError)
+assert not hasattr(hf_flash, "stat")
+assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)
+assert hf_flash.FlashOffloadConfig is hf_flash.config.FlashOffloadConfig is vars(hf_flash)["FlashOffloadConfig"]
+assert "torch" in sys.modules or "hf_flash.runtime.model" not in sys.modules
+""")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_type_checkers_see_every_public_name_where_it_is_found() -> None:
+    (block,) = [node for node in tree("__init__").body if isinstance(node, ast.If)]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    imported = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == hf_flash._MODULE_OF
+    assert {*imported, "__version__"} == set(hf_flash.__all__)
+
+
+def test_help_and_wrong_usage_import_nothing_heavy() -> None:
+    lines = [["--help"], ["--version"], [], ["fly"], ["cache", "ls", "--help"], ["cache", "rm"], ["plan"], ["inspect"],
+             ["bench", "--system", "x"], ["bench", "--flash-arg", "windw=1"], ["bench", "--sweep", "40:quantised"],
+             ["serve", "model", "--reader", "tape"], ["demo", "model", "--memory-budget", "much"]]  # fmt: skip
+    lines += [[command.name, "--help"] for group in COMMANDS.values() for command in group]
+    done = in_a_fresh_process(f"""
+import sys
+from hf_flash.commands.main import main
+for line in {lines!r}:
+    try:
+        main(line)
+    except SystemExit as end:
+        assert end.code == (0 if line[-1:] in (["--help"], ["--version"]) else 2), line
+    else:
+        raise AssertionError(line)
+    assert not {HEAVY!r} & set(sys.modules), (line, {HEAVY!r} & set(sys.modules))
+""")
+    assert done.stdout.count("usage: hf-flash ") == len([*itertools.chain(*COMMANDS.values())]) + 2
+    assert "did you mean 'window'?" in done.stderr
+
+
+REGISTERED = """
+import sys
+import transformers.quantizers.auto as auto
+import hf_flash
+assert auto.AUTO_QUANTIZER_MAPPING["flash"] is sys.modules["hf_flash.quantizer"].FlashHfQuantizer
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["flash"] is hf_flash.FlashOffloadConfig
+ours = [kind for kind in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if kind.__name__ == "FlashOffloadConfig"]
+assert ours == [hf_flash.FlashOffloadConfig]
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "hf_flash.registration"]
+module = sys.modules["transformers.quantizers"]
+assert type(module.__loader__).__module__ == type(module.__spec__.loader).__module__ != "hf_flash.registration"
+"""
+ORDERS = {
+    "before transformers": "import hf_flash, transformers",
+    "between transformers and its quantizers": "import transformers, hf_flash",
+    "between transformers and a model": "import transformers, hf_flash; transformers.AutoModelForCausalLM",
+    "after the quantizers": "import transformers.quantizers, hf_flash",
+    "in many threads": """
+import hf_flash, threading
+threads = [threading.Thread(target=__import__, args=(name,)) for name in ("transformers.quantizers", "hf_flash.config") * 4]
+for step in (threading.Thread.start, threading.Thread.join):
+    for thread in threads:
+        step(thread)
+""",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_the_method_is_registered_whatever_is_imported_first(order: str) -> None:
+    done = in_a_fresh_process(f"{order}\n{REGISTERED}")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_registering_imports_the_config_and_the_quantizer_alone() -> None:
+    """It runs inside of an import of transformers: what it imports may not need the rest of it (see registration.py)."""
+    done = in_a_fresh_process("""
+import sys
+import transformers.quantizers, hf_flash
+print(sorted(name.removeprefix("hf_flash.") for name in sys.modules if name.startswith("hf_flash.")))
+""")
+    light = {"_version", "base", "base.sizes", "config", "config_arguments", "errors", "quantizer", "registration"}
+    assert set(ast.literal_eval(done.stdout)) == light
+
+
+def test_until_transformers_is_imported_one_finder_waits_for_it() -> None:
+    """It waits through reloading, importing hf_flash again, looking for the module, and a registration that fails."""
+    done = in_a_fresh_process(f"""
+import importlib, importlib.util, pickle, sys
+import hf_flash
+importlib.reload(hf_flash)
+for name in [name for name in sys.modules if name.partition(".")[0] == "hf_flash"]:
+    del sys.modules[name]
+import hf_flash
+from hf_flash import registration
+def waiting():
+    return [finder for finder in sys.meta_path if type(finder).__module__ == "hf_flash.registration"]
+assert [type(finder) for finder in waiting()] == [registration._Finder]
+spec = importlib.util.find_spec("transformers.quantizers")
+assert "class" in spec.loader.get_source(spec.name) or "import" in spec.loader.get_source(spec.name)
+assert pickle.loads(pickle.dumps(spec.loader)).get_filename(spec.name) == spec.origin
+assert len(waiting()) == 1 and "transformers.quantizers" not in sys.modules
+register = registration.register
+def fail():
+    raise RuntimeError("on purpose")
+registration.register = fail
+try:
+    import transformers.quantizers
+except RuntimeError as error:
+    assert str(error) == "on purpose"
+else:
+    raise AssertionError("it was swallowed")
+registration.register = register
+assert len(waiting()) == 1 and "transformers.quantizers" not in sys.modules
+{REGISTERED}""")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_method_is_registered_with_a_package_in_a_zip_file(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "site.zip", "w") as file:
+        file.writestr("transformers/__init__.py", "")
+        file.writestr("transformers/quantizers/__init__.py", "print('imported')")
+    done = in_a_fresh_process(f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "site.zip")!r})
+from hf_flash import registration
+registration.register = lambda: print("registered")
+import transformers.quantizers
+assert type(transformers.quantizers.__loader__).__name__ == "zipimporter"
+""")
+    assert (done.stdout, done.stderr) == ("imported\nregistered\n", "")
+
+
+@pytest.mark.parametrize(
+    "name", ["AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING", "LOADING_ATTRIBUTES_CONFIG_TYPES"]
+)
+def test_what_transformers_keeps_to_itself_is_used_for_registration_only(name: str) -> None:
+    assert hasattr(auto, name)
+    users = {path.name for path in PACKAGE.rglob("*.py") if name in path.read_text(encoding="utf-8")}
+    assert users == {"registration.py"}
 
 
 # --- the seam to transformers --------------------------------------------------------------------------------------
@@ -385,6 +537,26 @@ def test_none_is_unset_and_not_a_value() -> None:
     config = FlashOffloadConfig(**dict.fromkeys([*NAMED, "cache_dir"]))
     assert config.to_dict() == HEAD
     assert (config.window, config.reader, config.io_threads) == (5, "auto", 16)
+
+
+def test_the_signature_the_table_and_the_docstring_have_the_same_arguments() -> None:
+    parameters = inspect.signature(FlashOffloadConfig).parameters
+    assert [*parameters] == [*ARGUMENTS, "quant_method", "format_version", "unknown"]
+    assert all(parameters[name].default is None for name in ARGUMENTS)
+    text = inspect.getdoc(FlashOffloadConfig) or ""
+    words = " ".join(text.split())
+    assert all(f"{name} ({item.types}): {item.about}" in words for name, item in ARGUMENTS.items())
+    assert max(map(len, text.splitlines())) <= 124
+    assert text.index("Args:\n    predictor (") < text.index("Raises:\n    ConfigError:")
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_defaults_and_choices_of_an_argument_are_valid(name: str) -> None:
+    item = ARGUMENTS[name]
+    assert getattr(FlashOffloadConfig(), name) == item.default
+    for value in [*item.option.get("choices", ()), *([item.default] if item.default is not None else [])]:
+        assert getattr(FlashOffloadConfig(**{name: value}), name) == value
+    assert (item.default is None) == (item.default_text is not None)
 
 
 # --- foreign state -------------------------------------------------------------------------------------------------

@@ -22,18 +22,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flash.bench import child as bench_job
+from hf_flash.bench import clock
 from hf_flash.bench import report as bench_report
 from hf_flash.bench import run as bench
 from hf_flash.bench import worker as bench_worker
 from hf_flash.bench.checks import add_checks, window_law
 from hf_flash.bench.report import describe
+from hf_flash.bench.systems import ABLATION, SYSTEMS, System, _resolve, parse_arguments, parse_sweep, parse_system
 from hf_flash.commands.main import main
 from hf_flash.compute.dram_speed import dram_gb_per_s
 from hf_flash.errors import ConfigError, HfFlashError, StoreReadError
 from hf_flash.machine import memory_cap as cap
 from hf_flash.machine.disk import DiskPoint, disk_curve, mean_curve, rate_at
 from hf_flash.machine.memory_cap import memory_cap
-from hf_flash.reading import reader
 from hf_flash.store.layout import FlashStore
 
 pytest.importorskip("matplotlib", reason="the plot needs it")
@@ -114,19 +115,11 @@ def test_the_report_says_on_what_it_ran_and_draws(made: tuple[int, dict[str, Any
     assert "whole token" in (folder / "out.svg").read_text()
 
 
-@pytest.fixture
-def whole_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts back what a worker, which is a process of its own elsewhere, replaces for the ablation."""
-    monkeypatch.setattr(reader, "chunked", reader.chunked)
-    monkeypatch.setattr(reader.BundleReader, "step_file", reader.BundleReader.step_file)
-
-
-@pytest.mark.usefixtures("whole_bundles")
 def test_the_steps_of_the_paper_read_less_and_less(packed: Path) -> None:
     store, found = FlashStore.open_folder(packed), {}
-    for name in bench.ABLATION[:-1]:
+    for name in ABLATION[:-1]:
         job = bench_job.Job(packed, None, [[5, 6, 7]], 8, 0, 1 << 30, 1 << 30, False, 60)
-        found[name] = bench_worker.run(job.spec(bench.SYSTEMS[name]))
+        found[name] = bench_worker.run(job.spec(SYSTEMS[name]))
     assert found["hybrid"]["hit_rate"] == found["+predictor"]["hit_rate"] == 0 < found["+window"]["hit_rate"]
     assert found["hybrid"]["stats"]["counters"]["missing_bytes"] == 7 * store.nbytes
     for name, pieces in (("+predictor", 2), ("+window", 2), ("+bundling", 1)):
@@ -139,12 +132,11 @@ def test_the_steps_of_the_paper_read_less_and_less(packed: Path) -> None:
 @pytest.mark.parametrize(("name", "arguments"), [
     ("hybrid", {}), ("+predictor", {}), ("flash-uncapped", {"lookahead": 0}), ("none", {}), ("none", {"memory_budget": 10**9}),
 ])  # fmt: skip
-@pytest.mark.usefixtures("whole_bundles")
 def test_the_window_law_is_exact_where_there_is_nothing_to_choose(name: str, arguments: dict[str, Any], packed: Path) -> None:
     """Windows that hold nothing read everything again; windows that hold everything read what is used the first time."""
     least = bench_worker._least_budget(str(packed), {"predictor": "none"} if name == "none" else {})
     job = bench_job.Job(packed, None, [[5, 6, 7]], 8, 0, least, 1 << 30, False, 60)
-    found = bench_worker.run(job.spec(replace(bench.SYSTEMS[name], arguments=bench.SYSTEMS[name].arguments | arguments)))
+    found = bench_worker.run(job.spec(replace(SYSTEMS[name], arguments=SYSTEMS[name].arguments | arguments)))
     assert found["expected_bytes"] == found["missing_bytes"]
     assert (found["expected_bytes"] > 0) is (name != "none" or not arguments)
 
@@ -152,7 +144,7 @@ def test_the_window_law_is_exact_where_there_is_nothing_to_choose(name: str, arg
 def test_what_lookahead_guesses_is_not_what_a_token_selected(packed: Path) -> None:
     """And the run that is recorded leaves no trace in the one that is measured."""
     job = bench_job.Job(packed, None, [[5, 6, 7]], 8, 0, 1 << 30, 1 << 30, False, 60)
-    found = [bench_worker.run(job.spec(bench.System("flash", arguments={"lookahead": n, "reader": "direct"}))) for n in (0, 1)]
+    found = [bench_worker.run(job.spec(System("flash", arguments={"lookahead": n, "reader": "direct"}))) for n in (0, 1)]
     assert found[0]["expected_bytes"] == found[1]["expected_bytes"] == found[0]["missing_bytes"] >= found[1]["missing_bytes"]
     assert found[1]["missing_bytes"] > 0
     assert found[0]["stats"]["counters"]["tokens"] == found[1]["stats"]["counters"]["tokens"] == 7 * 3
@@ -161,15 +153,15 @@ def test_what_lookahead_guesses_is_not_what_a_token_selected(packed: Path) -> No
 @pytest.mark.parametrize(("kind", "in_memory"), [("stock", False), ("stock", True), ("accelerate", False)])
 def test_the_others_generate_what_none_generates(kind: str, in_memory: bool, plain: Path, packed: Path) -> None:
     job = bench_job.Job(packed, plain, [[5, 6, 7]], 8, 0, 1 << 30, 1 << 30, False, 60)
-    other = bench_worker.run(job.spec(bench.System("other", kind, in_memory=in_memory)))
-    assert other["tokens"] == bench_worker.run(job.spec(bench.SYSTEMS["none"]))["tokens"]
+    other = bench_worker.run(job.spec(System("other", kind, in_memory=in_memory)))
+    assert other["tokens"] == bench_worker.run(job.spec(SYSTEMS["none"]))["tokens"]
     assert "parts_ms" not in other
 
 
 def test_a_slow_system_stops_early(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_worker, "_SLOW_S", 0.0)
+    monkeypatch.setattr(clock, "SLOW_S", 0.0)
     job = bench_job.Job(packed, None, [[5, 6, 7]], 30, 0, 1 << 30, 1 << 30, False, 60)
-    assert len(bench_worker.run(job.spec(bench.SYSTEMS["flash"]))["token_ms"]) == 8
+    assert len(bench_worker.run(job.spec(SYSTEMS["flash"]))["token_ms"]) == 8
 
 
 @pytest.fixture
@@ -293,23 +285,23 @@ def test_what_cannot_be_measured(arguments: list[str], message: str, packed: Pat
 
 
 def test_arguments_are_parsed() -> None:
-    assert bench.parse_arguments("window=3, reader=direct") == {"window": 3, "reader": "direct"}
-    assert bench.parse_system(" mine : window=3") == bench.System("mine", arguments={"window": 3})
-    assert [s.label for s in bench._resolve(["ablation", "flash"], {"window": 3}, True, None)] == [
+    assert parse_arguments("window=3, reader=direct") == {"window": 3, "reader": "direct"}
+    assert parse_system(" mine : window=3") == System("mine", arguments={"window": 3})
+    assert [s.label for s in _resolve(["ablation", "flash"], {"window": 3}, True, None)] == [
         "hybrid", "+predictor", "+window", "+bundling", "flash", "flash-uncapped",
     ]  # fmt: skip
-    mine = bench.System("flash", arguments={"window": 9})
-    assert bench._resolve([mine], {"window": 3, "reader": "mmap"}, False, None)[0].arguments == {"window": 9, "reader": "mmap"}
-    assert bench.parse_sweep(" 40, 50%:none,6GiB,40") == [
-        bench.System("flash 40%", memory="40%"), bench.System("flash 50% none", memory="50%", arguments={"predictor": "none"}),
-        bench.System("flash 6GiB", memory="6GiB"), bench.System("flash 40%", memory="40%"),
+    mine = System("flash", arguments={"window": 9})
+    assert _resolve([mine], {"window": 3, "reader": "mmap"}, False, None)[0].arguments == {"window": 9, "reader": "mmap"}
+    assert parse_sweep(" 40, 50%:none,6GiB,40") == [
+        System("flash 40%", memory="40%"), System("flash 50% none", memory="50%", arguments={"predictor": "none"}),
+        System("flash 6GiB", memory="6GiB"), System("flash 40%", memory="40%"),
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="a sweep says itself"):
-        bench._resolve(bench.parse_sweep("40"), {"memory_budget": 7}, False, None)
+        _resolve(parse_sweep("40"), {"memory_budget": 7}, False, None)
     with pytest.raises(ConfigError, match="two systems of one name"):
-        bench._resolve(["flash", mine], {}, False, None)
+        _resolve(["flash", mine], {}, False, None)
     with pytest.raises(ConfigError, match="no argument 'windw'"):
-        bench._resolve(["flash"], {"windw": 3}, False, None)
+        _resolve(["flash"], {"windw": 3}, False, None)
 
 
 @pytest.mark.parametrize(("one", "other", "same"), [

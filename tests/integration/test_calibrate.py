@@ -35,6 +35,8 @@ from hf_flash import (
 )
 from hf_flash.base.sizes import format_bytes, parse_bytes
 from hf_flash.calibration import job as calibration
+from hf_flash.calibration.__main__ import main
+from hf_flash.calibration.forward import BATCH_TOKENS
 from hf_flash.calibration.text import token_windows
 from hf_flash.calibration.training import training_bytes
 from hf_flash.runtime.model import find_runtime
@@ -50,7 +52,7 @@ TEXT = ROOT / "examples" / "text" / "sotu.valid.txt"
 PROMPT = torch.tensor([[2, 11, 7, 30, 45, 7]])
 QUICK: dict[str, Any] = {"samples": 64, "context": 32, "rank": 8, "epochs": 1}
 BATCHES: dict[str, Any] = {"samples": 100, "context": 48, "rank": 8, "epochs": 1}
-WRITES = 3 * -(-100 // (calibration._BATCH // 48))  # of rows in a layer: inputs, active neurons and hidden states of each batch
+WRITES = 3 * -(-100 // (BATCH_TOKENS // 48))  # of rows in a layer: inputs, active neurons and hidden states of each batch
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 MIB = 1 << 20
 
@@ -155,7 +157,7 @@ def test_the_reported_bytes_are_those_of_the_loaded_predictors(copy: Path, token
         layer["lowrank"]["nbytes"] for layer in report["layers"]
     )
     assert [layer["lowrank"]["rank"] for layer in report["layers"]] == [8, 8, 8]
-    stored = json.loads(safe_open(copy / MEASURED, "pt").metadata()["hf_flash.calibration.job"])
+    stored = json.loads(safe_open(copy / MEASURED, "pt").metadata()["hf_flash.calibration"])
     assert stored == report
 
 
@@ -297,7 +299,10 @@ import itertools, json, os, shutil, signal, sys, traceback
 from pathlib import Path
 import torch
 from transformers import OPTForCausalLM
-from hf_flash import calibration, writer
+from hf_flash.calibration import job, layer_result, publishing
+from hf_flash.calibration.row_files import RowFile
+from hf_flash.calibration.work_folder import WorkFolder
+from hf_flash.store import writer
 torch.set_num_threads(1)
 
 def half(name, real, *args):
@@ -325,16 +330,16 @@ def arm(owner, name, call, when):
         die()
     setattr(owner, name, wrapped)
 
-OWNERS = {"": calibration, "_Job": calibration._Job, "_Rows": calibration._Rows}
+OWNERS = {"job": job, "layer_result": layer_result, "publishing": publishing, "RowFile": RowFile, "WorkFolder": WorkFolder}
 OWNERS |= {"writer": writer, "shutil": shutil, "Path": Path}
-for job in json.load(sys.stdin):
+for task in json.load(sys.stdin):
     child = os.fork()
     if not child:
         try:
-            if job["death"]:
-                owner, _, name = job["death"][0].rpartition(".")
-                arm(OWNERS[owner], name, *job["death"][1:])
-            calibration.calibrate(job["folder"], job["text"], **job["arguments"])
+            if task["death"]:
+                owner, _, name = task["death"][0].rpartition(".")
+                arm(OWNERS[owner], name, *task["death"][1:])
+            job.calibrate(task["folder"], task["text"], **task["arguments"])
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -355,22 +360,22 @@ def run_jobs(jobs: list[dict[str, Any]]) -> list[int]:
 
 # name: where it dies, layers that are finished then, whether the index is still as it was
 DEATHS: dict[str, tuple[tuple[str, int, str], int, bool]] = {
-    "forward through the first layer": (("_Rows.write", 5, "before"), 0, True),
-    "forward through a later layer": (("_Rows.write", WRITES + 4, "after"), 1, True),
-    "hidden states whole, but not said so": (("_Job._forward", 2, "after"), 1, True),
-    "before training": (("_Job._train", 1, "before"), 0, True),
-    "after the moments of a layer": (("train_layer", 3, "before"), 2, True),
-    "a layer's result half written": (("write_safetensors", 2, "half"), 1, True),
-    "between layers": (("_Job._clear", 1, "before"), 1, True),
+    "forward through the first layer": (("RowFile.write", 5, "before"), 0, True),
+    "forward through a later layer": (("RowFile.write", WRITES + 4, "after"), 1, True),
+    "hidden states whole, but not said so": (("job.run_forward", 2, "after"), 1, True),
+    "before training": (("job.make_layer_result", 1, "before"), 0, True),
+    "after the moments of a layer": (("layer_result.train_layer", 3, "before"), 2, True),
+    "a layer's result half written": (("layer_result.write_safetensors", 2, "half"), 1, True),
+    "between layers": (("WorkFolder.clear", 1, "before"), 1, True),
     "clearing up after a layer": (("Path.unlink", 4 + 2, "after"), 2, True),
-    "the last layer": (("_Job._train", 4, "after"), 4, True),
-    "before the first layer is placed": (("place_layer", 1, "before"), 4, True),
+    "the last layer": (("job.make_layer_result", 4, "after"), 4, True),
+    "before the first layer is placed": (("publishing.place_layer", 1, "before"), 4, True),
     "a placed layer half written": (("writer.write_safetensors", 2, "half"), 4, True),
-    "after the last layer is placed": (("place_layer", 4, "after"), 4, True),
-    "the predictor half written": (("write_safetensors", 5, "half"), 4, True),
-    "the calibration half written": (("write_safetensors", 6, "half"), 4, True),
-    "before the index": (("list_store", 1, "before"), 4, True),
-    "after the index": (("list_store", 1, "after"), 4, False),
+    "after the last layer is placed": (("publishing.place_layer", 4, "after"), 4, True),
+    "the predictor half written": (("publishing.write_safetensors", 1, "half"), 4, True),
+    "the calibration half written": (("publishing.write_safetensors", 2, "half"), 4, True),
+    "before the index": (("publishing.list_store", 1, "before"), 4, True),
+    "after the index": (("publishing.list_store", 1, "after"), 4, False),
     "before the work is thrown away": (("shutil.rmtree", 1, "before"), 4, False),
     "half of the work thrown away": (("shutil.rmtree", 1, "half"), 4, False),
 }
@@ -420,23 +425,23 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 def go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Calibrate; which layers were run through and which were trained, and the stamps of their results at the end."""
     watched = SimpleNamespace(forwards=[], trained=[], stamps={})
-    forward, train, publish = (getattr(calibration._Job, name) for name in ("_forward", "_train", "publish"))
+    forward, train, publish = (getattr(calibration, name) for name in ("run_forward", "make_layer_result", "publish"))
 
-    def note_forward(job: Any, model: Any, group: range, progress: Any) -> None:
+    def note_forward(model: Any, group: range, *rest: Any) -> None:
         watched.forwards += group
-        forward(job, model, group, progress)
+        forward(model, group, *rest)
 
-    def note_train(job: Any, model: Any, layer: Any) -> None:
+    def note_train(layer: Any, *rest: Any) -> None:
         watched.trained.append(layer.index)
-        train(job, model, layer)
+        train(layer, *rest)
 
-    def note_publish(job: Any, config: Any) -> Any:
+    def note_publish(*arguments: Any) -> Any:
         watched.stamps = stamps(folder)
-        return publish(job, config)
+        return publish(*arguments)
 
     with monkeypatch.context() as patch:
-        for name, noting in {"_forward": note_forward, "_train": note_train, "publish": note_publish}.items():
-            patch.setattr(calibration._Job, name, noting)
+        for name, noting in {"run_forward": note_forward, "make_layer_result": note_train, "publish": note_publish}.items():
+            patch.setattr(calibration, name, noting)
         hf_flash.calibrate(folder, TEXT, **BATCHES)
     return watched
 
@@ -489,16 +494,16 @@ def interrupt(folder: Path, text: Any, monkeypatch: pytest.MonkeyPatch, **argume
     class Stopped(BaseException):
         pass
 
-    train, calls = calibration._Job._train, []
+    train, calls = calibration.make_layer_result, []
 
-    def stop(job: Any, *rest: Any) -> None:
+    def stop(*arguments: Any) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise Stopped
-        train(job, *rest)
+        train(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration._Job, "_train", stop)
+        patch.setattr(calibration, "make_layer_result", stop)
         with pytest.raises(Stopped):
             hf_flash.calibrate(folder, text, **arguments)
     assert len(stamps(folder)) == 1
@@ -542,13 +547,14 @@ def test_work_on_another_text_or_another_checkpoint_is_thrown_away(
 # What `python -m hf_flash.calibration` does, which notes who trained which layer.
 NOTING = """
 import os
-from hf_flash import calibration
-train = calibration._Job._train
-def noting(job, model, layer):
+from hf_flash.calibration import job
+from hf_flash.calibration.__main__ import main
+train = job.make_layer_result
+def noting(layer, *rest):
     open(os.path.join(os.environ["NOTES"], f"{os.environ['RANK']}-{layer.index}"), "x").close()
-    train(job, model, layer)
-calibration._Job._train = noting
-raise SystemExit(calibration.main())
+    train(layer, *rest)
+job.make_layer_result = noting
+raise SystemExit(main())
 """
 
 
@@ -636,9 +642,9 @@ with Peak() as peak:
 print(peak.most)
 """
 TRAINING = """
-from hf_flash.activity import Activations, moments, pack_bits
-from hf_flash.calibration import _mapped
-from hf_flash.training import Targets, train_layer, training_bytes
+from hf_flash.calibration.activity import Activations, moments, pack_bits
+from hf_flash.calibration.row_files import map_rows
+from hf_flash.calibration.training import Targets, train_layer, training_bytes
 def train(held_out, bias, d_ff, d_model, folder):
     random = torch.Generator().manual_seed(0)
     up = torch.randn(d_ff, d_model, generator=random) / d_model ** 0.5
@@ -648,8 +654,8 @@ def train(held_out, bias, d_ff, d_model, folder):
             x = torch.randn(256, d_model, generator=random).bfloat16()
             x.view(torch.uint8).numpy().tofile(xs)
             pack_bits(x.float() @ up.T + shift > 0).numpy().tofile(bits)
-    x = _mapped(folder / "x", torch.bfloat16, (2 * held_out, d_model))
-    data = Activations(x, _mapped(folder / "bits", torch.uint8, (2 * held_out, d_ff // 8)), d_ff, held_out)
+    x = map_rows(folder / "x", torch.bfloat16, (2 * held_out, d_model))
+    data = Activations(x, map_rows(folder / "bits", torch.uint8, (2 * held_out, d_ff // 8)), d_ff, held_out)
     with Peak() as peak:
         train_layer(data, up, shift, *moments(data), Targets(rank=16), 1, 0)
     return peak.most
@@ -793,7 +799,7 @@ def test_the_command_says_what_is_wrong_and_ends_with_one(
     with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["calibrate", str(with_tokenizer), "--text", str(with_tokenizer / "nothing.txt")])
-    assert calibration.main() == 1
+    assert main() == 1
     said = capsys.readouterr()
     assert said.err.startswith("hf-flash: neither a file nor a dataset")
     assert not said.out

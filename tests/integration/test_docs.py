@@ -7,7 +7,6 @@ format has a test of its own, tests/contract/test_store_format.py.
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import re
 import shlex
@@ -20,9 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
 import hf_flash
-from hf_flash import BudgetError, FlashOffloadConfig, config
+from hf_flash import BudgetError, FlashOffloadConfig
 from hf_flash.commands.main import _parser
+from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.planning import planner
+from hf_flash.planning.model import open_model
 from hf_flash.predictors.lowrank import LowRankFormat
 from hf_flash.predictors.quantized import DEFAULT_MARGIN, QuantizedFormat
 from tests.conftest import ROOT, TINY_OPT
@@ -135,16 +136,12 @@ def test_the_reference_has_every_function() -> None:
     assert sorted(named) == [name for name in hf_flash.__all__ if name.islower() and callable(getattr(hf_flash, name))]
 
 
-def test_the_reference_has_every_argument_with_its_default() -> None:
-    (rows,) = [rows for head, rows in tables(DOCS / "reference.md") if head[0].startswith("argument of")]
-    assert [row[0].strip("`") for row in rows] == list(config._DEFAULTS)
-    assert {row[0].strip("`") for row in rows} < inspect.signature(FlashOffloadConfig).parameters.keys()
-    for name, shown, _ in rows:
-        default = getattr(FlashOffloadConfig(), name.strip("`"))
-        literal = shown.strip('`"')
-        assert literal == str(default) if re.fullmatch(r'\d+|`"\w+"`', shown) else default is None, name
-    margins = next(shown for name, shown, _ in rows if "margin" in name)
-    assert f"{DEFAULT_MARGIN[4]} (4 bits), {DEFAULT_MARGIN[8]} (8 bits)" in margins
+def test_the_reference_has_the_table_of_the_arguments() -> None:
+    lines = (DOCS / "reference.md").read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| argument of `FlashOffloadConfig` |")) + 2
+    wanted = [argument.reference_row() for argument in ARGUMENTS.values()]
+    assert lines[start : lines.index("", start)] == wanted
+    assert f"{DEFAULT_MARGIN[4]} (4 bits), {DEFAULT_MARGIN[8]} (8 bits)" in ARGUMENTS["predictor_margin"].reference_row()
 
 
 # --- links and paths ----------------------------------------------------------------------------------------------------
@@ -201,8 +198,8 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def memory_of(shape: Path, predictor: str | None) -> Any:
-    model = planner._open(shape, predictor, None)
-    return planner._memory(model, "6GiB", planner._demand(model, None, None, None, None))
+    model = open_model(shape, predictor, None)
+    return planner._divide(model, "6GiB", planner._demand(model, None, None, None, None))
 
 
 def test_the_budget_of_the_page_is_how_it_is_divided(shape: Path) -> None:

@@ -28,7 +28,7 @@ RUN = """
 import json, os, sys
 before, commands = sys.argv[1:]
 exec(before)
-from hf_flash.cli import main
+from hf_flash.commands.main import main
 for command in json.loads(commands):
     try:
         code = main([os.fsdecode(word.encode()) for word in command])

@@ -601,6 +601,8 @@ def test_a_folder_that_takes_no_files_is_an_error_and_not_an_endless_wait(plain:
 KILLED = """
 import os, signal, sys
 import hf_flash
+import hf_flash.packing.repacking
+from hf_flash.store import writer
 from transformers.utils import logging
 logging.disable_progress_bar()
 source, target, victim = sys.argv[1:]
@@ -610,12 +612,13 @@ def dying(pieces):
         yield piece[: len(piece) // 2].contiguous()  # half a tensor is in the file, then the power goes
         os.kill(os.getpid(), signal.SIGKILL)
 
-write = sys.modules["hf_flash.store.layout.writer"].write_safetensors
+write = writer.write_safetensors
 def wrapped(path, specs, pieces, metadata):
     write(path, specs, dying(pieces) if path.name.removesuffix(".new") == victim else pieces, metadata)
 
-for module in ("writer", "packing", "quantized"):
-    sys.modules[f"hf_flash.{module}"].write_safetensors = wrapped
+for name, module in sys.modules.items():
+    if name.startswith("hf_flash.") and hasattr(module, "write_safetensors"):
+        module.write_safetensors = wrapped
 hf_flash.repack(source, target)
 """
 

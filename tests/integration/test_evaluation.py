@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_flash
 from hf_flash import CalibrationError
 from hf_flash.calibration.text import seen_share, token_windows
+from hf_flash.commands import calibration_table
 from hf_flash.commands import main as cli
+from hf_flash.evaluation import compare
 from hf_flash.evaluation.compare import evaluate
 from hf_flash.evaluation.tasks import evaluate_tasks
 from hf_flash.store.layout import FlashStore
@@ -45,14 +47,14 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def calibrated(tiny_opt: Path, halves: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = hf_flash.repack(tiny_opt, tmp_path_factory.mktemp("calibrated") / "model")
     report = hf_flash.calibrate(folder, halves["train"], samples=64, epochs=3)
-    print(cli.calibration.describe(report))
+    print(calibration_table.describe(report))
     return folder
 
 
 @pytest.fixture(scope="module", params=["bible", pytest.param("sotu", marks=pytest.mark.slow)])
 def report(request: pytest.FixtureRequest, calibrated: Path, halves: dict[str, Path]) -> dict[str, Any]:
     found = evaluate(calibrated, halves[request.param], tokens=TOKENS, new_tokens=4, dtype=torch.float32)
-    print(cli.evaluation.describe(found))
+    print(compare.describe(found))
     return found
 
 
@@ -97,7 +99,7 @@ def test_text_that_was_trained_on_is_recognised(calibrated: Path, halves: dict[s
     assert seen_share(again, quoted) == 1.0
     found = evaluate(calibrated, again[:4].reshape(-1), new_tokens=1)
     assert found["text"]["seen_in_calibration"] == 1.0
-    assert "WARNING: the predictors were trained on 100% of this text" in cli.evaluation.describe(found)
+    assert "WARNING: the predictors were trained on 100% of this text" in compare.describe(found)
 
 
 # --- outlier features ----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import hf_flash
 from hf_flash import FlashOffloadConfig, StoreFormatError, TargetExistsError, UsageError
 from hf_flash.compute.kernels import TokenKernel
 from hf_flash.compute.library import library
+from hf_flash.packing import checkpoint_folder
 from hf_flash.store.layout import FlashStore
 from tests.conftest import in_a_fork, make_opt
 
@@ -222,11 +223,7 @@ def test_layers_of_different_dtypes_are_refused(tmp_path: Path, opt: Load) -> No
 def test_saving_over_its_own_folder_survives_new_shard_borders(
     tmp_path: Path, opt: Load, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
-    import hf_flash.hub.saving  # `hf_flash.repack` is the function
-
-    monkeypatch.setattr(sys.modules["hf_flash.packing.repacking"], "_SHARD_BYTES", 6000)
+    monkeypatch.setattr(checkpoint_folder, "_SHARD_BYTES", 6000)
     folder = hf_flash.repack(opt(dtype=torch.float16), tmp_path / "packed")
     model = load(folder)
     with torch.no_grad():

@@ -24,12 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_flash
 from hf_flash import FlashOffloadConfig, HfFlashError, RepackError, StoreFormatError, StoreReadError
 from hf_flash.commands.main import main
-from hf_flash.families.adapters import adapter_for
+from hf_flash.families import family_of
+from hf_flash.packing import bundling
 from hf_flash.packing.flash_cache import cached_store
 from hf_flash.predictors.base import read_tensors
 from hf_flash.predictors.quantized import QuantizedFormat
 from hf_flash.store.checkpoint import Checkpoint
-from hf_flash.store.layout import INDEX_NAME, FlashStore
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.names import INDEX_NAME
 from hf_flash.store.safetensors_files import read_header
 from hf_flash.store.writer import write_safetensors
 from tests.conftest import ROOT, make_opt
@@ -38,7 +40,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="users, mounts a
 Make = Callable[..., Path]
 IDS = torch.tensor([[5, 6, 7, 8]])
 REST = "model-00001-of-00001.safetensors"
-REPACK = sys.modules["hf_flash.packing.repacking"]
 
 
 def load(folder: str | Path, cache: Path | None = None, **arguments: Any) -> Any:
@@ -64,7 +65,7 @@ def entry_of(cache: Path) -> Path:
 def store_of(source: Path, cache: Path) -> FlashStore:
     """As loading makes or finds it."""
     config = AutoConfig.from_pretrained(source)
-    return cached_store(Checkpoint.open_folder(source), adapter_for(config), QuantizedFormat(4, 64), str(cache))
+    return cached_store(Checkpoint.open_folder(source), family_of(config), QuantizedFormat(4, 64), str(cache))
 
 
 # --- the flash cache -------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_an_entry_on_a_read_only_disk_is_used(shared: Path, tmp_path: Path) -> N
 
 def test_too_many_open_files_are_no_damage(shared: Path) -> None:
     entry, limits = entry_of(shared / "cache"), resource.getrlimit(resource.RLIMIT_NOFILE)
-    checkpoint, adapter = Checkpoint.open_folder(shared / "source"), adapter_for({"model_type": "opt"})
+    checkpoint, adapter = Checkpoint.open_folder(shared / "source"), family_of({"model_type": "opt"})
     before, free = contents(entry), os.open("/dev/null", os.O_RDONLY)
     os.close(free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
@@ -228,7 +229,7 @@ import ctypes, gc, sys
 from transformers import AutoModelForCausalLM
 import hf_flash
 from hf_flash import FlashOffloadConfig
-from hf_flash.cli import main
+from hf_flash.commands.main import main
 
 def refuse(number, error):
     class Rule(ctypes.Structure):
@@ -309,7 +310,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(
 ) -> None:
     source = Path(shutil.copytree(plain, tmp_path / "source"))
     good, state = (source / "model.safetensors").read_bytes(), (source / "model.safetensors").stat()
-    write = REPACK.write_layer
+    write = bundling.write_layer
 
     def written(path: Path, index: int, *rest: Any) -> None:
         write(path, index, *rest)
@@ -318,7 +319,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(
             (source / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
 
     with monkeypatch.context() as patch:
-        patch.setattr(REPACK, "write_layer", written)
+        patch.setattr(bundling, "write_layer", written)
         with pytest.raises(RepackError, match="the source changed while it was read"):
             hf_flash.repack(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

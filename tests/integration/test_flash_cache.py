@@ -147,17 +147,17 @@ def test_two_processes_that_need_the_same_entry_wait_for_each_other(
 ) -> None:
     """The first one stops in the middle of its work; the second says that it waits; in the end there is one entry."""
     script = """
-import os, signal, sys, hf_flash
+import os, signal, sys
 from hf_flash import FlashOffloadConfig
+from hf_flash.packing import bundling
 from transformers import AutoModelForCausalLM
-repack = sys.modules["hf_flash.packing.repacking"]
-write, pause = repack.write_layer, sys.argv[2] == "pause"
+write, pause = bundling.write_layer, sys.argv[2] == "pause"
 def counting(path, index, *rest):
     if pause and index == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     print("wrote", index, flush=True)
     write(path, index, *rest)
-repack.write_layer = counting
+bundling.write_layer = counting
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=FlashOffloadConfig())
 print("loaded", flush=True)
 """

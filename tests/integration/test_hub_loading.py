@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 
 import hf_flash
 from hf_flash.commands.main import main
+from hf_flash.packing import repacking
 from hf_flash.store.layout import FlashStore
 from tests.hub import TOKEN, UPLOAD_WARNING, Hub
 from tests.integration.test_hub import elsewhere, tokens
@@ -209,8 +209,7 @@ def test_nothing_is_removed_unless_every_bit_was_found_again(
     """A disk that flips a bit in a bundle, or in another weight, behind our back; checksums that fit what was written."""
     here.publish("me/x", opt())
     cache = str(tmp_path / "cache")
-    module = sys.modules["hf_flash.packing.repacking"]  # the function of that name hides it
-    copy = module.copy_small_files
+    copy = repacking.copy_small_files
     for number, name in enumerate(["flash-layer-00001.safetensors", "model-00001-of-00001.safetensors"]):
 
         def damaging(source: Path, partial: Path, name: str = name) -> None:
@@ -219,7 +218,7 @@ def test_nothing_is_removed_unless_every_bit_was_found_again(
             data[-5] ^= 1
             (partial / name).write_bytes(data)
 
-        monkeypatch.setattr(module, "copy_small_files", damaging)
+        monkeypatch.setattr(repacking, "copy_small_files", damaging)
         with pytest.raises(hf_flash.RepackError, match="nothing was deleted"):
             hf_flash.repack("me/x", tmp_path / f"flash{number}", cache_dir=cache, delete_source=True)
         assert len(weights(Path(cache))) == 1

@@ -18,14 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import ConfigError, DiskSpaceError, FlashOffloadConfig, StoreFormatError
-from hf_flash.calibration import job as calibration
-from hf_flash.calibration import placement
+from hf_flash.budget.divide import stored_report
+from hf_flash.calibration import job, placement, publishing, work_folder
 from hf_flash.calibration.activity import Activations, pack_bits
 from hf_flash.calibration.placement import chain, count_reads, place_neurons
+from hf_flash.commands import calibration_table
 from hf_flash.commands import main as cli
 from hf_flash.compute.arithmetic import block_rows
 from hf_flash.reading.reader import open_reader
-from hf_flash.runtime import model as runtime
+from hf_flash.runtime import attach
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.writer import place_layer
 from tests.conftest import make_opt
@@ -82,17 +83,17 @@ def test_reads_are_counted_as_the_window_and_the_reader_do_it() -> None:
     active = couples(2000, 512)
     place = place_neurons(data(active, 1000))
     found = count_reads(data(active, 1000), place)
-    assert found.worth
+    assert found.saves_enough
     assert found.after < 0.6 * found.before <= found.missing
     same = count_reads(data(active, 1000), np.arange(512, dtype=np.int32))
-    assert (same.before, same.after, same.worth) == (found.before, found.before, False)
+    assert (same.before, same.after, same.saves_enough) == (found.before, found.before, False)
 
 
 @pytest.mark.parametrize("active", [torch.zeros, torch.ones])
 def test_silent_and_full_layers(active: Any) -> None:
     known = data(active(300, 100).bool(), 100)
     assert place_neurons(known).tolist() == list(range(100))
-    assert not count_reads(known, place_neurons(known)).worth
+    assert not count_reads(known, place_neurons(known)).saves_enough
 
 
 # --- a folder ------------------------------------------------------------------------------------------------------
@@ -156,8 +157,8 @@ def test_every_layer_is_placed_and_safetensors_reads_it(coupled: Path, placed: P
             place = file.get_tensor(f"{layer.prefix}.place")
             assert torch.equal(file.get_tensor(layer.key)[place.long(), : layer.d_model], plain[layer.up_name])
             assert file.metadata()["hf_flash.format_version"] == "2"
-        assert torch.equal(layer.up()[:], plain[layer.up_name])
-        assert torch.equal(layer.down()[7:9], plain[layer.down_name].T[7:9])
+        assert torch.equal(layer.part(layer.unit.deciding)[:], plain[layer.up_name])
+        assert torch.equal(layer.part("down")[7:9], plain[layer.down_name].T[7:9])
     assert store.check() == []
 
 
@@ -217,21 +218,21 @@ def test_what_was_placed_is_not_written_again(copy: Path, tokens: torch.Tensor) 
 def test_layers_that_gain_little_are_left_alone(
     coupled: Path, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "_WORTH", 0.99)
+    monkeypatch.setattr(placement, "_LEAST_SAVED", 0.99)
     folder = hf_flash.repack(coupled, tmp_path / "flash")
     before = {path.name: path.read_bytes() for path in folder.glob("flash-layer-*")}
     report = hf_flash.calibrate(folder, tokens, **QUICK)
     assert before == {path.name: path.read_bytes() for path in folder.glob("flash-layer-*")}
-    assert calibration.describe_placement(report) == "none"
+    assert calibration_table.describe_placement(report) == "none"
 
 
 def test_a_layer_is_placed_again_from_where_it_lies(copy: Path) -> None:
-    ups = [layer.up()[:].clone() for layer in FlashStore.open_folder(copy).layers]
+    ups = [layer.part(layer.unit.deciding)[:].clone() for layer in FlashStore.open_folder(copy).layers]
     place = np.random.default_rng(3).permutation(D_FF).astype(np.int32)
     place_layer(FlashStore.open_folder(copy).layers[1], place)
     again = FlashStore.open_folder(copy)
     assert np.array_equal(again.layers[1].place, place)  # type: ignore[arg-type]
-    assert all(torch.equal(layer.up()[:], up) for layer, up in zip(again.layers, ups, strict=True))
+    assert all(torch.equal(layer.part(layer.unit.deciding)[:], up) for layer, up in zip(again.layers, ups, strict=True))
 
 
 def test_inspect_and_the_command_say_what_it_brings(placed: Path, unplaced: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,9 +242,9 @@ def test_inspect_and_the_command_say_what_it_brings(placed: Path, unplaced: Path
         assert part in shown
     assert cli.main(["inspect", str(unplaced)]) == 0
     assert "none: neurons lie in the order of their ids" in capsys.readouterr().out
-    report = runtime.stored_report(FlashStore.open_folder(placed))
+    report = stored_report(FlashStore.open_folder(placed))
     assert report is not None
-    assert "neurons placed: 3 of 3 layers" in calibration.describe(report)
+    assert "neurons placed: 3 of 3 layers" in calibration_table.describe(report)
 
 
 # --- what can go wrong -----------------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ def test_a_full_disk_leaves_the_folder_whole_and_the_work_done(
     coupled: Path, placed: Path, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = hf_flash.repack(coupled, tmp_path / "flash")
-    real, asked = calibration.check_room, []
+    real, asked = publishing.check_room, []
 
     def full(where: Path, needed: int) -> None:
         asked.append(needed)
@@ -273,7 +274,8 @@ def test_a_full_disk_leaves_the_folder_whole_and_the_work_done(
         real(where, needed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration, "check_room", full)
+        patch.setattr(work_folder, "check_room", full)
+        patch.setattr(publishing, "check_room", full)
         with pytest.raises(DiskSpaceError):
             hf_flash.calibrate(folder, tokens, **QUICK)
     store = FlashStore.open_folder(folder)
@@ -281,7 +283,7 @@ def test_a_full_disk_leaves_the_folder_whole_and_the_work_done(
     assert store.check() == []
     assert torch.equal(run(folder)[0], run(hf_flash.repack(coupled, tmp_path / "fresh"))[0])
     with monkeypatch.context() as patch:
-        patch.setattr(calibration._Job, "_train", None)  # must not be called again
+        patch.setattr(job, "make_layer_result", None)  # must not be called again
         hf_flash.calibrate(folder, tokens, **QUICK)
     assert all(path.read_bytes() == (placed / path.name).read_bytes() for path in folder.glob("flash-layer-*"))
 
@@ -291,7 +293,7 @@ def test_a_store_that_changes_while_it_is_loaded_is_not_read(copy: Path, monkeyp
         place_layer(store.layers[2], np.arange(D_FF, dtype=np.int32))
         return open_reader(store, *args)
 
-    monkeypatch.setattr(runtime, "open_reader", late)
+    monkeypatch.setattr(attach, "open_reader", late)
     with pytest.raises(StoreFormatError, match="changed while it was being opened") as caught:
         run(copy)
     assert all(part in str(caught.value) for part in ("flash-layer-00002", "to do: load the model again"))

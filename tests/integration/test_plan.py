@@ -18,11 +18,11 @@ import hf_flash
 from hf_flash import FlashOffloadConfig
 from hf_flash.base import folders
 from hf_flash.base.sizes import parse_bytes
+from hf_flash.budget import divide
 from hf_flash.commands.main import main
 from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
-from hf_flash.planning import pairing, planner
-from hf_flash.planning import slice as machine
-from hf_flash.runtime import model as runtime
+from hf_flash.planning import measuring, pairing, planner
+from hf_flash.planning import report as planner_report
 from hf_flash.runtime.model import find_runtime
 from hf_flash.store.layout import FlashStore
 
@@ -69,7 +69,7 @@ def test_reading_is_measured_as_loading_would_read(
 
     def measure(*args: Any) -> Any:
         asked.append(args[-1])
-        return machine.measure(*args)
+        return measuring.measure(*args)
 
     monkeypatch.setattr(planner, "available_memory", lambda: free)
     monkeypatch.setattr(planner, "measure", measure)
@@ -136,7 +136,7 @@ def test_a_calibration_is_believed(packed: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("unmeasured")
 def test_windows_are_divided_as_calibrated_in_a_plan_and_in_a_model(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [{"active": a, "use": {"mean": [a * k**0.5 for k in range(1, 17)]}} for a in (3.0, 9.0, 12.0)]
-    for place in (planner, runtime):
+    for place in (planner, divide):
         monkeypatch.setattr(place, "stored_report", lambda store: {"layers": layers})
     found = planner.plan(packed, memory=planner.plan(packed).memory.minimum_bytes + 30 * 1024)
     config = FlashOffloadConfig(memory_budget=found.memory.budget_bytes)
@@ -180,7 +180,8 @@ def test_the_least_budget_that_is_nearly_as_fast() -> None:
 @pytest.mark.usefixtures("unmeasured")
 def test_the_dense_model_is_named_when_it_fits(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the dense model fits into what is free" in planner.plan(bare, memory="80%").describe()
-    monkeypatch.setattr(planner, "ceiling_bytes", lambda budget: 1000)
+    for place in (planner, planner_report):
+        monkeypatch.setattr(place, "ceiling_bytes", lambda budget: 1000)
     said = planner.plan(bare, memory="80%").describe()
     assert "the dense model fits" not in said
     assert "the model does not run here" in said

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hf_flash.budget import demand
 from hf_flash.budget.plan import MemoryPlan, plan_memory
-from hf_flash.calibration.activity import FAR, LONGEST, Use
+from hf_flash.calibration.activity import FAR, LONGEST, AggregatedUse
 from hf_flash.runtime.window import ResidentWindow
 
 Mask = npt.NDArray[np.bool_]
@@ -37,7 +37,7 @@ def favourites(tokens: int, random: np.random.Generator) -> Mask:
 
 def report(used: Mask, context: int = 256) -> dict[str, Any]:
     """A layer as calibration reports it."""
-    use = Use()
+    use = AggregatedUse()
     for at in range(0, len(used), context):
         use.add(torch.from_numpy(used[at : at + context]))
     return {"active": float(used.sum(1).mean()), "use": use.to_dict()}

@@ -257,9 +257,9 @@ def report(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """Change the stored report of a calibration."""
 
     def edited(header: dict[str, Any]) -> None:
-        found = json.loads(header["__metadata__"]["hf_flash.calibration.job"])
+        found = json.loads(header["__metadata__"]["hf_flash.calibration"])
         change(found)
-        header["__metadata__"]["hf_flash.calibration.job"] = json.dumps(found)
+        header["__metadata__"]["hf_flash.calibration"] = json.dumps(found)
 
     return lambda folder: edit(folder / "flash-calibration.safetensors", edited)
 

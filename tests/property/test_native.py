@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event
 
 import numpy as np
 import pytest
@@ -11,19 +14,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_flash.compute import arithmetic as compute
-from hf_flash.compute import library as native
+from hf_flash.compute import kernels, library
 from hf_flash.compute.arithmetic import OneToken, Scratch
-from hf_flash.compute.library import ABI, library
+from hf_flash.compute.library import ABI
 from hf_flash.predictors.low_bit import Int8Matrix, Scores
+from hf_flash.store.unit import TWO_MATRICES, Part, UnitLayout
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-needs_library = pytest.mark.skipif(library() is None, reason="no compiled part here")
+needs_library = pytest.mark.skipif(library.library() is None, reason="no compiled part here")
 
 
 def test_the_compiled_part_is_built_where_tests_run() -> None:
     if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("it is for Linux on x86-64 with AVX2")
-    found = library()
+    found = library.library()
     assert found is not None
     assert found.hf_abi() == ABI
 
@@ -65,7 +69,7 @@ def test_one_token_is_computed_as_in_float64_up_to_rounding(
 def test_threads_and_order_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = run(dtype, 100, 96, 5, 1, torch.nn.ReLU())[0]
     for count in (1, 2, 3):
-        monkeypatch.setattr(native, "threads", lambda count=count: count)
+        monkeypatch.setattr(library, "threads", lambda count=count: count)
         for parts in (1, 2):
             assert torch.equal(run(dtype, 100, 96, 5, parts, torch.nn.ReLU())[0], wanted)
 
@@ -97,19 +101,138 @@ def test_several_tokens_get_the_bits_that_each_gets_alone(
     used = torch.rand(tokens, d_ff, generator=random) < share
     alone = torch.zeros(tokens, d)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "threads", lambda: threads)
-        patch.setattr(native, "_TOKENS", at_a_time)
-        kernel = native.TokenKernel(d_ff, d)
+        patch.setattr(library, "threads", lambda: threads)
+        patch.setattr(kernels, "_TOKENS", at_a_time)
+        kernel = kernels.TokenKernel(d_ff, d)
         for token in range(tokens):
             ids = used[token].nonzero()[:, 0].numpy()
             kernel.set(x[token : token + 1], b, matrix, rows[ids], ids, relu=True)
             kernel.up()
             kernel.down(alone[token : token + 1])
-        for narrow, together in ((False, torch.zeros(tokens, d)), (True, torch.zeros(tokens, d))):
-            several = native.TokensKernel(x, used, b, d_ff, narrow=narrow)
+        for avx512, together in ((True, torch.zeros(tokens, d)), (False, torch.zeros(tokens, d))):
+            several = kernels.TokensKernel(x, used, b, d_ff, avx512=avx512)
             for part in np.array_split(np.flatnonzero(used.any(0).numpy()), blocks):
-                several.add(native.addresses(matrix, rows[part]), part, together)
+                several.add(kernels.addresses(matrix, rows[part]), part, together)
             assert torch.equal(together, alone)
+
+
+@dataclass(frozen=True)
+class LooseLayout:
+    """Rows of units with room before, between and behind their parts."""
+
+    roles: tuple[str, ...]
+    gaps: tuple[int, int, int]
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def numbers(self) -> int:
+        return sum(self.gaps) + 2 * self.width
+
+    @property
+    def row_bytes(self) -> int:
+        return self.numbers * self.dtype.itemsize
+
+    def start(self, role: str) -> int:
+        at = self.roles.index(role)
+        return sum(self.gaps[: at + 1]) + at * self.width
+
+    def offset(self, role: str) -> int:
+        return self.start(role) * self.dtype.itemsize
+
+    def rows_of(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        matrix = torch.full((len(up), self.numbers), float("nan"), dtype=self.dtype)
+        for role, part in (("up", up), ("down", down)):
+            matrix[:, self.start(role) : self.start(role) + self.width] = part
+        return matrix
+
+
+@needs_library
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(list(ROUNDING)), d=st.integers(1, 200), d_ff=st.integers(1, 40), tokens=st.integers(1, 9),
+    roles=st.permutations(["up", "down"]).map(tuple), gaps=st.tuples(*3 * [st.integers(0, 40)]), threads=st.integers(1, 2),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_where_the_parts_lie_in_a_row_changes_no_bit(
+    dtype: torch.dtype,
+    d: int,
+    d_ff: int,
+    tokens: int,
+    roles: tuple[str, ...],
+    gaps: tuple[int, int, int],
+    threads: int,
+    seed: int,
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    up, down = (torch.randn(d_ff, d, generator=random).to(dtype) for _ in range(2))
+    x, used = torch.randn(tokens, d, generator=random).to(dtype), torch.rand(tokens, d_ff, generator=random) < 0.7
+    rows, found = np.arange(d_ff), []
+    loose = LooseLayout(roles, gaps, d, dtype)
+    assert kernels.supports(loose, dtype) is (roles == ("up", "down"))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "threads", lambda: threads)
+        for layout, matrix in ((None, torch.cat([up, down], dim=1)), (loose, loose.rows_of(up, down))):
+            kernel, alone = kernels.TokenKernel(d_ff, d), torch.zeros(1, d)
+            kernel.set(x[:1], None, matrix, rows, rows, relu=True, layout=layout)  # type: ignore[arg-type]
+            kernel.up()
+            kernel.down(alone)
+            together = torch.zeros(tokens, d)
+            several = kernels.TokensKernel(x, used, None, d_ff, layout)  # type: ignore[arg-type]
+            several.add(kernels.addresses(matrix, rows), rows, together)
+            found.append(torch.cat([alone, together]))
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
+
+
+def test_it_says_which_units_it_knows() -> None:
+    gated = (Part("gate", "row"), *TWO_MATRICES)
+    for dtype in ROUNDING:
+        assert kernels.supports(UnitLayout.of(TWO_MATRICES, 64, dtype), dtype)
+        assert not kernels.supports(UnitLayout.of(TWO_MATRICES, 64, dtype), torch.float64)
+        assert not kernels.supports(UnitLayout.of(gated, 64, dtype), dtype)
+        assert not kernels.supports(UnitLayout.of(TWO_MATRICES[::-1], 64, dtype), dtype)
+    assert not kernels.supports(UnitLayout.of(TWO_MATRICES, 64, torch.float16), torch.float32)
+
+
+@needs_library
+def test_it_can_be_switched_off_for_what_is_made_meanwhile() -> None:
+    matrix, rows, out = torch.ones(4, 64), np.arange(4), torch.zeros(1, 32)
+    before = Scratch(64, 32, torch.float32)
+    with library.switched_off():
+        assert library.library() is None
+        with library.switched_off():
+            assert library.try_ring() != 0
+        assert library.library() is None
+        assert not kernels.copy_rows(matrix, rows, matrix, rows)
+        codes = torch.ones(9, 32, dtype=torch.int8)
+        assert Int8Matrix(codes, torch.ones(9, 1).bfloat16()).compiled is None
+        for scratch in (before, Scratch(64, 32, torch.float32)):
+            token = OneToken(scratch, torch.relu, torch.ones(1, 32), None, matrix, rows, rows, one_block=True)
+            assert token.compiled is (scratch is before)
+            token.finish(out)
+    assert library.library() is library.loaded() is not None
+    assert out.tolist() == [[2 * 4 * 32.0] * 32]
+
+
+@needs_library
+def test_it_is_on_again_when_the_last_thread_has_left() -> None:
+    entered, leave = Event(), Event()
+
+    def stay_inside() -> bool:
+        with library.switched_off():
+            entered.set()
+            return leave.wait(60) and library.library() is None
+
+    with ThreadPoolExecutor(1) as pool:
+        inside = pool.submit(stay_inside)
+        assert entered.wait(60)
+        with library.switched_off():
+            pass
+        assert library.library() is None
+        leave.set()
+        assert inside.result()
+    assert library.library() is not None
 
 
 @needs_library
@@ -123,9 +246,9 @@ def test_rows_are_copied_whole_and_nothing_else(dtype: torch.dtype, n: int, widt
     wanted = target.clone()
     wanted[places] = source[those]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "threads", lambda: threads)
-        patch.setattr(native, "_WORTH_COPYING", 1)
-        assert native.copy_rows(source, those, target, places)
+        patch.setattr(library, "threads", lambda: threads)
+        patch.setattr(kernels, "_WORTH_COPYING", 1)
+        assert kernels.copy_rows(source, those, target, places)
     assert torch.equal(target, wanted)
 
 
@@ -162,7 +285,7 @@ def test_a_token_is_multiplied_alike_whoever_is_beside_it(rows: int, columns: in
     codes = torch.randint(-127, 128, (rows, columns), generator=random, dtype=torch.int8)
     scales, plus = torch.rand(rows, generator=random).bfloat16(), torch.randn(rows, generator=random)
     x = torch.randn(tokens, columns, generator=random).bfloat16()
-    product = native.Product(codes, scales, None)
+    product = kernels.Product(codes, scales, None)
     found = product(x, plus)
     exact = x.double() @ (codes.double() * scales.double()[:, None]).T + plus
     size = x.double().abs() @ (codes.double().abs() * scales.double()[:, None]).T
@@ -190,8 +313,8 @@ def test_neurons_are_called_as_their_scores_say(
     x, plus = torch.randn(tokens, 70, generator=random).bfloat16(), 50 * torch.randn(rows, generator=random)
     times = torch.rand(tokens, generator=random) if repeated else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "threads", lambda: threads)
-        patch.setattr(native, "_SHARED", 1)
+        patch.setattr(library, "threads", lambda: threads)
+        patch.setattr(kernels, "_SHARED", 1)
         for scores in (
             Scores(matrix(rows, 70), plus, given_bias),
             Scores(matrix(rows, rank), plus, given_bias, first=matrix(rank, 70)),

@@ -22,7 +22,7 @@ from hf_flash.calibration.activity import (
     LONGEST,
     PARTNERS,
     Activations,
-    Use,
+    AggregatedUse,
     frequency,
     moments,
     pack_bits,
@@ -36,7 +36,8 @@ from hf_flash.predictors.base import read_tensors
 from hf_flash.predictors.low_bit import widen
 from hf_flash.predictors.lowrank import LowRankPredictor, lowrank_bytes, lowrank_specs, pack_lowrank
 from hf_flash.predictors.quantized import QuantizedFormat, quantized_forms
-from hf_flash.store.layout import FlashStore, LayerStore
+from hf_flash.store.layer_file import LayerStore
+from hf_flash.store.layout import FlashStore
 from tests.conftest import ROOT
 
 SEEDS = st.integers(0, 1 << 30)
@@ -172,7 +173,7 @@ def test_a_text_shorter_than_a_quotation_has_none(length: int) -> None:
 @settings(deadline=None, max_examples=50)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3), d_ff=st.integers(1, 20), share=st.floats(0, 1), seed=SEEDS)
 def test_aggregated_use_is_the_union_of_the_last_tokens(lengths: list[int], d_ff: int, share: float, seed: int) -> None:
-    use, found = Use(), [list[int]() for _ in range(LONGEST)]
+    use, found = AggregatedUse(), [list[int]() for _ in range(LONGEST)]
     for number, length in enumerate(lengths):
         mask = masks(length, d_ff, share, seed + number)
         use.add(mask)
@@ -188,7 +189,7 @@ def test_aggregated_use_is_the_union_of_the_last_tokens(lengths: list[int], d_ff
 @settings(deadline=None, max_examples=15)
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=3), share=st.floats(0, 0.2), seed=SEEDS)
 def test_aggregated_use_goes_on_as_far_as_the_sequences(lengths: list[int], share: float, seed: int) -> None:
-    use, parts = Use(), [masks(length, 12, share, seed + number) for number, length in enumerate(lengths)]
+    use, parts = AggregatedUse(), [masks(length, 12, share, seed + number) for number, length in enumerate(lengths)]
     for mask in parts:
         use.add(mask)
     stored = use.to_dict()
@@ -313,7 +314,7 @@ def test_nan_selects_every_neuron_of_its_token(d_model: int, rank: int, tokens: 
 # 1 if a shape gives wrong sums, a signal's number if it does not even end.
 PRODUCTS = """
 import json, os, sys, torch
-from hf_flash.lowbit import Int8Matrix, widen
+from hf_flash.predictors.low_bit import Int8Matrix, widen
 torch.set_num_threads(1)
 for columns, rows, tokens in json.load(sys.stdin):
     child = os.fork()

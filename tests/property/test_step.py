@@ -105,7 +105,7 @@ def test_it_gives_the_bits_the_reads_and_the_window_of_the_long_way(
     try:
         for whole in (True, False):
             with pytest.MonkeyPatch.context() as patch, make_rig(stores[layout], layout.dtype, reader, capacity, window) as rig:
-                for module in ("chunks", "step"):
+                for module in ("reading.chunks", "runtime.token_step"):
                     patch.setattr(f"hf_flash.{module}.longest_chunk", lambda size: longest)
                 rig.ffn.step = TokenStep(rig.engine.scratch.kernel.room, rig.window, rig.store) if whole else None
                 answers, done = [], runs(rig, patch)
@@ -167,7 +167,7 @@ def test_a_read_that_fails_costs_the_window_nothing_but_what_went(rig: Rig, wher
     rig.call(mask, 1)
     rig.call(some(0.3, 2), 1)
     assert rig.ffn.step is not None
-    assert rig.ffn.step.did.failed == 0
+    assert rig.ffn.step.last_call.failed == 0
 
 
 def test_a_file_that_was_overwritten_is_an_error_until_it_is_put_back(tmp_path: Path, rig: Rig) -> None:

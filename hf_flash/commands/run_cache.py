@@ -1,4 +1,4 @@
-"""`hf-flash cache`"""
+"""`hf-flash cache ls` and `hf-flash cache rm`: what is in the flash cache."""
 
 from __future__ import annotations
 
@@ -7,34 +7,14 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_flash.base.sizes import format_bytes
 from hf_flash.commands.arguments import add_json, finish, say, tell
-from hf_flash.errors import (
-    ConfigError,
-    HfFlashError,
-)
-from hf_flash.packing.flash_cache import Entry, cache_folder, chosen, scan
+from hf_flash.errors import ConfigError, HfFlashError
 
-
-def describe(entries: Sequence[Entry], folder: Path) -> str:
-    """Entries as a table."""
-    head = ("SOURCE", "REVISION", "SIZE", "LAST USED", "STATE", "NAME")
-    rows = [head, *(_row(entry) for entry in entries)]
-    wide = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    size = format_bytes(sum(entry.size_bytes for entry in entries))
-    lines = [
-        "  ".join(cell.rjust(n) if at == 2 else cell.ljust(n) for at, (cell, n) in enumerate(zip(row, wide, strict=True)))
-        for row in rows
-    ]
-    total = f"{len(entries)} entr{'y' if len(entries) == 1 else 'ies'}, {size}, in {folder}"
-    return "\n".join([*(line.rstrip() for line in lines if entries), *([""] if entries else []), total])
-
-
-def _row(entry: Entry) -> tuple[str, ...]:
-    used = datetime.fromtimestamp(entry.last_used).astimezone().strftime("%Y-%m-%d %H:%M")
-    state = f"{entry.state}, in use" if entry.in_use else entry.state
-    return entry.source or "-", entry.revision[:12] or "-", format_bytes(entry.size_bytes), used, state, entry.name
+if TYPE_CHECKING:
+    from hf_flash.packing.flash_cache import Entry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`hf-flash cache`, as the command line says. Returns the exit code."""
+    """`hf-flash cache ls` or `hf-flash cache rm`. Returns the exit code: 1 if something was not found or not removed."""
     code: int = args.verb(args)
     return code
 
 
 def _list(args: argparse.Namespace) -> int:
+    from hf_flash.packing.flash_cache import cache_folder, scan
+
     entries, folder = scan(args.cache_dir), cache_folder(args.cache_dir)
     size = sum(entry.size_bytes for entry in entries)
     found = {"folder": str(folder), "size_bytes": size, "entries": [entry.to_dict() for entry in entries]}
@@ -72,6 +54,8 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _remove(args: argparse.Namespace) -> int:
+    from hf_flash.packing.flash_cache import cache_folder, chosen, scan
+
     entries, folder = scan(args.cache_dir), cache_folder(args.cache_dir)
     found, unknown = (entries, []) if args.all else chosen(entries, args.targets)
     if unknown:
@@ -102,3 +86,23 @@ def _confirmed(count: int) -> bool:
     sys.stderr.write(f"Remove {'this entry' if count == 1 else f'these {count} entries'}? [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def describe(entries: Sequence[Entry], folder: Path) -> str:
+    """Entries as a table."""
+    head = ("SOURCE", "REVISION", "SIZE", "LAST USED", "STATE", "NAME")
+    rows = [head, *(_row(entry) for entry in entries)]
+    wide = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    size = format_bytes(sum(entry.size_bytes for entry in entries))
+    lines = [
+        "  ".join(cell.rjust(n) if at == 2 else cell.ljust(n) for at, (cell, n) in enumerate(zip(row, wide, strict=True)))
+        for row in rows
+    ]
+    total = f"{len(entries)} entr{'y' if len(entries) == 1 else 'ies'}, {size}, in {folder}"
+    return "\n".join([*(line.rstrip() for line in lines if entries), *([""] if entries else []), total])
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    used = datetime.fromtimestamp(entry.last_used).astimezone().strftime("%Y-%m-%d %H:%M")
+    state = f"{entry.state}, in use" if entry.in_use else entry.state
+    return entry.source or "-", entry.revision[:12] or "-", format_bytes(entry.size_bytes), used, state, entry.name

@@ -1,4 +1,4 @@
-"""What is in a repacked checkpoint: the facts of `hf-flash inspect`, and how they are put for people."""
+"""The facts about a repacked checkpoint that `hf-flash inspect` shows, as plain values and as a table."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 from hf_flash.base.sizes import format_bytes
 from hf_flash.budget.divide import stored_report
-from hf_flash.calibration import job as calibration
-from hf_flash.store.layout import ALIGNMENT, FlashStore
+from hf_flash.commands.calibration_table import describe_placement
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.names import ALIGNMENT
 
 
 def facts(store: FlashStore) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def describe(found: dict[str, Any]) -> str:
 def _placement(found: dict[str, Any]) -> str:
     if not found["placed_layers"]:
         return "none: neurons lie in the order of their ids"
-    placed = calibration.describe_placement(found["calibration"]) if found["calibration"] else "none"
+    placed = describe_placement(found["calibration"]) if found["calibration"] else "none"
     return placed if placed != "none" else f"{found['placed_layers']} of {found['layers']} layers"
 
 

@@ -1,0 +1,110 @@
+"""`Settings`: everything that decides what a calibration gives, checked before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from hf_flash.calibration.training import Targets, training_bytes
+from hf_flash.errors import ConfigError
+from hf_flash.predictors.quantized import quantized_forms
+from hf_flash.store.layout import FlashStore
+
+LEAST_WINDOWS: Final = 8
+_HELD_OUT: Final = 8  # one window in so many is kept from training
+_RESULTS: Final = 2  # version of a layer's result file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is calibrated, on which text, and how.
+
+    Attributes:
+        folder: the repacked checkpoint, and `store` what lies in it.
+        windows: the text, token ids [windows, context].
+        text_name: what the text is called, for the report alone: the same text may be called otherwise.
+        samples: windows that were asked for; a short text has fewer.
+        targets, epochs, seed, placement: as in [`calibrate`].
+    """
+
+    folder: Path
+    store: FlashStore
+    windows: torch.Tensor
+    text_name: str | None
+    samples: int
+    targets: Targets
+    epochs: int
+    seed: int
+    placement: bool
+
+    @property
+    def context(self) -> int:
+        """Tokens in a window."""
+        return self.windows.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.windows.numel()
+
+    @property
+    def held_out(self) -> int:
+        """Tokens at the end that are never trained on."""
+        return max(1, len(self.windows) // _HELD_OUT) * self.context
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory that training one layer takes at most."""
+        layer = self.store.layers[0]
+        return training_bytes(self.targets.limit(layer.d_model), layer.d_ff, layer.d_model)
+
+    @property
+    def text_sha256(self) -> str:
+        """Of the token ids."""
+        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the result of a layer depends on: work is gone on with only where all of it is the same."""
+        return asdict(self.targets) | {
+            "samples": self.samples,
+            "context": self.context,
+            "epochs": self.epochs,
+            "seed": self.seed,
+            "text": self.text_sha256,
+            "fingerprint": self.store.metadata["fingerprint"],
+            "quantized": sorted(form.variant for form in quantized_forms(self.store)),
+            "results": _RESULTS,
+        }
+
+
+def check_arguments(
+    targets: Targets, samples: int, context: int, epochs: int, seed: int, placement: bool, *, d_model: int, longest: int
+) -> None:
+    """Refuse arguments of [`calibrate`] that are out of range.
+
+    Args:
+        d_model: of the model, the largest rank there can be.
+        longest: tokens that the model takes at most.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+    ranges: dict[str, tuple[Any, float, float]] = {
+        "recall": (targets.recall, 1e-9, 1.0),
+        "extra": (targets.extra, 0.0, 1.0),
+        "rank": (1 if targets.rank is None else targets.rank, 1, d_model),
+        "max_rank": (1 if targets.max_rank is None else targets.max_rank, 1, d_model),
+        "samples": (samples, LEAST_WINDOWS, 1 << 31),
+        "context": (context, 2, longest),
+        "epochs": (epochs, 0, 1 << 31),
+        "seed": (seed, 0, (1 << 63) - 1),
+    }
+    for name, (value, low, high) in ranges.items():
+        numbers = float | int if name in ("recall", "extra") else int
+        if isinstance(value, bool) or not isinstance(value, numbers) or not low <= value <= high:
+            raise ConfigError(f"{name} is not valid", where="calibrate", expected=f"{low} to {high}", got=repr(value))
+    if not isinstance(placement, bool):
+        raise ConfigError("placement is not valid", where="calibrate", expected="True or False", got=repr(placement))

@@ -1,0 +1,75 @@
+"""`hf-flash bench`: compare decode speed with stock transformers and accelerate, under one memory cap."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hf_flash.bench.systems import GROUPS, SYSTEMS, TINY, default_systems, parse_arguments, parse_sweep, parse_system
+from hf_flash.commands.arguments import add_json, argument_type, at_least_two, file_target, finish, positive, size, tell
+from hf_flash.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hf-flash bench`."""
+    add = parser.add_argument
+    add("model", nargs="?", help="a repacked checkpoint")
+    add("--plain", type=Path, metavar="FOLDER", help="the same model as a plain checkpoint, for the others")
+    add("--preset", choices=["tiny"], help="a random model made for the purpose, in seconds, instead of MODEL")
+    names = ", ".join([*SYSTEMS, *GROUPS])
+    add("--systems", metavar="A,B", help=f"what to compare, of: {names.replace('%', '%%')}")
+    add("--system", action="append", default=[], type=argument_type(parse_system), metavar='"NAME: ARG=VALUE"',
+        help="a further row of hf_flash with arguments of FlashOffloadConfig; may be repeated")  # fmt: skip
+    add("--flash-arg", action="append", default=[], type=argument_type(parse_arguments), metavar="ARG=VALUE",
+        help="an argument of FlashOffloadConfig for all rows of hf_flash; may be repeated")  # fmt: skip
+    add("--sweep", default=[], type=argument_type(parse_sweep), metavar="40,50,60:quantized",
+        help="hf_flash at each of these budgets: percent or sizes, and which predictor")  # fmt: skip
+    add("--tokens", type=at_least_two, metavar="N", help="to generate; slow systems stop at 8 (default 64)")
+    add("--prompt-tokens", type=positive, metavar="N", help="of each random prompt (default 16)")
+    add("--batch-size", type=positive, metavar="N", help="sequences at once (default 1)")
+    add("--memory", metavar="SIZE", help='weights in DRAM: a size, or a share of the model (default "50%%")')
+    add("--headroom", type=size, metavar="SIZE", help='what the cap allows beyond it (default "0.6GB")')
+    add("--repeats", type=positive, metavar="N", help="rounds; a row shows its median one (default 1)")
+    add("--timeout", type=positive, metavar="SECONDS", help="for each system (default 1800)")
+    add("--cap", action=argparse.BooleanOptionalAction, default=True, help="whether to cap memory (default yes)")
+    add("--check", action="store_true", help="fail if flash generates other tokens than without a cap")
+    add("--note", action="append", default=[], metavar="TEXT", help="a line for the report; may be repeated")
+    add_json(parser)
+    add("--plot", type=Path, metavar="FILE.svg", help="draw where the time of a token goes, and over budgets")
+    add("--html", type=file_target, metavar="FILE", help="write a page with all figures and drawings")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`hf-flash bench`. Returns the exit code: 1 if `--check` finds other tokens."""
+    from hf_flash.bench.page import page
+    from hf_flash.bench.plots import check_installed, plot_bench
+    from hf_flash.bench.report import describe
+    from hf_flash.bench.run import bench, bench_tiny
+
+    if (args.model is None) == (args.preset is None) or (args.preset and args.plain):
+        raise ConfigError("nothing to measure, or too much", expected="either a repacked MODEL or --preset tiny")
+    if args.plot or args.html:
+        check_installed()
+    settings = _settings(args)
+    report = bench_tiny(**settings) if args.preset else bench(args.model, plain=args.plain, **settings)
+    tell(args, describe(report))
+    finish(args, report)
+    if args.plot:
+        plot_bench(report, args.plot)
+    if args.html:
+        from hf_flash.base.files import write_text
+
+        write_text(args.html, page(report))
+    return 0 if report.get("same_tokens", True) else 1
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of [`bench`] that the command line names. What it leaves out has defaults there."""
+    named = "tokens", "prompt_tokens", "batch_size", "memory", "headroom", "repeats", "timeout"
+    settings = {name: value for name in named if (value := getattr(args, name)) is not None}
+    settings |= {"cap": args.cap, "check": args.check, "notes": args.note}
+    settings["arguments"] = {name: value for group in args.flash_arg for name, value in group.items()}
+    names = args.systems and [name.strip() for name in args.systems.split(",") if name.strip()]
+    usual = [] if args.sweep else TINY if args.preset else default_systems(args.plain)
+    return settings | {"systems": [*(names or usual), *args.system, *args.sweep]}

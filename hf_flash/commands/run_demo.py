@@ -1,0 +1,33 @@
+"""`hf-flash demo`: repack a small model and let it generate beside the stock model."""
+
+from __future__ import annotations
+
+import argparse
+
+from hf_flash.commands.arguments import add_json, finish, positive, seconds, size, tell
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hf-flash demo`."""
+    add = parser.add_argument
+    add("model", help="folder or Hub repository of a plain OPT checkpoint")
+    add("--prompt", default="In the beginning God created", help="text to continue")
+    add("--max-new-tokens", type=positive, default=48, metavar="N", help="tokens to generate (default 48)")
+    add("--memory-budget", type=size, metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
+    add("--watch", action="store_true", help="show what every token reads and reuses, layer by layer")
+    add("--pace", type=seconds, default=0.25, metavar="SECONDS", help="a token is shown so long (default 0.25)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`hf-flash demo`. Returns the exit code: 1 if the tokens differ from the stock model's."""
+    from rich.console import Console
+
+    from hf_flash.commands.demo import demo
+
+    report = demo(
+        args.model, args.prompt, args.max_new_tokens, memory_budget=args.memory_budget, watch=args.watch,
+        pace=args.pace, tell=lambda text: tell(args, text), console=Console(stderr=args.json == "-"),
+    )  # fmt: skip
+    finish(args, report)
+    return 0 if report["same_tokens"]["none"] else 1

@@ -1,0 +1,44 @@
+"""`hf-flash verify`: repack, calibrate and evaluate a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from hf_flash.commands import run_eval
+from hf_flash.commands.arguments import WIKITEXT, positive, tell
+from hf_flash.commands.calibration_table import describe
+
+_TRAIN_TEXT: Final = f"{WIKITEXT}:train"
+_TEST_TEXT: Final = f"{WIKITEXT}:test"
+_TASKS: Final = "arc_easy,arc_challenge,hellaswag"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hf-flash verify`."""
+    add = parser.add_argument
+    add("model", help="folder or Hub repository of a plain checkpoint")
+    add("folder", nargs="?", help="where to repack it to, or where it was (default: MODEL-flash here)")
+    add("--calibration-text", default=_TRAIN_TEXT, metavar="TEXT", help=f"to train on (default {_TRAIN_TEXT})")
+    add("--samples", type=positive, default=256, metavar="N", help="windows to train on (default 256)")
+    add("--with-stock", action="store_true", help="run the tasks on the stock model too; needs the memory for it")
+    run_eval.add_evaluation_arguments(parser, text=_TEST_TEXT, tasks=_TASKS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`hf-flash verify`. Returns the exit code. What an earlier run has finished is not done again."""
+    from hf_flash.calibration.job import calibrate
+    from hf_flash.packing.repacking import repack
+    from hf_flash.store.layout import FlashStore
+
+    folder = Path(args.folder or f"{Path(args.model).name}-flash")
+    if not folder.exists():
+        repack(args.model, folder)
+    if FlashStore.open_folder(folder).calibration is None:
+        report = calibrate(
+            folder, args.calibration_text, samples=args.samples, memory_budget=args.memory_budget, context=args.context,
+        )  # fmt: skip
+        tell(args, describe(report) + "\n")
+    args.folder, args.stock = folder, args.model if args.with_stock else None
+    return run_eval.run(args)

@@ -1,0 +1,28 @@
+/* What this library is: whether it can be used here, and whether Python was written for it. */
+
+#include "native.h"
+
+#ifdef HF_NATIVE
+
+#include <string.h>
+
+int hf_supported(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+int hf_abi(void) { return HF_ABI; }
+
+int hf_sizes(int64_t *out) {
+    const int64_t sizes[] = {
+        sizeof(RowLayout), sizeof(TokenJob), sizeof(TokensJob), sizeof(ProductJob), sizeof(LinearJob), sizeof(CopyJob),
+        sizeof(File),      sizeof(Order),    sizeof(Window),    sizeof(Step),
+    };
+    memcpy(out, sizes, sizeof sizes);
+    return sizeof sizes / sizeof *sizes;
+}
+
+#else
+
+int hf_supported(void) { return 0; }
+
+#endif

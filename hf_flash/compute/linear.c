@@ -1,0 +1,53 @@
+/* A matrix that stays in memory, in the dtype of compute, times a few tokens. */
+
+#include "native.h"
+
+#ifdef HF_NATIVE
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "numbers.h"
+#include "parallel.h"
+
+enum { TILE_ROWS = 4, TILE_TOKENS = 4 }; /* sums that registers have room for */
+enum { LINEAR_ROWS = 32 };               /* that a thread takes at a time */
+
+/* One output: bias added, rounded once. */
+INLINE void put(const LinearJob *job, int64_t row, int64_t token, float sum, int dtype) {
+    const int64_t at = token * job->rows + row;
+    if (job->bias)
+        sum += one(job->bias, row, dtype);
+    if (dtype == F32) {
+        ((float *)job->out)[at] = sum;
+    } else if (dtype == F16) {
+        ((uint16_t *)job->out)[at] = _cvtss_sh(sum, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+        uint32_t bits;
+        sum = rounded(sum, dtype);
+        memcpy(&bits, &sum, 4);
+        ((uint16_t *)job->out)[at] = (uint16_t)(bits >> 16);
+    }
+}
+
+#define LANES 8
+#include "linear_width.h"
+#undef LANES
+
+#define LANES 16
+#include "linear_width.h"
+#undef LANES
+
+int FAST hf_linear(LinearJob *job) {
+    job->x_f32 = malloc((size_t)(job->tokens * job->columns) * sizeof(float));
+    if (!job->x_f32)
+        return 0;
+    for (int64_t i = 0; i < job->tokens * job->columns; i++)
+        job->x_f32[i] = one(job->x, i, job->dtype);
+    atomic_store(&job->next, 0);
+    run_on_threads(job->no_avx512 || !has_avx512() ? linear_body_of_8 : linear_body_of_16, job, job->threads);
+    free(job->x_f32);
+    return 1;
+}
+
+#endif

@@ -1,0 +1,78 @@
+/* A matrix in the dtype of compute times a few tokens, for one width of vectors. Included by linear.c, once for each.
+ *
+ * A tile of rows x tokens sums is kept in registers while the columns go by, so that a weight is fetched once and used for every
+ * token. A sum is 16 partial sums, whatever the width and the tile: a token gets the same bits beside others and alone. */
+
+#include "width.h"
+
+/* Several rows are several streams, and the next tile is fetched ahead, in the order in which it lies in memory; one row is one
+ * stream, which processors fetch ahead best by themselves. */
+OF_WIDTH(void) NAME(tile)(const LinearJob *job, int64_t row, int64_t token, int rows, int tokens, int dtype) {
+    const int64_t size = size_of(dtype), stride = job->columns * size, ahead = TILE_ROWS * stride;
+    const char *weight = (const char *)job->weight + row * stride;
+    const float *x = job->x_f32 + token * job->columns;
+    VECTOR sums[TILE_ROWS][TILE_TOKENS][PARTS];
+    UNROLLED(int r = 0; r < rows; r++)
+        UNROLLED(int t = 0; t < tokens; t++)
+            UNROLLED(int p = 0; p < PARTS; p++)
+                sums[r][t][p] = ZERO();
+    int64_t i = 0;
+    for (; i + 16 <= job->columns; i += 16) {
+        if (rows > 1)
+            UNROLLED(int line = 0; line < rows * size / 4; line++)
+                _mm_prefetch(weight + ahead + i * size * rows + line * 64, _MM_HINT_T1);
+        UNROLLED(int p = 0; p < PARTS; p++) {
+            const int64_t at = i + p * LANES;
+            VECTOR w[TILE_ROWS];
+            UNROLLED(int r = 0; r < rows; r++)
+                w[r] = NAME(load)(weight + r * stride, at, dtype);
+            UNROLLED(int t = 0; t < tokens; t++) {
+                VECTOR some = LOAD(x + t * job->columns + at);
+                UNROLLED(int r = 0; r < rows; r++)
+                    sums[r][t][p] = FMA(w[r], some, sums[r][t][p]);
+            }
+        }
+    }
+    UNROLLED(int r = 0; r < rows; r++)
+        UNROLLED(int t = 0; t < tokens; t++) {
+            float rest = 0.0f;
+            for (int64_t k = i; k < job->columns; k++)
+                rest = __builtin_fmaf(one(weight + r * stride, k, dtype), x[t * job->columns + k], rest);
+            put(job, row + r, token + t, SUM_16(sums[r][t]) + rest, dtype);
+        }
+}
+
+/* TILE_ROWS rows, or one: with all tokens. */
+OF_WIDTH(void) NAME(tiles)(const LinearJob *job, int64_t row, int rows, int dtype) {
+    int64_t t = 0;
+    if (LANES == 16)
+        for (; t + 4 <= job->tokens; t += 4)
+            NAME(tile)(job, row, t, rows, 4, dtype);
+    for (; t + 2 <= job->tokens; t += 2)
+        if (LANES == 16 || rows == 1) {
+            NAME(tile)(job, row, t, rows, 2, dtype);
+        } else { /* there are 16 registers */
+            NAME(tile)(job, row, t, 2, 2, dtype);
+            NAME(tile)(job, row + 2, t, 2, 2, dtype);
+        }
+    if (t < job->tokens)
+        NAME(tile)(job, row, t, rows, 1, dtype);
+}
+
+OF_WIDTH(void) NAME(linear_share)(LinearJob *job, int dtype) {
+    for (;;) {
+        int64_t row = (int64_t)atomic_fetch_add(&job->next, LINEAR_ROWS);
+        if (row >= job->rows)
+            return;
+        const int64_t end = row + LINEAR_ROWS < job->rows ? row + LINEAR_ROWS : job->rows;
+        for (; job->tokens > 1 && row + TILE_ROWS <= end; row += TILE_ROWS)
+            NAME(tiles)(job, row, TILE_ROWS, dtype);
+        for (; row < end; row++)
+            NAME(tiles)(job, row, 1, dtype);
+    }
+}
+
+BODY NAME(linear_body)(void *data) {
+    LinearJob *job = data;
+    BY_DTYPE(job->dtype, NAME(linear_share), job);
+}

@@ -1,0 +1,266 @@
+/* The compiled part: what Python calls through ctypes, and the structures that it fills in.
+ *
+ * hf_flash/compute/library.py mirrors these structures field by field, kernels.py and runtime/token_step.py fill them in.
+ * Whoever changes a structure, or what a function does, raises HF_ABI here and ABI in library.py. `hf_sizes` tells Python how
+ * large the structures are, so that a library that does not fit is refused.
+ *
+ * The compiled part does what torch has no operator for, or a slow one: a feed-forward layer over scattered rows, products with
+ * quantized matrices, products of a few tokens at memory speed, and reads of many places of a file at once.
+ *
+ *     neurons.c           one token and some neurons: up, activation, down
+ *     several.c           several tokens, each with neurons of its own
+ *     product.c           a quantized matrix times a few tokens
+ *     linear.c            a matrix in the dtype of compute times a few tokens
+ *     copy.c              scattered rows to scattered places
+ *     read_queue.c        reads of a file into scattered memory; read_plain.c and read_ring.c do them
+ *     step.c              one token through one layer: window, reads and neurons in one call
+ *     about.c             what this library is; parallel.c: its threads; numbers.h: its arithmetic
+ *
+ * torch gathers rows into a buffer before it multiplies, and starts a parallel region for each step. Here rows are multiplied
+ * where they lie, and a thread that waits for the disk leaves its core to the kernel. The threads are torch's own.
+ *
+ * Sums depend neither on the number of threads nor on where a row lies. A row's dot product is 4 x 8 partial sums in fp32,
+ * which are added in one order. An output column is one sum in fp32, in the order of the neurons. Hidden values are rounded to
+ * the dtype of the weights, as the stock layer does.
+ *
+ * The code is built for x86-64 Linux. Elsewhere `hf_supported` is all that there is, and says no: then torch computes. */
+
+#ifndef HF_NATIVE_H
+#define HF_NATIVE_H
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define HF_NATIVE 1
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* preadv2 */
+#endif
+
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+enum { HF_ABI = 11 };
+
+/* Dtypes: library.py: DTYPES. */
+enum { F32, BF16, F16 };
+
+/* --- about.c, parallel.c */
+
+typedef void (*Body)(void *);
+typedef void (*Parallel)(Body, void *, unsigned threads, unsigned flags);
+
+/* Whether this processor has what the code is compiled for: AVX2, FMA and F16C. */
+int hf_supported(void);
+
+/* HF_ABI of this library. */
+int hf_abi(void);
+
+/* The sizes of the structures, in the order of library.py: STRUCTURES. Returns how many there are. */
+int hf_sizes(int64_t *out);
+
+/* Compute on the threads of an OpenMP runtime: its `GOMP_parallel` and `omp_get_thread_num`. Until then there is one thread. */
+void hf_use_threads_of(Parallel start, int (*number)(void));
+
+/* --- neurons.c: one token and some neurons */
+
+/* Where the parts of a unit lie in a row of memory (hf_flash/store/unit.py: UnitLayout). Offsets are bytes from where the row
+ * begins. A part has `width` numbers of one dtype, which lie together. */
+typedef struct {
+    int64_t row_bytes; /* from one row of a matrix to the next */
+    int64_t up_offset, down_offset;
+    int64_t width; /* d_model */
+} RowLayout;
+
+/* Something that the calling thread does while the others compute. */
+typedef struct {
+    void (*begin)(void *data); /* before it computes */
+    void (*end)(void *data);   /* when it has nothing more to compute; the others wait for that */
+    void *data;
+} Meanwhile;
+
+typedef struct {
+    RowLayout layout;
+    const void *x, *matrix, *bias;  /* [width], rows of units, [d_ff] or null; all of `dtype` */
+    const int64_t *rows, *ids;      /* [n] in which rows of `matrix` the neurons lie, and which they are */
+    const int64_t *positions;       /* [todo] positions in `rows` and `ids`, for `hf_up` */
+    float *hidden, *out, *x_f32;    /* [n], [width], and room for x in fp32, [width] */
+    int64_t *active;                /* [n] room: positions of the neurons that are not zero */
+    int64_t n, todo, share;         /* share: columns that a thread takes */
+    const Meanwhile *meanwhile;     /* or null */
+    double waited_s;                /* out: seconds that the calling thread spent on `meanwhile` are added */
+    int32_t dtype, threads, relu;   /* relu: whether hidden values below zero become zero */
+    atomic_int next, meanwhile_ended;
+} TokenJob;
+
+/* hidden[k] = up row of neuron k . x + bias, for every k of `positions`; then the activation, if it is a ReLU. */
+void hf_up(TokenJob *job);
+
+/* out += hidden @ down, over the neurons whose hidden value is not zero, in the order of `rows`. */
+void hf_down(TokenJob *job);
+
+/* --- several.c: several tokens, each with neurons of its own */
+
+enum { UP_ROWS = 16 };     /* neurons that a thread takes at a time, at least: kernels.py: _LEAST_SHARE */
+enum { TILE_BYTES = 512 }; /* of a row that are copied together: kernels.py: _TILE_BYTES */
+
+typedef struct {
+    RowLayout layout;        /* `row_bytes` is not needed: rows are given by address */
+    const void *x, *bias;    /* [tokens, width], [d_ff] or null; of `dtype` */
+    const char *const *rows; /* [n] addresses of the units; at most 65536 */
+    const int64_t *ids;      /* [n] which they are */
+    const uint8_t *used;     /* [tokens, d_ff] whether a token uses a neuron */
+    float *hidden, *out;     /* [tokens, n] room, for values that are not zero; [tokens, width] */
+    uint16_t *row_of;        /* [tokens, n] room: the index in `rows` of each hidden value */
+    int32_t *count;          /* [tokens, shares] room: how many hidden values, of each `share` neurons */
+    char *packed;            /* [threads, n, TILE_BYTES] room */
+    int64_t n, d_ff, tokens, share;
+    int32_t dtype, threads, no_avx512; /* no_avx512: compute without it */
+    int32_t pack;                      /* whether it pays to copy columns together */
+    atomic_int next;
+} TokensJob;
+
+/* out[t] += relu(x[t] @ up + bias) @ down, over the neurons that token t uses. The bits are those of `hf_up` and `hf_down`. */
+void hf_several(TokensJob *job);
+
+/* --- product.c: a quantized matrix and some tokens (hf_flash/predictors/low_bit.py) */
+
+typedef struct ProductJob {
+    const uint8_t *codes;           /* int8 [rows, columns], or nibbles [rows, columns / 2] with the even column low */
+    const uint16_t *scales, *zeros; /* bfloat16 [rows, columns / group]; no zeros in 8 bits */
+    const float *shift;             /* [rows] added to the sums of every token, or null */
+    const float *shift_scale;       /* [tokens] what `shift` is multiplied with first, or null: 1 */
+    const void *bias;               /* [rows] of `bias_dtype`, added after that, or null */
+    const void *x;                  /* [tokens, columns] of `dtype` */
+    int16_t *x_codes;               /* room for x as multiples of a step, [tokens, columns rounded up to 16], */
+    float *x_step, *x_sum;          /* and for the step and the sum of each group of x, [tokens, columns / group] */
+    float *out;                     /* [tokens, rows], or null: then `active` is filled in */
+    uint8_t *active;                /* [tokens, rows] 0 where the sum is at or below zero, 1 elsewhere */
+    struct ProductJob *first;       /* or null; else x is what comes out of this one */
+    int64_t rows, columns, group, tokens;
+    int32_t bits, dtype, bias_dtype, threads;
+    atomic_int next, done, x_ready;
+} ProductJob;
+
+/* matrix @ x + shift + bias, each token on its own: its sums do not depend on how many are beside it. */
+void hf_multiply(ProductJob *job);
+
+/* --- linear.c: a matrix that stays in memory and some tokens (hf_flash/runtime/resident_linear.py) */
+
+typedef struct {
+    const void *weight, *bias, *x; /* [rows, columns], [rows] or null, [tokens, columns]; all of `dtype` */
+    float *x_f32;                  /* the function's own */
+    void *out;                     /* [tokens, rows] of `dtype` */
+    int64_t rows, columns, tokens;
+    int32_t dtype, threads, no_avx512;
+    atomic_int next;
+} LinearJob;
+
+/* out = x @ weight.T + bias, each token on its own: accumulated in fp32, rounded once. Returns whether there was memory. */
+int hf_linear(LinearJob *job);
+
+/* --- copy.c */
+
+typedef struct {
+    char *const *from, *const *to; /* [n] addresses of rows */
+    int64_t n, row_bytes;
+    int32_t threads;
+    atomic_int next;
+} CopyJob;
+
+/* Copy each row of `from` to that of `to`. */
+void hf_copy(CopyJob *job);
+
+/* --- read_queue.c: reads of a file into scattered memory (hf_flash/reading/compiled_queue.py) */
+
+/* What `hf_read_wait` returns beside 0 and the errors of the system: reading/compiled_queue.py has the same numbers. */
+enum { FILE_CHANGED = -1, FILE_SHORT = -2, READ_FORGOTTEN = -3 };
+enum { BOUNCE_BYTES = 1 << 16 }; /* of each thread, for reads that are not aligned: reading/compiled_queue.py: BOUNCE_BYTES */
+
+/* An open file, and what it was when it was opened (hf_flash/reading/open_file.py). */
+typedef struct {
+    int64_t size, modified_s, modified_ns, changed_s, changed_ns;
+    int32_t fd;
+    int32_t align;  /* offsets, lengths and addresses of a direct read are multiples of this; 0: through the page cache */
+    int32_t nowait; /* page cache: whether a read can be asked to return only what is there */
+    int32_t unused;
+} File;
+
+/* Reads of one file. */
+typedef struct {
+    const int64_t *offsets;     /* [n] */
+    const int64_t *first;       /* [n + 1] the pieces of read i are first[i] to before first[i + 1] */
+    const struct iovec *pieces; /* where the bytes go; they are copied by `hf_read_start` */
+    int64_t n, background;      /* background: the caller has something else to do before it waits */
+} Order;
+
+typedef struct Reader Reader;
+
+/* A reader of at most so many threads. `use_ring`: 0 to do without io_uring; else it is tried by a read of `file`. Returns null
+ * where there is no memory. */
+Reader *hf_reader_open(int32_t threads, int32_t use_ring, File *file);
+
+/* Wait for everything, and end the threads. */
+void hf_reader_close(Reader *reader);
+
+/* Whether io_uring reads, as far as is known now. */
+int32_t hf_reader_has_ring(const Reader *reader);
+
+/* Begin to read. Returns a ticket for `hf_read_wait`, or 0 where there is no memory. */
+int64_t hf_read_start(Reader *reader, File *file, const Order *order);
+
+/* Wait for all reads of a ticket, which is worth nothing afterwards. Returns 0; an error of the system; FILE_SHORT;
+ * FILE_CHANGED: what was read may be of either file; or READ_FORGOTTEN: there is no such ticket. */
+int32_t hf_read_wait(Reader *reader, int64_t ticket);
+
+/* Wait for everything; nothing is written to memory afterwards. Tickets stay good, or not (`forget`). */
+void hf_read_settle(Reader *reader, int32_t forget);
+
+/* Whether this process may use io_uring: 0, or the error that says why not. */
+int32_t hf_try_ring(void);
+
+/* --- step.c: one token through one layer (hf_flash/runtime/token_step.py) */
+
+/* The arrays and numbers of hf_flash/runtime/window.py: ResidentWindow. A slot is a row of the window's matrix. */
+typedef struct {
+    int64_t *slot_of;    /* [d_ff] the slot of a neuron, or -1 */
+    int64_t *neuron_in;  /* [capacity] the neuron in a slot, or -1 */
+    int64_t *last_used;  /* [d_ff] the token that used a neuron last */
+    int64_t *free_slots; /* [capacity] a stack, of which `free` are there */
+    double *score;       /* [d_ff] how often a neuron was used, older uses counting less */
+    int64_t d_ff, capacity;
+    int64_t kept_tokens;                      /* what so many last tokens used goes last */
+    int64_t clock, free;                      /* tokens seen; slots that are free */
+    double use_score, growth, rescale_beyond; /* what a use adds to a score; its growth per token, and its limit */
+} Window;
+
+typedef struct {
+    int64_t place, slot; /* a neuron's place on flash, and the slot that it goes to */
+} Incoming;
+
+typedef struct {
+    TokenJob job; /* its matrix is the window's; units on flash have the bytes that they have in memory */
+    Window window;
+    Reader *reader; /* null: nothing can be read here */
+    File *file;
+    const uint8_t *selected;           /* [d_ff] */
+    const int32_t *place_of;           /* [d_ff] a neuron's place on flash; or null: its id */
+    int64_t *ids, *rows;               /* [max_used] room: the neurons that are used, and their slots */
+    int64_t *resident_at, *missing_at; /* [max_used] room: positions of those that are in the window, and that are not */
+    Incoming *incoming;                /* [max_missing] room, first for what has to go */
+    int64_t *offsets, *first;          /* [max_missing], [max_missing + 1] room for an `Order`, */
+    struct iovec *pieces;              /* and [max_missing] */
+    int64_t max_used, max_missing;     /* neurons that there is room for */
+    int64_t file_offset, max_run;      /* where units begin in the file; the most that are one read */
+    int64_t block_bytes;               /* a power of two: so many bytes are read at once, and counted so */
+    int64_t ticket, failed;            /* failed, out: a read did not bring what it should have */
+    int64_t used, missing;             /* out: neurons; those of them that were not in the window */
+    int64_t read_bytes, chunks;        /* out: what was read for them, in so many reads */
+    double managed_s;                  /* out: seconds that the window took; `job.waited_s`: that reading took this thread */
+} Step;
+
+/* One token through one layer: makes room, reads what is missing, and computes `job.out` [width] in fp32. Returns whether it is
+ * done. If not, nothing was changed; or (`failed`) the window lacks what it lacked before, and some more. */
+int hf_step(Step *step);
+
+#endif
+#endif

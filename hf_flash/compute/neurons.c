@@ -1,0 +1,143 @@
+/* One token and some neurons, multiplied where they lie. */
+
+#include "native.h"
+
+#ifdef HF_NATIVE
+
+#include <linux/futex.h>
+#include <stddef.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "numbers.h"
+#include "parallel.h"
+
+enum { COLUMNS = 64 }; /* a thread's share of the output is a multiple of this */
+
+/* --- up */
+
+/* The dot product of a row and x. The row that comes after is fetched ahead. */
+INLINE float dot(const void *row, const void *ahead, const float *x, int64_t width, int dtype) {
+    const int64_t size = size_of(dtype);
+    __m256 a = _mm256_setzero_ps(), b = a, c = a, e = a;
+    int64_t i = 0;
+    for (; i + 32 <= width; i += 32) {
+        _mm_prefetch((const char *)ahead + i * size, _MM_HINT_T0);
+        if (dtype == F32)
+            _mm_prefetch((const char *)ahead + i * size + 64, _MM_HINT_T0);
+        a = _mm256_fmadd_ps(load(row, i, dtype), _mm256_loadu_ps(x + i), a);
+        b = _mm256_fmadd_ps(load(row, i + 8, dtype), _mm256_loadu_ps(x + i + 8), b);
+        c = _mm256_fmadd_ps(load(row, i + 16, dtype), _mm256_loadu_ps(x + i + 16), c);
+        e = _mm256_fmadd_ps(load(row, i + 24, dtype), _mm256_loadu_ps(x + i + 24), e);
+    }
+    float rest = 0.0f;
+    for (; i < width; i++)
+        rest = __builtin_fmaf(one(row, i, dtype), x[i], rest);
+    return total(_mm256_add_ps(a, b), _mm256_add_ps(c, e)) + rest;
+}
+
+/* Hidden values of the positions from `begin` to before `end`. */
+INLINE void up_rows(const TokenJob *job, int64_t begin, int64_t end, int dtype) {
+    const int64_t stride = job->layout.row_bytes;
+    const char *up = (const char *)job->matrix + job->layout.up_offset;
+    for (int64_t k = begin; k < end; k++) {
+        const int64_t position = job->positions[k], following = job->positions[k + 1 < end ? k + 1 : k];
+        const char *row = up + job->rows[position] * stride, *ahead = up + job->rows[following] * stride;
+        float sum = dot(row, ahead, job->x_f32, job->layout.width, dtype);
+        if (job->bias)
+            sum += one(job->bias, job->ids[position], dtype);
+        sum = rounded(sum, dtype);
+        job->hidden[position] = job->relu && sum < 0.0f ? 0.0f : sum;
+    }
+}
+
+static FAST void up_share(const TokenJob *job, int64_t begin, int64_t end) {
+    BY_DTYPE(job->dtype, up_rows, job, begin, end);
+}
+
+static void up_body(void *data) {
+    TokenJob *job = data;
+    const int caller = thread_index(job->threads) == 0;
+    const Meanwhile *meanwhile = job->meanwhile;
+    if (caller && meanwhile) {
+        const double start = now_s();
+        meanwhile->begin(meanwhile->data);
+        job->waited_s += now_s() - start;
+    }
+    for (;;) {
+        int64_t begin = (int64_t)atomic_fetch_add(&job->next, UP_ROWS);
+        if (begin >= job->todo)
+            break;
+        up_share(job, begin, begin + UP_ROWS < job->todo ? begin + UP_ROWS : job->todo);
+    }
+    if (!meanwhile)
+        return;
+    if (caller) {
+        const double start = now_s();
+        meanwhile->end(meanwhile->data);
+        job->waited_s += now_s() - start;
+        atomic_store(&job->meanwhile_ended, 1);
+        syscall(SYS_futex, &job->meanwhile_ended, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+    } else {
+        while (!atomic_load(&job->meanwhile_ended)) /* asleep, not spinning: the kernel needs the core for the reads */
+            syscall(SYS_futex, &job->meanwhile_ended, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
+    }
+}
+
+void FAST hf_up(TokenJob *job) {
+    for (int64_t i = 0; i < job->layout.width; i++)
+        job->x_f32[i] = one(job->x, i, job->dtype);
+    atomic_store(&job->next, 0);
+    atomic_store(&job->meanwhile_ended, 0);
+    run_on_threads(up_body, job, job->threads);
+}
+
+/* --- down */
+
+/* The columns from `begin` to before `end` of the output. */
+INLINE void down_columns(const TokenJob *job, int64_t begin, int64_t end, int dtype) {
+    const int64_t size = size_of(dtype), stride = job->layout.row_bytes;
+    const char *down = (const char *)job->matrix + job->layout.down_offset;
+    for (int64_t k = 0; k < job->todo; k++) {
+        const char *row = down + job->rows[job->active[k]] * stride;
+        const char *ahead = down + job->rows[job->active[k + 1 < job->todo ? k + 1 : k]] * stride;
+        const float h = job->hidden[job->active[k]];
+        const __m256 weight = _mm256_set1_ps(h);
+        int64_t i = begin;
+        for (; i + 32 <= end; i += 32) {
+            _mm_prefetch(ahead + i * size, _MM_HINT_T0);
+            if (dtype == F32)
+                _mm_prefetch(ahead + i * size + 64, _MM_HINT_T0);
+            for (int64_t j = i; j < i + 32; j += 8)
+                _mm256_storeu_ps(job->out + j, _mm256_fmadd_ps(load(row, j, dtype), weight, _mm256_loadu_ps(job->out + j)));
+        }
+        for (; i < end; i++)
+            job->out[i] = __builtin_fmaf(one(row, i, dtype), h, job->out[i]);
+    }
+}
+
+static FAST void down_body(void *data) {
+    TokenJob *job = data;
+    const int64_t width = job->layout.width;
+    for (;;) {
+        int64_t begin = (int64_t)atomic_fetch_add(&job->next, (int)job->share);
+        if (begin >= width)
+            break;
+        int64_t end = begin + job->share < width ? begin + job->share : width;
+        BY_DTYPE(job->dtype, down_columns, job, begin, end);
+    }
+}
+
+void FAST hf_down(TokenJob *job) {
+    job->todo = 0;
+    for (int64_t position = 0; position < job->n; position++)
+        if (job->hidden[position] != 0.0f)
+            job->active[job->todo++] = position;
+    int64_t share = (job->layout.width + job->threads - 1) / job->threads;
+    job->share = (share + COLUMNS - 1) / COLUMNS * COLUMNS;
+    atomic_store(&job->next, 0);
+    if (job->todo)
+        run_on_threads(down_body, job, job->threads);
+}
+
+#endif

@@ -1,0 +1,186 @@
+"""`Family`: how a kind of model names and shapes its feed-forward layers. Data, no module of torch.
+
+A family is one value: names in the module tree, names in the checkpoint, keys of the config. Everything else follows from it.
+How to add one is in CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hf_flash.compute.activation import Activation, activation_named
+from hf_flash.errors import StoreFormatError, UnsupportedModelError
+from hf_flash.store.names import NOTICE
+from hf_flash.store.unit import COLUMN, ROLES, ROW, Part, Role
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model.
+
+    Attributes:
+        d_model: width of the residual stream.
+        widths: neurons of each layer's FFN.
+        heads, kv_heads: of attention; those of keys and values may be fewer.
+        head_dim: numbers in a head.
+    """
+
+    d_model: int
+    widths: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.widths)
+
+    @property
+    def d_ff(self) -> int:
+        """Neurons of the widest layer."""
+        return max(self.widths)
+
+    def kv_bytes(self, itemsize: int) -> int:
+        """What the KV cache takes for a token, in numbers of `itemsize` bytes."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Names of one layer's matrices in a plain checkpoint.
+
+    Attributes:
+        matrices: one for each part, in the family's order.
+        prefix: what the names of the layer's tensors in a store begin with.
+    """
+
+    index: int
+    matrices: tuple[str, ...]
+    prefix: str
+
+    @property
+    def bundles(self) -> str:
+        return f"{self.prefix}.bundles"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model. Default values are what most families have.
+
+    Attributes:
+        model_type: as in config.json.
+        matrices: the name of the linear layer for each role, in the order in which a unit's parts lie.
+        block: the name of the feed-forward module inside a decoder layer, which is replaced as a whole; `""`: the linear layers
+            are attributes of the decoder layer itself, and are replaced one by one.
+        activation: the attribute with the activation module, where `block` is `""`.
+        columns: the roles whose matrix has a neuron in a column.
+        activation_key, d_ff_key, heads_key, kv_heads_key, head_dim_key: keys of the config.
+        norm: the attribute of a decoder layer with the norm in front of the FFN; `""`: there is none that lookahead could use.
+        norm_first_key: the config's key that says whether that norm comes before the FFN; `""`: it always does.
+    """
+
+    model_type: str
+    matrices: Mapping[Role, str]
+    block: str = "mlp"
+    activation: str = "act_fn"
+    columns: frozenset[Role] = frozenset({"down"})
+    layers: str = "layers"
+    activation_key: str = "hidden_act"
+    d_ff_key: str = "intermediate_size"
+    heads_key: str = "num_attention_heads"
+    kv_heads_key: str = "num_key_value_heads"
+    head_dim_key: str = "head_dim"
+    norm: str = "post_attention_layernorm"
+    norm_first_key: str = ""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of its units."""
+        return tuple(Part(role, COLUMN if role in self.columns else ROW) for role in self.matrices)
+
+    @property
+    def inline(self) -> bool:
+        """Whether the linear layers are attributes of the decoder layer."""
+        return not self.block
+
+    @cached_property
+    def _modules(self) -> tuple[str, ...]:
+        """Names of the linear layers inside a decoder layer, in the order of the parts."""
+        return tuple(".".join(filter(None, (self.block, name))) for name in self.matrices.values())
+
+    def names(self, tensors: Iterable[str]) -> list[LayerNames]:
+        """The FFN matrices among the tensors of a plain checkpoint, by layer.
+
+        Raises:
+            StoreFormatError: a layer without all of its matrices, or none at all.
+        """
+        known, (first, *others) = set(tensors), self._modules
+        pattern = re.compile(rf"(?P<layer>(?:.*\.)?{re.escape(self.layers)}\.(?P<index>\d+)\.){re.escape(first)}\.weight")
+        found = {int(match["index"]): match["layer"] for name in known if (match := pattern.fullmatch(name))}
+        layers = [
+            LayerNames(i, tuple(f"{found[i]}{name}.weight" for name in self._modules), found[i] + first) for i in sorted(found)
+        ]
+        broken = [name for layer in layers for name in layer.matrices if name not in known]
+        if not layers or sorted(found) != list(range(len(layers))) or broken:
+            wanted = ", ".join(f"{self.layers}.N.{name}.weight" for name in (first, *others[:-1]))
+            raise StoreFormatError(
+                "the checkpoint lacks FFN matrices of this architecture",
+                where=self.model_type,
+                expected=f"{wanted} and {self.layers}.N.{others[-1]}.weight for every layer N",
+                got=f"layers {sorted(found)}, without {broken}",
+            )
+        return layers
+
+    def activation_of(self, config: Any) -> Activation:
+        """The activation function; an error if transformers does not know it."""
+        return activation_named(get(config, self.activation_key), self.activation_key)
+
+    def shape(self, config: Any) -> Shape:
+        """Sizes from a config (an object or a dictionary); an error if they are none that a model could have."""
+        sizes = {name: get(config, name) for name in ("num_hidden_layers", self.d_ff_key, "hidden_size", self.heads_key)}
+        for name, value in sizes.items():
+            if type(value) is not int or value < 1:
+                raise UnsupportedModelError("a size in config.json is none", where=name, expected="1 or more", got=value)
+        layers, d_ff, d_model, heads = sizes.values()
+        kv_heads, head_dim = get(config, self.kv_heads_key) or heads, get(config, self.head_dim_key) or d_model // heads
+        return Shape(d_model, (d_ff,) * layers, heads, kv_heads, head_dim)
+
+    def looks_ahead(self, config: Any) -> bool:
+        """Whether the FFN's input is close to the layer's own, through the norm in front of the FFN."""
+        return bool(self.norm) and (not self.norm_first_key or bool(get(config, self.norm_first_key)))
+
+    @property
+    def store_keys(self) -> list[str]:
+        """Patterns of the checkpoint names that are not for transformers' loader."""
+        names, layer = "|".join(map(re.escape, self._modules)), rf"{re.escape(self.layers)}\.\d+\."
+        return [
+            rf"{layer}({names})\.weight$",
+            rf"{layer}{re.escape(self._modules[0])}\.(bundles|place|predictor\..+|calibration\..+)$",
+            r"^calibration\.",
+            f"^{re.escape(NOTICE)}$",
+        ]
+
+
+def check_family(family: Family) -> None:
+    """Refuse a family that cannot be: for those who register one.
+
+    Raises:
+        UnsupportedModelError: with what is wrong.
+    """
+    roles = set(family.matrices)
+    if not {"up", "down"} <= roles <= set(ROLES) or list(family.matrices)[-1] != "down":
+        raise UnsupportedModelError(
+            "a family's matrices are not valid",
+            where=family.model_type,
+            expected='names for "up" and "down", and perhaps "gate"; "down" comes last',
+            got=dict(family.matrices),
+        )
+
+
+def get(config: Any, key: str) -> Any:
+    """A value of a config, an object or the dictionary in config.json; `None` if it has none."""
+    return config.get(key) if isinstance(config, dict) else getattr(config, key, None)

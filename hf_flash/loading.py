@@ -1,0 +1,173 @@
+"""What happens while transformers loads a flash model: the quantizer (quantizer.py) says when.
+
+prepare   before weights are loaded: open or make the store, replace the feed-forward blocks (their parameters are still on
+          the meta device), divide the budget
+finish    after the other weights are loaded: predictors, windows, reader, lookahead, saving
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from hf_flash.base.sizes import format_bytes
+from hf_flash.budget.divide import divide_memory, expected_demand
+from hf_flash.budget.plan import MemoryPlan
+from hf_flash.config import AUTO, FlashOffloadConfig
+from hf_flash.errors import BudgetError, ConfigError, UnsupportedModelError
+from hf_flash.families import family_of
+from hf_flash.families.base import Family
+from hf_flash.hub.saving import bind
+from hf_flash.machine.about import usable_cores
+from hf_flash.packing.flash_cache import cached_store
+from hf_flash.predictors.base import PredictorForm, find_predictor
+from hf_flash.predictors.choice import fresh_form, stored_choice, stored_form
+from hf_flash.runtime.attach import attach
+from hf_flash.runtime.devices import stay_on_cpu
+from hf_flash.runtime.layer import FlashFFN
+from hf_flash.runtime.lookahead import add_lookahead
+from hf_flash.runtime.swap import replace_feed_forwards
+from hf_flash.store.checkpoint import Checkpoint, given_files
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.unit import UnitLayout
+
+logger = logging.getLogger("hf_flash")
+
+_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Loading:
+    """What is known of a model between the two steps.
+
+    Attributes:
+        checkpoint: the files that the other weights come from.
+        form: the predictor; `None`: every neuron is used.
+        ffns: the blocks that were replaced, by layer.
+    """
+
+    family: Family
+    checkpoint: Checkpoint
+    store: FlashStore
+    plan: MemoryPlan
+    form: PredictorForm | None
+    ffns: Sequence[FlashFFN]
+
+
+def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None, *, repacked: bool) -> Loading:
+    """Everything before weights are loaded.
+
+    Args:
+        files: that transformers found for the checkpoint.
+        repacked: whether the checkpoint has a store; otherwise one is made in the flash cache.
+
+    Raises:
+        UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not so.
+    """
+    family = family_of(model.config)
+    if model.config.dtype not in _DTYPES:
+        raise UnsupportedModelError("no such dtype of compute", where="dtype", expected=_DTYPES, got=model.config.dtype)
+    if not files:
+        raise ConfigError(
+            "hf_flash needs checkpoint files: there is nothing on disk to read neurons from",
+            where="from_pretrained",
+            got="a state_dict",
+            hint="save the checkpoint and load the folder",
+        )
+    found = given_files(str(model.config.name_or_path), files)
+    checkpoint = Checkpoint.open(found)
+    store = FlashStore.open(found) if repacked else None
+    if store is not None:
+        store.check_others()
+        _check_shape(family, model, store)
+    ffns = replace_feed_forwards(model, family)
+    plan, form = _divide(model, config, family, checkpoint, store)
+    if store is None:
+        store = cached_store(checkpoint, family, fresh_form(config, family, model.config) if form else None, config.cache_dir)
+        _check_shape(family, model, store)
+    if form is not None:
+        find_predictor(store, form)
+    config.remember(**stored_choice(form))
+    return Loading(family, checkpoint, store, plan, form, ffns)
+
+
+def finish(model: Any, config: FlashOffloadConfig, loading: Loading) -> None:
+    """Everything after the other weights are loaded."""
+    plan = loading.plan
+    attach(model, config, loading.family, plan, loading.store, loading.checkpoint, loading.form, loading.ffns)
+    ahead = config.lookahead
+    if ahead is None:
+        ahead = int(usable_cores() > torch.get_num_threads())  # both cores busy: it costs what it hides
+    if ahead and loading.form is not None:
+        add_lookahead(model, loading.family, loading.ffns)
+    bind(model)
+    stay_on_cpu(model)
+    logger.info(
+        "hf_flash: memory budget %s%s\n%s",
+        format_bytes(plan.budget_bytes),
+        " (most of what is free)" if config.memory_budget in (None, AUTO) else "",
+        plan.describe(),
+    )
+    if shortage := plan.shortage(config.window):
+        logger.warning("hf_flash: %s", shortage)
+
+
+def _divide(
+    model: Any, config: FlashOffloadConfig, family: Family, checkpoint: Checkpoint, store: FlashStore | None
+) -> tuple[MemoryPlan, PredictorForm | None]:
+    """Divide the memory budget. On a plain checkpoint whose predictor nobody named, one that does not fit is left out."""
+    shape, dtype = family.shape(model.config), model.config.dtype
+    unit = store.layers[0].unit if store else _unit_of(family, shape.d_model, checkpoint)
+    budget = None if config.memory_budget == AUTO else config.memory_budget
+    resident = _resident_bytes(model, dtype)
+
+    def plan(form: PredictorForm | None) -> MemoryPlan:
+        demand = expected_demand(form, shape, store)
+        reading: Any = {"reader": config.reader, "io_threads": config.io_threads}
+        return divide_memory(budget, resident, form, shape, unit, dtype, demand=demand, **reading)
+
+    form = stored_form(config, family, model.config, store) if store else fresh_form(config, family, model.config)
+    try:
+        return plan(form), form
+    except BudgetError:
+        if form is None or config.predictor is not None:
+            raise
+        without = plan(None)
+        logger.warning(
+            "hf_flash: the memory budget is too small for the quantized predictor, which needs %s in all; loading with "
+            "predictor='none': every neuron is read for every token, which is much slower",
+            format_bytes(without.minimum_bytes + form.dram_bytes(shape)),
+        )
+        return without, None
+
+
+def _unit_of(family: Family, d_model: int, checkpoint: Checkpoint) -> UnitLayout:
+    """What a neuron of a plain checkpoint is."""
+    dtype, _ = checkpoint.specs[family.names(checkpoint.specs)[0].matrices[0]]
+    return UnitLayout.of(family.parts, d_model, dtype)
+
+
+def _resident_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Of all weights that are not FFN matrices, in the dtype of compute; tied ones count once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    weights = {id(p): p for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
+    return sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in weights.values())
+
+
+def _check_shape(family: Family, model: Any, store: FlashStore) -> None:
+    """Refuse a store that is not of this model."""
+    shape = family.shape(model.config)
+    wanted = shape.layers, shape.d_ff, shape.d_model
+    found = len(store.layers), store.layers[0].d_ff, store.layers[0].d_model
+    if wanted != found or store.layers[0].unit.parts != family.parts:  # the store's layers are all alike
+        raise UnsupportedModelError(
+            "the store does not fit the model's config",
+            where=store.layers[0].path.parent,
+            expected=f"layers, d_ff, d_model = {wanted}",
+            got=found,
+            hint="repack the checkpoint",
+        )

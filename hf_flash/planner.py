@@ -1,0 +1,5 @@
+"""`hf_flash.planner.plan`, the name in the documentation. The planner itself is `hf_flash.planning.planner`."""
+
+from hf_flash.planning.planner import Plan, needs, plan
+
+__all__ = ["Plan", "needs", "plan"]

@@ -1,0 +1,107 @@
+"""`PlannedModel`: what is known of a model from its config.json, before its weights are there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_flash.base.files import read_json
+from hf_flash.config import FlashOffloadConfig
+from hf_flash.errors import ConfigError
+from hf_flash.families import family_of
+from hf_flash.families.base import Family, Shape
+from hf_flash.predictors.base import PredictorForm
+from hf_flash.predictors.choice import PREDICTORS, fresh_form, stored_form, wished
+from hf_flash.predictors.lowrank import expected_low_rank
+from hf_flash.runtime.layer import FlashFFN
+from hf_flash.runtime.swap import replace_feed_forwards
+from hf_flash.store.checkpoint import resolve_folder
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.unit import UnitLayout
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model as its config.json describes it, and as its store does if it is repacked.
+
+    Attributes:
+        form: the predictor that is meant; `None` for none.
+        dtype: of compute.
+        unit: a neuron on flash.
+    """
+
+    folder: Path
+    config: Any
+    family: Family
+    store: FlashStore | None
+    form: PredictorForm | None
+    dtype: torch.dtype
+    unit: UnitLayout
+
+    @property
+    def shape(self) -> Shape:
+        return self.family.shape(self.config)
+
+    @property
+    def predictor(self) -> str:
+        return "none" if self.form is None else self.form.kind
+
+    def skeleton(self, layers: int, d_ff: int) -> tuple[Any, list[FlashFFN]]:
+        """The model without memory, cut to some layers, and its FFNs."""
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.num_hidden_layers, config.dtype = layers, self.dtype
+        setattr(config, self.family.d_ff_key, d_ff)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+            ffns = replace_feed_forwards(model, self.family)
+        return model.to(self.dtype), ffns  # the new biases too
+
+
+def open_model(source: str | os.PathLike[str], predictor: str | None, dtype: str | None, **hub: Any) -> PlannedModel:
+    """Find a model; of a Hub repository config.json alone is downloaded.
+
+    Args:
+        source: a repacked folder, a plain checkpoint, a folder with config.json alone, or the name of a Hub repository.
+        predictor: `"quantized"`, `"lowrank"` or `"none"`. Default: the stored one, else as `FlashOffloadConfig` chooses.
+        dtype: of compute, such as `"bfloat16"`. Default: the checkpoint's.
+        hub: as in `from_pretrained`.
+    """
+    folder = resolve_folder(source, config_only=True, **hub)
+    plain = read_json(folder / "config.json")
+    family = family_of(plain)
+    stored = plain.pop("quantization_config", None) or {}
+    if stored and stored.get("quant_method") != "flash":
+        raise ConfigError("the model is quantized in another way", where=folder, got=stored.get("quant_method"))
+    config = AutoConfig.for_model(**plain)
+    wish = FlashOffloadConfig.from_dict(stored)
+    if predictor is not None:
+        wish.predictor = predictor
+    store = FlashStore.open_folder(folder) if stored and any(folder.glob("*.safetensors")) else None
+    d_model = family.shape(config).d_model
+    unit = store.layers[0].unit if store else UnitLayout.of(family.parts, d_model, config.dtype or torch.float32)
+    form = _form(wish, family, config, store)
+    return PlannedModel(folder, config, family, store, form, _dtype(dtype) or config.dtype or unit.dtype, unit)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    names = ("float32", "bfloat16", "float16")
+    if name is not None and name not in names:
+        raise ConfigError("no such dtype of compute", where="dtype", expected=" or ".join(names), got=repr(name))
+    found: torch.dtype | None = getattr(torch, name) if name else None
+    return found
+
+
+def _form(wish: FlashOffloadConfig, family: Family, config: Any, store: FlashStore | None) -> PredictorForm | None:
+    """The predictor that is meant: stored, or as repacking or calibrating would make it."""
+    kind = PREDICTORS[wished(wish, family, config)]
+    if kind.from_weights is not None:
+        return fresh_form(wish, family, config)
+    if store is not None and kind.in_store(store):
+        return stored_form(wish, family, config, store)
+    fresh_form(FlashOffloadConfig(predictor="quantized"), family, config)  # an error if nothing can be predicted
+    return expected_low_rank(family.shape(config))

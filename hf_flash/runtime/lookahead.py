@@ -1,0 +1,39 @@
+"""Lookahead: every layer's FFN begins to read while that layer's attention runs.
+
+The residual stream as it enters a layer, through the norm in front of the FFN, is close to what the FFN will get. Where the
+norm comes after the FFN there is nothing of the kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_flash.families.base import Family
+from hf_flash.runtime.flash_weights import stand_in
+from hf_flash.runtime.layer import FlashFFN
+from hf_flash.runtime.swap import decoder_layers
+
+
+def add_lookahead(model: nn.Module, family: Family, ffns: Sequence[FlashFFN]) -> None:
+    """Let every layer's FFN look ahead, if the family says that it can."""
+    if not family.looks_ahead(model.config):
+        return
+    for layer, ffn in zip(decoder_layers(model, family), ffns, strict=True):
+        layer.register_forward_pre_hook(_LookaheadHook(ffn, getattr(layer, family.norm)), with_kwargs=True)
+
+
+class _LookaheadHook:
+    """A hook before a decoder layer. Only for one token: several need most neurons, which no guess can spare."""
+
+    def __init__(self, ffn: FlashFFN, norm: nn.Module) -> None:
+        self.ffn, self.norm = ffn, norm
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+        if x.numel() == self.ffn.d_model and x.device.type == "cpu" and not stand_in(x):
+            with torch.no_grad():
+                self.ffn.look_ahead(self.norm(x.view(1, -1)))

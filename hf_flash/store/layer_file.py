@@ -1,0 +1,211 @@
+"""One file of a store: a layer's bundles, and what the file's metadata must say of them (docs/store-format.md).
+
+The metadata names the layer's matrices in the plain checkpoint, one key a part: `up` and `down`, and what `parts` lists beside
+them. A file without `parts` holds two matrices, up by row and down by column: every file of format versions 1 and 2 does.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hf_flash.base.files import StoredFile, number
+from hf_flash.errors import StoreFormatError, StoreVersionError
+from hf_flash.store.codecs import codec_of
+from hf_flash.store.names import ALIGNMENT, PARTS_VERSION, PLACED_VERSION
+from hf_flash.store.safetensors_files import Rows, TensorSpec, data_offset, read_tensor
+from hf_flash.store.unit import TWO_MATRICES, Part, Role, UnitLayout, parse_parts
+
+_MOST: Final = 1 << 24  # neurons, or layers, or columns: what is as long as this is read at once
+
+Tensors = Mapping[str, tuple[TensorSpec, int]]
+
+
+@dataclass(frozen=True)
+class LayerStore:
+    """Where one layer's bundles lie. Row `i` starts at byte `offset + i * unit.row_bytes` of `path`.
+
+    Attributes:
+        key: the name of the tensor with the bundles.
+        d_ff: neurons.
+        unit: what a neuron is.
+        names: of the matrices in the plain checkpoint, one for each of `unit.parts`.
+        place: the row of each neuron; `None`: its id.
+    """
+
+    index: int
+    path: Path
+    offset: int
+    key: str
+    d_ff: int
+    unit: UnitLayout
+    names: tuple[str, ...]
+    crc32: str
+    place: npt.NDArray[np.int32] | None = field(default=None, compare=False)
+
+    @property
+    def d_model(self) -> int:
+        return self.unit.width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unit.dtype
+
+    @property
+    def bundle_bytes(self) -> int:
+        return self.unit.row_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.d_ff * self.unit.row_bytes
+
+    @property
+    def prefix(self) -> str:
+        """What the names of this layer's predictor tensors begin with."""
+        return self.key.removesuffix(".bundles")
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Dtype and shape of the tensor with the bundles."""
+        return self.unit.dtype, (self.d_ff, self.unit.numbers)
+
+    def name(self, role: Role) -> str:
+        """The name of a matrix in the plain checkpoint."""
+        return self.names[self.unit.roles.index(role)]
+
+    @property
+    def plain_specs(self) -> dict[str, TensorSpec]:
+        """Names, dtype and shapes of the matrices in the plain checkpoint."""
+        shapes = (part.plain_shape(self.d_ff, self.unit.width) for part in self.unit.parts)
+        return {name: (self.unit.dtype, shape) for name, shape in zip(self.names, shapes, strict=True)}
+
+    def rows(self, columns: slice = slice(None), *, by_neuron: bool = True) -> Rows:
+        """The bundles, [d_ff, unit.numbers] or some columns of them, by neuron or as they lie; read by slices.
+
+        Raises:
+            StoreReadError, StoreMissingError: the file cannot be opened now, and so when rows are read.
+        """
+        return Rows(StoredFile(self.path), self.spec, self.offset, columns, self.place if by_neuron else None)
+
+    def part(self, role: Role) -> Rows:
+        """One part of every neuron, [d_ff, d_model], by neuron; a part that is stored by column comes transposed."""
+        return self.rows(self.unit.columns(role))
+
+    def bundles(self) -> torch.Tensor:
+        """All of them in memory, as they lie on flash, [d_ff, unit.numbers]."""
+        return self.rows(by_neuron=False)[:]
+
+
+def check_version(path: Path, own: Mapping[str, str]) -> None:
+    """Refuse a file of a format version that this program does not know."""
+    text = own.get("format_version", "")
+    version = number(text)
+    if version is None:
+        raise StoreFormatError("the format version is missing or not a number", where=path, got=repr(text[:80]))
+    if version > PARTS_VERSION:
+        raise StoreVersionError(
+            "this store was written by a newer hf_flash",
+            where=path,
+            expected=f"format version up to {PARTS_VERSION}",
+            got=version,
+            hint="pip install -U hf-flash",
+        )
+
+
+def layer_of(path: Path, tensors: Tensors, own: Mapping[str, str]) -> LayerStore:
+    """Check one layer file against the format.
+
+    Args:
+        tensors: as its header has them. own: its metadata under our prefix, without that.
+    """
+    version = number(own.get("format_version")) or 0
+    parts = _parts_of(path, own, version)
+    keys = [name for name in tensors if name.endswith(".bundles")]
+    lacking = [k for k in (*(part.role for part in parts), "crc32") if k not in own]
+    sizes = {k: number(own.get(k)) for k in ("layer", "layers", "d_model", "d_ff", "format_version")}
+    lacking += [k for k, value in sizes.items() if value is None or value > _MOST or (value == 0 and k != "layer")]
+    if len(keys) != 1 or lacking:
+        raise StoreFormatError(
+            "not a flash layer file",
+            where=path,
+            expected="one tensor `*.bundles` and its metadata",
+            got=f"tensors {sorted(tensors)[:10]}; metadata {dict(own)}"[:1000],
+        )
+    (dtype, shape), offset = tensors[keys[0]]
+    index, d_model, d_ff = (int(sizes[k] or 0) for k in ("layer", "d_model", "d_ff"))
+    if shape != (d_ff, len(parts) * d_model) or codec_of(dtype) is None:
+        raise StoreFormatError(
+            "the bundles have the wrong shape or dtype",
+            where=f"{path}: {keys[0]}",
+            expected=f"({d_ff}, {len(parts) * d_model}), floating point",
+            got=f"{shape}, {dtype}",
+        )
+    if offset % ALIGNMENT:
+        raise StoreFormatError(
+            "the bundles are not aligned",
+            where=f"{path}: {keys[0]}",
+            expected=f"an offset that is a multiple of {ALIGNMENT}",
+            got=offset,
+            hint="the file was rewritten by another tool: repack the model",
+        )
+    place = _place_of(path, tensors, keys[0].removesuffix(".bundles") + ".place", version, d_ff)
+    names = tuple(own[part.role] for part in parts)
+    return LayerStore(index, path, offset, keys[0], d_ff, UnitLayout.of(parts, d_model, dtype), names, own["crc32"], place)
+
+
+def _parts_of(path: Path, own: Mapping[str, str], version: int) -> tuple[Part, ...]:
+    """The parts that a layer file lists."""
+    if version < PARTS_VERSION and "parts" not in own:
+        return TWO_MATRICES
+    parts = parse_parts(own.get("parts", ""))
+    if parts is None or version < PARTS_VERSION:
+        raise StoreFormatError(
+            "the list of a bundle's parts is not valid",
+            where=path,
+            expected=f"`parts`, such as up:row,down:column, from format version {PARTS_VERSION} on",
+            got=f"format version {version}, {ascii(own.get('parts'))[:80]}",
+            hint="the file is damaged, or was rewritten by another tool: repack the model",
+        )
+    return parts
+
+
+def _place_of(path: Path, tensors: Tensors, key: str, version: int, d_ff: int) -> npt.NDArray[np.int32] | None:
+    """The row of each neuron, as the file has it; `None` where rows are in the order of ids."""
+
+    def wrong(what: str, expected: object, got: object) -> StoreFormatError:
+        hint = "the file is damaged, or was rewritten by another tool: repack the model"
+        return StoreFormatError(what, where=f"{path}: {key}", expected=expected, got=got, hint=hint)
+
+    if version < PARTS_VERSION and (key in tensors) != (version == PLACED_VERSION):  # bundles of other neurons would be read
+        raise wrong(
+            "the format version says otherwise than the tensors whether neurons have places of their own",
+            f"this tensor from format version {PLACED_VERSION} on, and not before",
+            f"format version {version}, tensors {sorted(tensors)}",
+        )
+    if key not in tensors:
+        return None
+    (dtype, shape), offset = tensors[key]
+    if (dtype, shape) != (torch.int32, (d_ff,)):
+        raise wrong("the places of the neurons have the wrong shape or dtype", f"({d_ff},), int32", f"{shape}, {dtype}")
+    with StoredFile(path) as file:
+        place = read_tensor(file, (dtype, shape), offset).numpy()
+    found = np.unique(place[(place >= 0) & (place < d_ff)])
+    if len(found) < d_ff:
+        raise wrong("the places of the neurons are no permutation", f"every number below {d_ff} once", f"{len(found)} of them")
+    return place
+
+
+def crc_of_file(path: Path) -> str:
+    """CRC-32 of everything behind the header."""
+    crc = 0
+    with StoredFile(path) as file:
+        for block in file.blocks(data_offset(file)):
+            crc = zlib.crc32(block.data, crc)
+    return f"{crc:08x}"

@@ -1,0 +1,17 @@
+"""Names and numbers of the store format (docs/store-format.md)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+FORMAT_VERSION: Final = 1
+PLACED_VERSION: Final = 2  # of layer files with a `place`
+PARTS_VERSION: Final = 3  # of layer files with a list of parts
+ALIGNMENT: Final = 4096
+INDEX_NAME: Final = "model.safetensors.index.json"
+LAYER_FILE: Final = "flash-layer-{:05d}.safetensors"
+PREDICTOR_FILE: Final = "flash-predictor-{}.safetensors"
+CALIBRATION_FILE: Final = "flash-calibration.safetensors"
+META: Final = "hf_flash."
+HEADERS: Final = "hf_flash_headers"  # in the index's metadata: what identifies each file of other weights, by name
+NOTICE: Final = "this model needs hf_flash: pip install hf-flash, then import hf_flash before loading it"  # an empty tensor

@@ -1,0 +1,137 @@
+"""`UnitLayout`: what one unit of a layer is, on flash and in memory.
+
+A *unit* is what is chosen, read and kept together. In a feed-forward layer it is a neuron: a row or a column of each of the
+layer's matrices, its *parts*, side by side in one row of numbers (a *bundle*):
+
+    OPT       up[i, :] | down[:, i]
+    gated     gate[i, :] | up[i, :] | down[:, i]
+
+Everybody who has to know where a part lies, or how many bytes a unit takes, asks the layout: writer, restore, placement,
+reader, window, budget, planner, model card, arithmetic, and the compiled part through `row_bytes` and `offset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal
+
+import torch
+
+from hf_flash.errors import StoreFormatError
+from hf_flash.store.codecs import CODECS, Codec, codec_of
+
+Role = Literal["gate", "up", "down"]
+ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
+COLUMN: Final = "column"
+ROW: Final = "row"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a layer, as its units have it.
+
+    Attributes:
+        role: what the matrix does: hidden = activation(up x), or activation(gate x) * (up x); output = down hidden.
+        stored: whether a unit is a `"row"` of the plain matrix, [units, width], or a `"column"`, [width, units].
+    """
+
+    role: Role
+    stored: Literal["row", "column"]
+
+    def plain_shape(self, units: int, width: int) -> tuple[int, int]:
+        """The shape of the matrix in the plain checkpoint."""
+        return (units, width) if self.stored == ROW else (width, units)
+
+    def by_unit(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The plain matrix as a view [units, width]; also the other way round."""
+        return matrix if self.stored == ROW else matrix.T
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """The parts of a unit in the order in which they lie, their width, and how their numbers are stored.
+
+    Attributes:
+        parts: in the order of the row; each role at most once; `down` and `up` are always there.
+        width: numbers in a part: d_model.
+        codec: how numbers are stored.
+    """
+
+    parts: tuple[Part, ...]
+    width: int
+    codec: Codec
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], width: int, dtype: torch.dtype) -> UnitLayout:
+        """The layout of units whose numbers are kept as `dtype`: in a checkpoint, or in memory.
+
+        Raises:
+            StoreFormatError: no codec stores this dtype.
+        """
+        codec = codec_of(dtype)
+        if codec is None:
+            names = ", ".join(str(codec.dtype) for codec in CODECS.values())
+            raise StoreFormatError("feed-forward weights of a dtype that cannot be stored", expected=names, got=dtype)
+        return cls(tuple(parts), width, codec)
+
+    def as_dtype(self, dtype: torch.dtype) -> UnitLayout:
+        """The same units with their numbers in another dtype: as they are in memory, in the dtype of compute."""
+        return self if dtype == self.dtype else UnitLayout.of(self.parts, self.width, dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers in a row."""
+        return self.codec.dtype
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return tuple(part.role for part in self.parts)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in a row."""
+        return len(self.parts) * self.width
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of a unit: from one row of a contiguous matrix of units to the next."""
+        return self.codec.nbytes(self.numbers)
+
+    def columns(self, role: Role) -> slice:
+        """Where a part lies in a row, in numbers."""
+        at = self.roles.index(role) * self.width
+        return slice(at, at + self.width)
+
+    def offset(self, role: Role) -> int:
+        """Where a part lies in a row, in bytes."""
+        return self.codec.nbytes(self.columns(role).start)
+
+    def part(self, role: Role) -> Part:
+        return self.parts[self.roles.index(role)]
+
+    @property
+    def deciding(self) -> Role:
+        """The part whose product with the input says whether a unit is active: what predictors learn or copy."""
+        return "gate" if "gate" in self.roles else "up"
+
+    @property
+    def text(self) -> str:
+        """The parts as metadata has them: `up:row,down:column`."""
+        return ",".join(f"{part.role}:{part.stored}" for part in self.parts)
+
+
+TWO_MATRICES: Final = (Part("up", "row"), Part("down", "column"))
+"""The parts of layers whose files say nothing about parts: those of format versions 1 and 2."""
+
+
+def parse_parts(text: str) -> tuple[Part, ...] | None:
+    """[`UnitLayout.text`] as parts; `None` for any other text."""
+    known: Mapping[str, Part] = {f"{role}:{stored}": Part(role, stored) for role in ROLES for stored in ("row", "column")}
+    words = text.split(",")
+    if len(words) > len(ROLES) or not all(word in known for word in words):
+        return None
+    parts = tuple(known[word] for word in words)
+    roles = {part.role for part in parts}
+    return parts if len(roles) == len(parts) and {"up", "down"} <= roles else None

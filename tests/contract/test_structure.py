@@ -1,0 +1,106 @@
+"""The rooms of the package: their order, their size, and that values are asked where they are known."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hf_flash
+from tests.conftest import ROOT
+
+PACKAGE = Path(hf_flash.__file__).parent
+ROOMS = (  # each imports only from those before it
+    "_version", "errors", "base", "config_arguments", "config", "machine", "store", "compute", "reading", "families",
+    "predictors", "packing", "budget", "runtime", "calibration", "planning", "planner", "bench", "evaluation", "hub", "serving",
+    "loading", "quantizer", "registration", "__init__", "commands", "__main__",
+)  # fmt: skip
+SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+LINES, FUNCTION_LINES, AT_TOP = 500, 45, 12
+
+
+def room(path: Path) -> str:
+    """The room of a file. A `__main__.py` starts a program: it may use everything."""
+    return "__main__" if path.name == "__main__.py" else path.parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """The rooms that a module imports from, at its top or inside of functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hf_flash."))
+        elif isinstance(node, ast.ImportFrom) and node.module == "hf_flash":
+            yield from (alias.name if alias.name in ROOMS else "__init__" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_flash."):
+            yield node.module.split(".")[1]  # type: ignore[union-attr]
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+
+
+def test_every_file_is_in_a_room() -> None:
+    assert {room(path) for path in SOURCES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_a_room_imports_only_from_those_below(path: Path) -> None:
+    own = ROOMS.index(room(path))
+    lazy = {"__init__", "quantizer", "registration"}  # the public names, and what is registered, are resolved when asked for
+    above = {name for name in imported(parsed(path)) if ROOMS.index(name) > own}
+    assert above - ({"calibration", "hub", "packing", "runtime"} if room(path) in lazy else set()) == set()
+
+
+def test_few_modules_lie_directly_in_the_package() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= AT_TOP
+
+
+@pytest.mark.parametrize("path", sorted({*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.[ch]")}), ids=lambda path: path.name)
+def test_no_file_is_too_long_to_read(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Names of functions, and their lines without the docstring."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            told = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+            yield node.name, node.end_lineno - node.lineno + 1 - (first.end_lineno - first.lineno + 1 if told else 0)  # type: ignore[operator]
+
+
+def test_functions_fit_on_a_screen() -> None:
+    long = {f"{path}: {name}": lines for path in SOURCES for name, lines in functions(parsed(path)) if lines > FUNCTION_LINES}
+    assert long == {}
+
+
+def test_what_a_unit_is_made_of_is_known_in_one_place() -> None:
+    """`store/unit.py`: nobody else says that a neuron has two rows of `d_model` numbers."""
+    twice = re.compile(r"\b2 \* ?(self\.)?(\w+\.)*(d_model|d)\b|\b(d_model|d) \* ?2\b|\* 2 \* d_model")
+    found = {
+        str(path.relative_to(PACKAGE)): line.strip()
+        for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.[ch]")]
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if twice.search(line)
+    }
+    assert found == {}
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    for path in PACKAGE.glob("*/__init__.py"):
+        assert "TODO" not in path.read_text(encoding="utf-8")
+        assert len(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") > 40, path
+    assert not [path for path in SOURCES if '"""TODO"""' in (PACKAGE / path).read_text(encoding="utf-8")]
+
+
+def test_the_page_about_structure_names_every_module() -> None:
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    missing = [
+        path for path in SOURCES if path.name != "__init__.py" and f"`{path.name}`" not in page and f"`{path}`" not in page
+    ]
+    assert missing == []
+    for path in PACKAGE.rglob("*.[ch]"):
+        assert f"`{path.name}`" in page, path

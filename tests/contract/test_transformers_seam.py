@@ -1,0 +1,752 @@
+"""The parts of transformers that are no public interface and that hf_flash stands on, each tested by its name.
+
+A release of transformers that changes one of them fails here first, and the name of the test says which one it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import copy
+import gc
+import inspect
+import json
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fastapi import FastAPI
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.cli.serving import chat_completion, completion, model_manager, response, server, systemone, utils
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.utils import chat_template_utils
+
+import hf_flash
+from hf_flash import FlashOffloadConfig, UnsupportedModelError
+from hf_flash.calibration.decoder_layers import decoder_layers, first_layer_call, run_layer
+from hf_flash.hub import saving
+from hf_flash.hub.model_class import add_methods, stock_class
+from hf_flash.runtime.devices import METHODS
+from hf_flash.serving import fields, transformers_serving
+from hf_flash.serving.transformers_serving import Generations, OneModel
+from tests.conftest import ROOT, TINY_OPT
+
+PACKAGE = Path(hf_flash.__file__).parent
+
+# --- serving: hf_flash/serving/transformers_serving.py -------------------------------------------------------------------
+
+IMPORTED = {
+    "build_server", "ChatCompletionHandler", "CompletionHandler", "ResponseHandler", "SystemOneHandler", "ModelManager",
+    "GenerationState", "GenerateManager", "_GenerationCancelled", "split_model_id",
+}  # fmt: skip
+USED = {
+    "transcription_handler", "get_quantization_config", "load_model_and_processor", "list_models", "get_gen_models", "shutdown",
+    "force_model", "process_model_name", "loaded_models", "_model_locks", "get_manager", "_generate_managers", "submit",
+    "generate_streaming", "generate_non_streaming", "_cb.cancel_request", "streamer", "TEMPLATE_NAMES",
+}  # fmt: skip
+"""Methods, attributes and arguments. Each is in the list of the module, and in a test below."""
+
+Manager, Sequential, Batched = model_manager.ModelManager, utils.GenerateManager, utils.CBGenerateManager
+Bounded = transformers_serving._BoundedManager
+HANDLERS = {
+    "/v1/chat/completions": chat_completion.ChatCompletionHandler,
+    "/v1/completions": completion.CompletionHandler,
+    "/v1/responses": response.ResponseHandler,
+}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "stream": False},
+    "/v1/completions": {"prompt": "x", "stream": False},
+    "/v1/responses": {"input": "x", "stream": False},
+}
+
+
+def imported_from_the_private_server(path: Path) -> set[str]:
+    return {
+        alias.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.cli")
+        for alias in node.names
+    }
+
+
+def test_one_module_alone_imports_the_private_server() -> None:
+    found = {path.relative_to(PACKAGE).as_posix(): imported_from_the_private_server(path) for path in PACKAGE.rglob("*.py")}
+    assert {path: names for path, names in found.items() if names} == {"serving/transformers_serving.py": IMPORTED}
+
+
+def test_the_module_lists_all_that_it_uses_of_the_private_server() -> None:
+    text = transformers_serving.__doc__ or ""
+    assert [name for name in IMPORTED | USED if name not in text] == []
+
+
+# names and arguments
+
+
+def takes(function: Callable[..., Any], args: list[str], kwargs: list[str]) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **dict.fromkeys(kwargs))
+    except TypeError:
+        return False
+    return True
+
+
+GENERATE = (["self", "model", "processor", "inputs", "gen_config"], ["request_id"])
+CALLS: dict[str, tuple[Callable[..., Any], list[str], list[str]]] = {
+    "build_server": (server.build_server, ["models", "chat"], [
+        "completion_handler", "response_handler", "transcription_handler", "systemone_handler", "generation_state",
+        "enable_cors",
+    ]),
+    "ChatCompletionHandler": (chat_completion.ChatCompletionHandler, ["models", "state"], []),
+    "CompletionHandler": (completion.CompletionHandler, ["models", "state"], []),
+    "ResponseHandler": (response.ResponseHandler, ["models", "state"], []),
+    "SystemOneHandler": (systemone.SystemOneHandler, [], ["model_manager", "generation_state"]),
+    "ModelManager": (Manager, [], ["device", "dtype", "attn_implementation", "continuous_batching", "force_model"]),
+    "ModelManager.load_model_and_processor": (Manager.load_model_and_processor, ["self", "key"], []),
+    "ModelManager.process_model_name": (Manager.process_model_name, ["name"], []),
+    "ModelManager.shutdown": (Manager.shutdown, ["self"], []),
+    "GenerationState": (utils.GenerationState, [], ["continuous_batching", "cb_config"]),
+    "GenerationState.get_manager": (utils.GenerationState.get_manager, ["self", "key"], ["use_cb"]),
+    "GenerationState.shutdown": (utils.GenerationState.shutdown, ["self"], []),
+    "GenerateManager.generate_streaming": (Sequential.generate_streaming, *GENERATE),
+    "GenerateManager.generate_non_streaming": (Sequential.generate_non_streaming, *GENERATE),
+    "GenerateManager.submit": (Sequential.submit, ["self", "function"], []),
+    "CBGenerateManager.generate_streaming": (Batched.generate_streaming, *GENERATE),
+    "CBGenerateManager.generate_non_streaming": (Batched.generate_non_streaming, *GENERATE),
+    "ContinuousBatchingManager.cancel_request": (ContinuousBatchingManager.cancel_request, ["self", "request_id"], []),
+    "ContinuousBatchingConfig": (ContinuousBatchingConfig, [], ["page_size", "num_blocks", "max_batch_tokens"]),
+    "split_model_id": (utils.split_model_id, ["name"], []),
+}  # fmt: skip
+"""What we call, with what we give by position and by name."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_it_takes_the_arguments_that_we_give(name: str) -> None:
+    assert takes(*CALLS[name])
+
+
+OVERRIDES: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
+    "ModelManager.get_quantization_config": (OneModel.get_quantization_config, Manager.get_quantization_config, 1),
+    "ModelManager.load_model_and_processor": (OneModel.load_model_and_processor, Manager.load_model_and_processor, 2),
+    "ModelManager.shutdown": (OneModel.shutdown, Manager.shutdown, 1),
+    "GenerationState.get_manager": (Generations.get_manager, utils.GenerationState.get_manager, 2),
+    "GenerateManager.generate_streaming": (Bounded.generate_streaming, Sequential.generate_streaming, 5),
+    "GenerateManager.generate_non_streaming": (Bounded.generate_non_streaming, Sequential.generate_non_streaming, 5),
+    "CBGenerateManager.generate_streaming": (Bounded.generate_streaming, Batched.generate_streaming, 5),
+    "CBGenerateManager.generate_non_streaming": (Bounded.generate_non_streaming, Batched.generate_non_streaming, 5),
+}
+"""Ours, theirs, and how many arguments transformers gives by position; it gives the others by name."""
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_ours_takes_every_argument_of_what_it_stands_for(name: str) -> None:
+    ours, theirs, count = OVERRIDES[name]
+    parameters = list(inspect.signature(theirs).parameters)
+    assert takes(ours, parameters[:count], parameters[count:])
+
+
+def test_list_models_or_get_gen_models_is_there_to_be_replaced() -> None:
+    (name,) = {"list_models", "get_gen_models"} & set(dir(Manager))
+    theirs = inspect.signature(getattr(Manager, name)).parameters
+    assert takes(getattr(OneModel, name), ["self"], [parameter for parameter in theirs if parameter != "self"])
+
+
+@pytest.mark.parametrize(("name", "is_gguf"), [
+    ("org/model", False), ("org/model@dev", False), ("folder/model:7b", False), ("org/model:weights.gguf", True),
+    ("org/model@dev:weights.gguf", True),
+])  # fmt: skip
+def test_split_model_id_finds_a_gguf_file(name: str, is_gguf: bool) -> None:
+    assert (utils.split_model_id(name)[1] is not None) == is_gguf
+
+
+def test_a_page_of_the_kv_cache_is_as_long_as_ours() -> None:
+    assert ContinuousBatchingConfig().page_size == 256
+
+
+# build_server
+
+
+class Recorder:
+    """Stands for a handler, the models or the state: records what is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    async def handle_request(self, *args: Any) -> dict[str, Any]:
+        self.calls.append(args)
+        return {"answered": True}
+
+    def shutdown(self) -> None:
+        self.calls.append(("shutdown",))
+
+    def list_models(self) -> list[dict[str, Any]]:
+        return [{"id": "the model"}]
+
+    get_gen_models = list_models
+
+    def is_cb_alive(self) -> bool:
+        return "dead" not in str(self.calls)
+
+
+ROLES = ["models", "chat", "completion", "response", "transcription", "systemone", "state"]
+
+
+@pytest.fixture
+def built() -> tuple[FastAPI, dict[str, Recorder]]:
+    made = {role: Recorder() for role in ROLES}
+    return server.build_server(*made.values()), made
+
+
+async def call(app: FastAPI, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """The status and the JSON of an answer."""
+    sent: list[Any] = []
+    parts: list[dict[str, Any]] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop() if parts else await asyncio.Future()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    rows = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    await app(
+        {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path,
+            "raw_path": path.encode(), "root_path": "", "query_string": b"", "server": ("here", 80), "client": ("there", 1),
+            "headers": [(b"content-type", b"application/json"), *rows],
+        },
+        receive,
+        send,
+    )  # fmt: skip
+    return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
+
+
+def test_build_server_has_no_route_with_a_body_that_our_gate_does_not_check(built: tuple[FastAPI, Any]) -> None:
+    posted = {route.path for route in built[0].routes if "POST" in (getattr(route, "methods", None) or ())}
+    assert posted == {*fields.ROUTES, "/reset", "/v1/audio/transcriptions"}
+
+
+@pytest.mark.parametrize(("path", "role"), [
+    ("/v1/chat/completions", "chat"), ("/v1/completions", "completion"), ("/v1/responses", "response"),
+    ("/v1/systemone", "systemone"),
+])  # fmt: skip
+def test_build_server_gives_a_handler_the_body_and_the_clients_name_of_the_request(
+    built: tuple[FastAPI, dict[str, Recorder]], path: str, role: str
+) -> None:
+    assert asyncio.run(call(built[0], "POST", path, {"some": "field"}, x_request_id="mine")) == (200, {"answered": True})
+    assert built[1][role].calls == [({"some": "field"}, "mine")]
+
+
+def test_build_server_gives_transcription_handler_the_request(built: tuple[FastAPI, dict[str, Recorder]]) -> None:
+    asyncio.run(call(built[0], "POST", "/v1/audio/transcriptions"))
+    ((request,),) = built[1]["transcription"].calls
+    assert request.url.path == "/v1/audio/transcriptions"
+
+
+def test_build_server_unloads_by_shutdown_on_reset_and_at_the_end(built: tuple[FastAPI, dict[str, Recorder]]) -> None:
+    app, made = built
+
+    async def live() -> None:
+        async with app.router.lifespan_context(app):
+            assert made["models"].calls == []
+
+    assert asyncio.run(call(app, "POST", "/reset"))[0] == 200
+    assert made["models"].calls == [("shutdown",)]
+    made["models"].calls.clear()
+    asyncio.run(live())
+    assert made["models"].calls == [("shutdown",)]
+
+
+def test_build_server_lists_models_by_list_models_or_get_gen_models(built: tuple[FastAPI, dict[str, Recorder]]) -> None:
+    assert asyncio.run(call(built[0], "GET", "/v1/models"))[1]["data"] == [{"id": "the model"}]
+
+
+def test_build_server_asks_the_state_for_its_health(built: tuple[FastAPI, dict[str, Recorder]]) -> None:
+    assert asyncio.run(call(built[0], "GET", "/health"))[0] == 200
+    built[1]["state"].calls.append(("dead",))
+    assert asyncio.run(call(built[0], "GET", "/health"))[0] == 503
+
+
+# ModelManager
+
+
+class Recording(Manager):
+    """Overrides what `OneModel` does, and records."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        super().__init__(device="cpu", dtype="float32", force_model=str(TINY_OPT))
+
+    def get_quantization_config(self) -> FlashOffloadConfig:
+        return FlashOffloadConfig(window=3)
+
+    def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append((args, kwargs))
+        return super().load_model_and_processor(*args, **kwargs)
+
+
+@pytest.fixture
+def manager() -> Iterator[Recording]:
+    found = Recording()
+    yield found
+    found.shutdown()
+
+
+def test_model_manager_loads_force_model_at_once_by_load_model_and_processor(manager: Recording) -> None:
+    assert manager.force_model == str(TINY_OPT)
+    assert manager.seen == [((manager.process_model_name(str(TINY_OPT)),), {"gguf_file": None})]
+
+
+def test_model_manager_gives_get_quantization_config_to_the_model(manager: Recording) -> None:
+    assert hf_flash.stats(manager.load_model_and_processor(manager.process_model_name(str(TINY_OPT)))[0]).window == 3
+
+
+def test_loaded_models_has_model_and_processor_under_process_model_name_until_shutdown(manager: Recording) -> None:
+    ((key, entry),) = manager.loaded_models.items()
+    assert key == manager.process_model_name(str(TINY_OPT))
+    assert (entry.model, entry.processor) == manager.load_model_and_processor(key)
+    assert entry.timeout_seconds == -1  # it is never unloaded for being idle
+    manager.shutdown()
+    assert manager.loaded_models == {}
+
+
+def test_model_locks_has_the_lock_of_the_model_that_loading_waits_for(manager: Recording) -> None:
+    key = manager.process_model_name(str(TINY_OPT))
+    thread = threading.Thread(target=manager.load_model_and_processor, args=(key,))
+    with manager._model_locks[key]:
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_names_that_we_add_are_not_those_of_transformers(manager: Recording) -> None:
+    overrides = {"get_quantization_config", "load_model_and_processor", "list_models", "get_gen_models", "shutdown"}
+    added = {name for name in vars(OneModel) if not name.startswith("__")} | {"_chat_template", "drain"}
+    assert (added - overrides) & set(dir(manager)) == set()
+    assert {"stop", "drain"} & set(dir(utils.GenerationState())) == set()
+
+
+# GenerationState
+
+
+def test_get_manager_keeps_one_in_generate_managers_for_each_model() -> None:
+    state = utils.GenerationState()
+    found = state.get_manager("m@main", use_cb=False)
+    assert type(found) is Sequential
+    assert state._generate_managers == {"m@main": found}
+    assert state.get_manager("m@main") is found
+
+
+def test_get_manager_gives_another_for_batching_after_shutdown() -> None:
+    state = utils.GenerationState(continuous_batching=True, cb_config=ContinuousBatchingConfig())
+    found = state.get_manager("m@main", use_cb=True)
+    assert type(found) is Batched
+    assert not isinstance(found, Sequential)
+    assert found._cb is None  # until the first request
+    state.shutdown()
+    assert state.get_manager("m@main", use_cb=True) is not found
+    assert state._generate_managers == {}
+
+
+# handlers
+
+
+class Model:
+    """Records what it is asked to generate, and generates what it is told to."""
+
+    config = SimpleNamespace(model_type="opt")
+    generation_config = GenerationConfig()
+    device = "cpu"
+
+    def __init__(self, work: Callable[[dict[str, Any]], Any] = lambda asked: torch.cat([asked["input_ids"]] * 2, 1)) -> None:
+        self.asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._work = work
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked.append((args, kwargs))
+        return self._work(kwargs)
+
+
+@pytest.fixture(scope="module")
+def chatting() -> Any:
+    """A tokenizer with a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_OPT)
+    tokenizer.chat_template = (ROOT / "examples" / "chat_template.jinja").read_text()
+    return tokenizer
+
+
+def handle(path: str, model: Any, tokenizer: Any, state: Any, **settings: Any) -> Any:
+    """The answer of a handler, or all text of a stream."""
+    models = SimpleNamespace(
+        force_model="m",
+        process_model_name=Manager.process_model_name,
+        load_model_and_processor=lambda key, gguf_file=None: (model, tokenizer),
+        get_model_modality=lambda model, processor=None: utils.Modality.LLM,
+    )
+
+    async def run() -> Any:
+        found = await HANDLERS[path](models, state).handle_request(BODIES[path] | settings, "mine")
+        if not hasattr(found, "body_iterator"):
+            return json.loads(found.body)
+        return "".join([part async for part in found.body_iterator])
+
+    return asyncio.run(run())
+
+
+class RecordingState(utils.GenerationState):
+    """Gives managers that record the arguments that they get."""
+
+    def __init__(self, batched: bool) -> None:
+        super().__init__(continuous_batching=batched)
+        self.batched, self.seen = batched, list[tuple[tuple[Any, ...], dict[str, Any]]]()
+
+    def use_continuous_batching(self, model: Any, modality: Any) -> bool:
+        return self.batched
+
+    def get_manager(self, *args: Any, **kwargs: Any) -> Any:
+        assert (args, kwargs) == (("m@main",), {"use_cb": self.batched})
+        return SimpleNamespace(generate_non_streaming=self.generate_non_streaming, init_cb=lambda model, gen_config: None)
+
+    async def generate_non_streaming(self, *args: Any, **kwargs: Any) -> tuple[str, int, list[int]]:
+        self.seen.append((args, kwargs))
+        return "said", 1, [7]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("path", HANDLERS)
+def test_a_handler_asks_for_an_answer_as_our_manager_expects_it(path: str, batched: bool, chatting: Any) -> None:
+    state, model = RecordingState(batched), Model()
+    assert "said" in str(handle(path, model, chatting, state))
+    (((given, processor, inputs, config), named),) = state.seen
+    assert (given, processor, named) == (model, chatting, {"request_id": named["request_id"]})
+    assert isinstance(inputs["input_ids"], list if batched else torch.Tensor)
+    assert isinstance(inputs["input_ids"][0], int) if batched else inputs["input_ids"].ndim == 2
+    inputs["stopping_criteria"] = []
+    assert isinstance(config, GenerationConfig)
+    assert config.max_new_tokens
+
+
+@pytest.mark.parametrize(("path", "refused"), [
+    ("/v1/chat/completions", {"best_of"}), ("/v1/completions", set()), ("/v1/responses", {"chat_template_kwargs"}),
+])  # fmt: skip
+def test_a_handler_accepts_the_fields_that_we_let_through(path: str, refused: set[str]) -> None:
+    """Those in `refused` it refuses by name, whatever they hold."""
+    needed, also = fields.ROUTES[path]
+    assert {*needed, *also} - HANDLERS[path]._valid_params_class.__mutable_keys__ == refused
+
+
+@pytest.mark.parametrize("path", HANDLERS)
+def test_a_handler_reads_no_field_that_we_do_not_check(path: str) -> None:
+    text = inspect.getsource(inspect.getmodule(HANDLERS[path])) + inspect.getsource(utils.BaseHandler)  # type: ignore[arg-type]
+    read = set(re.findall(r"""\bbody(?:\.get\(|\.pop\(|\[)['"](\w+)['"]""", text))
+    assert len(read) > 5
+    needed, also = fields.ROUTES[path]
+    assert read - {*needed, *also} == set()
+
+
+def test_system_one_takes_the_fields_that_we_check() -> None:
+    needed, also = fields.ROUTES["/v1/systemone"]
+    assert {*needed, *also} == set(systemone.SystemOneRequest.model_fields)
+
+
+@pytest.mark.parametrize(("path", "as_it_is"), [
+    ("/v1/chat/completions", True), ("/v1/completions", True), ("/v1/responses", False),
+])  # fmt: skip
+def test_the_text_of_an_error_in_a_stream_is_not_escaped(path: str, as_it_is: bool, chatting: Any) -> None:
+    """If this fails for the first two, `_WatchedModel` must not escape it any more."""
+
+    def fail(asked: Any) -> Any:
+        raise RuntimeError('a "reason"')
+
+    text = handle(path, Model(fail), chatting, utils.GenerationState(), stream=True)
+    assert ('{"error": "a "reason""}' in text) == as_it_is
+    assert as_it_is or r"a \"reason\"" in text
+
+
+# TEMPLATE_NAMES
+
+
+def names_given(function: str, module: Any) -> set[str]:
+    """The keywords of all calls of a function or method in a module."""
+    return {
+        keyword.arg
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == function
+        for keyword in node.keywords
+        if keyword.arg
+    }
+
+
+def test_template_names_are_all_that_transformers_gives_to_a_chat_template() -> None:
+    given = {name for module in (chat_completion, response) for name in names_given("apply_chat_template", module)}
+    given |= names_given("render", chat_template_utils)
+    assert {"messages", "tools"} <= given
+    for kind in (PreTrainedTokenizerBase, ProcessorMixin):
+        assert given - {*inspect.signature(kind.apply_chat_template).parameters, *transformers_serving.TEMPLATE_NAMES} == set()
+
+
+# generation managers
+
+
+def ask(work: Callable[..., Any], model: Model, tokenizer: Any, **inputs: Any) -> Any:
+    ids = torch.tensor([[3, 4]])
+    return work(model, tokenizer, {"input_ids": ids, **inputs}, GenerationConfig(), request_id="mine")
+
+
+def test_generate_non_streaming_gives_all_inputs_to_generate_by_name(chatting: Any) -> None:
+    model = Model()
+
+    async def run() -> Any:
+        return await ask(Sequential().generate_non_streaming, model, chatting, stopping_criteria=["ours"])
+
+    text, length, ids = asyncio.run(run())
+    assert (length, ids.tolist(), text) == (2, [3, 4], chatting.decode([3, 4], skip_special_tokens=True))
+    ((args, kwargs),) = model.asked
+    assert args == ()
+    assert kwargs["stopping_criteria"] == ["ours"]
+    assert "streamer" not in kwargs
+
+
+def test_generate_streaming_gives_all_inputs_and_a_streamer_to_generate_by_name(chatting: Any) -> None:
+    model = Model(lambda asked: asked["streamer"].end())
+
+    async def run() -> Any:
+        queue, streamer = ask(Sequential().generate_streaming, model, chatting, stopping_criteria=["ours"])
+        assert await asyncio.wait_for(queue.get(), 30) is None
+        return streamer
+
+    streamer = asyncio.run(run())
+    ((args, kwargs),) = model.asked
+    assert args == ()
+    assert (kwargs["stopping_criteria"], kwargs["streamer"]) == (["ours"], streamer)
+
+
+def test_generation_cancelled_ends_a_stream_without_an_error(chatting: Any) -> None:
+    raised: list[BaseException] = []
+
+    def work(asked: dict[str, Any]) -> None:
+        begun.set()
+        try:
+            while True:
+                asked["streamer"].put(torch.tensor([3]))
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    async def run() -> list[Any]:
+        queue, streamer = ask(Sequential().generate_streaming, Model(work), chatting)
+        await asyncio.to_thread(begun.wait, 30)
+        streamer.cancel()
+        items = [await asyncio.wait_for(queue.get(), 30)]
+        while items[-1] is not None:
+            items.append(await asyncio.wait_for(queue.get(), 30))
+        return items
+
+    begun = threading.Event()
+    assert all(isinstance(item, str) for item in asyncio.run(run())[:-1])
+    assert [type(error) for error in raised] == [utils._GenerationCancelled]
+    assert issubclass(utils._GenerationCancelled, Exception)
+
+
+def test_submit_runs_after_what_waits(chatting: Any) -> None:
+    going, done = threading.Event(), list[int]()
+    manager = Sequential()
+    first = manager.submit(lambda: going.wait(30) and done.append(1))
+    last = manager.submit(lambda: list(done))
+    assert not last.done()
+    going.set()
+    assert last.result(30) == [1]
+    assert first.done()
+
+
+class Batches:
+    """Stands for transformers' continuous batching."""
+
+    def __init__(self) -> None:
+        self.background_thread_status = SimpleNamespace(fatal_error=None)
+        self.calls: list[tuple[Any, ...]] = []
+        self.handlers: dict[str, Callable[[Any], None]] = {}
+
+    def start(self) -> None:
+        self.calls.append(("start",))
+
+    def register_result_handler(self, request_id: str, handler: Callable[[Any], None]) -> None:
+        self.handlers[request_id] = handler
+
+    def add_request(self, input_ids: list[int], request_id: str, **kwargs: Any) -> str:
+        self.calls.append((input_ids, request_id, kwargs["max_new_tokens"]))
+        self.handlers[request_id](SimpleNamespace(error=None, generated_tokens=[5, 6]))
+        return request_id
+
+
+def test_batched_answers_are_kept_by_the_id_of_the_request_in_cb(chatting: Any) -> None:
+    batches, manager = Batches(), Batched(ContinuousBatchingConfig())
+    model = SimpleNamespace(init_continuous_batching=lambda generation_config, continuous_batching_config: batches)
+    config = GenerationConfig(max_new_tokens=9)
+    manager.init_cb(model, config)
+    assert manager._cb is batches
+    given = manager.generate_non_streaming(model, chatting, {"input_ids": [3, 4]}, config, request_id="mine")
+    assert asyncio.run(asyncio.wait_for(given, 30))[1:] == (2, [5, 6])
+    assert batches.calls == [("start",), ([3, 4], "mine", 9)]
+    assert list(batches.handlers) == ["mine"]
+
+
+# --- calibration: hf_flash/calibration/decoder_layers.py -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["pre_ln", "post_ln"])
+def stock(request: pytest.FixtureRequest, opt: Callable[..., Path]) -> Any:
+    """Stock transformers' model, to be left as it is."""
+    return AutoModelForCausalLM.from_pretrained(opt(request.param)).eval()
+
+
+WINDOWS = torch.tensor([[2, 11, 7, 30, 45, 7], [2, 9, 9, 80, 4, 3]])
+
+
+def layer_calls(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+    """How one forward calls each decoder layer, and what the layer returns."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+    handles = [
+        layer.register_forward_hook(lambda layer, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True)
+        for layer in decoder_layers(model)
+    ]
+    with torch.no_grad():
+        model(WINDOWS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def test_get_decoder_has_all_decoder_layers_in_layers(stock: Any) -> None:
+    assert isinstance(decoder_layers(stock), torch.nn.ModuleList)
+    assert len(decoder_layers(stock)) == stock.config.num_hidden_layers == len(layer_calls(stock))
+
+
+def test_a_decoder_layer_is_given_hidden_states_and_all_else_by_name(stock: Any) -> None:
+    for args, kwargs, _ in layer_calls(stock):
+        assert len(args) + ("hidden_states" in kwargs) == 1
+
+
+def test_every_decoder_layer_is_given_what_the_first_is(stock: Any) -> None:
+    first, *others = (
+        {name: value for name, value in kwargs.items() if name != "hidden_states"} for _, kwargs, _ in layer_calls(stock)
+    )
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(
+            torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value is other[name]
+            for name, value in first.items()
+        )
+
+
+def test_a_decoder_layer_returns_hidden_states_alone_or_first_in_a_tuple(stock: Any) -> None:
+    for *_, out in layer_calls(stock):
+        assert (out[0] if isinstance(out, tuple) else out).shape == (2, 6, stock.config.hidden_size)
+
+
+def test_running_the_decoder_layers_one_by_one_is_running_the_model(stock: Any) -> None:
+    *_, (*_, out) = layer_calls(stock)
+    with torch.no_grad():
+        hidden, arguments = first_layer_call(stock, WINDOWS)
+        for layer in decoder_layers(stock):
+            hidden = run_layer(layer, hidden, arguments)
+    assert torch.equal(hidden, out[0] if isinstance(out, tuple) else out)
+
+
+def test_the_forward_ends_at_the_door_of_the_first_decoder_layer(stock: Any) -> None:
+    ran: list[Any] = []
+    handles = [
+        module.register_forward_hook(lambda module, *_: ran.append(module))
+        for layer in decoder_layers(stock)
+        for module in layer.modules()
+    ]
+    first_layer_call(stock, WINDOWS)
+    for handle in handles:
+        handle.remove()
+    assert ran == []
+    assert not decoder_layers(stock)[0]._forward_pre_hooks
+
+
+def test_another_way_of_calling_decoder_layers_is_refused() -> None:
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Identity()])
+
+        def get_decoder(self) -> Any:
+            return self
+
+        def forward(self, ids: torch.Tensor, use_cache: bool) -> Any:
+            return self.layers[0](ids, ids)
+
+    with pytest.raises(UnsupportedModelError, match="decoder layers are called in a way") as caught:
+        first_layer_call(Decoder(), WINDOWS)
+    assert "2 positional arguments" in str(caught.value)
+
+
+# --- one model's class: hf_flash/hub/model_class.py ----------------------------------------------------------------------
+
+REPLACED = {**METHODS, "save_pretrained": saving.save_pretrained, "push_to_hub": saving.push_to_hub}
+
+
+def test_a_model_with_methods_of_its_own_is_still_of_the_stock_class(opt: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(opt())
+    kind = type(model)
+    add_methods(model, {"half": lambda model: "ours"})
+    assert isinstance(model, kind)
+    assert stock_class(model) is kind
+    assert (type(model).__name__, type(model).__module__, type(model).__doc__) == (kind.__name__, kind.__module__, kind.__doc__)
+    assert model.half() == "ours"
+    assert super(type(model), model).half.__func__ is kind.half
+    assert type(AutoModelForCausalLM.from_pretrained(opt())) is kind  # others are as they were
+
+
+def test_a_model_with_methods_of_its_own_is_freed_at_once(opt: Callable[..., Path]) -> None:
+    def freed_at_once(change: Callable[[Any], None]) -> bool:
+        model = AutoModelForCausalLM.from_pretrained(opt())
+        change(model)
+        weight = weakref.ref(model.get_input_embeddings().weight)
+        gc.collect()
+        gc.disable()
+        try:
+            del model
+            return weight() is None
+        finally:
+            gc.enable()
+
+    assert freed_at_once(lambda model: None)  # or there is nothing to be compared with
+    assert freed_at_once(lambda model: add_methods(model, REPLACED))
+
+
+@pytest.mark.parametrize("name", [name for name in REPLACED if not name.startswith("__")])
+def test_a_method_of_ours_takes_every_named_argument_of_the_one_it_replaces(name: str) -> None:
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    theirs = inspect.signature(getattr(PreTrainedModel, name)).parameters.values()
+    arguments = [parameter.name for parameter in theirs if parameter.kind in named]
+    assert takes(REPLACED[name], arguments[:1], arguments[1:])
+    ours = inspect.signature(REPLACED[name]).parameters
+    if name in ("save_pretrained", "push_to_hub"):  # what they do not name goes on to `push`
+        saving._check_known(name, {argument: None for argument in arguments[1:] if argument not in ours})
+
+
+def test_the_stock_class_makes_a_model_from_a_config_alone(opt: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(opt())
+    add_methods(model, {})
+    with torch.device("meta"):
+        made = stock_class(model)(copy.deepcopy(model.config))
+    assert made.state_dict().keys() == model.state_dict().keys()

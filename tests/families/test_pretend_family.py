@@ -1,0 +1,201 @@
+"""A family is data: one that is described by a file of names alone loads, reads, saves and comes back, with the model's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import hf_flash
+from hf_flash import FlashOffloadConfig, UnsupportedModelError, families
+from hf_flash.families.base import Family, Shape, check_family
+from hf_flash.runtime.model import find_runtime
+from hf_flash.store.layout import FlashStore
+from hf_flash.store.safetensors_files import read_header
+from tests.families.pretend import PRETEND
+
+# --- the model's own code, as somebody would have written it --------------------------------------------------------------
+
+
+class PretendConfig(PretrainedConfig):
+    model_type = "pretend"
+
+    def __init__(
+        self, hidden_size: int = 24, breadth: int = 80, num_hidden_layers: int = 3, heads: int = 2, vocab_size: int = 64,
+        bend: str = "silu", bias: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        self.hidden_size, self.breadth, self.num_hidden_layers, self.heads = hidden_size, breadth, num_hidden_layers, heads
+        self.vocab_size, self.bend, self.bias = vocab_size, bend, bias
+        super().__init__(**{"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3} | kwargs)
+
+
+class Thinking(nn.Module):
+    def __init__(self, config: PretendConfig) -> None:
+        super().__init__()
+        self.wicket = nn.Linear(config.hidden_size, config.breadth, bias=config.bias)
+        self.climb = nn.Linear(config.hidden_size, config.breadth, bias=config.bias)
+        self.descend = nn.Linear(config.breadth, config.hidden_size, bias=config.bias)
+        self.bend = ACT2FN[config.bend]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.descend(self.bend(self.wicket(x)) * self.climb(x))
+
+
+class Floor(nn.Module):
+    def __init__(self, config: PretendConfig) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, config.hidden_size)
+        self.thinking = Thinking(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.mix(x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None].to(x.dtype))
+        return x + self.thinking(self.norm(x))
+
+
+class Tower(nn.Module):
+    def __init__(self, config: PretendConfig) -> None:
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.floors = nn.ModuleList(Floor(config) for _ in range(config.num_hidden_layers))
+
+
+class PretendForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = PretendConfig
+
+    def __init__(self, config: PretendConfig) -> None:
+        super().__init__(config)
+        self.model, self.head = Tower(config), nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.data.normal_(0.0, 0.3)
+
+    def get_decoder(self) -> nn.Module:
+        return self.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.words
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids}
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+        x = self.model.words(input_ids)
+        for floor in self.model.floors:
+            x = floor(x)
+        return CausalLMOutputWithPast(logits=self.head(x))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _known() -> Iterator[None]:
+    AutoConfig.register("pretend", PretendConfig, exist_ok=True)
+    AutoModelForCausalLM.register(PretendConfig, PretendForCausalLM, exist_ok=True)
+    families.register_family(PRETEND)
+    yield
+    del families._FAMILIES["pretend"]
+
+
+IDS = torch.arange(4, 44).view(2, 20)
+
+
+def make(folder: Path, **config: Any) -> Path:
+    torch.manual_seed(0)
+    PretendForCausalLM(PretendConfig(**config)).save_pretrained(folder)
+    return folder
+
+
+# --- what it does -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [{}, {"bias": True}, {"bend": "relu", "bias": True}, {"bend": "gelu", "hidden_size": 22}])
+def test_it_loads_from_a_plain_checkpoint_with_the_models_own_answers(tmp_path: Path, config: dict[str, Any]) -> None:
+    plain = make(tmp_path / "plain", **config)
+    stock = AutoModelForCausalLM.from_pretrained(plain)
+    flash = AutoModelForCausalLM.from_pretrained(plain, quantization_config=FlashOffloadConfig(predictor="none"))
+    with torch.no_grad():
+        torch.testing.assert_close(flash(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(flash(IDS[:1, :1]).logits, stock(IDS[:1, :1]).logits, rtol=1e-4, atol=1e-4)
+    wanted = stock.generate(IDS, max_new_tokens=8, do_sample=False)
+    assert flash.generate(IDS, max_new_tokens=8, do_sample=False).tolist() == wanted.tolist()
+    assert hf_flash.stats(flash).counters.read_bytes > 0
+    assert flash.state_dict().keys() == stock.state_dict().keys()
+    weight = flash.model.floors[1].thinking.climb.weight
+    assert torch.equal(weight + 0, stock.model.floors[1].thinking.climb.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("capacity", [0, 20, 80])
+def test_what_is_in_memory_does_not_change_the_answer(tmp_path: Path, dtype: torch.dtype, capacity: int) -> None:
+    plain = make(tmp_path / "plain", bias=True)
+    whole = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype, quantization_config=FlashOffloadConfig())
+    neuron = find_runtime(whole).store.layers[0].unit.as_dtype(dtype).row_bytes
+    least = hf_flash.stats(whole).minimum_bytes
+    budget = least + 3 * capacity * neuron
+    tight = AutoModelForCausalLM.from_pretrained(
+        plain, dtype=dtype, quantization_config=FlashOffloadConfig(memory_budget=budget)
+    )
+    assert hf_flash.stats(tight).capacity == capacity
+    with torch.no_grad():
+        for ids in (IDS, IDS[:1, :1], IDS[:, :3], IDS[:1, :1]):
+            assert torch.equal(tight(ids).logits, whole(ids).logits)
+
+
+def test_a_store_has_its_parts_and_gives_the_checkpoint_back(tmp_path: Path) -> None:
+    plain = make(tmp_path / "plain", bias=True)
+    packed = hf_flash.repack(plain, tmp_path / "packed")
+    store = FlashStore.open_folder(packed)
+    assert {layer.unit.text for layer in store.layers} == {"gate:row,up:row,down:column"}
+    assert store.layers[2].names == tuple(f"model.floors.2.thinking.{name}.weight" for name in ("wicket", "climb", "descend"))
+    meta = read_header(store.layers[0].path)[1]
+    assert (meta["hf_flash.format_version"], meta["hf_flash.parts"]) == ("3", "gate:row,up:row,down:column")
+    assert store.check() == []
+    again = hf_flash.restore(packed, tmp_path / "again")
+    one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (plain, again))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(saved(IDS).logits, model(IDS).logits)
+
+
+def test_relu_on_the_gate_is_predicted_from_the_gate(tmp_path: Path) -> None:
+    plain = make(tmp_path / "plain", bend="relu", breadth=256, hidden_size=64)
+    config = FlashOffloadConfig(predictor="quantized", predictor_bits=8)
+    flash = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config)
+    stock = AutoModelForCausalLM.from_pretrained(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(flash(IDS).logits, stock(IDS).logits, rtol=1e-2, atol=1e-2)
+    found = hf_flash.stats(flash)
+    assert found.predictor == "int8"
+    flash(IDS[:1, :1])
+    assert hf_flash.stats(flash).counters.selected < 3 * 256 + found.counters.selected
+
+
+def test_a_predictor_without_zeros_is_refused_by_name(tmp_path: Path) -> None:
+    plain = make(tmp_path / "plain")
+    with pytest.raises(UnsupportedModelError, match="exact zeros") as caught:
+        AutoModelForCausalLM.from_pretrained(plain, quantization_config=FlashOffloadConfig(predictor="quantized"))
+    assert "'silu'" in str(caught.value) or "silu" in str(caught.value)
+
+
+@pytest.mark.parametrize("matrices", [{"up": "a"}, {"down": "b", "up": "a"}, {"up": "a", "down": "b", "sideways": "c"}, {}])
+def test_a_family_that_cannot_be_is_refused(matrices: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="matrices"):
+        check_family(Family("nonsense", matrices))
+
+
+def test_sizes_are_those_of_the_config() -> None:
+    shape = PRETEND.shape(PretendConfig(heads=4, hidden_size=32).to_dict())
+    assert shape == Shape(d_model=32, widths=(80, 80, 80), heads=4, kv_heads=4, head_dim=8)
+    assert shape.kv_bytes(2) == 2 * 3 * 32 * 2
+    assert Shape(64, (10, 20), 8, 2, 8).kv_bytes(2) == 2 * 2 * 16 * 2

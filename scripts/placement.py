@@ -34,6 +34,7 @@ from hf_flash.compute.arithmetic import block_rows
 from hf_flash.reading.reader import open_reader
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.store.layout import FlashStore
+from hf_flash.store.unit import TWO_MATRICES
 from hf_flash.store.writer import place_layer, write_layer
 
 CAPACITIES = (0.15, 0.3, 0.5)
@@ -45,7 +46,7 @@ WARM = 256  # tokens before counting begins
 
 def missing(active: np.ndarray, capacity: int) -> list[np.ndarray]:
     """What each token has to read, with the window that models have."""
-    window = ResidentWindow(active.shape[1], 0, capacity, 5, torch.bfloat16)
+    window = ResidentWindow(active.shape[1], torch.empty(capacity, 0), 5)
     found = []
     for use in active:
         ids = np.flatnonzero(use)
@@ -98,8 +99,8 @@ def measure(folder: Path, size: int, tokens: list[list[np.ndarray]], places: lis
             up = torch.randn(d_ff, d_model).to(torch.bfloat16)
             origin = {"source": "random", "revision": "", "fingerprint": "random"}
             for n in range(len(places)):
-                write_layer(into / f"flash-layer-{n:05d}.safetensors", n, len(places), f"{n}.fc1.bundles",
-                            (f"{n}.up", f"{n}.down"), up, up.T, origin)  # fmt: skip
+                path, names = into / f"flash-layer-{n:05d}.safetensors", (f"{n}.up", f"{n}.down")
+                write_layer(path, n, len(places), f"{n}.fc1.bundles", TWO_MATRICES, names, (up, up.T), origin)
             if name == "placed":
                 for layer, place in zip(FlashStore.open_folder(into).layers, places, strict=True):
                     place_layer(layer, place.astype(np.int32))
@@ -111,7 +112,7 @@ def measure(folder: Path, size: int, tokens: list[list[np.ndarray]], places: lis
             start, neurons = perf_counter(), 0
             for n, layer in enumerate(tokens):
                 for ids in layer:
-                    readers[turn % 2].read(n, ids, out, np.arange(len(ids)))
+                    readers[turn % 2].start(n, ids, out, np.arange(len(ids))).wait()
                     neurons += len(ids)
             found[turn % 2].append(neurons * size / (perf_counter() - start) / 1e9)
         for reader in readers:

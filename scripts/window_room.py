@@ -36,7 +36,7 @@ def layer_report(active: np.ndarray) -> dict[str, object]:
 
 def read(active: np.ndarray, capacity: int) -> float:
     """Neurons a token reads once the window has filled."""
-    window, missed = ResidentWindow(active.shape[1], 1, capacity, 5, torch.float32), []
+    window, missed = ResidentWindow(active.shape[1], torch.empty(capacity, 2), 5), []
     for mask in active:
         ids = np.flatnonzero(mask)
         window.note_use(None, 1, ids)
@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     layers = active_neurons(args.model, args.text, args.tokens)
     half, d_ff = args.tokens // 2, layers[0].shape[1]
-    need = measured([layer_report(active[:half]) for active in layers], "", "quantized", d_ff, predicted=1.0)
+    need = measured([layer_report(active[:half]) for active in layers], "", "quantized", (d_ff,) * len(layers), predicted=1.0)
     print(f"{need.selected * len(layers):.0f} neurons a token; room, read by a token (predicted)")
     for share in ROOM:
         total = int(share * d_ff * len(layers))

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import hf_flash
-from tests.hub import TOKEN, Hub, serve
+from tests.hub_server import TOKEN, Hub, serve
 
 ROOT = Path(__file__).parent.parent
 TINY_OPT = ROOT / "examples" / "tiny-opt"

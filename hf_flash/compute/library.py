@@ -144,7 +144,7 @@ STRUCTURES: Final = (  # in the order of `hf_sizes`
 )  # fmt: skip
 
 
-Job = TokenJob  # the old name, which tests/property/test_read_queue.py uses
+Job = TokenJob  # the old name, which tests/reading/test_queues.py uses
 
 
 # --- the library

@@ -1,6 +1,6 @@
 """Safetensors files: their headers, checked before anything else is read or allocated, and their tensors, read piece by piece.
 
-This reader is stricter than the safetensors library, never laxer (tests/property/test_hostile_store.py compares them): a header
+This reader is stricter than the safetensors library, never laxer (tests/store/test_hostile_store.py compares them): a header
 has at most `TEXT_BYTES`, a tensor 64 dimensions and one of the dtypes below, numbers at most 18 digits, no key comes twice, and
 a tensor's entry has its three keys and no other.
 """

@@ -28,7 +28,7 @@ from hf_flash import FlashOffloadConfig, TargetExistsError
 from hf_flash.packing import checkpoint_folder
 from hf_flash.store.layout import FlashStore
 from tests.conftest import make_opt
-from tests.hub import TOKEN, Hub, serve
+from tests.hub_server import TOKEN, Hub, serve
 
 from .children import Child, Figures, Say, Silent, Soak, ask
 from .deaths import Events, evenly

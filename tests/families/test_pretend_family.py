@@ -1,4 +1,4 @@
-"""A family is data: one that is described by a file of names alone loads, reads, saves and comes back, with the model's answers."""
+"""A family is data: a kind of model that one file of names describes loads, reads, saves, and gives the model's own answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main path of one layer, step by step, on bundles that lie in memory: any number of parts, any activation, any shape of input."""
+"""The main path of one layer on bundles that lie in memory: any number of parts, any activation, input of any shape."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_a_prompt_begins_with_the_next_layer_before_its_attention(load: Load, pr
     plain, model = load(lookahead=0, predictor=predictor), load(predictor=predictor)
     ffns, under_way = find_runtime(model).ffns, []
     for layer, ffn in zip(model.model.decoder.layers, ffns, strict=True):
-        layer.self_attn.register_forward_pre_hook(lambda *_, ffn=ffn: under_way.append(ffn._ahead is not None))
+        layer.self_attn.register_forward_pre_hook(lambda *_, ffn=ffn: under_way.append(ffn.reads.under_way))
     assert torch.equal(logits(model), logits(plain))
     assert not under_way[0]  # nothing comes before it
     assert sum(under_way) >= 3  # a layer that uses half of its neurons starts nothing
@@ -126,7 +126,7 @@ def test_a_prompt_that_ends_in_attention_leaves_reads_that_harm_nobody(load: Loa
         with pytest.raises(RuntimeError, match="attention"):
             logits(model)
         hook.remove()
-        assert ffns[2]._ahead is not None
+        assert ffns[2].reads.under_way
 
     left_behind()
     model(torch.tensor([[5]]))  # another call takes them in

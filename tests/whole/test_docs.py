@@ -1,7 +1,7 @@
 """README.md and docs/: programs run, commands parse, links lead somewhere, tables and figures that can be worked out are right.
 
-Programs run with the small model that is shipped in place of models on the Hub, and with the Hub of `tests/hub.py`. The store
-format has a test of its own, tests/contract/test_store_format.py.
+Programs run with the small model that is shipped in place of models on the Hub, and with the Hub of `tests/hub_server.py`. The store
+format has a test of its own, tests/store/test_store_format.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import hf_flash
 from hf_flash import BudgetError, FlashOffloadConfig
 from hf_flash.commands.main import _parser
 from hf_flash.config_arguments import ARGUMENTS
+from hf_flash.families.base import Shape
 from hf_flash.planning import planner
 from hf_flash.planning.model import open_model
 from hf_flash.predictors.lowrank import LowRankFormat
 from hf_flash.predictors.quantized import DEFAULT_MARGIN, QuantizedFormat
 from tests.conftest import ROOT, TINY_OPT
 from tests.docs import PAGES, anchors, blocks, prose, tables
-from tests.hub import Hub
+from tests.hub_server import Hub
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 
@@ -220,10 +221,10 @@ def test_the_minimum_of_the_page_is_the_minimum(shape: Path) -> None:
 
 def test_the_memory_of_predictors_is_what_the_page_says() -> None:
     ((_, rows),) = [(head, rows) for head, rows in tables(DOCS / "predictors.md") if head[:2] == ["", "low rank 64"]]
-    layers, sizes = 32, (32, 16384, 4096)
+    layers, sizes = 32, Shape(4096, (16384,) * 32, 32, 32, 128)
     ranks = [(64,) * layers, (128,) * layers, (128,) * 28 + (1024,) * 4, (256,) * layers, (512,) * layers]
-    found = [LowRankFormat(own).dram_bytes(*sizes) for own in ranks]
-    found += [QuantizedFormat(bits, 64).dram_bytes(*sizes) for bits in (4, 8)]
+    found = [LowRankFormat(own).dram_bytes(sizes) for own in ranks]
+    found += [QuantizedFormat(bits, 64).dram_bytes(sizes) for bits in (4, 8)]
     assert rows[0][1:] == [f"{size / 2**20:.0f}" for size in found]
     weights = 2 * layers * (2 * 16384 * 4096 + 4 * 4096 * 4096)
     shares = [float(cell.rstrip(" %")) for cell in rows[1][1:]]

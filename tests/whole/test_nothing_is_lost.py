@@ -188,7 +188,7 @@ def test_a_model_around_it_saves_the_plain_checkpoint(flash: Any, stock: Any, tm
 def test_a_state_dict_reads_nothing_before_it_is_used_and_says_what_does_not_fit(
     flash: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_flash.runtime.model.flash_weights.available_memory", lambda: 1000)
+    monkeypatch.setattr("hf_flash.runtime.flash_weights.available_memory", lambda: 1000)
     state = flash.state_dict()
     assert "FlashWeight" in repr(state[FC1])
     for use in (torch.clone, torch.Tensor.numpy, pickle.dumps, lambda weight: weight.data_ptr()):

@@ -19,7 +19,7 @@ from hf_flash import ConfigError
 from hf_flash.serving import fields, guard
 from hf_flash.serving.server import Server
 from tests.conftest import TINY_OPT, torch_threads
-from tests.integration.test_serve import client, needs_batching, serving
+from tests.serving.test_serve import client, needs_batching, serving
 
 PROMPT = "In the beginning"
 CHAT = [{"role": "user", "content": "x"}]

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from hf_flash.compute import arithmetic as compute
 from hf_flash.compute import kernels, library
-from hf_flash.compute.arithmetic import OneToken, Scratch
+from hf_flash.compute.activation import RELU, Activation
+from hf_flash.compute.arithmetic import Arithmetic, CompiledArithmetic, arithmetic_for
 from hf_flash.compute.library import ABI
 from hf_flash.predictors.low_bit import Int8Matrix, Scores
 from hf_flash.store.unit import TWO_MATRICES, Part, UnitLayout
@@ -32,6 +34,13 @@ def test_the_compiled_part_is_built_where_tests_run() -> None:
     assert found.hf_abi() == ABI
 
 
+def made(d_ff: int, d: int, dtype: torch.dtype, function: Any = torch.relu) -> Arithmetic:
+    """The arithmetic that a model of this shape gets."""
+    relu = function is torch.relu or isinstance(function, torch.nn.ReLU)
+    unit = UnitLayout.of(TWO_MATRICES, d, dtype)
+    return arithmetic_for(d_ff, unit, Activation("some", function, RELU if relu else None, zeros=relu))
+
+
 def run(dtype: torch.dtype, n: int, d: int, seed: int, parts: int, activation: torch.nn.Module) -> tuple[torch.Tensor, ...]:
     """One token through the compiled part, some neurons first, and the same in float64."""
     random = torch.Generator().manual_seed(seed)
@@ -39,11 +48,11 @@ def run(dtype: torch.dtype, n: int, d: int, seed: int, parts: int, activation: t
     x, bias = torch.randn(1, d, generator=random).to(dtype), torch.randn(3 * n, generator=random).to(dtype)
     rows = torch.randperm(n + 7, generator=random)[:n].numpy()
     ids = np.sort(torch.randperm(3 * n, generator=random)[:n].numpy())
-    scratch = Scratch(max(64, 2 * n), d, dtype)
-    token = OneToken(scratch, activation, x, bias, matrix, rows, ids, one_block=True)
-    assert token.compiled
+    arithmetic = made(max(64, 2 * n), d, dtype, activation)
+    assert arithmetic.name == "compiled"
+    token = arithmetic.one_token(x, {"up": bias}, matrix, rows, ids, one_block=True)
     if parts == 2:
-        token.up(np.arange(0, n, 2), np.arange(1, n, 2))
+        token.multiply_present(np.arange(0, n, 2), np.arange(1, n, 2))
     out = torch.ones(1, d)
     token.finish(out)
     up, down = matrix[rows, :d].double(), matrix[rows, d:].double()
@@ -103,14 +112,15 @@ def test_several_tokens_get_the_bits_that_each_gets_alone(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "threads", lambda: threads)
         patch.setattr(kernels, "_TOKENS", at_a_time)
-        kernel = kernels.TokenKernel(d_ff, d)
+        unit = UnitLayout.of(TWO_MATRICES, d, dtype)
+        kernel = kernels.TokenKernel(d_ff, unit)
         for token in range(tokens):
             ids = used[token].nonzero()[:, 0].numpy()
             kernel.set(x[token : token + 1], b, matrix, rows[ids], ids, relu=True)
             kernel.up()
             kernel.down(alone[token : token + 1])
         for avx512, together in ((True, torch.zeros(tokens, d)), (False, torch.zeros(tokens, d))):
-            several = kernels.TokensKernel(x, used, b, d_ff, avx512=avx512)
+            several = kernels.TokensKernel(unit, x, used, b, d_ff, avx512=avx512)
             for part in np.array_split(np.flatnonzero(used.any(0).numpy()), blocks):
                 several.add(kernels.addresses(matrix, rows[part]), part, together)
             assert torch.equal(together, alone)
@@ -169,16 +179,17 @@ def test_where_the_parts_lie_in_a_row_changes_no_bit(
     x, used = torch.randn(tokens, d, generator=random).to(dtype), torch.rand(tokens, d_ff, generator=random) < 0.7
     rows, found = np.arange(d_ff), []
     loose = LooseLayout(roles, gaps, d, dtype)
-    assert kernels.supports(loose, dtype) is (roles == ("up", "down"))  # type: ignore[arg-type]
+    assert kernels.supports(loose) is (roles == ("up", "down"))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "threads", lambda: threads)
-        for layout, matrix in ((None, torch.cat([up, down], dim=1)), (loose, loose.rows_of(up, down))):
-            kernel, alone = kernels.TokenKernel(d_ff, d), torch.zeros(1, d)
-            kernel.set(x[:1], None, matrix, rows, rows, relu=True, layout=layout)  # type: ignore[arg-type]
+        tight: Any = UnitLayout.of(TWO_MATRICES, d, dtype)
+        for layout, matrix in ((tight, torch.cat([up, down], dim=1)), (loose, loose.rows_of(up, down))):
+            kernel, alone = kernels.TokenKernel(d_ff, layout), torch.zeros(1, d)
+            kernel.set(x[:1], None, matrix, rows, rows, relu=True)
             kernel.up()
             kernel.down(alone)
             together = torch.zeros(tokens, d)
-            several = kernels.TokensKernel(x, used, None, d_ff, layout)  # type: ignore[arg-type]
+            several = kernels.TokensKernel(layout, x, used, None, d_ff)
             several.add(kernels.addresses(matrix, rows), rows, together)
             found.append(torch.cat([alone, together]))
     assert found[0].isfinite().all()
@@ -188,17 +199,15 @@ def test_where_the_parts_lie_in_a_row_changes_no_bit(
 def test_it_says_which_units_it_knows() -> None:
     gated = (Part("gate", "row"), *TWO_MATRICES)
     for dtype in ROUNDING:
-        assert kernels.supports(UnitLayout.of(TWO_MATRICES, 64, dtype), dtype)
-        assert not kernels.supports(UnitLayout.of(TWO_MATRICES, 64, dtype), torch.float64)
-        assert not kernels.supports(UnitLayout.of(gated, 64, dtype), dtype)
-        assert not kernels.supports(UnitLayout.of(TWO_MATRICES[::-1], 64, dtype), dtype)
-    assert not kernels.supports(UnitLayout.of(TWO_MATRICES, 64, torch.float16), torch.float32)
+        assert kernels.supports(UnitLayout.of(TWO_MATRICES, 64, dtype))
+        assert not kernels.supports(UnitLayout.of(gated, 64, dtype))
+        assert not kernels.supports(UnitLayout.of(TWO_MATRICES[::-1], 64, dtype))
 
 
 @needs_library
 def test_it_can_be_switched_off_for_what_is_made_meanwhile() -> None:
     matrix, rows, out = torch.ones(4, 64), np.arange(4), torch.zeros(1, 32)
-    before = Scratch(64, 32, torch.float32)
+    before = made(64, 32, torch.float32)
     with library.switched_off():
         assert library.library() is None
         with library.switched_off():
@@ -207,10 +216,9 @@ def test_it_can_be_switched_off_for_what_is_made_meanwhile() -> None:
         assert not kernels.copy_rows(matrix, rows, matrix, rows)
         codes = torch.ones(9, 32, dtype=torch.int8)
         assert Int8Matrix(codes, torch.ones(9, 1).bfloat16()).compiled is None
-        for scratch in (before, Scratch(64, 32, torch.float32)):
-            token = OneToken(scratch, torch.relu, torch.ones(1, 32), None, matrix, rows, rows, one_block=True)
-            assert token.compiled is (scratch is before)
-            token.finish(out)
+        for arithmetic in (before, made(64, 32, torch.float32)):
+            assert isinstance(arithmetic, CompiledArithmetic) is (arithmetic is before)
+            arithmetic.one_token(torch.ones(1, 32), {"up": None}, matrix, rows, rows, one_block=True).finish(out)
     assert library.library() is library.loaded() is not None
     assert out.tolist() == [[2 * 4 * 32.0] * 32]
 
@@ -258,17 +266,12 @@ def test_what_is_not_a_number_stays_so() -> None:
     x = torch.ones(1, 32)
     x[0, 3] = float("nan")
     out = torch.zeros(1, 32)
-    OneToken(Scratch(64, 32, torch.float32), torch.relu, x, bias, matrix, np.arange(4), np.arange(4), one_block=True).finish(
-        out
-    )
+    rows = np.arange(4)
+    made(64, 32, torch.float32).one_token(x, {"up": bias}, matrix, rows, rows, one_block=True).finish(out)
     assert out.isnan().all()
 
 
-@needs_library
-def test_a_dtype_that_it_does_not_know_goes_to_torch() -> None:
-    scratch = Scratch(64, 32, torch.float64)
-    args = torch.ones(1, 32, dtype=torch.float64), None, torch.ones(4, 64, dtype=torch.float64)
-    assert not OneToken(scratch, torch.relu, *args, np.arange(4), np.arange(4), one_block=True).compiled
+def test_block_sizes_follow_from_the_shape_alone() -> None:
     assert compute.block_rows(64, 1) == 64
 
 

@@ -1,4 +1,4 @@
-"""The Hub: what is pushed is what others load. The client is the real one; the Hub is `tests/hub.py`, on the loopback.
+"""The Hub: what is pushed is what others load. The client is the real one; the Hub is `tests/hub_server.py`, on the loopback.
 
 Whoever loads is another process with caches of its own, because `huggingface_hub` reads its environment once. Uploads and
 errors mostly happen in this process: `here` points its client at the Hub.
@@ -26,7 +26,7 @@ import hf_flash
 from hf_flash import FlashOffloadConfig
 from hf_flash.commands.main import main
 from hf_flash.store.layout import FlashStore
-from tests.hub import TOKEN, UPLOAD_WARNING, Hub
+from tests.hub_server import TOKEN, UPLOAD_WARNING, Hub
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 
@@ -86,7 +86,7 @@ def elsewhere(hub: Hub, home: Path, *wishes: dict[str, Any], **env: str) -> list
     """
     script = """
 import json, sys, hf_flash
-from tests.integration.test_hub import tokens
+from tests.hub.test_hub import tokens
 def grant(wish):
     if wish.pop("fails", False):
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -24,18 +25,23 @@ from hypothesis import strategies as st
 from hf_flash import BudgetError, ConfigError, StoreReadError
 from hf_flash.base.sizes import format_bytes, parse_bytes
 from hf_flash.budget.plan import plan_memory
-from hf_flash.compute.library import library
+from hf_flash.compute.activation import RELU, Activation
+from hf_flash.compute.arithmetic import arithmetic_for, block_rows
+from hf_flash.compute.library import library, switched_off
+from hf_flash.families.base import Shape
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.predictors import low_bit as lowbit
+from hf_flash.predictors.base import Predictor
 from hf_flash.predictors.low_bit import quantize_rows
 from hf_flash.predictors.quantized import QuantizedFormat, QuantizedPredictor
 from hf_flash.reading.chunks import chunked
 from hf_flash.reading.layer_files import PAGE, direct_alignment
 from hf_flash.reading.reader import open_reader
 from hf_flash.runtime.engine import Engine
-from hf_flash.runtime.layer import FlashFFN, Scratch, block_rows
+from hf_flash.runtime.sites import InlineFFN, LastProjection
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.store.layout import FlashStore
+from hf_flash.store.unit import TWO_MATRICES
 from hf_flash.store.writer import place_layer, write_layer
 
 D_FF = 160  # three blocks
@@ -158,9 +164,8 @@ def make_store(folder: Path, layout: Layout) -> FlashStore:
         names = f"layers.{index}.fc1.weight", f"layers.{index}.fc2.weight"
         origin = {"source": "test", "revision": "", "fingerprint": "0"}
         up, down = up.to(layout.stored), down.to(layout.stored)
-        write_layer(
-            folder / f"flash-layer-{index:05d}.safetensors", index, 2, names[0][:-7] + ".bundles", names, up, down, origin
-        )
+        path, key = folder / f"flash-layer-{index:05d}.safetensors", names[0][:-7] + ".bundles"
+        write_layer(path, index, 2, key, TWO_MATRICES, names, (up, down), origin)
     store = FlashStore.open_folder(folder)
     if layout.placed:
         random = np.random.default_rng(0)  # within the first block, as calibration does, and over the other two
@@ -174,7 +179,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, FlashStore]
     return {layout: make_store(tmp_path_factory.mktemp("store"), layout) for layout in LAYOUTS}
 
 
-class Scripted:
+class Scripted(Predictor):
     """A predictor that says what it was told to say."""
 
     nbytes = 0
@@ -182,7 +187,7 @@ class Scripted:
     def __init__(self) -> None:
         self.next: torch.Tensor | None = None
 
-    def select(self, x: torch.Tensor) -> torch.Tensor | None:
+    def select(self, x: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor | None:
         assert self.next is None or self.next.shape == (x.shape[0], D_FF)
         return self.next
 
@@ -198,21 +203,18 @@ class Rig:
             if not self.unit:
                 pytest.skip(f"no direct reads here: {reason}")
         d_model = self.store.d_model
-        with pytest.MonkeyPatch.context() as patch:
-            if reader == "python":  # a machine without io_uring and without a compiler
-                patch.setattr("hf_flash.compute.library.library", lambda: None)
-            scratch = Scratch(D_FF, d_model, dtype)
+        relu = Activation("relu", torch.relu, RELU, zeros=True)
+        with switched_off() if reader == "python" else nullcontext():  # a machine without io_uring and without a compiler
+            arithmetic = arithmetic_for(D_FF, self.store.unit.as_dtype(dtype), relu)
             reader_there = open_reader(store, "mmap" if reader == "mmap" else "direct", 3, dtype, 0)
         reader_there.gap = 0  # counted reads go through no gaps
-        self.engine = Engine(reader_there, scratch, dtype)
-        self.window = ResidentWindow(D_FF, d_model, capacity, window, dtype)
+        self.engine = Engine(reader_there, arithmetic)
+        self.window = ResidentWindow(D_FF, arithmetic.matrix(capacity), window)
         self.predictor = Scripted()
-        self.ffn = FlashFFN(LAYER, D_FF, d_model, True, torch.nn.ReLU()).eval()
+        bias = torch.nn.Parameter(torch.linspace(-1, 1, D_FF).to(dtype), requires_grad=False)
+        self.ffn = InlineFFN(LAYER, D_FF, d_model, relu, bias, LastProjection(LAYER, d_model, None)).eval()
         self.ffn.attach(self.engine, self.window, self.predictor)
-        self.bundles = torch.cat([self.store.up()[:], self.store.down()[:]], dim=1)  # by neuron
-        with torch.no_grad():
-            self.ffn.bias.copy_(torch.linspace(-1, 1, D_FF))  # type: ignore[union-attr]
-        self.ffn.bias.data = self.ffn.bias.data.to(dtype)  # type: ignore[union-attr]
+        self.bundles = torch.cat([self.store.part(role)[:] for role in self.store.unit.roles], dim=1)  # by neuron
 
     def __enter__(self) -> Rig:
         return self
@@ -367,7 +369,7 @@ def test_only_small_gaps_are_bridged_and_no_others(
         rig.engine.reader.gap = gap
         first = 64 * block
         wanted = np.sort(np.array(list(ids), dtype=np.int64)) + first
-        found = rig.engine.reader.bridged(LAYER, wanted, first, first + 64, rig.engine.scratch.rows)
+        found = rig.engine.reader.through_gaps(LAYER, wanted, first, first + 64, rig.engine.arithmetic.rows)
     place = rig.store.place if rig.store.place is not None else np.arange(D_FF)
     at, read = sorted(place[wanted].tolist()), sorted(place[found].tolist())
     inside = set(range(first, first + 64)) >= set(place[first : first + 64].tolist())
@@ -521,9 +523,7 @@ WAYS = ["compiled", "packed", "plain"]
 def make(form: QuantizedFormat, up: torch.Tensor, bias: torch.Tensor | None, way: str = "compiled") -> QuantizedPredictor:
     """A predictor with a margin of 1.5; as on a machine without the compiled part, or without torch's packed layout either."""
     parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
-    with pytest.MonkeyPatch.context() as patch:
-        if way != "compiled":
-            patch.setattr("hf_flash.compute.library.library", lambda: None)
+    with pytest.MonkeyPatch.context() as patch, nullcontext() if way == "compiled" else switched_off():
         if way == "plain":
             patch.setattr(lowbit, "_works", lambda call: False)
         return QuantizedPredictor(parts, bias, form, parts["error"] * (1.5 / up.shape[1] ** 0.5))
@@ -573,7 +573,7 @@ def test_a_value_that_is_not_a_number_selects_every_neuron_of_its_token_alone(
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.variant}, {form.group_size}")
 def test_a_predictor_holds_what_its_format_announces(form: QuantizedFormat) -> None:
     for way in WAYS:
-        assert make(form, torch.randn(64, 64), None, way).nbytes == form.dram_bytes(1, 64, 64)
+        assert make(form, torch.randn(64, 64), None, way).nbytes == form.dram_bytes(Shape(64, (64,), 4, 4, 16))
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------
@@ -638,7 +638,7 @@ def test_a_plan_never_exceeds_its_budget_and_wastes_none(
     budget: int, resident: int, predictor: int, scratch: int, layers: int, d_ff: int, bundle: int
 ) -> None:
     parts = {"resident_bytes": resident, "predictor_bytes": predictor, "scratch_bytes": scratch}
-    shape = {"layers": layers, "d_ff": d_ff, "bundle_bytes": bundle}
+    shape = {"widths": (d_ff,) * layers, "bundle_bytes": bundle}
     minimum = resident + predictor + scratch
     if budget < minimum:
         with pytest.raises(BudgetError, match=str(minimum)) as caught:
@@ -657,8 +657,8 @@ def test_a_plan_never_exceeds_its_budget_and_wastes_none(
 @given(free=st.integers(0, 1 << 34))
 def test_an_unset_budget_stays_below_what_is_free(free: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_flash.machine.free_memory.available_memory", lambda: free)
-        plan = plan_memory(None, resident_bytes=0, predictor_bytes=0, scratch_bytes=0, layers=2, d_ff=8, bundle_bytes=64)
+        patch.setattr("hf_flash.budget.plan.available_memory", lambda: free)
+        plan = plan_memory(None, resident_bytes=0, predictor_bytes=0, scratch_bytes=0, widths=(8, 8), bundle_bytes=64)
     assert plan.window_bytes <= plan.budget_bytes <= free
 
 
@@ -666,6 +666,6 @@ def test_an_unset_budget_stays_below_what_is_free(free: int) -> None:
 def test_the_tightest_limit_counts_and_is_never_negative(
     monkeypatch: pytest.MonkeyPatch, limits: list[int], wanted: int
 ) -> None:
-    monkeypatch.setattr("hf_flash.budget.plan.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10})())
-    monkeypatch.setattr("hf_flash.budget.plan.memory_left", lambda: iter(limits))
+    monkeypatch.setattr("hf_flash.machine.free_memory.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10})())
+    monkeypatch.setattr("hf_flash.machine.free_memory.memory_left", lambda: iter(limits))
     assert available_memory() == wanted

@@ -45,7 +45,7 @@ def report(used: Mask, context: int = 256) -> dict[str, Any]:
 
 def read_by_the_window(used: Mask, capacity: int) -> float:
     """Neurons a token reads with the real window, after it has filled."""
-    window, missed = ResidentWindow(used.shape[1], 1, capacity, 5, torch.float32), []
+    window, missed = ResidentWindow(used.shape[1], torch.empty(capacity, 2), 5), []
     for mask in used:
         ids = np.flatnonzero(mask)
         window.note_use(None, 1, ids)
@@ -59,7 +59,7 @@ def read_by_the_window(used: Mask, capacity: int) -> float:
 @pytest.mark.parametrize("kind", [drifting, favourites])
 def test_misses_are_those_of_the_window(kind: Callable[..., Mask]) -> None:
     used = kind(3072, np.random.default_rng(0))
-    need = demand.measured([report(used)], "int8", "quantized", D_FF, predicted=1.0)
+    need = demand.measured([report(used)], "int8", "quantized", (D_FF,), predicted=1.0)
     assert need.selected == pytest.approx(used.sum(1).mean(), rel=0.05)
     for share in (0.25, 0.4, 0.6):
         said, real = need.misses([int(share * D_FF)])[0], read_by_the_window(used, int(share * D_FF))
@@ -72,7 +72,7 @@ def test_a_calibration_of_16_tokens_does_not_promise_too_few_reads(kind: Callabl
     layer = report(used)
     for name in ("far", "far_tokens"):
         del layer["use"][name]
-    need = demand.measured([layer], "int8", "quantized", D_FF, predicted=1.0)
+    need = demand.measured([layer], "int8", "quantized", (D_FF,), predicted=1.0)
     for share in (0.3, 0.6):
         assert need.misses([int(share * D_FF)])[0] > 0.85 * read_by_the_window(used, int(share * D_FF))
 
@@ -80,7 +80,7 @@ def test_a_calibration_of_16_tokens_does_not_promise_too_few_reads(kind: Callabl
 def test_layers_that_differ_read_less_when_windows_hold_equally_many_tokens() -> None:
     random = np.random.default_rng(2)
     layers = [drifting(1536, random, share) for share in (0.02, 0.05, 0.2)]
-    need = demand.measured([report(used) for used in layers], "int8", "quantized", D_FF, predicted=1.0)
+    need = demand.measured([report(used) for used in layers], "int8", "quantized", (D_FF,) * len(layers), predicted=1.0)
     rooms = need.divide(3 * 150)
     assert list(rooms) == sorted(rooms)
     assert sum(rooms) <= 3 * 150
@@ -128,7 +128,10 @@ def test_room_is_divided_to_the_last_but_never_beyond_a_layer(
     actives: list[float], d_ff: int, room: float, predicted: float
 ) -> None:
     layers = [{"active": a * d_ff, "use": {"mean": [d_ff * (1 - (1 - a) ** k) for k in range(1, 17)]}} for a in actives]
-    need, total = demand.measured(layers, "int8", "quantized", d_ff, predicted), int(room * len(actives) * d_ff)
+    need, total = (
+        demand.measured(layers, "int8", "quantized", (d_ff,) * len(layers), predicted),
+        int(room * len(actives) * d_ff),
+    )
     rooms = need.divide(total)
     assert all(0 <= each <= d_ff for each in rooms)
     assert sum(rooms) <= total
@@ -142,35 +145,35 @@ def test_room_is_divided_to_the_last_but_never_beyond_a_layer(
 @given(layers=st.integers(1, 48), d_ff=st.integers(16, 20_000), active=shares, fresh=shares, room=st.floats(0, 1.2))
 @settings(deadline=None, max_examples=60)
 def test_layers_that_are_alike_get_the_same(layers: int, d_ff: int, active: float, fresh: float, room: float) -> None:
-    need, total = demand.supposed(layers, d_ff, "quantized", active, fresh, None), int(room * layers * d_ff)
+    need, total = demand.supposed((d_ff,) * layers, "quantized", active, fresh, None), int(room * layers * d_ff)
     assert need.divide(total) == (min(d_ff, total // layers),) * layers
     assert need.selected == pytest.approx(min(1.0, 1.5 * active) * d_ff, rel=0.01)
 
 
 def test_fresh_is_what_the_fifth_token_adds() -> None:
-    need = demand.supposed(1, 10_000, "quantized", 0.02, 0.3, 1.0)
+    need = demand.supposed((10_000,), "quantized", 0.02, 0.3, 1.0)
     (misses,) = need.misses([round(float(need.use[0, 4]))])
     assert misses == pytest.approx(0.3 * 200, rel=0.02)
 
 
 def test_windows_fill_while_tokens_are_few() -> None:
-    need = demand.supposed(1, 10_000, "quantized", 0.01, None, 1.0)
+    need = demand.supposed((10_000,), "quantized", 0.01, None, 1.0)
     (long,), (start,), (first,) = (need.misses([5000], seen) for seen in (None, (16, 47), (1, 1)))
     assert long < start < first == pytest.approx(need.use[0, 2] - need.use[0, 1])
 
 
 def test_without_a_predictor_what_does_not_fit_is_read() -> None:
-    need = demand.everything(1, 128)
+    need = demand.everything((128,))
     assert [need.misses([capacity])[0] for capacity in (0, 28, 128)] == pytest.approx([128, 100, 0])
 
 
 def test_what_a_predictor_names_is_counted_where_it_was_measured() -> None:
     layer = {"active": 10.0, "use": {"mean": [10.0, 18.0]}, "lowrank": {"selected": 3.0, "use": {"mean": [30.0, 31.0]}}}
-    need = demand.measured([layer], "lowrank", "lowrank", 100)
+    need = demand.measured([layer], "lowrank", "lowrank", (100,))
     assert need.use[0, 1:3].tolist() == [30.0, 31.0]
-    other = demand.measured([layer], "int8", "quantized", 100)  # no figure for it: as assumed
+    other = demand.measured([layer], "int8", "quantized", (100,))  # no figure for it: as assumed
     assert other.use[0, 1] == pytest.approx(15.0)
-    assert demand.measured([layer], "lowrank", "lowrank", 100, predicted=2.0).use[0, 1] == pytest.approx(20.0)
+    assert demand.measured([layer], "lowrank", "lowrank", (100,), predicted=2.0).use[0, 1] == pytest.approx(20.0)
 
 
 # --- a budget ------------------------------------------------------------------------------------------------------------
@@ -179,10 +182,14 @@ def test_what_a_predictor_names_is_counted_where_it_was_measured() -> None:
 def budget(size: int, layers: list[float]) -> MemoryPlan:
     """Windows alone, a byte a neuron."""
     need = demand.measured(
-        [{"active": a, "use": {"mean": [a * k**0.5 for k in range(1, 17)]}} for a in layers], "int8", "quantized", 1000, 1.0
+        [{"active": a, "use": {"mean": [a * k**0.5 for k in range(1, 17)]}} for a in layers],
+        "int8",
+        "quantized",
+        (1000,) * len(layers),
+        1.0,
     )
     nothing = {"resident_bytes": 0, "predictor_bytes": 0, "scratch_bytes": 0}
-    return plan_memory(size, **nothing, layers=len(layers), d_ff=1000, bundle_bytes=1, demand=need)
+    return plan_memory(size, **nothing, widths=(1000,) * len(layers), bundle_bytes=1, demand=need)
 
 
 @given(size=st.integers(1, 4000), layers=st.lists(st.floats(0, 400), min_size=3, max_size=3))

@@ -98,8 +98,8 @@ def test_no_library_at_all_gets_one_neuron(plain: Path, store: FlashStore) -> No
     for layer in store.layers:
         for neuron in (0, 17, layer.d_ff - 1):
             found = torch.frombuffer(bytearray(PROGRAM["read_bundle"](layer.path, neuron)), dtype=layer.dtype)
-            assert torch.equal(found[: layer.d_model], wanted[layer.up_name][neuron])
-            assert torch.equal(found[layer.d_model :], wanted[layer.down_name][:, neuron])
+            assert torch.equal(found[: layer.d_model], wanted[layer.name("up")][neuron])
+            assert torch.equal(found[layer.d_model :], wanted[layer.name("down")][:, neuron])
 
 
 def test_a_newer_format_is_refused_by_both(fresh: Path, tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_what_the_page_says_of_files_is_so(store: FlashStore) -> None:
     (rest,) = [load_file(path) for path in store.others]
     empty = {name: tuple(tensor.shape) for name, tensor in rest.items() if not tensor.numel()}
     tombstones = {name: shape for name, shape in empty.items() if shape != (0,)}
-    ups = {layer.up_name: (0, layer.d_model) for layer in store.layers}
+    ups = {layer.name("up"): (0, layer.d_model) for layer in store.layers}
     assert len(empty) - len(tombstones) <= 1
-    assert tombstones == ups | {layer.down_name: (layer.d_model, 0) for layer in store.layers}
+    assert tombstones == ups | {layer.name("down"): (layer.d_model, 0) for layer in store.layers}
     named = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert named.keys() == {"quant_method", "format_version", "predictor", "predictor_bits", "predictor_group_size"}
 
@@ -221,7 +221,7 @@ def test_the_formulas_name_the_neurons_that_the_product_names(plain: Path, fresh
     assert form.variant == kind
     x = torch.randn(64, store.layers[0].d_model, generator=torch.Generator().manual_seed(1)).bfloat16()
     for layer in store.layers:
-        bias = opened(plain)[layer.up_name.replace("weight", "bias")]
+        bias = opened(plain)[layer.name("up").replace("weight", "bias")]
         scores = formulas(store, form, layer.index, x.float(), bias.float())
         named = form.load(store, layer, bias).select(x)
         clear = scores.abs() > 0.02 * scores.abs().mean()  # nearer to zero rounding may decide
@@ -235,10 +235,10 @@ def test_int4_without_a_calibration_takes_the_assumed_margin(fresh: Path, plain:
     store = FlashStore.open_folder(hf_flash.repack(plain, tmp_path / "flash"))
     layer, form = store.layers[0], QuantizedFormat(4, 64)
     own = {n.rpartition(".")[2]: t for n, t in load_file(store.predictors["int4-g64"]).items() if layer.prefix in n}
-    bias = opened(plain)[layer.up_name.replace("weight", "bias")]
+    bias = opened(plain)[layer.name("up").replace("weight", "bias")]
     x = torch.randn(64, layer.d_model, generator=torch.Generator().manual_seed(1)).bfloat16()
     q, length = PROGRAM["int4_rows"](own["codes"], own["scales"], own["zeros"]), x.float().norm(dim=1, keepdim=True)
-    up = opened(plain)[layer.up_name].float()
+    up = opened(plain)[layer.name("up")].float()
     torch.testing.assert_close((q - up).norm(dim=1), own["error"], rtol=1e-2, atol=1e-4)
     scores = x.float() @ q.T + bias.float() + 1.5 * own["error"] * length / layer.d_model**0.5
     clear = scores.abs() > 0.02 * scores.abs().mean()
@@ -305,7 +305,7 @@ REFUSED: dict[str, tuple[str, Change]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_must_be_refused_is_refused(calibrated: Path, tmp_path: Path, case: str) -> None:
-    """Beside the damaged files of tests/integration/test_errors.py."""
+    """Beside the damaged files of tests/whole/test_errors.py."""
     name, change = REFUSED[case]
     again(copied(calibrated, tmp_path) / f"{name}.safetensors", change)
     with pytest.raises(StoreError, match=name):

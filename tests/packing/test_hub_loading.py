@@ -1,6 +1,6 @@
 """What `from_pretrained` is told about the Hub: revision, token, cache_dir, subfolder, offline. And what is on the disk then.
 
-Whoever loads is another process with caches of its own, as in test_hub.py; the Hub is `tests/hub.py`, on the loopback.
+Whoever loads is another process with caches of its own, as in test_hub.py; the Hub is `tests/hub_server.py`, on the loopback.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import hf_flash
 from hf_flash.commands.main import main
 from hf_flash.packing import repacking
 from hf_flash.store.layout import FlashStore
-from tests.hub import TOKEN, UPLOAD_WARNING, Hub
-from tests.integration.test_hub import elsewhere, tokens
+from tests.hub.test_hub import elsewhere, tokens
+from tests.hub_server import TOKEN, UPLOAD_WARNING, Hub
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 Make = Callable[..., Path]

@@ -155,10 +155,10 @@ def test_every_layer_is_placed_and_safetensors_reads_it(coupled: Path, placed: P
         with safe_open(layer.path, "pt") as file:
             assert dict.fromkeys(file.keys(), layer.path.name).items() <= listed.items()
             place = file.get_tensor(f"{layer.prefix}.place")
-            assert torch.equal(file.get_tensor(layer.key)[place.long(), : layer.d_model], plain[layer.up_name])
+            assert torch.equal(file.get_tensor(layer.key)[place.long(), : layer.d_model], plain[layer.name("up")])
             assert file.metadata()["hf_flash.format_version"] == "2"
-        assert torch.equal(layer.part(layer.unit.deciding)[:], plain[layer.up_name])
-        assert torch.equal(layer.part("down")[7:9], plain[layer.down_name].T[7:9])
+        assert torch.equal(layer.part("up")[:], plain[layer.name("up")])
+        assert torch.equal(layer.part("down")[7:9], plain[layer.name("down")].T[7:9])
     assert store.check() == []
 
 
@@ -227,12 +227,12 @@ def test_layers_that_gain_little_are_left_alone(
 
 
 def test_a_layer_is_placed_again_from_where_it_lies(copy: Path) -> None:
-    ups = [layer.part(layer.unit.deciding)[:].clone() for layer in FlashStore.open_folder(copy).layers]
+    ups = [layer.part("up")[:].clone() for layer in FlashStore.open_folder(copy).layers]
     place = np.random.default_rng(3).permutation(D_FF).astype(np.int32)
     place_layer(FlashStore.open_folder(copy).layers[1], place)
     again = FlashStore.open_folder(copy)
     assert np.array_equal(again.layers[1].place, place)  # type: ignore[arg-type]
-    assert all(torch.equal(layer.part(layer.unit.deciding)[:], up) for layer, up in zip(again.layers, ups, strict=True))
+    assert all(torch.equal(layer.part("up")[:], up) for layer, up in zip(again.layers, ups, strict=True))
 
 
 def test_inspect_and_the_command_say_what_it_brings(placed: Path, unplaced: Path, capsys: pytest.CaptureFixture[str]) -> None:

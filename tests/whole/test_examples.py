@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.hub import serve
+from tests.hub_server import serve
 
 EXAMPLES = ROOT / "examples"
 

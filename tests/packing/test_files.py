@@ -122,7 +122,9 @@ def test_an_entry_of_somebody_else_is_used(shared: Path) -> None:
     (shared / "cache").chmod(0o755)
     with as_nobody():
         found = store_of(shared / "source", shared / "cache")
-        assert torch.equal(found.layers[1].up()[:], load_file(shared / "source" / "model.safetensors")[found.layers[1].up_name])
+        assert torch.equal(
+            found.layers[1].part("up")[:], load_file(shared / "source" / "model.safetensors")[found.layers[1].name("up")]
+        )
 
 
 def test_an_entry_on_a_read_only_disk_is_used(shared: Path, tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_an_entry_on_a_read_only_disk_is_used(shared: Path, tmp_path: Path) -> N
 
 def test_too_many_open_files_are_no_damage(shared: Path) -> None:
     entry, limits = entry_of(shared / "cache"), resource.getrlimit(resource.RLIMIT_NOFILE)
-    checkpoint, adapter = Checkpoint.open_folder(shared / "source"), family_of({"model_type": "opt"})
+    checkpoint, family = Checkpoint.open_folder(shared / "source"), family_of({"model_type": "opt"})
     before, free = contents(entry), os.open("/dev/null", os.O_RDONLY)
     os.close(free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
@@ -151,7 +153,7 @@ def test_too_many_open_files_are_no_damage(shared: Path) -> None:
         with pytest.raises(StoreReadError, match="EMFILE") as caught:
             FlashStore.open_folder(entry)
         with pytest.raises(HfFlashError):
-            cached_store(checkpoint, adapter, QuantizedFormat(4, 64), str(shared / "cache"))
+            cached_store(checkpoint, family, QuantizedFormat(4, 64), str(shared / "cache"))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert caught.value.errno == errno.EMFILE

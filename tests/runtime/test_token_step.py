@@ -26,7 +26,7 @@ from hf_flash.base.buffers import aligned_empty
 from hf_flash.compute.library import library
 from hf_flash.reading.compiled_queue import CompiledQueue
 from hf_flash.reading.reader import open_reader
-from hf_flash.runtime.token_step import TokenStep
+from hf_flash.runtime.token_step import token_step
 from hf_flash.store.layout import FlashStore
 from tests.conftest import in_a_fork
 
@@ -107,7 +107,7 @@ def test_it_gives_the_bits_the_reads_and_the_window_of_the_long_way(
             with pytest.MonkeyPatch.context() as patch, make_rig(stores[layout], layout.dtype, reader, capacity, window) as rig:
                 for module in ("reading.chunks", "runtime.token_step"):
                     patch.setattr(f"hf_flash.{module}.longest_chunk", lambda size: longest)
-                rig.ffn.step = TokenStep(rig.engine.scratch.kernel.room, rig.window, rig.store) if whole else None
+                rig.ffn.step = token_step(rig.engine.arithmetic, rig.window, rig.store) if whole else None
                 answers, done = [], runs(rig, patch)
                 for share, seed in calls:
                     rig.predictor.next = some(share, seed)

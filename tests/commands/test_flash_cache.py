@@ -21,7 +21,7 @@ import hf_flash
 from hf_flash import FlashOffloadConfig
 from hf_flash.commands.main import main
 from tests.conftest import make_opt
-from tests.hub import UPLOAD_WARNING, Hub
+from tests.hub_server import UPLOAD_WARNING, Hub
 
 pytestmark = [
     pytest.mark.filterwarnings(UPLOAD_WARNING),

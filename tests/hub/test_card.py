@@ -21,7 +21,7 @@ from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.run import bench
 from hf_flash.packing.readme import body, merged, without_ours
 from tests.conftest import ROOT
-from tests.hub import UPLOAD_WARNING, Hub
+from tests.hub_server import UPLOAD_WARNING, Hub
 
 pytestmark = pytest.mark.filterwarnings(UPLOAD_WARNING)
 Make = Callable[..., Path]

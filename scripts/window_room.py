@@ -4,7 +4,8 @@
     scripts/window_room.py MODEL TEXT [--tokens 4096]
 
 The first half of the text stands for a calibration, on the second the real `ResidentWindow` is run. For some amounts of room,
-as a share of all neurons, prints the neurons a token reads, all layers together, and in brackets what `hf_flash.budget.plan.demand` says:
+as a share of all neurons, prints the neurons a token reads, all layers together, and in brackets what
+`hf_flash.budget.demand` says:
 
     even     equally many neurons for each layer
     tokens   room for equally many tokens, as hf_flash divides it

@@ -38,7 +38,7 @@ from hf_flash.base.sizes import parse_bytes, parse_share
 from hf_flash.bench.checks import add_checks
 from hf_flash.bench.child import Job
 from hf_flash.bench.report import machine
-from hf_flash.bench.systems import TINY, System, _resolve, default_systems
+from hf_flash.bench.systems import TINY, System, default_systems, resolve_systems
 from hf_flash.machine.disk import DiskPoint, disk_curve, mean_curve
 from hf_flash.packing.repacking import repack
 from hf_flash.store.layout import FlashStore
@@ -94,7 +94,7 @@ def bench(
     """
     store, folder = FlashStore.open_folder(folder), Path(folder)
     plain = None if plain is None else Path(plain)
-    wanted = _resolve(systems or default_systems(plain), arguments or {}, check, plain)
+    wanted = resolve_systems(systems or default_systems(plain), arguments or {}, check, plain)
     dense = _dense_bytes(folder, store)
     budget, extra = parse_share(memory, dense), parse_bytes(headroom)
     job = Job(folder, plain, _prompts(folder, (batch_size, prompt_tokens), seed), tokens, dense, budget, extra, cap, timeout)

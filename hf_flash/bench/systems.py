@@ -98,7 +98,7 @@ def parse_sweep(text: str) -> list[System]:
     return found
 
 
-def _resolve(names: Sequence[str | System], arguments: Mapping[str, Any], check: bool, plain: Any) -> list[System]:
+def resolve_systems(names: Sequence[str | System], arguments: Mapping[str, Any], check: bool, plain: Any) -> list[System]:
     """The systems, each once, with the arguments for all in those of hf_flash."""
     flat = [one for name in names for one in (GROUPS.get(name, (name,)) if isinstance(name, str) else (name,))]
     flat += ["flash", "flash-uncapped"] if check else []

@@ -12,9 +12,10 @@ goes through the model layer by layer, all tokens at each, as post-training quan
         place     which neurons should be neighbours on flash (placement.py)
     publish   the results of all layers into the folder; layer files are written again where neurons move (publishing.py)
 
-Disk: `tokens * (2 * itemsize * d_model + layers at once * (2 * d_model + d_ff / 8))`. Memory: the budget holds the weights
-outside the FFN, the stream's buffers and the training. All of it lies in `.calibration` in the model's folder until the end
-(work_folder.py); a run that was killed goes on after the last finished layer and ends with the same bytes.
+Disk, for each token: two hidden states in the dtype of compute, and for every layer at once an input in bfloat16 and a bit a
+neuron. Memory: the budget holds the weights outside the FFN, the stream's buffers and the training. All of it lies in
+`.calibration` in the model's folder until the end (work_folder.py); a run that was killed goes on after the last finished layer
+and ends with the same bytes.
 
 Several processes, on one machine or on several that share the folder, take as many layers at once: each runs a part of the
 tokens through them, then trains one. Their number changes nothing in the result: batches are cut by position, and a layer's

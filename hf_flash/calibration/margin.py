@@ -14,7 +14,7 @@ import torch
 from hf_flash.calibration.activity import Activations, reached_by
 from hf_flash.predictors.base import find_predictor, read_tensors
 from hf_flash.predictors.low_bit import widen
-from hf_flash.predictors.quantized import _WEIGHTS, DEFAULT_MARGIN, QuantizedFormat, QuantizedPredictor
+from hf_flash.predictors.quantized import DEFAULT_MARGIN, WEIGHTS_AT_A_TIME, QuantizedFormat, QuantizedPredictor
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.layout import FlashStore
 
@@ -31,7 +31,7 @@ def rounding(
     """
     tensors = read_tensors(find_predictor(store, form), f"{layer.prefix}.predictor")
     up, shift, spread = layer.part(layer.unit.deciding), [], []
-    rows = max(1, _WEIGHTS // layer.d_model)
+    rows = max(1, WEIGHTS_AT_A_TIME // layer.d_model)
     for at in range(0, layer.d_ff, rows):
         part = {name: tensor[at : at + rows] for name, tensor in tensors.items()}
         error = widen(part["codes"], part["scales"], part.get("zeros")) - up[at : at + rows].float()

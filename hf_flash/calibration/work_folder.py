@@ -58,7 +58,7 @@ class WorkFolder:
     def check_room(self, processes: int) -> None:
         """Raise `DiskSpaceError` where the disk has no room for the work of so many processes."""
         layer = self._layers[0]
-        recorded = 2 * layer.d_model + (layer.d_ff + 7) // 8
+        recorded = torch.bfloat16.itemsize * layer.d_model + (layer.d_ff + 7) // 8
         with writing(self.path):
             check_room(self.path, self._tokens * (2 * 4 * layer.d_model + processes * recorded))
 

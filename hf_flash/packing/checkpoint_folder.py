@@ -30,7 +30,7 @@ _SHARD_BYTES: Final = 5_000_000_000
 _OURS: Final = re.compile(r"model(-\d{5}-of-\d{5}(-\d+)?)?\.safetensors|flash-(layer-.+|predictor-.+|calibration)\.safetensors")
 
 
-def _finish_folder(
+def finish_folder(
     folder: Path,
     checkpoint: Checkpoint,
     store: FlashStore,
@@ -93,7 +93,7 @@ def _write_rest(
     be copies of files that the index lists until then.
     """
     weight_map: dict[str, str] = {}
-    shards = _shards(specs)
+    shards = divide_into_shards(specs)
     names = _free_names(folder, len(shards))
     try:
         for name, shard in zip(names, shards, strict=True):
@@ -118,7 +118,7 @@ def _free_names(folder: Path, shards: int) -> list[str]:
     return names
 
 
-def _shards(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
+def divide_into_shards(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
     """Specs divided into files of at most `_SHARD_BYTES`, or one tensor."""
     shards: list[dict[str, TensorSpec]] = [{}]
     size = 0
@@ -182,7 +182,7 @@ def save_folder(
                 else:
                     shutil.copyfile(path, temporary)
                 os.replace(temporary, copy)
-    _finish_folder(target, checkpoint, store, config, changed)
+    finish_folder(target, checkpoint, store, config, changed)
     current = {path.name for path in listed_files(target / INDEX_NAME)}
     for path in target.iterdir():  # of an earlier save; transformers would prefer a `model.safetensors`
         left = path.name.removesuffix(".tmp").removesuffix(".new")  # by a save that was killed, of this version or an older one

@@ -22,7 +22,7 @@ from typing import Any, Final
 from filelock import Timeout
 from huggingface_hub import constants
 
-from hf_flash.base import locks as inuse
+from hf_flash.base import locks
 from hf_flash.base.files import exists, listing, writing
 from hf_flash.base.folders import (
     lock_file,
@@ -76,7 +76,7 @@ class Entry:
     @property
     def in_use(self) -> bool:
         """Whether a process is known to write it, or to have a model loaded from it."""
-        return inuse.held([self.path, self._lock, *self.path.glob("*.safetensors")])
+        return locks.held([self.path, self._lock, *self.path.glob("*.safetensors")])
 
     @property
     def _lock(self) -> Path:
@@ -100,7 +100,7 @@ class Entry:
         try:
             alone = lock_on(self._lock).acquire(timeout=0) if self._lock.exists() else nullcontext()
             with alone, writing(self.path):
-                if inuse.held([self.path, *self.path.glob("*.safetensors")]):
+                if locks.held([self.path, *self.path.glob("*.safetensors")]):
                     raise UsageError("in use by a running process", where=self.path, hint="close the model first")
                 shutil.rmtree(self.path if _LEFT.fullmatch(self.name) else put_aside(self.path))
         except Timeout as error:

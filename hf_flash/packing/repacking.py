@@ -35,11 +35,11 @@ from hf_flash.errors import (
     UnsupportedModelError,
 )
 from hf_flash.families import family_of
-from hf_flash.packing import source_cache as hub_cache
+from hf_flash.packing import source_cache
 from hf_flash.packing.bundling import build_store
 from hf_flash.packing.checkpoint_folder import (
-    _finish_folder,
-    _shards,
+    divide_into_shards,
+    finish_folder,
     other_weights,
     repacked_config,
 )
@@ -99,14 +99,7 @@ def repack(
         )
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
     folder = resolve_folder(source, config_only=True, revision=revision, **hub)
-    config = read_json(folder / "config.json")
-    if "quantization_config" in config:
-        raise UnsupportedModelError(
-            "the source is already quantized or repacked",
-            where=folder,
-            got=_method(config),
-            hint="repack the plain checkpoint",
-        )
+    config = _plain_config(folder)
     family = family_of(config)
     form = fresh_form(wish, family, config)
     if (found := find_snapshot(folder)) and not local:
@@ -116,23 +109,26 @@ def repack(
         store = build_store(partial, checkpoint, family, form, rest=True)
         wish.remember(**stored_choice(form))
         config["quantization_config"] = wish.to_dict()
-        _finish_folder(partial, checkpoint, store, config, {})
+        finish_folder(partial, checkpoint, store, config, {})
         copy_small_files(folder, partial)
         checkpoint.check_unchanged()
     if delete_source:
-        hub_cache.delete_source(checkpoint, target)
+        source_cache.delete_source(checkpoint, target)
     return target
 
 
-def _method(config: Mapping[str, Any]) -> Any:
-    found = config["quantization_config"]
-    return found.get("quant_method") if isinstance(found, dict) else ascii(found)
-
-
-# --- the flash cache -----------------------------------------------------------------------------------------------
-
-
-# --- back, and save -------------------------------------------------------------------------------------------------
+def _plain_config(folder: Path) -> dict[str, Any]:
+    """config.json of a plain checkpoint; an error if the folder is something else."""
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        found = config["quantization_config"]
+        raise UnsupportedModelError(
+            "the source is already quantized or repacked",
+            where=folder,
+            got=found.get("quant_method") if isinstance(found, dict) else ascii(found),
+            hint="repack the plain checkpoint",
+        )
+    return config
 
 
 def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
@@ -157,7 +153,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     config = repacked_config(folder)
     del config["quantization_config"]
     with locked(target), partial_folder(target) as partial:
-        shards = _shards(rest | ffn)
+        shards = divide_into_shards(rest | ffn)
         pieces = _restored(checkpoint, store, rest)
         weight_map: dict[str, str] = {}
         for number, specs in enumerate(tqdm(shards, desc="Restoring", unit="shard", delay=1), start=1):

@@ -38,7 +38,7 @@ from hf_flash.store.safetensors_files import TensorSpec
 from hf_flash.store.writer import predictor_metadata, write_safetensors
 
 DEFAULT_MARGIN: Final = {4: 1.5, 8: 3.0}
-_WEIGHTS: Final = 1 << 19  # weights quantized at a time: what fits into a core's cache is three times faster
+WEIGHTS_AT_A_TIME: Final = 1 << 19  # weights quantized at a time: what fits into a core's cache is three times faster
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def write_quantized(path: Path, store: FlashStore, form: QuantizedFormat, progre
 
     def pieces() -> Iterator[torch.Tensor]:
         for layer in progress(store.layers):
-            copied, rows = layer.part(layer.unit.deciding), max(1, _WEIGHTS // layer.d_model)
+            copied, rows = layer.part(layer.unit.deciding), max(1, WEIGHTS_AT_A_TIME // layer.d_model)
             parts = [
                 quantize_rows(copied[at : at + rows], form.bits, form.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
             ]

@@ -1,1 +1,4 @@
-"""TODO"""
+"""Reading: bundles from the files of a store into rows of memory, while the caller does something else.
+
+May import errors, base, machine, store and compute.
+"""

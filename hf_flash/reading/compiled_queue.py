@@ -17,7 +17,7 @@ from hf_flash.reading.chunks import Chunks
 from hf_flash.reading.open_file import (
     FileChangedError,
     OpenFile,
-    _short,
+    file_too_short,
 )
 from hf_flash.reading.queues import logger
 
@@ -83,7 +83,7 @@ class CompiledQueue:
         if error == _CHANGED:
             raise FileChangedError
         if error == _SHORT:
-            raise _short()
+            raise file_too_short()
         if error:
             code = errno.ECANCELED if error == _FORGOTTEN else error
             raise OSError(code, os.strerror(code))

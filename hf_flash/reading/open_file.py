@@ -9,6 +9,7 @@ import zlib
 from typing import Final
 
 from hf_flash.base.buffers import anonymous
+from hf_flash.base.files import read_at
 from hf_flash.compute import library as native
 
 _VERIFIED_BYTES: Final = 1 << 20
@@ -24,7 +25,8 @@ class FileChangedError(OSError):
         super().__init__(errno.ESTALE, "the file was changed since the model was loaded")
 
 
-def _short() -> OSError:
+def file_too_short() -> OSError:
+    """The error of a read that met the end of the file."""
     return OSError(errno.EIO, "end of file: the file is shorter than when it was opened")
 
 
@@ -94,7 +96,7 @@ def _crc_of_data(fd: int) -> str:
     """CRC-32 of what is behind the header of a safetensors file; any text if it has no header any more."""
     room, crc, at = memoryview(anonymous(_VERIFIED_BYTES)), 0, 0
     header = 0
-    while got := _into(fd, [room], at):
+    while got := read_at(fd, [room], at):
         if not at:
             header = 8 + int.from_bytes(room[:8], "little")
             if header > _LARGEST_HEADER:
@@ -104,13 +106,3 @@ def _crc_of_data(fd: int) -> str:
         if got % 4096:
             break  # the end, or a direct read could not go on
     return f"{crc:08x}"
-
-
-def _into(fd: int, views: list[memoryview], offset: int) -> int:
-    """`preadv`, where the system has it."""
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, views, offset)
-    os.lseek(fd, offset, os.SEEK_SET)
-    data = os.read(fd, len(views[0]))
-    views[0][: len(data)] = data
-    return len(data)

@@ -7,12 +7,12 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from hf_flash.base.arrays import Bytes
+from hf_flash.base.files import read_at
 from hf_flash.reading.chunks import Chunks
 from hf_flash.reading.open_file import (
     FileChangedError,
     OpenFile,
-    _into,
-    _short,
+    file_too_short,
 )
 
 
@@ -90,9 +90,9 @@ def _advise(fd: int, reads: list[_Read], advice: str) -> None:
 def _read_exactly(fd: int, views: list[memoryview], offset: int, needed: int) -> None:
     """Fill `views`, which take `needed` bytes, from `offset` on."""
     while needed:
-        got = _into(fd, views, offset)
+        got = read_at(fd, views, offset)
         if got <= 0:
-            raise _short()
+            raise file_too_short()
         offset, needed = offset + got, needed - got
         while views and got >= len(views[0]):
             got -= len(views.pop(0))

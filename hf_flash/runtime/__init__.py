@@ -1,1 +1,4 @@
-"""TODO"""
+"""Runtime: a loaded model. Start with layer.py, the main path of a token.
+
+May import everything up to `budget`.
+"""

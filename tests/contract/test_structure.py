@@ -54,6 +54,46 @@ def test_a_room_imports_only_from_those_below(path: Path) -> None:
     assert above - ({"calibration", "hub", "packing", "runtime"} if room(path) in lazy else set()) == set()
 
 
+USERS = {  # rooms, or files of them, that use a library; all others do without
+    "safetensors": set[str](),
+    "transformers": {
+        "config", "registration", "quantizer", "compute/activation", "runtime/observing", "calibration", "planning", "bench",
+        "evaluation", "serving", "commands/demo", "commands/doctor",
+    },
+    "huggingface_hub": {"store/checkpoint", "packing", "calibration", "planning", "bench", "evaluation", "hub", "commands"},
+}  # fmt: skip
+WITHOUT_TORCH = {
+    "_version", "errors", "config_arguments", "config", "registration", "quantizer", "planner", "__init__",
+    "base/sizes", "base/files", "base/folders", "base/locks", "base/heap", "base/arrays", "machine/cgroup", "machine/free_memory",
+    "machine/about", "machine/memory_cap", "store/names", "budget/demand", "budget/plan", "budget/calibration_report",
+    "bench/systems", "commands/main", "commands/arguments",
+}  # fmt: skip
+
+
+def libraries(path: Path) -> set[str]:
+    """The libraries that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_a_library_is_used_only_where_it_belongs(path: Path) -> None:
+    for library, users in USERS.items():
+        if library in libraries(path):
+            assert {room(path), str(path.with_suffix(""))} & users or room(path) == "__main__"
+    if str(path.with_suffix("")) in WITHOUT_TORCH:
+        assert "torch" not in libraries(path)
+
+
+def test_the_window_knows_neither_reader_nor_predictor() -> None:
+    assert set(imported(parsed(Path("runtime/window.py")))) == {"base"}
+
+
 def test_few_modules_lie_directly_in_the_package() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= AT_TOP
 

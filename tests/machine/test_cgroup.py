@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_flash.machine import cgroup
+from hf_flash.machine.about import usable_cores
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.machine.memory_cap import memory_cap
 from tests.conftest import in_a_fork
@@ -184,7 +185,7 @@ def test_no_text_in_these_files_is_an_error(
             (tree.root / name).write_bytes(text)
     assert all(isinstance(size, int) for size in tree.left())
     cgroup.memory_peak(tree.root)
-    assert cgroup.usable_cores(tree.root) >= 1
+    assert usable_cores(tree.root) >= 1
 
 
 def test_the_peak_is_of_the_own_group(tree: Tree) -> None:
@@ -209,7 +210,7 @@ def test_cores_follow_every_group_of_version_2(tree: Tree, here: str, above: str
     tree.write("u/top/mine", cpu_max=here)
     tree.write("u/top", **({} if above is None else {"cpu_max": above}))
     assert cgroup.cores(tree.root) == wanted
-    assert cgroup.usable_cores(tree.root) == min(wanted or 1 << 20, cgroup.usable_cores(tree.root / "none"))
+    assert usable_cores(tree.root) == min(wanted or 1 << 20, usable_cores(tree.root / "none"))
 
 
 @pytest.mark.parametrize(("quota", "wanted"), [("100000", 1), ("-1", None), ("150000", 2), ("1000", 1)])
@@ -301,11 +302,11 @@ def test_cores_follow_a_real_quota_and_a_real_affinity() -> None:
     with below("cpu", "hf-flash-outer", "inner") as (outer, inner):
         (outer / "cpu.cfs_quota_us").write_text("100000")
         (outer / "cpu.cfs_period_us").write_text("100000")
-        assert inside(inner, lambda: cgroup.usable_cores() == 1)
+        assert inside(inner, lambda: usable_cores() == 1)
 
     def tied() -> bool:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        return cgroup.usable_cores() == 1
+        return usable_cores() == 1
 
     assert in_a_fork(tied)
 
@@ -319,6 +320,6 @@ def test_cores_follow_a_real_cpuset() -> None:
     try:
         (group / "cpuset.mems").write_text((parent / "cpuset.mems").read_text())
         (group / "cpuset.cpus").write_text(str(min(os.sched_getaffinity(0))))
-        assert inside(group, lambda: cgroup.usable_cores() == 1)
+        assert inside(group, lambda: usable_cores() == 1)
     finally:
         group.rmdir()

@@ -1,7 +1,7 @@
 """README.md and docs/: programs run, commands parse, links lead somewhere, tables and figures that can be worked out are right.
 
-Programs run with the small model that is shipped in place of models on the Hub, and with the Hub of `tests/hub_server.py`. The store
-format has a test of its own, tests/store/test_store_format.py.
+Programs run with the small model that is shipped in place of models on the Hub, and with the Hub of `tests/hub_server.py`. The
+store format has a test of its own, tests/store/test_store_format.py.
 """
 
 from __future__ import annotations

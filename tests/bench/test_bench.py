@@ -28,7 +28,7 @@ from hf_flash.bench import run as bench
 from hf_flash.bench import worker as bench_worker
 from hf_flash.bench.checks import add_checks, window_law
 from hf_flash.bench.report import describe
-from hf_flash.bench.systems import ABLATION, SYSTEMS, System, _resolve, parse_arguments, parse_sweep, parse_system
+from hf_flash.bench.systems import ABLATION, SYSTEMS, System, parse_arguments, parse_sweep, parse_system, resolve_systems
 from hf_flash.commands.main import main
 from hf_flash.compute.dram_speed import dram_gb_per_s
 from hf_flash.errors import ConfigError, HfFlashError, StoreReadError
@@ -287,21 +287,21 @@ def test_what_cannot_be_measured(arguments: list[str], message: str, packed: Pat
 def test_arguments_are_parsed() -> None:
     assert parse_arguments("window=3, reader=direct") == {"window": 3, "reader": "direct"}
     assert parse_system(" mine : window=3") == System("mine", arguments={"window": 3})
-    assert [s.label for s in _resolve(["ablation", "flash"], {"window": 3}, True, None)] == [
+    assert [s.label for s in resolve_systems(["ablation", "flash"], {"window": 3}, True, None)] == [
         "hybrid", "+predictor", "+window", "+bundling", "flash", "flash-uncapped",
     ]  # fmt: skip
     mine = System("flash", arguments={"window": 9})
-    assert _resolve([mine], {"window": 3, "reader": "mmap"}, False, None)[0].arguments == {"window": 9, "reader": "mmap"}
+    assert resolve_systems([mine], {"window": 3, "reader": "mmap"}, False, None)[0].arguments == {"window": 9, "reader": "mmap"}
     assert parse_sweep(" 40, 50%:none,6GiB,40") == [
         System("flash 40%", memory="40%"), System("flash 50% none", memory="50%", arguments={"predictor": "none"}),
         System("flash 6GiB", memory="6GiB"), System("flash 40%", memory="40%"),
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="a sweep says itself"):
-        _resolve(parse_sweep("40"), {"memory_budget": 7}, False, None)
+        resolve_systems(parse_sweep("40"), {"memory_budget": 7}, False, None)
     with pytest.raises(ConfigError, match="two systems of one name"):
-        _resolve(["flash", mine], {}, False, None)
+        resolve_systems(["flash", mine], {}, False, None)
     with pytest.raises(ConfigError, match="no argument 'windw'"):
-        _resolve(["flash"], {"windw": 3}, False, None)
+        resolve_systems(["flash"], {"windw": 3}, False, None)
 
 
 @pytest.mark.parametrize(("one", "other", "same"), [

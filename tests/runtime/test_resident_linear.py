@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM
 
 from hf_flash import FlashOffloadConfig
+from hf_flash.compute import kernels
 from hf_flash.compute import library as native
 from hf_flash.runtime import resident_linear as linear
 from hf_flash.runtime.resident_linear import ResidentLinear
@@ -72,11 +73,11 @@ def test_a_token_gets_the_same_bits_in_every_company(
     x, weight, b = matrices(rows, columns, tokens, bias, dtype, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "threads", lambda: threads)
-        found = native.linear(x, weight, b)
+        found = kernels.linear(x, weight, b)
     assert close(found, x, weight, b)
-    assert torch.equal(native.linear(x, weight, b, narrow=True), found)
+    assert torch.equal(kernels.linear(x, weight, b, avx512=False), found)
     for token in range(tokens):
-        assert torch.equal(native.linear(x[token : token + 1], weight, b)[0], found[token])
+        assert torch.equal(kernels.linear(x[token : token + 1], weight, b)[0], found[token])
 
 
 @needs_library
@@ -84,7 +85,7 @@ def test_a_token_gets_the_same_bits_in_every_company(
 def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
     x, weight, b = matrices(9, 40, 3, True, dtype, 0)
     x[1, 7], weight[4, 3] = float("nan"), float("inf")
-    found = native.linear(x, weight, b)
+    found = kernels.linear(x, weight, b)
     assert found[1].isnan().all()
     assert found[:, 4].isfinite().tolist() == [False] * 3
     rest = torch.ones(3, 9, dtype=torch.bool)
@@ -116,7 +117,7 @@ def calls(patch: pytest.MonkeyPatch) -> list[str]:
 
     def few(*args: Any) -> torch.Tensor:
         seen.append("few")
-        return native.linear(*args)
+        return kernels.linear(*args)
 
     def many(self: ResidentLinear, x: torch.Tensor) -> torch.Tensor:
         seen.append("many")

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, HfFlashError, StoreFormatError
+from hf_flash.budget.divide import stored_report
 from hf_flash.commands.main import main
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.safetensors_files import DTYPES, read_header
@@ -342,7 +343,7 @@ def loaded(folder: Path) -> None:
 
 TOKENS = torch.arange(4, 90).repeat(30)
 CALLS: dict[str, Callable[[Path], Any]] = {
-    "open": lambda folder: hf_flash.runtime.stored_report(FlashStore.open_folder(folder)),
+    "open": lambda folder: stored_report(FlashStore.open_folder(folder)),
     "restore": lambda folder: hf_flash.restore(folder, folder.parent / "restored"),
     "calibrate": lambda folder: hf_flash.calibrate(
         folder, torch.arange(4, 90).repeat(30), samples=8, context=32, epochs=0, rank=4

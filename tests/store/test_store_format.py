@@ -104,7 +104,7 @@ def test_no_library_at_all_gets_one_neuron(plain: Path, store: FlashStore) -> No
 
 def test_a_newer_format_is_refused_by_both(fresh: Path, tmp_path: Path) -> None:
     for path in copied(fresh, tmp_path).glob("*.safetensors"):
-        path.write_bytes(path.read_bytes().replace(b'"hf_flash.format_version":"1"', b'"hf_flash.format_version":"3"'))
+        path.write_bytes(path.read_bytes().replace(b'"hf_flash.format_version":"1"', b'"hf_flash.format_version":"9"'))
     with pytest.raises(ValueError, match="of a newer format"):
         PROGRAM["read_plain"](tmp_path)
     with pytest.raises(hf_flash.StoreVersionError):
@@ -294,6 +294,10 @@ REFUSED: dict[str, tuple[str, Change]] = {
     "bundles of whole numbers": (LAYER, tensor(".bundles", lambda t: t.view(torch.int16))),
     "bundles of another dtype": (LAYER, tensor(".bundles", torch.Tensor.half)),
     "no checksum": (LAYER, lambda meta, tensors: meta.pop("hf_flash.crc32")),
+    "parts in an old version": (LAYER, meta(parts="up:row,down:column")),
+    "a new version without parts": (LAYER, meta(format_version="3")),
+    "parts that are stored in no known way": (LAYER, meta(format_version="3", parts="up:row,down:diagonal")),
+    "a part whose matrix has no name": (LAYER, meta(format_version="3", parts="gate:row,up:row,down:column")),
     "another source": (LAYER, meta(fingerprint="0" * 32)),
     "another number of layers": (LAYER, meta(layers="4")),
     "a calibration of other weights": ("flash-calibration", meta(revision="0" * 40)),

@@ -44,7 +44,7 @@ def give_flash_class(model: Any) -> None:
     add_methods(model, {"save_pretrained": save_pretrained, "push_to_hub": push_to_hub, **METHODS})
 
 
-bind = give_flash_class  # the name that quantizer.py imports
+bind = give_flash_class  # the old name, which loading.py imports
 
 
 def save_pretrained(

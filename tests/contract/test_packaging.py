@@ -31,7 +31,10 @@ from tests.conftest import ROOT, TINY_OPT
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-MODULES = {f"hf_flash/{path.name}" for path in (ROOT / "hf_flash").glob("*.py")}
+PACKAGE = ROOT / "hf_flash"
+MODULES = {f"hf_flash/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
+C_SOURCES = {f"hf_flash/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.[ch]")}
+OPTIONAL = ("hf_flash/serving/", "hf_flash/bench/plots.py")  # imported only where an extra is asked for
 STDLIB = sys.stdlib_module_names
 ON_LINUX_X86 = sys.platform == "linux" and platform.machine() == "x86_64"
 
@@ -44,33 +47,23 @@ def plain(name: str) -> str:
 def imported() -> tuple[set[str], set[str]]:
     """Libraries that come with the package and its commands, and those that are imported when something needs them.
 
-    The first are imported at the top of modules that are themselves reached so; the second inside of functions, or at the top
-    of modules that are.
+    The first are imported at the top of modules; the second inside of functions, or at the top of modules for an extra.
     """
-    top: dict[str, set[str]] = {}
-    inside: set[str] = set()
-    for path in (ROOT / "hf_flash").glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        at_top = top.setdefault(path.stem, set())
+    top, inside = set[str](), set[str]()
+    for module in MODULES:
+        tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            kept = at_top if node in tree.body else inside
+            found = top if node in tree.body and not module.startswith(OPTIONAL) else inside
             if isinstance(node, ast.Import):
-                kept.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module] if node.module else [alias.name for alias in node.names]
-                kept.update("." * node.level + name for name in names)
-    reached, todo = set(), ["__init__", "__main__", "calibration"]
-    while todo:
-        reached.add(module := todo.pop())
-        todo += [name[1:] for name in top[module] if name[0] == "." and name[1:] not in reached]
-    always = set().union(*(top[module] for module in reached))
-    others = inside.union(*top.values())
-    return libraries(always), libraries(others) - libraries(always)
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module)
+    return libraries(top), libraries(inside) - libraries(top)
 
 
 def libraries(names: set[str]) -> set[str]:
     """Of what is imported, the distributions that are neither Python's nor ours."""
-    return {plain(name.split(".")[0]) for name in names if name[0] != "." and name.split(".")[0] not in STDLIB}
+    return {plain(name.split(".")[0]) for name in names if name.split(".")[0] not in {*STDLIB, "hf_flash"}}
 
 
 def test_what_is_imported_is_what_is_required() -> None:
@@ -149,7 +142,7 @@ def test_a_source_distribution_has_what_a_wheel_is_made_of(tmp_path: Path) -> No
     file, _ = build(tmp_path, "sdist")
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert MODULES | {"hf_flash/compute/_native.c", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert MODULES | C_SOURCES | {"pyproject.toml", "README.md", "LICENSE"} <= names
 
 
 def test_the_compiled_part_of_a_wheel_is_the_one_that_its_modules_call(wheel: Path, tmp_path: Path) -> None:
@@ -175,7 +168,7 @@ runpy.run_module("hf_flash")
 
 def test_an_installed_copy_works_without_a_c_compiler_and_says_so(tmp_path: Path) -> None:
     wheel, said = build(tmp_path / "build", "wheel", CC="false")
-    assert 'building extension "hf_flash._native" failed' in said
+    assert 'building extension "hf_flash.compute._native" failed' in said
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "installed")
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"}

@@ -49,7 +49,7 @@ def make(
     activation = activation or Activation("relu", F.relu, RELU, zeros=True)
     engine = Engine(reader, ARITHMETICS[name](D_FF, unit, activation))  # type: ignore[arg-type]
     names: Any = {role: f"{role}_proj" for role in unit.roles}
-    ffn = BlockFFN(0, D_FF, D, activation, names, dict.fromkeys(unit.roles)).eval()
+    ffn = BlockFFN(0, D_FF, D, activation, names=names, biases=dict.fromkeys(unit.roles)).eval()
     window = ResidentWindow(D_FF, engine.arithmetic.matrix(capacity), 5)
     ffn.attach(engine, window, predictor or NoPredictor())
     return ffn, reader, matrices

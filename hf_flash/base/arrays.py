@@ -16,6 +16,3 @@ def count_uses(selected: Mask) -> Ids:
     for at in range(0, len(selected), 255):  # bytes are added much faster than wider numbers
         total += np.add.reduce(selected[at : at + 255].view(np.uint8), axis=0, dtype=np.uint8)
     return total
-
-
-uses = count_uses  # the old name: remove it with its last importer

@@ -78,6 +78,3 @@ def _file_mappings() -> list[tuple[int, int]] | None:
 def _within(ranges: list[tuple[int, int]], address: int) -> bool:
     at = bisect.bisect_right(ranges, (address, 1 << 64)) - 1
     return at >= 0 and ranges[at][0] <= address < ranges[at][1]
-
-
-anonymous, copied = allocate_pages, copy_to_memory  # the old names: remove each with its last importer

@@ -384,7 +384,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object so that it appears complete or not at all."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-# Old names: remove each with its last importer.
-number, listing, link, plain_name, to_disk = parse_number, list_folder, link_inside, is_plain_name, sync_to_disk

@@ -248,6 +248,3 @@ def copy_small_files(source: Path, target: Path) -> None:
         if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
             with writing(target / path.name):
                 shutil.copyfile(path, target / path.name)
-
-
-short, beside, lock_on = shorten_name, path_beside, make_lock  # the old names: remove each with its last importer

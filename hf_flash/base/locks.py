@@ -81,6 +81,3 @@ def _is_held(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
-
-
-held, holding = is_held, hold_folder  # the old names: remove each with its last importer

@@ -13,8 +13,7 @@ from typing import Any, Final
 import torch
 from huggingface_hub.utils import tqdm
 
-from hf_flash.base.files import link as link_inside
-from hf_flash.base.files import listed_files, read_json, write_json, writing
+from hf_flash.base.files import link_inside, listed_files, read_json, write_json, writing
 from hf_flash.errors import (
     StoreFormatError,
 )

@@ -23,14 +23,14 @@ from filelock import Timeout
 from huggingface_hub import constants
 
 from hf_flash.base import locks
-from hf_flash.base.files import exists, listing, writing
+from hf_flash.base.files import exists, list_folder, writing
 from hf_flash.base.folders import (
     lock_file,
-    lock_on,
     locked,
+    make_lock,
     partial_folder,
     put_aside,
-    short,
+    shorten_name,
 )
 from hf_flash.errors import (
     ConfigError,
@@ -76,7 +76,7 @@ class Entry:
     @property
     def in_use(self) -> bool:
         """Whether a process is known to write it, or to have a model loaded from it."""
-        return locks.held([self.path, self._lock, *self.path.glob("*.safetensors")])
+        return locks.is_held([self.path, self._lock, *self.path.glob("*.safetensors")])
 
     @property
     def _lock(self) -> Path:
@@ -98,9 +98,9 @@ class Entry:
             RepackError: the system does not let it go.
         """
         try:
-            alone = lock_on(self._lock).acquire(timeout=0) if self._lock.exists() else nullcontext()
+            alone = make_lock(self._lock).acquire(timeout=0) if self._lock.exists() else nullcontext()
             with alone, writing(self.path):
-                if locks.held([self.path, *self.path.glob("*.safetensors")]):
+                if locks.is_held([self.path, *self.path.glob("*.safetensors")]):
                     raise UsageError("in use by a running process", where=self.path, hint="close the model first")
                 shutil.rmtree(self.path if _LEFT.fullmatch(self.name) else put_aside(self.path))
         except Timeout as error:
@@ -120,7 +120,7 @@ def scan(cache_dir: str | None = None) -> list[Entry]:
         cache_dir: as in `FlashOffloadConfig`.
     """
     folder = cache_folder(cache_dir)
-    paths = [path for path in listing(folder) if path.is_dir()] if exists(folder) else []
+    paths = [path for path in list_folder(folder) if path.is_dir()] if exists(folder) else []
     entries = (_entry(path) for path in paths if not path.name.startswith(".") or _LEFT.fullmatch(path.name))
     return sorted((entry for entry in entries if entry is not None), key=lambda entry: (entry.source, entry.name))
 
@@ -180,7 +180,7 @@ def cached_store(checkpoint: Checkpoint, family: Family, form: QuantizedFormat |
     """
     origin = checkpoint.origin()
     key = checkpoint.identity(origin["fingerprint"], 1_000_000_000) if origin["revision"] else origin["fingerprint"]
-    source = short(origin["source"].replace("/", "--"), 200)
+    source = shorten_name(origin["source"].replace("/", "--"), 200)
     name = "--".join(filter(None, [source, origin["revision"][:12], key[:16]]))
     target = cache_folder(cache_dir) / name
     with ExitStack() as stack:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from hf_flash.base.arrays import Bytes
-from hf_flash.base.buffers import anonymous
+from hf_flash.base.buffers import allocate_pages
 from hf_flash.base.locks import hold
 from hf_flash.compute import library as native
 from hf_flash.reading.chunks import Chunks
@@ -183,7 +183,7 @@ def direct_alignment(store: FlashStore) -> tuple[int, str]:
     except OSError as error:
         return 0, f"the file system of {path.parent} refuses O_DIRECT ({error.strerror})"
     try:
-        page = memoryview(anonymous(2 * PAGE))
+        page = memoryview(allocate_pages(2 * PAGE))
         for align in (512, 4096):
             try:
                 if os.preadv(fd, [page[align : 2 * align]], align) == align:

@@ -8,7 +8,7 @@ import os
 import zlib
 from typing import Final
 
-from hf_flash.base.buffers import anonymous
+from hf_flash.base.buffers import allocate_pages
 from hf_flash.base.files import read_at
 from hf_flash.compute import library as native
 
@@ -94,7 +94,7 @@ def _takes_nowait(fd: int) -> bool:
 
 def _crc_of_data(fd: int) -> str:
     """CRC-32 of what is behind the header of a safetensors file; any text if it has no header any more."""
-    room, crc, at = memoryview(anonymous(_VERIFIED_BYTES)), 0, 0
+    room, crc, at = memoryview(allocate_pages(_VERIFIED_BYTES)), 0, 0
     header = 0
     while got := read_at(fd, [room], at):
         if not at:

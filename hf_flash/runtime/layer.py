@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_flash.base.arrays import Ids, Mask, uses
+from hf_flash.base.arrays import Ids, Mask, count_uses
 from hf_flash.compute.activation import Activation
 from hf_flash.compute.arithmetic import Biases, block_rows
 from hf_flash.errors import UsageError
@@ -331,4 +331,4 @@ class _NoBackward(torch.autograd.Function):
 
 def _used_by_any(selected: torch.Tensor) -> Ids:
     """Sorted ids of the neurons that any token selected."""
-    return np.flatnonzero(selected[0].numpy() if len(selected) == 1 else uses(selected.numpy()))
+    return np.flatnonzero(selected[0].numpy() if len(selected) == 1 else count_uses(selected.numpy()))

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_flash.base.arrays import Ids, Mask, uses
+from hf_flash.base.arrays import Ids, Mask, count_uses
 
 GROWTH: Final = 1 / 0.99  # of what a use is worth, per token: half of a neuron's worth is of the last 69 tokens
 RENEW: Final = 1e9  # when weights have grown this large they start from 1 again
@@ -83,7 +83,7 @@ class ResidentWindow:
             self.last_used[union] = self.clock
             self.worth[union] += self.gain * tokens
             return
-        self.worth += self.gain * uses(selected)
+        self.worth += self.gain * count_uses(selected)
         recent = max(0, tokens - self.window)
         self.last_used[union] = np.maximum(self.last_used[union], start + recent)  # used, but before the window
         for token in range(recent, tokens):

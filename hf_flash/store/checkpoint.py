@@ -26,8 +26,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_flash.base.buffers import copied
-from hf_flash.base.files import StoredFile, absolute, check_inside, exists, listed_files, plain_name, reading
+from hf_flash.base.buffers import copy_to_memory
+from hf_flash.base.files import StoredFile, absolute, check_inside, exists, is_plain_name, listed_files, reading
 from hf_flash.errors import ConfigError, RepackError, StoreFormatError, StoreMissingError
 from hf_flash.store.names import FORMAT_VERSION
 from hf_flash.store.safetensors_files import DTYPE_NAMES, Rows, TensorSpec, read_header, read_pieces, read_tensor
@@ -93,7 +93,7 @@ class Checkpoint:
     def in_memory(self, name: str) -> torch.Tensor:
         """One tensor, contiguous, in memory even if it is pickled."""
         tensor = self.tensor(name)
-        return tensor if self._where[name][0].suffix == ".safetensors" else copied(tensor)
+        return tensor if self._where[name][0].suffix == ".safetensors" else copy_to_memory(tensor)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """One tensor in pieces of some MiB, in its own order, which share a buffer."""
@@ -255,7 +255,7 @@ def given_files(folder: str, files: Sequence[str]) -> list[Path]:
         base = next((path.parent for path in paths if find_snapshot(path.parent)), paths[0].parent)
     for path in paths:
         name = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
-        if not plain_name(name):
+        if not is_plain_name(name):
             raise StoreFormatError(
                 "the index lists a file outside the checkpoint's folder",
                 where=base,

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_flash.base.files import StoredFile, number
+from hf_flash.base.files import StoredFile, parse_number
 from hf_flash.errors import StoreFormatError, StoreVersionError
 from hf_flash.store.codecs import codec_of
 from hf_flash.store.names import ALIGNMENT, PARTS_VERSION, PLACED_VERSION
@@ -106,7 +106,7 @@ class LayerStore:
 def check_version(path: Path, own: Mapping[str, str]) -> None:
     """Refuse a file of a format version that this program does not know."""
     text = own.get("format_version", "")
-    version = number(text)
+    version = parse_number(text)
     if version is None:
         raise StoreFormatError("the format version is missing or not a number", where=path, got=repr(text[:80]))
     if version > PARTS_VERSION:
@@ -125,11 +125,11 @@ def layer_of(path: Path, tensors: Tensors, own: Mapping[str, str]) -> LayerStore
     Args:
         tensors: as its header has them. own: its metadata under our prefix, without that.
     """
-    version = number(own.get("format_version")) or 0
+    version = parse_number(own.get("format_version")) or 0
     parts = _parts_of(path, own, version)
     keys = [name for name in tensors if name.endswith(".bundles")]
     lacking = [k for k in (*(part.role for part in parts), "crc32") if k not in own]
-    sizes = {k: number(own.get(k)) for k in ("layer", "layers", "d_model", "d_ff", "format_version")}
+    sizes = {k: parse_number(own.get(k)) for k in ("layer", "layers", "d_model", "d_ff", "format_version")}
     lacking += [k for k, value in sizes.items() if value is None or value > _MOST or (value == 0 and k != "layer")]
     if len(keys) != 1 or lacking:
         raise StoreFormatError(

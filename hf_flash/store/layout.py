@@ -38,7 +38,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from hf_flash.base.files import absolute, check_inside, exists, listed_files, listing, read_json
+from hf_flash.base.files import absolute, check_inside, exists, list_folder, listed_files, read_json
 from hf_flash.errors import StoreFormatError, StoreMissingError
 from hf_flash.store.layer_file import LayerStore, check_version, crc_of_file, layer_of
 from hf_flash.store.names import HEADERS, INDEX_NAME, LAYER_FILE, META
@@ -89,7 +89,7 @@ class FlashStore:
         folder = absolute(folder)
         if not exists(folder) or not folder.is_dir():
             raise StoreMissingError("not a folder", where=folder)
-        there = [path for path in listing(folder) if path.suffix == ".safetensors" and not path.name.startswith(".")]
+        there = [path for path in list_folder(folder) if path.suffix == ".safetensors" and not path.name.startswith(".")]
         check_inside(folder, there)
         listed = listed_files(folder / INDEX_NAME) if exists(folder / INDEX_NAME) else []
         files = sorted({*listed, *there})

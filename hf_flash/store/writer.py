@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from hf_flash.base.buffers import aligned_empty
-from hf_flash.base.files import new_file, to_disk, writing
+from hf_flash.base.files import new_file, sync_to_disk, writing
 from hf_flash.errors import InvalidWeightsError, RepackError, StoreFormatError
 from hf_flash.store.codecs import codec_of
 from hf_flash.store.layer_file import LayerStore, crc_of_file
@@ -58,7 +58,7 @@ def write_safetensors(
             header["__metadata__"][META + "crc32"] = f"{crc:08x}"
             file.seek(0)
             file.write(_encode(header))
-        to_disk(file)
+        sync_to_disk(file)
     os.replace(temporary, path)
 
 

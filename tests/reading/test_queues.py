@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_flash.base.buffers import anonymous
+from hf_flash.base.buffers import allocate_pages
 from hf_flash.compute import library as native
 from hf_flash.reading.chunks import Chunks
 from hf_flash.reading.compiled_queue import CompiledQueue
@@ -81,7 +81,7 @@ def contents(seed: int = 0) -> bytes:
 
 
 def rows(count: int, size: int) -> Any:
-    return np.frombuffer(anonymous(count * size), np.uint8, count * size).reshape(count, size)
+    return np.frombuffer(allocate_pages(count * size), np.uint8, count * size).reshape(count, size)
 
 
 def chunks(at: list[int], lengths: list[int], places: Any, size: int) -> Chunks:

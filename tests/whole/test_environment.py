@@ -167,9 +167,9 @@ def test_a_target_may_have_a_long_name(name: str, tmp_path: Path) -> None:
 
 
 def test_names_that_fit_stay_as_they_were() -> None:
-    assert folders.short("model--abc") == "model--abc"
+    assert folders.shorten_name("model--abc") == "model--abc"
     assert folders.lock_file(Path("/a/b")).name == ".b.lock"
-    long = [folders.short(end * 300) for end in "ab"] + [folders.short("a" * 299)]
+    long = [folders.shorten_name(end * 300) for end in "ab"] + [folders.shorten_name("a" * 299)]
     assert len(set(long)) == 3
     assert all(len(name) == 240 for name in long)
 

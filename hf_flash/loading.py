@@ -21,7 +21,7 @@ from hf_flash.config import AUTO, FlashOffloadConfig
 from hf_flash.errors import BudgetError, ConfigError, UnsupportedModelError
 from hf_flash.families import family_of
 from hf_flash.families.base import Family
-from hf_flash.hub.saving import bind
+from hf_flash.hub.saving import give_flash_class
 from hf_flash.machine.about import usable_cores
 from hf_flash.packing.flash_cache import cached_store
 from hf_flash.predictors.base import PredictorForm, find_predictor
@@ -104,7 +104,7 @@ def finish(model: Any, config: FlashOffloadConfig, loading: Loading) -> None:
         ahead = int(usable_cores() > torch.get_num_threads())  # both cores busy: it costs what it hides
     if ahead and loading.form is not None:
         add_lookahead(model, loading.family, loading.ffns)
-    bind(model)
+    give_flash_class(model)
     stay_on_cpu(model)
     logger.info(
         "hf_flash: memory budget %s%s\n%s",

@@ -274,18 +274,6 @@ class Product:
         self._run(x, None, shift, shift_scale, bias, first)
         return active
 
-    def called(
-        self,
-        x: torch.Tensor,
-        plus: torch.Tensor,
-        *,
-        times: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        first: Product | None = None,
-    ) -> torch.Tensor:
-        """The old name of [`active`], which predictors/low_bit.py uses."""
-        return self.active(x, plus, shift_scale=times, bias=bias, first=first)
-
     def _run(
         self,
         x: torch.Tensor,

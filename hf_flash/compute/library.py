@@ -144,9 +144,6 @@ STRUCTURES: Final = (  # in the order of `hf_sizes`
 )  # fmt: skip
 
 
-Job = TokenJob  # the old name, which tests/reading/test_queues.py uses
-
-
 # --- the library
 
 

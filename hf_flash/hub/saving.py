@@ -44,9 +44,6 @@ def give_flash_class(model: Any) -> None:
     add_methods(model, {"save_pretrained": save_pretrained, "push_to_hub": push_to_hub, **METHODS})
 
 
-bind = give_flash_class  # the old name, which loading.py imports
-
-
 def save_pretrained(
     model: Any,
     save_directory: str | os.PathLike[str],

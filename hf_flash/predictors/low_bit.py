@@ -222,7 +222,7 @@ class Scores:
         first = None if self.first is None else self.first.compiled
         if self.matrix.compiled is None or (first is None) != (self.first is None):
             return ~(self(x, times) <= 0)
-        return self.matrix.compiled.called(x, self.plus, times=times, bias=self.bias, first=first)
+        return self.matrix.compiled.active(x, self.plus, shift_scale=times, bias=self.bias, first=first)
 
 
 def by_tokens(x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

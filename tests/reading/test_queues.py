@@ -332,7 +332,7 @@ def test_structures_are_as_the_compiled_part_has_them(monkeypatch: pytest.Monkey
         pytest.skip("no compiled part here")
 
     class Longer(ctypes.Structure):
-        _fields_ = (*native.Job._fields_, ("more", ctypes.c_int64))
+        _fields_ = (*native.TokenJob._fields_, ("more", ctypes.c_int64))
 
     for at in range(len(native.STRUCTURES)):
         wrong = [*native.STRUCTURES]

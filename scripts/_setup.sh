@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-.venv}"
 stamp="$VENV/.stamp-$1"
-if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml constraints.txt hf_flash/compute/_native* -newer "$stamp" ! -name '*.so')" ]; then
+if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml constraints.txt hf_flash/compute/*.[ch] -newer "$stamp")" ]; then
     echo "setting up $VENV ..."
     [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
     # torch first: the pinned build is a CPU build where one is offered; a plain "torch" may bring gigabytes of CUDA

@@ -21,7 +21,7 @@ from hf_flash.reading.open_file import (
 )
 from hf_flash.reading.queues import logger
 
-BOUNCE_BYTES: Final = 1 << 16  # BOUNCE_BYTES of _native_read.h
+BOUNCE_BYTES: Final = 1 << 16  # BOUNCE_BYTES of native.h
 
 
 _CHANGED, _SHORT, _FORGOTTEN = -1, -2, -3
@@ -37,7 +37,7 @@ class CompiledQueue:
     """
 
     def __init__(self, threads: int, file: OpenFile, *, ring: bool = True, warn: bool = True) -> None:
-        library = native.library()
+        library = native.loaded()  # whoever makes this queue has decided by `library()` already
         assert library is not None
         self._library, self._targets = library, dict[int, Bytes]()  # what is written to: it must outlive the reads
         self.reader: int | None = library.hf_reader_open(threads, ring, file.address)

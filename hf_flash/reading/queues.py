@@ -1,6 +1,6 @@
 """Queues of reads: chunks of open files into rows of memory, while the caller does something else.
 
-    CompiledQueue    by the compiled part (_native_read.h): io_uring, or a few threads of its own
+    CompiledQueue    by the compiled part (compute/read_queue.c): io_uring, or a few threads of its own
     PagesQueue       by Python, through the page cache, where there is no compiled part
 
 Both keep these promises, which the layers above rely on:

@@ -128,7 +128,7 @@ def everything(widths: Sequence[int]) -> Demand:
 
 
 def _known(use: Mapping[str, Sequence[float]], d_ff: int) -> Curve:
-    """The curve of what [`activity.Use`] wrote down."""
+    """The curve of what [`activity.AggregatedUse`] wrote down."""
     return curve([*range(1, len(use["mean"]) + 1), *use.get("far_tokens", ())], [*use["mean"], *use.get("far", ())], d_ff)
 
 

@@ -334,7 +334,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(
 def test_a_file_that_is_cut_short_is_an_error_and_no_signal(packed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "folder"))
     store, checkpoint = FlashStore.open_folder(folder), Checkpoint.open_folder(folder)
-    up = store.layers[1].up()
+    up = store.layers[1].part("up")
     name = next(name for name, (_, shape) in checkpoint.specs.items() if "embed_tokens" in name)
     for path in folder.glob("*.safetensors"):
         os.truncate(path, 4096)

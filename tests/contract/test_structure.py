@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -92,6 +95,23 @@ def test_a_library_is_used_only_where_it_belongs(path: Path) -> None:
 
 def test_the_window_knows_neither_reader_nor_predictor() -> None:
     assert set(imported(parsed(Path("runtime/window.py")))) == {"base"}
+
+
+@pytest.mark.parametrize("folder", ["tests", "scripts", "examples", "docs"])
+def test_modules_that_programs_in_a_text_import_exist(folder: str) -> None:
+    """Nobody else would notice: a program that a test hands to another process, one on a page, one in a comment."""
+    programs = re.compile(r"(?:from|import) (hf_flash[\w.]*)(?: import \(?((?:\w+(?:, )?)+))?")
+    for path in (ROOT / folder).rglob("*"):
+        if path.suffix not in {".py", ".md", ""} or not path.is_file():
+            continue
+        for module, names in programs.findall(path.read_text(encoding="utf-8")):
+            found = importlib.import_module(module.rstrip("."))
+            lacking = [name for name in names.split(", ") if name and not _has(found, name)]
+            assert not lacking, path
+
+
+def _has(module: ModuleType, name: str) -> bool:
+    return hasattr(module, name) or importlib.util.find_spec(f"{module.__name__}.{name}") is not None
 
 
 def test_few_modules_lie_directly_in_the_package() -> None:

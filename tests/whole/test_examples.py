@@ -63,7 +63,7 @@ def test_push(plain: Path, tmp_path: Path) -> None:
 
 def test_every_script_is_run_in_a_test_and_named_in_the_readme() -> None:
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
-    tested = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    tested = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert {name for name in scripts if name not in tested} == set()
     assert {name for name in scripts if f"]({name})" not in readme} == set()

@@ -134,7 +134,7 @@ def test_no_way_of_generating_exceeds_the_budget(checkpoint: Path, tmp_path: Pat
 
 HEAP = """
 import sys, torch
-from hf_flash.memory import Heap
+from hf_flash.base.heap import Heap
 
 def anonymous():
     with open("/proc/self/status") as file:

@@ -24,8 +24,8 @@ from hf_flash.families.base import Family
 from hf_flash.hub.saving import give_flash_class
 from hf_flash.machine.about import usable_cores
 from hf_flash.packing.flash_cache import cached_store
-from hf_flash.predictors.base import PredictorForm, find_predictor
-from hf_flash.predictors.choice import fresh_form, stored_choice, stored_form
+from hf_flash.predictors.base import PredictorFormat, find_predictor
+from hf_flash.predictors.choice import fresh_format, stored_choice, stored_format
 from hf_flash.runtime.attach import attach
 from hf_flash.runtime.devices import stay_on_cpu
 from hf_flash.runtime.layer import FlashFFN
@@ -46,7 +46,7 @@ class Loading:
 
     Attributes:
         checkpoint: the files that the other weights come from.
-        form: the predictor; `None`: every neuron is used.
+        fmt: the predictor; `None`: every neuron is used.
         ffns: the blocks that were replaced, by layer.
     """
 
@@ -54,7 +54,7 @@ class Loading:
     checkpoint: Checkpoint
     store: FlashStore
     plan: MemoryPlan
-    form: PredictorForm | None
+    fmt: PredictorFormat | None
     ffns: Sequence[FlashFFN]
 
 
@@ -85,24 +85,24 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
         store.check_others()
         _check_shape(family, model, store)
     ffns = replace_feed_forwards(model, family)
-    plan, form = _divide(model, config, family, checkpoint, store)
+    plan, fmt = _divide(model, config, family, checkpoint, store)
     if store is None:
-        store = cached_store(checkpoint, family, fresh_form(config, family, model.config) if form else None, config.cache_dir)
+        store = cached_store(checkpoint, family, fresh_format(config, family, model.config) if fmt else None, config.cache_dir)
         _check_shape(family, model, store)
-    if form is not None:
-        find_predictor(store, form)
-    config.remember(**stored_choice(form))
-    return Loading(family, checkpoint, store, plan, form, ffns)
+    if fmt is not None:
+        find_predictor(store, fmt)
+    config.remember(**stored_choice(fmt))
+    return Loading(family, checkpoint, store, plan, fmt, ffns)
 
 
 def finish(model: Any, config: FlashOffloadConfig, loading: Loading) -> None:
     """Everything after the other weights are loaded."""
     plan = loading.plan
-    attach(model, config, loading.family, plan, loading.store, loading.checkpoint, loading.form, loading.ffns)
+    attach(model, config, loading.family, plan, loading.store, loading.checkpoint, loading.fmt, loading.ffns)
     ahead = config.lookahead
     if ahead is None:
         ahead = int(usable_cores() > torch.get_num_threads())  # both cores busy: it costs what it hides
-    if ahead and loading.form is not None:
+    if ahead and loading.fmt is not None:
         add_lookahead(model, loading.family, loading.ffns)
     give_flash_class(model)
     stay_on_cpu(model)
@@ -118,29 +118,29 @@ def finish(model: Any, config: FlashOffloadConfig, loading: Loading) -> None:
 
 def _divide(
     model: Any, config: FlashOffloadConfig, family: Family, checkpoint: Checkpoint, store: FlashStore | None
-) -> tuple[MemoryPlan, PredictorForm | None]:
+) -> tuple[MemoryPlan, PredictorFormat | None]:
     """Divide the memory budget. On a plain checkpoint whose predictor nobody named, one that does not fit is left out."""
     shape, dtype = family.shape(model.config), model.config.dtype
     unit = store.layers[0].unit if store else _unit_of(family, shape.d_model, checkpoint)
     budget = None if config.memory_budget == AUTO else config.memory_budget
     resident = _resident_bytes(model, dtype)
 
-    def plan(form: PredictorForm | None) -> MemoryPlan:
-        demand = expected_demand(form, shape, store)
+    def plan(fmt: PredictorFormat | None) -> MemoryPlan:
+        demand = expected_demand(fmt, shape, store)
         reading: Any = {"reader": config.reader, "io_threads": config.io_threads}
-        return divide_memory(budget, resident, form, shape, unit, dtype, demand=demand, **reading)
+        return divide_memory(budget, resident, fmt, shape, unit, dtype, demand=demand, **reading)
 
-    form = stored_form(config, family, model.config, store) if store else fresh_form(config, family, model.config)
+    fmt = stored_format(config, family, model.config, store) if store else fresh_format(config, family, model.config)
     try:
-        return plan(form), form
+        return plan(fmt), fmt
     except BudgetError:
-        if form is None or config.predictor is not None:
+        if fmt is None or config.predictor is not None:
             raise
         without = plan(None)
         logger.warning(
             "hf_flash: the memory budget is too small for the quantized predictor, which needs %s in all; loading with "
             "predictor='none': every neuron is read for every token, which is much slower",
-            format_bytes(without.minimum_bytes + form.dram_bytes(shape)),
+            format_bytes(without.minimum_bytes + fmt.dram_bytes(shape)),
         )
         return without, None
 

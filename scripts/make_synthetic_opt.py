@@ -276,7 +276,7 @@ def measure(folder: Path, tokens: torch.Tensor, packed: Path | None = None) -> l
     checkpoint = Checkpoint.open_folder(folder)
     config = AutoConfig.from_pretrained(folder, attn_implementation="sdpa")  # causal without a mask
     store = None if packed is None else FlashStore.open_folder(packed)
-    forms = None if store is None else LowRankFormat.of(store)
+    formats = None if store is None else LowRankFormat.of(store)
     hidden = embed(checkpoint, tokens)[None]
     layer, rows = OPTDecoderLayer(config, layer_idx=0).float().eval(), []
     for index in range(config.num_hidden_layers):
@@ -287,8 +287,8 @@ def measure(folder: Path, tokens: torch.Tensor, packed: Path | None = None) -> l
         with layer.fc1.register_forward_hook(lambda _, x, y, seen=seen: seen.extend([x[0], y > 0])):
             hidden = layer(hidden)
         rows.append({"layer": index} | statistics(seen[1]))
-        if store is not None and forms is not None:
-            rows[-1] |= judge(forms.load(store, store.layers[index], layer.fc1.bias), *seen)
+        if store is not None and formats is not None:
+            rows[-1] |= judge(formats.load(store, store.layers[index], layer.fc1.bias), *seen)
     return rows
 
 

@@ -30,9 +30,9 @@ def points(model: Path, train: Path, tests: list[Path], arguments: dict[str, Any
     """All predictors on all texts."""
     found = []
     with tempfile.TemporaryDirectory() as place:
-        for number, form in enumerate(FORMATS):
-            folder = hf_flash.repack(model, Path(place) / f"quantized-{number}", predictor="quantized", **form)
-            automatic = form.get("predictor_group_size") == 64
+        for number, fmt in enumerate(FORMATS):
+            folder = hf_flash.repack(model, Path(place) / f"quantized-{number}", predictor="quantized", **fmt)
+            automatic = fmt.get("predictor_group_size") == 64
             hf_flash.calibrate(folder, train, **({} if automatic else {"rank": 16}), **arguments)
             found += measure(folder, tests, tokens, lambda n, a=automatic: a or n != "lowrank", "lowrank, rank by layer")
         for rank in RANKS:

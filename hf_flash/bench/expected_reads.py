@@ -33,7 +33,7 @@ def expected_reads(
     """
     runtime = find_runtime(model)
     bundle_bytes, ffns = runtime.store.layers[0].bundle_bytes, runtime.ffns
-    if runtime.form is None:  # every token uses everything
+    if runtime.fmt is None:  # every token uses everything
         neurons = sum(ffn.d_ff for ffn in ffns if ffn.window.capacity < ffn.d_ff)
         return {"expected_bytes": float(neurons * bundle_bytes), "window_tokens": None}
     if len(prompts) > 1:

@@ -11,7 +11,7 @@ from hf_flash.budget.demand import Demand, measured, supposed
 from hf_flash.budget.plan import MemoryPlan, plan_memory
 from hf_flash.compute.arithmetic import Arithmetic
 from hf_flash.families.base import Shape
-from hf_flash.predictors.base import PredictorForm
+from hf_flash.predictors.base import PredictorFormat
 from hf_flash.reading.reader import reader_buffer_bytes
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import META
@@ -22,7 +22,7 @@ from hf_flash.store.unit import UnitLayout
 def divide_memory(
     budget: int | str | None,
     resident_bytes: int,
-    form: PredictorForm | None,
+    fmt: PredictorFormat | None,
     shape: Shape,
     unit: UnitLayout,
     dtype: torch.dtype,
@@ -36,7 +36,7 @@ def divide_memory(
     Args:
         budget: a size, or `None` for most of what is free.
         resident_bytes: of all weights that are not FFN matrices, in the dtype of compute.
-        form: the predictor; `None` for none.
+        fmt: the predictor; `None` for none.
         unit: a neuron on flash.
         dtype: of compute.
         reader, io_threads: as in `FlashOffloadConfig`.
@@ -49,7 +49,7 @@ def divide_memory(
     return plan_memory(
         budget,
         resident_bytes=resident_bytes,
-        predictor_bytes=form.dram_bytes(shape) if form else 0,
+        predictor_bytes=fmt.dram_bytes(shape) if fmt else 0,
         scratch_bytes=Arithmetic.size(shape.d_ff, in_memory) + reader_buffer_bytes(unit, dtype, reader, io_threads),
         widths=shape.widths,
         bundle_bytes=in_memory.row_bytes,
@@ -64,11 +64,11 @@ def stored_report(store: FlashStore) -> dict[str, Any] | None:
     return parse_report(read_header(store.calibration)[1][META + "calibration"], store.calibration, len(store.layers))
 
 
-def expected_demand(form: PredictorForm | None, shape: Shape, store: FlashStore | None) -> Demand | None:
+def expected_demand(fmt: PredictorFormat | None, shape: Shape, store: FlashStore | None) -> Demand | None:
     """What tokens need, as calibrated or else assumed; `None`: everything."""
-    if form is None:
+    if fmt is None:
         return None
     report = None if store is None else stored_report(store)
     if report is None:
-        return supposed(shape.widths, form.kind, None, None, None)
-    return measured(report["layers"], form.variant, form.kind, shape.widths)
+        return supposed(shape.widths, fmt.kind, None, None, None)
+    return measured(report["layers"], fmt.variant, fmt.kind, shape.widths)

@@ -19,7 +19,7 @@ from hf_flash.calibration.settings import Settings
 from hf_flash.calibration.training import train_layer
 from hf_flash.calibration.work_folder import WorkFolder
 from hf_flash.predictors.lowrank import LowRankPredictor
-from hf_flash.predictors.quantized import quantized_forms
+from hf_flash.predictors.quantized import quantized_formats
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.writer import write_safetensors
 
@@ -51,9 +51,9 @@ def _train_and_measure(
     )
     tensors = {f"{layer.prefix}.predictor.{name}": tensor for name, tensor in packed.items()}
     report: dict[str, Any] = {"lowrank": result.to_dict(), "reached": result.extra <= settings.targets.extra}
-    for form in quantized_forms(settings.store):
-        report[form.variant], margins = measure_margin(settings.store, layer, form, bias, data, mean, covariance)
-        tensors |= {f"{layer.prefix}.calibration.{form.variant}.{name}": tensor for name, tensor in margins.items()}
+    for fmt in quantized_formats(settings.store):
+        report[fmt.variant], margins = measure_margin(settings.store, layer, fmt, bias, data, mean, covariance)
+        tensors |= {f"{layer.prefix}.calibration.{fmt.variant}.{name}": tensor for name, tensor in margins.items()}
     counts = _counts(data)
     tensors |= {f"{layer.prefix}.calibration.{name}": tensor for name, tensor in counts.items()}
     report["active"] = int(counts["frequency"].sum()) / settings.tokens

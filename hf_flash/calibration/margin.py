@@ -22,14 +22,14 @@ MEASURED_RECALL: Final = 0.999  # share of the active neurons that a measured ma
 
 
 def rounding(
-    store: FlashStore, layer: LayerStore, form: QuantizedFormat, mean: torch.Tensor, covariance: torch.Tensor
+    store: FlashStore, layer: LayerStore, fmt: QuantizedFormat, mean: torch.Tensor, covariance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What rounding does to the sums of real inputs: its mean `shift` and standard deviation `spread`, float32 [d_ff].
 
     Args:
         mean, covariance: of the layer's inputs, [d_model] and [d_model, d_model].
     """
-    tensors = read_tensors(find_predictor(store, form), f"{layer.prefix}.predictor")
+    tensors = read_tensors(find_predictor(store, fmt), f"{layer.prefix}.predictor")
     up, shift, spread = layer.part(layer.unit.deciding), [], []
     rows = max(1, WEIGHTS_AT_A_TIME // layer.d_model)
     for at in range(0, layer.d_ff, rows):
@@ -43,7 +43,7 @@ def rounding(
 def measure_margin(
     store: FlashStore,
     layer: LayerStore,
-    form: QuantizedFormat,
+    fmt: QuantizedFormat,
     bias: torch.Tensor | None,
     data: Activations,
     mean: torch.Tensor,
@@ -57,9 +57,9 @@ def measure_margin(
     Returns:
         A report, and the tensors that [`read_measured`] gives back.
     """
-    shift, spread = rounding(store, layer, form, mean, covariance)
-    stored = read_tensors(store.predictors[form.variant], f"{layer.prefix}.predictor")
-    predictor = QuantizedPredictor(stored, bias, form, -shift, measured=True)
+    shift, spread = rounding(store, layer, fmt, mean, covariance)
+    stored = read_tensors(store.predictors[fmt.variant], f"{layer.prefix}.predictor")
+    predictor = QuantizedPredictor(stored, bias, fmt, -shift, measured=True)
     spread = spread.clamp_(min=float(spread.mean()) * 1e-3 + 1e-12)
     chunks = list(data.held_out_chunks)
     lacking = reached_by(

@@ -27,7 +27,7 @@ from hf_flash.calibration.work_folder import WorkFolder
 from hf_flash.packing.checkpoint_folder import list_store
 from hf_flash.predictors.base import read_tensors
 from hf_flash.predictors.lowrank import VARIANT
-from hf_flash.predictors.quantized import quantized_forms
+from hf_flash.predictors.quantized import quantized_formats
 from hf_flash.store.names import CALIBRATION_FILE, PREDICTOR_FILE
 from hf_flash.store.safetensors_files import TensorSpec, read_header
 from hf_flash.store.writer import calibration_metadata, place_layer, predictor_metadata, write_safetensors
@@ -83,7 +83,7 @@ def _report(settings: Settings, work: WorkFolder, predictor_before: str | None) 
 def _default_predictor(settings: Settings, before: str | None, reached: bool, lowrank_bytes: int) -> str | None:
     """The low-rank predictor where it reached its targets and is smaller than the quantized one, else the one before."""
     store = settings.store
-    quantized = min((store.predictors[form.variant].stat().st_size for form in quantized_forms(store)), default=0)
+    quantized = min((store.predictors[fmt.variant].stat().st_size for fmt in quantized_formats(store)), default=0)
     if reached and (not quantized or lowrank_bytes < quantized):
         return VARIANT
     if before == VARIANT:  # of an earlier calibration, whose predictor is replaced

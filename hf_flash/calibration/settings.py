@@ -11,7 +11,7 @@ import torch
 
 from hf_flash.calibration.training import Targets, training_bytes
 from hf_flash.errors import ConfigError
-from hf_flash.predictors.quantized import quantized_forms
+from hf_flash.predictors.quantized import quantized_formats
 from hf_flash.store.layout import FlashStore
 
 LEAST_WINDOWS: Final = 8
@@ -75,7 +75,7 @@ class Settings:
             "seed": self.seed,
             "text": self.text_sha256,
             "fingerprint": self.store.metadata["fingerprint"],
-            "quantized": sorted(form.variant for form in quantized_forms(self.store)),
+            "quantized": sorted(fmt.variant for fmt in quantized_formats(self.store)),
             "results": _RESULTS,
         }
 

@@ -14,8 +14,8 @@ from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.families import family_of
 from hf_flash.packing.checkpoint_folder import repacked_config
-from hf_flash.predictors.base import NoPredictor, PredictorForm, find_predictor
-from hf_flash.predictors.choice import forms_in
+from hf_flash.predictors.base import NoPredictor, PredictorFormat, find_predictor
+from hf_flash.predictors.choice import formats_in
 from hf_flash.runtime.model import find_runtime
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.layout import FlashStore
@@ -27,19 +27,19 @@ class Candidate:
 
     Attributes:
         name: as reports have it.
-        form: `None` for no predictor.
+        fmt: `None` for no predictor.
         measured: whether what calibration measured about it is used.
     """
 
     name: str
-    form: PredictorForm | None
+    fmt: PredictorFormat | None
     measured: bool = True
 
     def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> Any:
         """The predictor of one layer."""
-        if self.form is None:
+        if self.fmt is None:
             return NoPredictor()
-        return self.form.load(self.visible(store), layer, bias)
+        return self.fmt.load(self.visible(store), layer, bias)
 
     def visible(self, store: FlashStore) -> FlashStore:
         """The store as this candidate may see it."""
@@ -49,14 +49,14 @@ class Candidate:
 def candidates(store: FlashStore) -> list[Candidate]:
     """None, and every predictor in a store; a quantized one that was calibrated with its assumed and its measured margin."""
     found = [Candidate("none", None)]
-    for form in forms_in(store):
-        find_predictor(store, form)
-        if form.assumed_margin is None:
-            found.append(Candidate(form.variant, form))
+    for fmt in formats_in(store):
+        find_predictor(store, fmt)
+        if fmt.assumed_margin is None:
+            found.append(Candidate(fmt.variant, fmt))
             continue
-        found.append(Candidate(f"{form.variant}, margin {form.assumed_margin}", form, measured=False))
+        found.append(Candidate(f"{fmt.variant}, margin {fmt.assumed_margin}", fmt, measured=False))
         if store.calibration is not None:
-            found.append(Candidate(f"{form.variant}, measured margin", form))
+            found.append(Candidate(f"{fmt.variant}, measured margin", fmt))
     return found
 
 
@@ -69,8 +69,8 @@ def load_for(
 ) -> Any:
     """The model without a predictor, with room left in the budget for all candidates at once."""
     shape = family_of(config := repacked_config(folder)).shape(config)
-    forms = {c.form.variant: c.form for c in every if c.form is not None}
-    room = sum(form.dram_bytes(shape) for form in forms.values())
+    formats = {c.fmt.variant: c.fmt for c in every if c.fmt is not None}
+    room = sum(fmt.dram_bytes(shape) for fmt in formats.values())
     quantization = FlashOffloadConfig(predictor="none", memory_budget=max(1, ceiling_bytes(memory_budget) - room))
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype).eval()
 

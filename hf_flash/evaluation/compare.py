@@ -29,7 +29,7 @@ from hf_flash.evaluation.judging import BINS, Tally, judging, mean_use, total
 from hf_flash.evaluation.measuring import perplexity, time_tokens
 from hf_flash.packing.checkpoint_folder import repacked_config
 from hf_flash.predictors.base import read_tensors
-from hf_flash.predictors.quantized import quantized_forms
+from hf_flash.predictors.quantized import quantized_formats
 from hf_flash.runtime.model import close, find_runtime
 from hf_flash.store.layout import FlashStore
 
@@ -77,14 +77,14 @@ def evaluate(
     report = _about(model, store, windows) | {
         "perplexity": dense_perplexity,
         "use": mean_use([judge.use for judge in judges]),
-        "rounding": {form.variant: [judge.rounding(form.variant) for judge in judges] for form in quantized_forms(store)},
+        "rounding": {fmt.variant: [judge.rounding(fmt.variant) for judge in judges] for fmt in quantized_formats(store)},
         "predictors": {},
     }
     prompt, new_tokens = windows[0, : min(_PROMPT, context - 1)], min(new_tokens, longest - _PROMPT)
     for candidate in tqdm(every, desc="Running each predictor", unit="predictor", delay=1):
         tallies = [judge.tallies[candidate.name] for judge in judges]
         nbytes = install(candidate, model, store)
-        reached = perplexity(model, windows) if candidate.form else dense_perplexity
+        reached = perplexity(model, windows) if candidate.fmt else dense_perplexity
         report["predictors"][candidate.name] = {
             "bytes": nbytes,
             "share_of_model": nbytes / find_runtime(model).plan.dense_bytes,

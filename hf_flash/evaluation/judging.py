@@ -112,16 +112,16 @@ class LayerJudge:
 
     def _load(self, store: FlashStore, layer: LayerStore, candidate: Candidate, bias: torch.Tensor | None) -> Any:
         """A candidate's predictor; quantized ones that differ in the margin alone are loaded once."""
-        form = candidate.form
-        if not isinstance(form, QuantizedFormat):
+        fmt = candidate.fmt
+        if not isinstance(fmt, QuantizedFormat):
             return candidate.load(store, layer, bias)
-        if form.variant not in self._without_margin:
-            whole = form.load(store, layer, bias)
-            error = read_tensors(store.predictors[form.variant], f"{layer.prefix}.predictor")["error"]
+        if fmt.variant not in self._without_margin:
+            whole = fmt.load(store, layer, bias)
+            error = read_tensors(store.predictors[fmt.variant], f"{layer.prefix}.predictor")["error"]
             nothing = torch.zeros(layer.d_ff, dtype=torch.float32, device="cpu")
-            self._without_margin[form.variant] = whole.with_margin(nothing, measured=True), error
-        predictor, error = self._without_margin[form.variant]
-        margin, measured = form.margins(candidate.visible(store), layer, error)
+            self._without_margin[fmt.variant] = whole.with_margin(nothing, measured=True), error
+        predictor, error = self._without_margin[fmt.variant]
+        margin, measured = fmt.margins(candidate.visible(store), layer, error)
         return predictor.with_margin(margin, measured=measured)
 
     def release(self) -> None:

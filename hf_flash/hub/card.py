@@ -25,7 +25,7 @@ from hf_flash.families import family_of
 from hf_flash.families.base import Shape
 from hf_flash.packing.checkpoint_folder import other_weights, repacked_config
 from hf_flash.packing.readme import body, merged
-from hf_flash.predictors.choice import forms_in, stored_form
+from hf_flash.predictors.choice import formats_in, stored_format
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
 
@@ -140,7 +140,7 @@ def _plan(folder: Path, store: FlashStore, config: dict[str, Any]) -> tuple[Memo
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or ""), first.dtype)
     wish = FlashOffloadConfig.from_dict(dict(config["quantization_config"]))
     family = family_of(config)
-    form = stored_form(wish, family, config, store)
+    fmt = stored_format(wish, family, config, store)
     specs = other_weights(Checkpoint.open_folder(folder), store)
     if config.get("tie_word_embeddings", True):
         specs.pop("lm_head.weight", None)
@@ -148,24 +148,24 @@ def _plan(folder: Path, store: FlashStore, config: dict[str, Any]) -> tuple[Memo
         torch.Size(shape).numel() * (dtype if kind.is_floating_point else kind).itemsize for kind, shape in specs.values()
     )
     shape, reading = family.shape(config), {"reader": "auto", "io_threads": 16}
-    plan = divide_memory(1 << 59, resident, form, shape, first.unit, dtype, demand=None, **reading)  # type: ignore[arg-type]
+    plan = divide_memory(1 << 59, resident, fmt, shape, first.unit, dtype, demand=None, **reading)  # type: ignore[arg-type]
     return plan, dtype, shape
 
 
 def _predictors(store: FlashStore, config: dict[str, Any], shape: Shape) -> Iterator[str]:
     report, stored = stored_report(store), config["quantization_config"].get("predictor")
-    forms = forms_in(store)
+    formats = formats_in(store)
     yield from ("", "## Predictors", "")
-    if not forms:
+    if not formats:
         yield "None is stored: every neuron is read for every token."
         return
     yield "| | on disk | in memory | active neurons found | named for one that is active |"
     yield "|---|---|---|---|---|"
-    for form in forms:
-        about = f"`{form.kind}`, {form.detail}"
-        size = format_bytes(store.predictors[form.variant].stat().st_size)
-        held = format_bytes(form.dram_bytes(shape))
-        cells = (about + (", the default" if form.kind == stored else ""), size, held, *_measured(report, form.variant))
+    for fmt in formats:
+        about = f"`{fmt.kind}`, {fmt.detail}"
+        size = format_bytes(store.predictors[fmt.variant].stat().st_size)
+        held = format_bytes(fmt.dram_bytes(shape))
+        cells = (about + (", the default" if fmt.kind == stored else ""), size, held, *_measured(report, fmt.variant))
         yield f"| {' | '.join(cells)} |"
     yield ""
     if report is None:

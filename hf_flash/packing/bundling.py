@@ -28,23 +28,21 @@ from hf_flash.store.unit import ROW
 from hf_flash.store.writer import plain_unit, write_layer
 
 
-def build_store(
-    folder: Path, checkpoint: Checkpoint, family: Family, form: QuantizedFormat | None, *, rest: bool
-) -> FlashStore:
+def build_store(folder: Path, checkpoint: Checkpoint, family: Family, fmt: QuantizedFormat | None, *, rest: bool) -> FlashStore:
     """Write the layer files and the predictor into `folder`, passing over what is there already and complete.
 
     Args:
         rest: whether room for the other tensors is needed in `folder` too.
     """
     names, origin = family.names(checkpoint.specs), checkpoint.origin()
-    todo = _forget_strangers(folder, names, origin, form)
+    todo = _forget_strangers(folder, names, origin, fmt)
     units = {plain_unit(family.parts, [checkpoint.specs[name] for name in n.matrices], n.matrices) for n in names}
     if len(units) > 1:
         raise StoreFormatError("FFN layers of different dtypes or shapes", where=origin["source"], got=sorted(map(str, units)))
     ((unit, d_ff),) = units
     ffn = {name for layer in names for name in layer.matrices}
     total = len(todo) * d_ff * unit.row_bytes
-    needed = total + len(names) * _predictor_bytes(form, d_ff, unit.width)
+    needed = total + len(names) * _predictor_bytes(fmt, d_ff, unit.width)
     check_room(folder, needed + sum(nbytes_of(s) for n, s in checkpoint.specs.items() if rest and n not in ffn))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", delay=1) as bar:
         for layer in todo:
@@ -62,36 +60,36 @@ def build_store(
                 raise
             del matrices
             trim_heap()
-    return add_predictor(folder, form)
+    return add_predictor(folder, fmt)
 
 
-def _predictor_bytes(form: QuantizedFormat | None, d_ff: int, d_model: int) -> int:
+def _predictor_bytes(fmt: QuantizedFormat | None, d_ff: int, d_model: int) -> int:
     """What a layer's predictor takes on disk."""
-    return sum(map(nbytes_of, form.shapes("", d_ff, d_model).values())) if form else 0
+    return sum(map(nbytes_of, fmt.shapes("", d_ff, d_model).values())) if fmt else 0
 
 
-def add_predictor(folder: Path, form: QuantizedFormat | None) -> FlashStore:
+def add_predictor(folder: Path, fmt: QuantizedFormat | None) -> FlashStore:
     """Make a predictor from the layer files in `folder`, unless it is there."""
     store = FlashStore.open_folder(folder)
-    if form is None or form.variant in store.predictors:
+    if fmt is None or fmt.variant in store.predictors:
         return store
     first = store.layers[0]
-    check_room(folder, len(store.layers) * _predictor_bytes(form, first.d_ff, first.d_model))
+    check_room(folder, len(store.layers) * _predictor_bytes(fmt, first.d_ff, first.d_model))
     write_quantized(
-        folder / PREDICTOR_FILE.format(form.variant),
+        folder / PREDICTOR_FILE.format(fmt.variant),
         store,
-        form,
+        fmt,
         lambda layers: tqdm(layers, desc="Making predictors", unit="layer", delay=1),
     )
     return FlashStore.open_folder(folder)
 
 
 def _forget_strangers(
-    folder: Path, names: list[LayerNames], origin: Mapping[str, str], form: QuantizedFormat | None
+    folder: Path, names: list[LayerNames], origin: Mapping[str, str], fmt: QuantizedFormat | None
 ) -> list[LayerNames]:
     """Remove what an earlier run left in `folder` and this one will not take over. Returns the layers still to do."""
     done = {LAYER_FILE.format(layer.index): layer for layer in names}
-    predictor = PREDICTOR_FILE.format(form.variant) if form else ""
+    predictor = PREDICTOR_FILE.format(fmt.variant) if fmt else ""
     for path in list(folder.iterdir()):
         if path.name not in (*done, predictor, MARK) or (path.name != MARK and not _complete(path, origin["fingerprint"])):
             with writing(path):

@@ -173,7 +173,7 @@ def cache_folder(cache_dir: str | None) -> Path:
         raise ConfigError("there is no place for the flash cache", where=folder, got=error, hint=hint) from error
 
 
-def cached_store(checkpoint: Checkpoint, family: Family, form: QuantizedFormat | None, cache_dir: str | None) -> FlashStore:
+def cached_store(checkpoint: Checkpoint, family: Family, fmt: QuantizedFormat | None, cache_dir: str | None) -> FlashStore:
     """The bundles and predictor of a plain checkpoint, made once per source, revision and format.
 
     Several processes may ask at once: one works, the others wait for it.
@@ -187,26 +187,26 @@ def cached_store(checkpoint: Checkpoint, family: Family, form: QuantizedFormat |
         try:
             stack.enter_context(locked(target, keep=True))
         except RepackError as error:
-            if error.errno in _NOT_OURS and (ready := _ready(target, form)):
+            if error.errno in _NOT_OURS and (ready := _ready(target, fmt)):
                 return ready
             raise
         if exists(target):
             try:
-                return add_predictor(target, form)
+                return add_predictor(target, fmt)
             except (StoreFormatError, StoreMissingError) as error:  # proven by what is there; not: cannot be read just now
                 logger.warning("hf_flash: a damaged entry of the flash cache is made again: %s", error)
                 shutil.rmtree(put_aside(target), ignore_errors=True)
         logger.info("hf_flash: repacking the FFN of %s into %s, once", origin["source"], target)
         with partial_folder(target, checkpoint.identity(origin["fingerprint"])) as partial:
-            build_store(partial, checkpoint, family, form, rest=False)
+            build_store(partial, checkpoint, family, fmt, rest=False)
             checkpoint.check_unchanged()
         return FlashStore.open_folder(target)
 
 
-def _ready(target: Path, form: QuantizedFormat | None) -> FlashStore | None:
+def _ready(target: Path, fmt: QuantizedFormat | None) -> FlashStore | None:
     """A complete entry of a cache that may not be written to: on a read-only disk, or somebody else's. No lock is needed:
     whoever replaces an entry renames it as a whole, and a model that is being loaded notices."""
     if not exists(target):
         return None
     store = FlashStore.open_folder(target)
-    return store if form is None or form.variant in store.predictors else None
+    return store if fmt is None or fmt.variant in store.predictors else None

@@ -44,7 +44,7 @@ from hf_flash.packing.checkpoint_folder import (
     repacked_config,
 )
 from hf_flash.packing.readme import without_ours
-from hf_flash.predictors.choice import fresh_form, stored_choice
+from hf_flash.predictors.choice import fresh_format, stored_choice
 from hf_flash.store.checkpoint import Checkpoint, find_snapshot, resolve_folder
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import INDEX_NAME
@@ -101,13 +101,13 @@ def repack(
     folder = resolve_folder(source, config_only=True, revision=revision, **hub)
     config = _plain_config(folder)
     family = family_of(config)
-    form = fresh_form(wish, family, config)
+    fmt = fresh_format(wish, family, config)
     if (found := find_snapshot(folder)) and not local:
         folder = resolve_folder(source, revision=found.commit, **hub)  # the commit that config.json is from
     checkpoint = Checkpoint.open_folder(folder)
     with locked(target), partial_folder(target, checkpoint.identity(checkpoint.origin()["fingerprint"])) as partial:
-        store = build_store(partial, checkpoint, family, form, rest=True)
-        wish.remember(**stored_choice(form))
+        store = build_store(partial, checkpoint, family, fmt, rest=True)
+        wish.remember(**stored_choice(fmt))
         config["quantization_config"] = wish.to_dict()
         finish_folder(partial, checkpoint, store, config, {})
         copy_small_files(folder, partial)

@@ -15,8 +15,8 @@ from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError
 from hf_flash.families import family_of
 from hf_flash.families.base import Family, Shape
-from hf_flash.predictors.base import PredictorForm
-from hf_flash.predictors.choice import PREDICTORS, fresh_form, stored_form, wished
+from hf_flash.predictors.base import PredictorFormat
+from hf_flash.predictors.choice import PREDICTORS, fresh_format, stored_format, wished
 from hf_flash.predictors.lowrank import expected_low_rank
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.swap import replace_feed_forwards
@@ -30,7 +30,7 @@ class PlannedModel:
     """A model as its config.json describes it, and as its store does if it is repacked.
 
     Attributes:
-        form: the predictor that is meant; `None` for none.
+        fmt: the predictor that is meant; `None` for none.
         dtype: of compute.
         unit: a neuron on flash.
     """
@@ -39,7 +39,7 @@ class PlannedModel:
     config: Any
     family: Family
     store: FlashStore | None
-    form: PredictorForm | None
+    fmt: PredictorFormat | None
     dtype: torch.dtype
     unit: UnitLayout
 
@@ -49,7 +49,7 @@ class PlannedModel:
 
     @property
     def predictor(self) -> str:
-        return "none" if self.form is None else self.form.kind
+        return "none" if self.fmt is None else self.fmt.kind
 
     def skeleton(self, layers: int, d_ff: int) -> tuple[Any, list[FlashFFN]]:
         """The model without memory, cut to some layers, and its FFNs."""
@@ -84,8 +84,8 @@ def open_model(source: str | os.PathLike[str], predictor: str | None, dtype: str
     store = FlashStore.open_folder(folder) if stored and any(folder.glob("*.safetensors")) else None
     d_model = family.shape(config).d_model
     unit = store.layers[0].unit if store else UnitLayout.of(family.parts, d_model, config.dtype or torch.float32)
-    form = _form(wish, family, config, store)
-    return PlannedModel(folder, config, family, store, form, _dtype(dtype) or config.dtype or unit.dtype, unit)
+    fmt = _form(wish, family, config, store)
+    return PlannedModel(folder, config, family, store, fmt, _dtype(dtype) or config.dtype or unit.dtype, unit)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -96,12 +96,12 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return found
 
 
-def _form(wish: FlashOffloadConfig, family: Family, config: Any, store: FlashStore | None) -> PredictorForm | None:
+def _form(wish: FlashOffloadConfig, family: Family, config: Any, store: FlashStore | None) -> PredictorFormat | None:
     """The predictor that is meant: stored, or as repacking or calibrating would make it."""
     kind = PREDICTORS[wished(wish, family, config)]
     if kind.from_weights is not None:
-        return fresh_form(wish, family, config)
+        return fresh_format(wish, family, config)
     if store is not None and kind.in_store(store):
-        return stored_form(wish, family, config, store)
-    fresh_form(FlashOffloadConfig(predictor="quantized"), family, config)  # an error if nothing can be predicted
+        return stored_format(wish, family, config, store)
+    fresh_format(FlashOffloadConfig(predictor="quantized"), family, config)  # an error if nothing can be predicted
     return expected_low_rank(family.shape(config))

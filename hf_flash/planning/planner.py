@@ -155,7 +155,7 @@ def needs(source: str | os.PathLike[str], predictor: str | None = None, dtype: s
         ConfigError, UnsupportedModelError, StoreError: as [`plan`].
     """
     found = open_model(source, predictor, dtype, **hub)
-    return _divide(found, _UNLIMITED, expected_demand(found.form, found.shape, found.store) or everything(found.shape.widths))
+    return _divide(found, _UNLIMITED, expected_demand(found.fmt, found.shape, found.store) or everything(found.shape.widths))
 
 
 def _divide(found: PlannedModel, budget: int | str | None, demand: Demand) -> MemoryPlan:
@@ -163,8 +163,8 @@ def _divide(found: PlannedModel, budget: int | str | None, demand: Demand) -> Me
     model, _ = found.skeleton(found.shape.layers, found.shape.d_ff)
     weights = [*model.parameters(), *model.buffers()]
     resident = sum(w.nbytes for w in weights)
-    need, reading = demand if found.form else None, {"reader": "auto", "io_threads": 16}
-    sizes = found.form, found.shape, found.unit, found.dtype
+    need, reading = demand if found.fmt else None, {"reader": "auto", "io_threads": 16}
+    sizes = found.fmt, found.shape, found.unit, found.dtype
     return divide_memory(budget, resident, *sizes, demand=need, **reading)  # type: ignore[arg-type]
 
 
@@ -176,10 +176,10 @@ def _demand(
         if value is not None and not 0 < value <= most:
             raise ConfigError(f"{name} is out of range", where="plan", expected=f"more than 0, at most {most:g}", got=value)
     widths = model.shape.widths
-    if model.form is None:
+    if model.fmt is None:
         return everything(widths)
     if report is not None and active is None and fresh is None:
-        return measured(report["layers"], model.form.variant, model.predictor, widths, predicted)
+        return measured(report["layers"], model.fmt.variant, model.predictor, widths, predicted)
     return supposed(widths, model.predictor, active, fresh, predicted)
 
 

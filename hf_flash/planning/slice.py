@@ -46,7 +46,7 @@ class ModelSlice:
         self, model: PlannedModel, neurons: float, predicted: float, engine: Engine, layers: int, rows: int, capacity: int
     ) -> None:
         d_ff = model.shape.d_ff
-        self.engine, self.layers, self.rows, self.all = engine, layers, rows, model.form is None
+        self.engine, self.layers, self.rows, self.all = engine, layers, rows, model.fmt is None
         self.needed = rows if self.all else max(1, min(round(neurons), rows // 2))
         self.misses = [rows] if self.all else sorted({0, 1, *(round(share * self.needed) for share in _MISSES)})
         room = max(2 * self.needed, min(capacity, WINDOW_BYTES // model.unit.row_bytes))
@@ -151,7 +151,7 @@ class PrescribedPredictor(Predictor):
 
     def __init__(self, model: PlannedModel, d_ff: int, rows: int) -> None:
         self.answer = torch.zeros(1, rows, dtype=torch.bool, device="cpu")
-        self._real = NoPredictor() if model.form is None else model.form.made_up(d_ff, model.shape.d_model)
+        self._real = NoPredictor() if model.fmt is None else model.fmt.made_up(d_ff, model.shape.d_model)
         self.nbytes = self._real.nbytes
 
     def select(self, x: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:

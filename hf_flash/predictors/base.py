@@ -7,7 +7,7 @@
 A predictor sees one token at a time: what it says about a token never depends on the tokens beside it (contract C3), and a
 NaN in the input selects every neuron, so that it reaches the output as in the stock model.
 
-A *form* is what is known of a predictor before it is loaded: its name in the store, its tensors, the memory it will take.
+A *format* is what is known of a predictor before it is loaded: its name in the store, its tensors, the memory it will take.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class NoPredictor(Predictor):
         return None if allowed is None else allowed.expand(len(x), allowed.shape[-1])
 
 
-class PredictorForm(Protocol):
+class PredictorFormat(Protocol):
     """A predictor before it is loaded: what it is called and what it takes."""
 
     @property
@@ -110,20 +110,20 @@ class PredictorForm(Protocol):
         ...
 
 
-def find_predictor(store: FlashStore, form: PredictorForm) -> Path:
+def find_predictor(store: FlashStore, fmt: PredictorFormat) -> Path:
     """The file of a predictor in a store, checked against the store it belongs to."""
-    path = store.predictors.get(form.variant)
+    path = store.predictors.get(fmt.variant)
     if path is None or not exists(path):
         raise StoreMissingError(
             "the store has no such predictor",
             where=store.layers[0].path.parent,
-            expected=form.variant,
+            expected=fmt.variant,
             got=", ".join(store.predictors) or "none at all",
             hint="repack or calibrate with this predictor, name a stored one, or load with predictor='none'",
         )
     tensors = belonging(store, path)
     for layer in store.layers:
-        check_specs(path, tensors, form.specs(layer))
+        check_specs(path, tensors, fmt.specs(layer))
     return path
 
 

@@ -9,9 +9,9 @@ from typing import Any, Final
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import StoreMissingError, UnsupportedModelError
 from hf_flash.families.base import Family
-from hf_flash.predictors.base import PredictorForm
+from hf_flash.predictors.base import PredictorFormat
 from hf_flash.predictors.lowrank import LowRankFormat
-from hf_flash.predictors.quantized import QuantizedFormat, quantized_forms
+from hf_flash.predictors.quantized import QuantizedFormat, quantized_formats
 from hf_flash.store.layout import FlashStore
 
 
@@ -20,13 +20,13 @@ class PredictorKind:
     """One kind of predictor.
 
     Attributes:
-        from_weights: the form that a wish means, where it can be made from weights alone; `None`: it has to be trained.
-        in_store: the forms of this kind that a store has.
+        from_weights: the format that a wish means, where it can be made from weights alone; `None`: it has to be trained.
+        in_store: the formats of this kind that a store has.
         exact: whether it names every neuron, so that the activation need not leave zeros.
     """
 
     from_weights: Callable[[FlashOffloadConfig], QuantizedFormat | None] | None
-    in_store: Callable[[FlashStore], Sequence[PredictorForm]]
+    in_store: Callable[[FlashStore], Sequence[PredictorFormat]]
     exact: bool = False
 
 
@@ -41,34 +41,34 @@ def _low_rank(store: FlashStore) -> list[LowRankFormat]:
 
 PREDICTORS: Final[Mapping[str, PredictorKind]] = {
     "none": PredictorKind(lambda wish: None, lambda store: [], exact=True),
-    "quantized": PredictorKind(_quantized, quantized_forms),
+    "quantized": PredictorKind(_quantized, quantized_formats),
     "lowrank": PredictorKind(None, _low_rank),
 }
 """By name."""
 
 
-def forms_in(store: FlashStore) -> list[PredictorForm]:
+def formats_in(store: FlashStore) -> list[PredictorFormat]:
     """All predictors that a store has."""
-    return [form for kind in PREDICTORS.values() for form in kind.in_store(store)]
+    return [fmt for kind in PREDICTORS.values() for fmt in kind.in_store(store)]
 
 
-def stored_form(wish: FlashOffloadConfig, family: Family, config: Any, store: FlashStore) -> PredictorForm | None:
+def stored_format(wish: FlashOffloadConfig, family: Family, config: Any, store: FlashStore) -> PredictorFormat | None:
     """The predictor of a store that a wish means; `None` for none.
 
     Raises:
         StoreMissingError: one that has to be trained was asked for, and the store has none.
-        UnsupportedModelError: as [`fresh_form`].
+        UnsupportedModelError: as [`fresh_format`].
     """
     kind = PREDICTORS[wished(wish, family, config)]
     if kind.from_weights is not None:
-        return fresh_form(wish, family, config)
+        return fresh_format(wish, family, config)
     found = kind.in_store(store)
     if not found:
         raise _untrained(wish)
     return found[0]
 
 
-def fresh_form(wish: FlashOffloadConfig, family: Family, config: Any) -> QuantizedFormat | None:
+def fresh_format(wish: FlashOffloadConfig, family: Family, config: Any) -> QuantizedFormat | None:
     """The predictor to make from a plain checkpoint, a [`QuantizedFormat`]; `None` for none.
 
     Raises:
@@ -95,9 +95,9 @@ def wished(wish: FlashOffloadConfig, family: Family, config: Any) -> str:
     return str(wish.predictor or ("quantized" if family.activation_of(config).zeros else "none"))
 
 
-def stored_choice(form: PredictorForm | None) -> Mapping[str, Any]:
+def stored_choice(fmt: PredictorFormat | None) -> Mapping[str, Any]:
     """The arguments of `FlashOffloadConfig` that find a predictor again."""
-    return {"predictor": "none"} if form is None else form.arguments
+    return {"predictor": "none"} if fmt is None else fmt.arguments
 
 
 def _untrained(wish: FlashOffloadConfig) -> StoreMissingError:

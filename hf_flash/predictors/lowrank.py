@@ -65,7 +65,7 @@ class LowRankFormat:
 
     @classmethod
     def of(cls, store: FlashStore) -> LowRankFormat | None:
-        """The form of the low-rank predictor in a store, if there is one."""
+        """The format of the low-rank predictor in a store, if there is one."""
         path = store.predictors.get(VARIANT)
         if path is None:
             return None
@@ -80,7 +80,7 @@ class LowRankFormat:
 
 
 def expected_low_rank(shape: Shape) -> LowRankFormat:
-    """The form that calibration may come to: the paper's ranks, 128, in the last 4 of 32 layers 1024, at d_model 4096."""
+    """The format that calibration may come to: the paper's ranks, 128, in the last 4 of 32 layers 1024, at d_model 4096."""
     wide, narrow = shape.layers // 8, shape.layers - shape.layers // 8
     return LowRankFormat((fast_rank(shape.d_model // 32),) * narrow + (fast_rank(shape.d_model // 4),) * wide)
 
@@ -119,7 +119,7 @@ def pack_lowrank(a: torch.Tensor, b: torch.Tensor, offset: torch.Tensor) -> dict
 
 
 class LowRankPredictor(Predictor):
-    """The loaded form. Args: `tensors` as [`pack_lowrank`] returns them.
+    """The loaded predictor. Args: `tensors` as [`pack_lowrank`] returns them.
 
     It was trained with the biases of then, and does not follow others (`bias` has no say).
     """

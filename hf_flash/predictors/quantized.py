@@ -119,7 +119,7 @@ class QuantizedFormat:
         return margin * found["spread"] - found["shift"], True
 
 
-def quantized_forms(store: FlashStore) -> list[QuantizedFormat]:
+def quantized_formats(store: FlashStore) -> list[QuantizedFormat]:
     """The quantized predictors in a store."""
     groups = [int(name.removeprefix("int4-g")) for name in store.predictors if name.startswith("int4-g")]
     eight = [QuantizedFormat(8, 64)] if "int8" in store.predictors else []
@@ -127,7 +127,7 @@ def quantized_forms(store: FlashStore) -> list[QuantizedFormat]:
 
 
 class QuantizedPredictor(Predictor):
-    """The loaded form.
+    """The loaded predictor.
 
     Args:
         tensors: as [`quantize_rows`] returns them, for the whole layer.
@@ -139,17 +139,17 @@ class QuantizedPredictor(Predictor):
         self,
         tensors: dict[str, torch.Tensor],
         bias: torch.Tensor | None,
-        form: QuantizedFormat,
+        fmt: QuantizedFormat,
         margin: torch.Tensor,
         *,
         measured: bool = False,
     ) -> None:
         codes, scales = tensors["codes"], tensors["scales"]
         product: LowBitMatrix
-        if form.bits == 8:
+        if fmt.bits == 8:
             product = Int8Matrix(codes, scales)
         else:
-            product = Int4Matrix(codes, scales, tensors["zeros"], form.group(2 * codes.shape[1]))
+            product = Int4Matrix(codes, scales, tensors["zeros"], fmt.group(2 * codes.shape[1]))
         self._scores, self._measured = Scores(product, margin, bias), measured
         self.nbytes = product.nbytes + margin.nbytes
 
@@ -180,24 +180,24 @@ class QuantizedPredictor(Predictor):
         return None if self._measured else torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
 
 
-def write_quantized(path: Path, store: FlashStore, form: QuantizedFormat, progress: Any = iter) -> None:
+def write_quantized(path: Path, store: FlashStore, fmt: QuantizedFormat, progress: Any = iter) -> None:
     """Make the quantized predictor of every layer from the bundles on flash, one layer in memory at a time."""
     specs: dict[str, TensorSpec] = {}
     for layer in store.layers:
-        specs |= form.specs(layer)
+        specs |= fmt.specs(layer)
 
     def pieces() -> Iterator[torch.Tensor]:
         for layer in progress(store.layers):
             copied, rows = layer.part(layer.unit.deciding), max(1, WEIGHTS_AT_A_TIME // layer.d_model)
             parts = [
-                quantize_rows(copied[at : at + rows], form.bits, form.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
+                quantize_rows(copied[at : at + rows], fmt.bits, fmt.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
             ]
             for name in parts[0]:
                 yield torch.cat([part[name] for part in parts])
             del parts
             trim_heap()
 
-    write_safetensors(path, specs, pieces(), predictor_metadata(form.variant, store.metadata))
+    write_safetensors(path, specs, pieces(), predictor_metadata(fmt.variant, store.metadata))
 
 
 # --- measured on real inputs ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hf_flash.compute.arithmetic import arithmetic_for
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.families.base import Family
 from hf_flash.machine.free_memory import available_memory
-from hf_flash.predictors.base import NoPredictor, PredictorForm
+from hf_flash.predictors.base import NoPredictor, PredictorFormat
 from hf_flash.reading.reader import open_reader
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.flash_weights import Matrix, OnFlash
@@ -33,7 +33,7 @@ def attach(
     plan: MemoryPlan,
     store: FlashStore,
     checkpoint: Checkpoint,
-    form: PredictorForm | None,
+    fmt: PredictorFormat | None,
     ffns: Sequence[FlashFFN],
 ) -> None:
     """Give a model whose other weights are loaded what its feed-forward blocks run on.
@@ -41,7 +41,7 @@ def attach(
     Args:
         plan: how the memory budget is divided.
         checkpoint: where the other weights came from.
-        form: the predictor; `None`: every neuron is used.
+        fmt: the predictor; `None`: every neuron is used.
         ffns: the blocks that were replaced, by layer.
     """
     load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
@@ -52,7 +52,7 @@ def attach(
     arithmetic = arithmetic_for(shape.d_ff, in_memory, ffns[0].activation)
     engine = Engine(reader, arithmetic, fills_next=config.lookahead != 0)
     predictors = [
-        NoPredictor() if form is None else form.load(store, layer, ffn.projections[in_memory.deciding].bias)
+        NoPredictor() if fmt is None else fmt.load(store, layer, ffn.projections[in_memory.deciding].bias)
         for ffn, layer in zip(ffns, store.layers, strict=True)
     ]
     store.check_unchanged()  # while it was opened, made predictors of and opened for reading
@@ -65,6 +65,6 @@ def attach(
         if isinstance(module, OnFlash):
             module.matrix = Matrix(store.layers[module.index], module.role, in_memory.dtype)
     make_linears_resident(model, engine)
-    runtime = FlashRuntime(config, plan, store, checkpoint, form, shape, engine, ffns)
+    runtime = FlashRuntime(config, plan, store, checkpoint, fmt, shape, engine, ffns)
     model.flash_runtime = runtime  # type: ignore[assignment]
     engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle

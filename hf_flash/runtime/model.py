@@ -13,7 +13,7 @@ from hf_flash.budget.plan import MemoryPlan
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import UsageError
 from hf_flash.families.base import Shape
-from hf_flash.predictors.base import PredictorForm
+from hf_flash.predictors.base import PredictorFormat
 from hf_flash.runtime.counters import FlashStats
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.layer import FlashFFN
@@ -29,7 +29,7 @@ class FlashRuntime:
     plan: MemoryPlan
     store: FlashStore
     checkpoint: Checkpoint
-    form: PredictorForm | None
+    fmt: PredictorFormat | None
     shape: Shape
     engine: Engine
     ffns: Sequence[FlashFFN]
@@ -45,7 +45,7 @@ class FlashRuntime:
             d_ff=plan.d_ff,
             window=self.config.window,
             capacity=plan.capacity,
-            predictor=self.form.variant if self.form else "none",
+            predictor=self.fmt.variant if self.fmt else "none",
             reader=self.engine.reader.name,
             reads_with=self.engine.reader.reads_with,
             budget_bytes=plan.budget_bytes,

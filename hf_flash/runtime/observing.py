@@ -66,7 +66,7 @@ class TokenSeen:
         return plain | {"layers": layers}
 
 
-class _Eye:
+class _LayerWatch:
     """On one layer. Neurons that lookahead has under way are committed within the forward, so they count as read."""
 
     def __init__(self, ffn: FlashFFN) -> None:
@@ -90,8 +90,8 @@ class _Eye:
 class _Watcher(StoppingCriteria):
     """Called where a token is chosen; never stops a run."""
 
-    def __init__(self, counters: Counters, eyes: list[_Eye], show: Callable[[TokenSeen], None], pace: float) -> None:
-        self._counters, self._eyes, self._show, self._pace = counters, eyes, show, pace
+    def __init__(self, counters: Counters, layers: list[_LayerWatch], show: Callable[[TokenSeen], None], pace: float) -> None:
+        self._counters, self._layers, self._show, self._pace = counters, layers, show, pace
         self._before, self._number, self._start = replace(counters), 0, perf_counter()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -99,11 +99,11 @@ class _Watcher(StoppingCriteria):
         self._show(TokenSeen(
             number=self._number,
             token=int(input_ids[0, -1]),
-            tokens=(now.tokens - before.tokens) // len(self._eyes),
+            tokens=(now.tokens - before.tokens) // len(self._layers),
             ms=1e3 * (start - self._start),
             read_bytes=now.read_bytes - before.read_bytes,
             reads=now.reads - before.reads,
-            layers=tuple(eye.seen for eye in self._eyes if eye.seen is not None),
+            layers=tuple(layer.seen for layer in self._layers if layer.seen is not None),
         ))  # fmt: skip
         sleep(max(0.0, self._pace - (perf_counter() - start)))
         self._before, self._number, self._start = now, self._number + 1, perf_counter()
@@ -123,12 +123,12 @@ def watched(model: Any, show: Callable[[TokenSeen], None], pace: float = 0.0) ->
         What to pass on: `generate(..., stopping_criteria=[it])`.
     """
     runtime = find_runtime(model)
-    eyes = [_Eye(ffn) for ffn in runtime.ffns]
+    layers = [_LayerWatch(ffn) for ffn in runtime.ffns]
     try:
-        yield _Watcher(runtime.engine.counters, eyes, show, pace)
+        yield _Watcher(runtime.engine.counters, layers, show, pace)
     finally:
-        for eye in eyes:
-            eye.close()
+        for layer in layers:
+            layer.close()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from hf_flash.compute.library import DTYPES, Step, TokenJob, Window
 from hf_flash.reading.chunks import longest_chunk
 from hf_flash.reading.layer_files import StepFile
 from hf_flash.runtime.counters import Counters
-from hf_flash.runtime.window import GROWTH, RENEW, ResidentWindow
+from hf_flash.runtime.window import GROWTH, RESCALE_BEYOND, ResidentWindow
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.unit import UnitLayout
 
@@ -64,7 +64,8 @@ class TokenStep:
         slot_of, neuron_in, last_used, free_slots, score = (part.ctypes.data for part in self._window.arrays)
         return Window(
             slot_of, neuron_in, last_used, free_slots, score,
-            d_ff=d_ff, capacity=self._window.capacity, kept_tokens=self._window.window, growth=GROWTH, rescale_beyond=RENEW,
+            d_ff=d_ff, capacity=self._window.capacity, kept_tokens=self._window.window,
+            growth=GROWTH, rescale_beyond=RESCALE_BEYOND,
         )  # fmt: skip
 
     def run(
@@ -84,10 +85,10 @@ class TokenStep:
         out = torch.empty(1, x.shape[1], dtype=torch.float32, device="cpu")
         job.x, job.out, job.bias = x.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
         job.threads, step.selected = native.threads(), selected.data_ptr()
-        window.clock, window.free, window.use_score = own.clock, own.free, own.gain
+        window.clock, window.free, window.use_score = own.clock, own.free, own.use_score
         step.reader, step.file, step.block_bytes = file or (None, None, 1)
         done = self._library.hf_step(ctypes.byref(step))  # type: ignore[union-attr]
-        own.clock, own.free, own.gain = window.clock, window.free, window.use_score
+        own.clock, own.free, own.use_score = window.clock, window.free, window.use_score
         return out if done else None
 
     @property

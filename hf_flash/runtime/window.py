@@ -4,7 +4,7 @@
     pointer   [capacity]   which neuron a row (*slot*) holds, or -1
     slot_of   [d_ff]       the way back: the slot of a neuron, or -1
     last_used [d_ff]       the token that used a neuron last: `last_k_active` for every k at once
-    worth     [d_ff]       how often it was used, older uses counting less
+    score     [d_ff]       how often it was used, older uses counting less
 
 What the last `window` tokens used stays. Older neurons stay as long as there is room; when there is none, those that were used
 least go first. (The paper drops what left the window at once. On the shipped model, with room for half of the neurons, that
@@ -29,8 +29,8 @@ import torch
 
 from hf_flash.base.arrays import Ids, Mask, count_uses
 
-GROWTH: Final = 1 / 0.99  # of what a use is worth, per token: half of a neuron's worth is of the last 69 tokens
-RENEW: Final = 1e9  # when weights have grown this large they start from 1 again
+GROWTH: Final = 1 / 0.99  # of what a use scores, per token: half of a neuron's score is of the last 69 tokens
+RESCALE_BEYOND: Final = 1e9  # when weights have grown this large they start from 1 again
 _FORGOTTEN: Final = 2000  # tokens after which older uses count for nothing, and their weight still is a number
 
 
@@ -48,8 +48,8 @@ class ResidentWindow:
         self.capacity, self.window = capacity, window
         self.matrix = matrix.zero_()  # now, or reads wait for pages the first time
         self.last_used = np.full(d_ff, np.iinfo(np.int64).min, dtype=np.int64)
-        self.worth = np.zeros(d_ff)
-        self.gain = 1.0  # what a use adds to `worth` now; it grows, instead of all of `worth` shrinking
+        self.score = np.zeros(d_ff)
+        self.use_score = 1.0  # what a use adds to `score` now; it grows, instead of all of `score` shrinking
         self.clock = 0  # tokens seen
         self.consistent = True  # for callers: whether what they do with it was not interrupted halfway
         self.slot_of, self.pointer = np.empty(d_ff, dtype=np.int64), np.empty(capacity, dtype=np.int64)
@@ -58,8 +58,8 @@ class ResidentWindow:
 
     @property
     def arrays(self) -> tuple[Ids, Ids, Ids, Ids, npt.NDArray[np.float64]]:
-        """`slot_of`, `pointer`, `last_used`, the stack of free slots and `worth`: the same arrays for good."""
-        return self.slot_of, self.pointer, self.last_used, self._free, self.worth
+        """`slot_of`, `pointer`, `last_used`, the stack of free slots and `score`: the same arrays for good."""
+        return self.slot_of, self.pointer, self.last_used, self._free, self.score
 
     @property
     def resident(self) -> Ids:
@@ -75,15 +75,15 @@ class ResidentWindow:
             union: sorted ids used by any of them.
         """
         start, self.clock = self.clock, self.clock + tokens
-        self.gain *= GROWTH ** min(tokens, _FORGOTTEN)
-        if self.gain > RENEW:
-            self.worth /= self.gain
-            self.gain = 1.0
+        self.use_score *= GROWTH ** min(tokens, _FORGOTTEN)
+        if self.use_score > RESCALE_BEYOND:
+            self.score /= self.use_score
+            self.use_score = 1.0
         if selected is None or tokens == 1:
             self.last_used[union] = self.clock
-            self.worth[union] += self.gain * tokens
+            self.score[union] += self.use_score * tokens
             return
-        self.worth += self.gain * count_uses(selected)
+        self.score += self.use_score * count_uses(selected)
         recent = max(0, tokens - self.window)
         self.last_used[union] = np.maximum(self.last_used[union], start + recent)  # used, but before the window
         for token in range(recent, tokens):
@@ -116,9 +116,9 @@ class ResidentWindow:
         return self.free + int(evictable.sum())
 
     def _rank(self, ids: Ids) -> npt.NDArray[np.float64]:
-        """What goes first has the lowest: out of the window by worth, then in the window by last use."""
+        """What goes first has the lowest: out of the window by score, then in the window by last use."""
         last = self.last_used[ids]
-        return np.where(last > self.clock - self.window, 1e30 * last, self.worth[ids])
+        return np.where(last > self.clock - self.window, 1e30 * last, self.score[ids])
 
     def worth_keeping(self, union: Ids) -> Ids:
         """Of the residents and `union`: what should stay when not all of it can, sorted.

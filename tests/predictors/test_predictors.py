@@ -35,7 +35,7 @@ from hf_flash.calibration.training import _judge, _Start
 from hf_flash.predictors.base import read_tensors
 from hf_flash.predictors.low_bit import widen
 from hf_flash.predictors.lowrank import LowRankPredictor, lowrank_bytes, lowrank_specs, pack_lowrank
-from hf_flash.predictors.quantized import QuantizedFormat, quantized_forms
+from hf_flash.predictors.quantized import QuantizedFormat, quantized_formats
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.layout import FlashStore
 from tests.conftest import ROOT
@@ -419,7 +419,7 @@ def rounded(
 ) -> tuple[FlashStore, LayerStore, QuantizedFormat]:
     folder = hf_flash.repack(opt(), tmp_path_factory.mktemp("rounded") / "flash", predictor_bits=request.param)
     store = FlashStore.open_folder(folder)
-    return store, store.layers[1], quantized_forms(store)[0]
+    return store, store.layers[1], quantized_formats(store)[0]
 
 
 @settings(deadline=None, max_examples=20)
@@ -427,12 +427,12 @@ def rounded(
 def test_what_rounding_does_to_real_sums(
     rounded: tuple[FlashStore, LayerStore, QuantizedFormat], mean: float, seed: int
 ) -> None:
-    store, own, form = rounded
+    store, own, fmt = rounded
     generator = random(seed)
     x = torch.randn(400, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
     x = (x + mean * torch.randn(32, generator=generator)).double()
-    shift, spread = rounding(store, own, form, x.mean(0).float(), torch.cov(x.T, correction=0).float())
-    stored = read_tensors(store.predictors[form.variant], f"{own.prefix}.predictor")
+    shift, spread = rounding(store, own, fmt, x.mean(0).float(), torch.cov(x.T, correction=0).float())
+    stored = read_tensors(store.predictors[fmt.variant], f"{own.prefix}.predictor")
     codes = widen(stored["codes"], stored["scales"], stored.get("zeros"))
     errors = x @ (codes.double() - own.bundles()[:, :32].double()).T  # of each token and neuron
     scale = float(errors.square().mean().sqrt())

@@ -87,7 +87,7 @@ def runs(rig: Rig, patch: pytest.MonkeyPatch) -> list[bool]:
 
 def state(rig: Rig) -> tuple[Any, ...]:
     window = rig.window
-    return (*(part.tolist() for part in window.arrays), window.clock, window.free, window.gain)
+    return (*(part.tolist() for part in window.arrays), window.clock, window.free, window.use_score)
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,9 +115,11 @@ def test_it_gives_the_bits_the_reads_and_the_window_of_the_long_way(
                     assert len(rig.resident()) <= capacity
                     assert not whole or done[-1] is (int(rig.predictor.next.sum()) <= capacity)
                 counted = {name: value for name, value in asdict(rig.engine.counters).items() if not name.endswith("_s")}
-                slot_of, _, last_used, _, worth = (part.tolist() for part in rig.window.arrays)
+                slot_of, _, last_used, _, score = (part.tolist() for part in rig.window.arrays)
                 there = [slot >= 0 for slot in slot_of]
-                found.append((answers, counted, there, last_used, worth, rig.window.clock, rig.window.free, rig.window.gain))
+                found.append(
+                    (answers, counted, there, last_used, score, rig.window.clock, rig.window.free, rig.window.use_score)
+                )
     finally:
         torch.set_num_threads(before)
     (ours, *after), (theirs, *after_too) = found

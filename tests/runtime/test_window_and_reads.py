@@ -61,16 +61,16 @@ class PlainWindow:
     clock: int = 0
     resident: set[int] = field(default_factory=set)
     last_use: dict[int, int] = field(default_factory=dict)
-    worth: Counter[int] = field(default_factory=Counter)
+    score: Counter[int] = field(default_factory=Counter)
 
     def call(self, uses: list[set[int]], after: set[int]) -> list[list[int]]:
         """Take one call, the neurons of each of its tokens, and check what was in DRAM after it; the groups that it reads."""
-        for n in self.worth:
-            self.worth[n] *= 0.99 ** len(uses)
+        for n in self.score:
+            self.score[n] *= 0.99 ** len(uses)
         for use in uses:
             self.clock += 1
             self.last_use |= dict.fromkeys(use, self.clock)
-            self.worth.update(dict.fromkeys(use, 1))
+            self.score.update(dict.fromkeys(use, 1))
         needed = set().union(*uses)
         fits = len(needed) <= self.capacity and (len(uses) == 1 or len(needed - self.resident) < block_rows(D_FF, len(uses)))
         groups = [self._fit(needed, after)] if fits else self._stream(needed, len(uses))
@@ -80,7 +80,7 @@ class PlainWindow:
     def _rank(self, n: int) -> tuple[bool, float]:
         """What is evicted first has the lowest."""
         recent = self.last_use[n] > self.clock - self.window
-        return recent, self.last_use[n] if recent else self.worth[n]
+        return recent, self.last_use[n] if recent else self.score[n]
 
     def _fit(self, needed: set[int], after: set[int]) -> list[int]:
         missing, wanted = sorted(needed - self.resident), self.resident | needed
@@ -483,9 +483,9 @@ def test_chunks_cover_exactly_what_was_asked_for(ids: list[int], shuffle: Random
 FORMATS = [QuantizedFormat(4, 64), QuantizedFormat(4, 32), QuantizedFormat(4, 7), QuantizedFormat(8, 64)]
 
 
-def dequantized(parts: dict[str, torch.Tensor], form: QuantizedFormat) -> torch.Tensor:
+def dequantized(parts: dict[str, torch.Tensor], fmt: QuantizedFormat) -> torch.Tensor:
     """Back to numbers, from what the docstrings say about the codes."""
-    if form.bits == 8:
+    if fmt.bits == 8:
         return parts["codes"].double() * parts["scales"].double()
     codes = parts["codes"].long()
     rows, half = codes.shape
@@ -498,52 +498,52 @@ def dequantized(parts: dict[str, torch.Tensor], form: QuantizedFormat) -> torch.
 
 @settings(max_examples=60, deadline=None)
 @given(
-    form=st.sampled_from(FORMATS),
+    fmt=st.sampled_from(FORMATS),
     d_model=st.sampled_from([2, 36, 64, 96, 128]),
     size=st.sampled_from([1e-6, 0.02, 1.0, 3e3]),
     dtype=st.sampled_from([FULL, HALF, BRAIN]),
     seed=st.integers(0, 1 << 16),
 )
 def test_the_stored_error_is_the_norm_of_what_rounding_changed(
-    form: QuantizedFormat, d_model: int, size: float, dtype: torch.dtype, seed: int
+    fmt: QuantizedFormat, d_model: int, size: float, dtype: torch.dtype, seed: int
 ) -> None:
     up = (size * torch.randn(6, d_model, generator=torch.Generator().manual_seed(seed))).to(dtype)
     up[0], up[1] = 0.0, size  # constant rows have no range
-    parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
-    for name, (kind, shape) in form.shapes("", 6, d_model).items():
+    parts = quantize_rows(up, fmt.bits, fmt.group(up.shape[1]))
+    for name, (kind, shape) in fmt.shapes("", 6, d_model).items():
         assert (parts[name.rpartition(".")[2]].dtype, tuple(parts[name.rpartition(".")[2]].shape)) == (kind, shape)
-    wanted = (dequantized(parts, form) - up.double()).norm(dim=1)
+    wanted = (dequantized(parts, fmt) - up.double()).norm(dim=1)
     torch.testing.assert_close(parts["error"].double(), wanted, rtol=1e-3, atol=1e-6 * size * d_model**0.5)
-    assert (wanted <= 0.3 * size * d_model**0.5 * (1 if form.bits == 4 else 0.2) + 1e-6).all()
+    assert (wanted <= 0.3 * size * d_model**0.5 * (1 if fmt.bits == 4 else 0.2) + 1e-6).all()
 
 
 WAYS = ["compiled", "packed", "plain"]
 
 
-def make(form: QuantizedFormat, up: torch.Tensor, bias: torch.Tensor | None, way: str = "compiled") -> QuantizedPredictor:
+def make(fmt: QuantizedFormat, up: torch.Tensor, bias: torch.Tensor | None, way: str = "compiled") -> QuantizedPredictor:
     """A predictor with a margin of 1.5; as on a machine without the compiled part, or without torch's packed layout either."""
-    parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
+    parts = quantize_rows(up, fmt.bits, fmt.group(up.shape[1]))
     with pytest.MonkeyPatch.context() as patch, nullcontext() if way == "compiled" else switched_off():
         if way == "plain":
             patch.setattr(lowbit, "_works", lambda call: False)
-        return QuantizedPredictor(parts, bias, form, parts["error"] * (1.5 / up.shape[1] ** 0.5))
+        return QuantizedPredictor(parts, bias, fmt, parts["error"] * (1.5 / up.shape[1] ** 0.5))
 
 
-@pytest.mark.parametrize("form", FORMATS[:2] + FORMATS[3:], ids=lambda form: form.variant)
+@pytest.mark.parametrize("fmt", FORMATS[:2] + FORMATS[3:], ids=lambda fmt: fmt.variant)
 @settings(max_examples=15, deadline=None)
 @given(tokens=st.integers(1, 5), seed=st.integers(0, 1 << 16))
-def test_the_fast_path_scores_as_the_plain_one_up_to_rounding(form: QuantizedFormat, tokens: int, seed: int) -> None:
+def test_the_fast_path_scores_as_the_plain_one_up_to_rounding(fmt: QuantizedFormat, tokens: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     up, x = torch.randn(96, 128, generator=random), torch.randn(tokens, 128, generator=random).bfloat16()
     bias = torch.randn(96, generator=random)
-    parts = quantize_rows(up, form.bits, form.group(up.shape[1]))
-    ways = {way: make(form, up, bias, way) for way in WAYS}
+    parts = quantize_rows(up, fmt.bits, fmt.group(up.shape[1]))
+    ways = {way: make(fmt, up, bias, way) for way in WAYS}
     if library() is None or not ways["packed"]._scores.matrix.packed:
         pytest.skip("no compiler, or torch has no packed layout on this machine")
     assert ways["compiled"]._scores.matrix.compiled
     assert not ways["packed"]._scores.matrix.compiled
     assert not ways["plain"]._scores.matrix.packed
-    weights = dequantized(parts, form)
+    weights = dequantized(parts, fmt)
     exact = x.double() @ weights.T
     rounding = 2**-7 * (x.double().abs() @ weights.abs().T)
     for way, share in zip(WAYS, (1e-2, 1, 1e-3), strict=True):  # 16-bit steps, bfloat16, 128 roundings to float32
@@ -557,23 +557,23 @@ def test_the_fast_path_scores_as_the_plain_one_up_to_rounding(form: QuantizedFor
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.variant}, {form.group_size}")
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.variant}, {fmt.group_size}")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_a_number_selects_every_neuron_of_its_token_alone(
-    way: str, form: QuantizedFormat, value: float
+    way: str, fmt: QuantizedFormat, value: float
 ) -> None:
     torch.manual_seed(0)
-    predictor = make(form, torch.randn(64, 64), torch.full((64,), -50.0), way)
+    predictor = make(fmt, torch.randn(64, 64), torch.full((64,), -50.0), way)
     x = torch.randn(3, 64)
     x[1, 5] = value
     assert predictor.select(x).all(1).tolist() == [False, True, False]
     assert not predictor.select(x)[[0, 2]].any()
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.variant}, {form.group_size}")
-def test_a_predictor_holds_what_its_format_announces(form: QuantizedFormat) -> None:
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.variant}, {fmt.group_size}")
+def test_a_predictor_holds_what_its_format_announces(fmt: QuantizedFormat) -> None:
     for way in WAYS:
-        assert make(form, torch.randn(64, 64), None, way).nbytes == form.dram_bytes(Shape(64, (64,), 4, 4, 16))
+        assert make(fmt, torch.randn(64, 64), None, way).nbytes == fmt.dram_bytes(Shape(64, (64,), 4, 4, 16))
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, StoreError
-from hf_flash.predictors.base import PredictorForm
+from hf_flash.predictors.base import PredictorFormat
 from hf_flash.predictors.lowrank import LowRankFormat
-from hf_flash.predictors.quantized import QuantizedFormat, quantized_forms
+from hf_flash.predictors.quantized import QuantizedFormat, quantized_formats
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.writer import write_safetensors
 from tests.conftest import ROOT, make_opt
@@ -196,34 +196,34 @@ def test_what_the_page_says_of_files_is_so(store: FlashStore) -> None:
 # --- the formulas -------------------------------------------------------------------------------------------------------
 
 
-def formulas(store: FlashStore, form: PredictorForm, layer: int, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def formulas(store: FlashStore, fmt: PredictorFormat, layer: int, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Scores as the page says, [tokens, d_ff], from nothing but the files."""
     prefix = f"{store.layers[layer].prefix}."
-    tensors = {name.removeprefix(prefix): t for name, t in load_file(store.predictors[form.variant]).items() if prefix in name}
+    tensors = {name.removeprefix(prefix): t for name, t in load_file(store.predictors[fmt.variant]).items() if prefix in name}
     own = {name.removeprefix("predictor."): tensor.float() for name, tensor in tensors.items()}
-    if form.variant == "lowrank":
+    if fmt.variant == "lowrank":
         return (x @ (own["a_codes"] * own["a_scales"]).T) @ (own["b_codes"] * own["b_scales"]).T + own["offset"]
-    if form.variant == "int8":
+    if fmt.variant == "int8":
         margin = 3.0 * own["error"] * x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5
         return x @ (own["codes"] * own["scales"]).T + bias + margin
     q = PROGRAM["int4_rows"](tensors["predictor.codes"], tensors["predictor.scales"], tensors["predictor.zeros"])
     assert store.calibration is not None
     found = load_file(store.calibration)
-    shift, spread, margin = (found[f"{prefix}calibration.{form.variant}.{name}"] for name in ("shift", "spread", "margin"))
+    shift, spread, margin = (found[f"{prefix}calibration.{fmt.variant}.{name}"] for name in ("shift", "spread", "margin"))
     return x @ q.T + bias - shift + margin * spread
 
 
 @pytest.mark.parametrize("kind", ["int4-g64", "int8", "lowrank"])
 def test_the_formulas_name_the_neurons_that_the_product_names(plain: Path, fresh: Path, calibrated: Path, kind: str) -> None:
     store = FlashStore.open_folder(fresh if kind == "int8" else calibrated)
-    form: PredictorForm | None = LowRankFormat.of(store) if kind == "lowrank" else next(iter(quantized_forms(store)))
-    assert form is not None
-    assert form.variant == kind
+    fmt: PredictorFormat | None = LowRankFormat.of(store) if kind == "lowrank" else next(iter(quantized_formats(store)))
+    assert fmt is not None
+    assert fmt.variant == kind
     x = torch.randn(64, store.layers[0].d_model, generator=torch.Generator().manual_seed(1)).bfloat16()
     for layer in store.layers:
         bias = opened(plain)[layer.name("up").replace("weight", "bias")]
-        scores = formulas(store, form, layer.index, x.float(), bias.float())
-        named = form.load(store, layer, bias).select(x)
+        scores = formulas(store, fmt, layer.index, x.float(), bias.float())
+        named = fmt.load(store, layer, bias).select(x)
         clear = scores.abs() > 0.02 * scores.abs().mean()  # nearer to zero rounding may decide
         assert named is not None
         assert clear.float().mean() > 0.9
@@ -233,7 +233,7 @@ def test_the_formulas_name_the_neurons_that_the_product_names(plain: Path, fresh
 
 def test_int4_without_a_calibration_takes_the_assumed_margin(fresh: Path, plain: Path, tmp_path: Path) -> None:
     store = FlashStore.open_folder(hf_flash.repack(plain, tmp_path / "flash"))
-    layer, form = store.layers[0], QuantizedFormat(4, 64)
+    layer, fmt = store.layers[0], QuantizedFormat(4, 64)
     own = {n.rpartition(".")[2]: t for n, t in load_file(store.predictors["int4-g64"]).items() if layer.prefix in n}
     bias = opened(plain)[layer.name("up").replace("weight", "bias")]
     x = torch.randn(64, layer.d_model, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -242,7 +242,7 @@ def test_int4_without_a_calibration_takes_the_assumed_margin(fresh: Path, plain:
     torch.testing.assert_close((q - up).norm(dim=1), own["error"], rtol=1e-2, atol=1e-4)
     scores = x.float() @ q.T + bias.float() + 1.5 * own["error"] * length / layer.d_model**0.5
     clear = scores.abs() > 0.02 * scores.abs().mean()
-    named = form.load(store, layer, bias).select(x)
+    named = fmt.load(store, layer, bias).select(x)
     assert torch.equal(named[clear], scores[clear] > 0)
 
 

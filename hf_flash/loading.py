@@ -23,6 +23,7 @@ from hf_flash.families import family_of
 from hf_flash.families.base import Family
 from hf_flash.hub.saving import give_flash_class
 from hf_flash.machine.about import usable_cores
+from hf_flash.packing.bundling import plain_layers
 from hf_flash.packing.flash_cache import cached_store
 from hf_flash.predictors.base import PredictorFormat, find_predictor
 from hf_flash.predictors.choice import fresh_format, stored_choice, stored_format
@@ -33,7 +34,7 @@ from hf_flash.runtime.lookahead import add_lookahead
 from hf_flash.runtime.swap import replace_feed_forwards
 from hf_flash.store.checkpoint import Checkpoint, given_files
 from hf_flash.store.layout import FlashStore
-from hf_flash.store.unit import UnitLayout
+from hf_flash.store.unit import Part, UnitLayout, parts_text
 
 logger = logging.getLogger("hf_flash")
 
@@ -83,12 +84,12 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
     store = FlashStore.open(found) if repacked else None
     if store is not None:
         store.check_others()
-        _check_shape(family, model, store)
+    unit, widths = (store.unit, store.widths) if store else plain_layers(checkpoint, family)
+    _check_shape(family, model, unit, widths)
     ffns = replace_feed_forwards(model, family)
-    plan, fmt = _divide(model, config, family, checkpoint, store)
+    plan, fmt = _divide(model, config, family, unit, store)
     if store is None:
         store = cached_store(checkpoint, family, fresh_format(config, family, model.config) if fmt else None, config.cache_dir)
-        _check_shape(family, model, store)
     if fmt is not None:
         find_predictor(store, fmt)
     config.remember(**stored_choice(fmt))
@@ -117,11 +118,10 @@ def finish(model: Any, config: FlashOffloadConfig, loading: Loading) -> None:
 
 
 def _divide(
-    model: Any, config: FlashOffloadConfig, family: Family, checkpoint: Checkpoint, store: FlashStore | None
+    model: Any, config: FlashOffloadConfig, family: Family, unit: UnitLayout, store: FlashStore | None
 ) -> tuple[MemoryPlan, PredictorFormat | None]:
     """Divide the memory budget. On a plain checkpoint whose predictor nobody named, one that does not fit is left out."""
     shape, dtype = family.shape(model.config), model.config.dtype
-    unit = store.layers[0].unit if store else _unit_of(family, shape.d_model, checkpoint)
     budget = None if config.memory_budget == AUTO else config.memory_budget
     resident = _resident_bytes(model, dtype)
 
@@ -145,12 +145,6 @@ def _divide(
         return without, None
 
 
-def _unit_of(family: Family, d_model: int, checkpoint: Checkpoint) -> UnitLayout:
-    """What a neuron of a plain checkpoint is."""
-    dtype, _ = checkpoint.specs[family.names(checkpoint.specs)[0].matrices[0]]
-    return UnitLayout.of(family.parts, d_model, dtype)
-
-
 def _resident_bytes(model: Any, dtype: torch.dtype) -> int:
     """Of all weights that are not FFN matrices, in the dtype of compute; tied ones count once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -158,16 +152,24 @@ def _resident_bytes(model: Any, dtype: torch.dtype) -> int:
     return sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in weights.values())
 
 
-def _check_shape(family: Family, model: Any, store: FlashStore) -> None:
-    """Refuse a store that is not of this model."""
+def _check_shape(family: Family, model: Any, unit: UnitLayout, widths: tuple[int, ...]) -> None:
+    """Refuse weights that are not of this model.
+
+    Args:
+        unit, widths: what a neuron is in the files, and how many each layer has.
+    """
     shape = family.shape(model.config)
-    wanted = shape.layers, shape.d_ff, shape.d_model
-    found = len(store.layers), store.layers[0].d_ff, store.layers[0].d_model
-    if wanted != found or store.layers[0].unit.parts != family.parts:  # the store's layers are all alike
+    wanted, found = (family.parts, shape.d_model, shape.widths), (unit.parts, unit.width, widths)
+    if wanted != found:
         raise UnsupportedModelError(
-            "the store does not fit the model's config",
-            where=store.layers[0].path.parent,
-            expected=f"layers, d_ff, d_model = {wanted}",
-            got=found,
-            hint="repack the checkpoint",
+            "the weights do not fit the model's config",
+            where=model.config.name_or_path,
+            expected=_sizes(*wanted),
+            got=_sizes(*found),
+            hint="load them with the config that they were saved with, or repack the checkpoint",
         )
+
+
+def _sizes(parts: Sequence[Part], d_model: int, widths: tuple[int, ...]) -> str:
+    d_ff = widths[0] if len(set(widths)) == 1 else list(widths)
+    return f"{len(widths)} layers, d_ff {d_ff}, d_model {d_model}, {parts_text(parts)}"

@@ -77,7 +77,7 @@ class StepClock(StoppingCriteria):
         head = self.model.get_output_embeddings().weight
         tables = [item.weight for item in self.model.modules() if isinstance(item, torch.nn.Embedding)]
         resident = found.resident_bytes - sum(table.nbytes for table in tables if table is not head)
-        neuron = (found.dense_bytes - found.resident_bytes) / (found.layers * found.d_ff)
+        neuron = (found.dense_bytes - found.resident_bytes) / found.neurons
         return resident + found.predictor_bytes + neuron * found.counters.selected / steps
 
 

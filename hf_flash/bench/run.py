@@ -160,7 +160,7 @@ def _about_model(store: FlashStore, folder: Path, dense_bytes: int) -> dict[str,
     first = store.layers[0]
     return {
         "folder": folder.name, "source": store.metadata["source"], "dense_bytes": dense_bytes, "ffn_bytes": store.nbytes,
-        "layers": len(store.layers), "d_ff": first.d_ff, "d_model": first.d_model,
+        "layers": len(store.layers), "d_ff": max(store.widths), "d_model": first.d_model,
         "dtype": str(first.dtype).removeprefix("torch."),
     }  # fmt: skip
 

@@ -20,6 +20,7 @@ from hf_flash.calibration.processes import Processes
 from hf_flash.calibration.row_files import RowFile
 from hf_flash.calibration.settings import Settings
 from hf_flash.calibration.work_folder import WorkFolder
+from hf_flash.compute.activation import Activation
 from hf_flash.errors import CalibrationError
 from hf_flash.runtime.model import find_runtime
 from hf_flash.runtime.observing import observed
@@ -33,6 +34,7 @@ class _Recorder:
 
     inputs: RowFile
     bits: RowFile
+    activation: Activation
 
     def record(self, row: int, x: torch.Tensor, before: torch.Tensor) -> None:
         """Write a batch.
@@ -48,7 +50,7 @@ class _Recorder:
                 hint="load a checkpoint of another dtype, or check this one with `hf-flash inspect --check`",
             )
         self.inputs.write(row, x.bfloat16())
-        self.bits.write(row, pack_bits(before > 0))
+        self.bits.write(row, pack_bits(self.activation.active(before)))
 
 
 @torch.no_grad()
@@ -69,7 +71,7 @@ def run_forward(
     stored = work.hidden(group.start, model.dtype) if group.start else None
     with ExitStack() as stack:
         opened = stack.enter_context
-        recorders = [_Recorder(opened(work.open_inputs(n)), opened(work.open_bits(n))) for n in group]
+        recorders = [_Recorder(opened(work.open_inputs(n)), opened(work.open_bits(n)), ffns[n].activation) for n in group]
         hidden_out = opened(work.open_hidden(group.stop))
         for at in range(processes.index * step, len(windows), processes.count * step):
             batch, row = windows[at : at + step], at * context

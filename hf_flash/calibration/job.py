@@ -107,7 +107,7 @@ def calibrate(
         raise UnsupportedModelError("nothing to predict: the activation leaves no exact zeros", where=folder, expected="relu")
     targets, longest = Targets(recall, extra, rank, max_rank), model_config.max_position_embeddings
     context = min(256, longest) if context is None else context
-    d_model = store.layers[0].d_model
+    d_model = store.unit.width
     check_arguments(targets, samples, context, epochs, seed, placement, d_model=d_model, longest=longest)
     windows = token_windows(folder, text, context, model_config.vocab_size, most=samples, seed=seed, least=LEAST_WINDOWS)
     settings = Settings(folder, store, windows, text_name(text), samples, targets, epochs, seed, placement)

@@ -58,8 +58,8 @@ class Settings:
     @property
     def training_bytes(self) -> int:
         """Memory that training one layer takes at most."""
-        layer = self.store.layers[0]
-        return training_bytes(self.targets.limit(layer.d_model), layer.d_ff, layer.d_model)
+        d_model = self.store.unit.width
+        return training_bytes(self.targets.limit(d_model), max(self.store.widths), d_model)
 
     @property
     def text_sha256(self) -> str:

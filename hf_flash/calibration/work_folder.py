@@ -57,10 +57,10 @@ class WorkFolder:
 
     def check_room(self, processes: int) -> None:
         """Raise `DiskSpaceError` where the disk has no room for the work of so many processes."""
-        layer = self._layers[0]
-        recorded = torch.bfloat16.itemsize * layer.d_model + (layer.d_ff + 7) // 8
+        d_model, widest = self._layers[0].d_model, max(layer.d_ff for layer in self._layers)
+        recorded = torch.bfloat16.itemsize * d_model + (widest + 7) // 8
         with writing(self.path):
-            check_room(self.path, self._tokens * (2 * 4 * layer.d_model + processes * recorded))
+            check_room(self.path, self._tokens * (2 * 4 * d_model + processes * recorded))
 
     def remove(self) -> None:
         shutil.rmtree(self.path)

@@ -19,7 +19,7 @@ def facts(store: FlashStore) -> dict[str, Any]:
         "revision": store.metadata["revision"],
         "layers": len(store.layers),
         "d_model": first.d_model,
-        "d_ff": first.d_ff,
+        "d_ff": max(store.widths),
         "dtype": str(first.dtype).removeprefix("torch."),
         "bundle_bytes": first.bundle_bytes,
         "bundles_bytes": store.nbytes,

@@ -1,4 +1,4 @@
-"""Calls of the compiled part that compute. All but `copy_rows` are to be made only where there is a `library()`.
+"""Calls of the compiled part that compute, to be made only where there is a `library()`.
 
     TokenKernel      one token and the rows of some neurons, multiplied where they lie; runtime/token_step.py does the same with
                      window and reads in one call
@@ -210,15 +210,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
     return out
 
 
-def copy_rows(source: torch.Tensor, rows: Ids, target: torch.Tensor, places: Ids) -> bool:
-    """`target[places] = source[rows]`, of contiguous matrices as wide. Returns whether there is a `library()` to do it."""
-    compiled = native.library()
-    if compiled is None:
-        return False
+def copy_rows(source: torch.Tensor, rows: Ids, target: torch.Tensor, places: Ids) -> None:
+    """`target[places] = source[rows]`, of contiguous matrices as wide."""
     from_, to, size = addresses(source, rows), addresses(target, places), source.shape[1] * source.element_size()
     count = native.threads() if len(from_) * size >= _WORTH_COPYING else 1
-    compiled.hf_copy(ctypes.byref(CopyJob(from_.ctypes.data, to.ctypes.data, len(from_), size, count)))
-    return True
+    job = CopyJob(from_.ctypes.data, to.ctypes.data, len(from_), size, count)
+    native.loaded().hf_copy(ctypes.byref(job))  # type: ignore[union-attr]
 
 
 def addresses(matrix: torch.Tensor, rows: Ids) -> Ids:

@@ -90,9 +90,9 @@ def evaluate(
             "share_of_model": nbytes / find_runtime(model).plan.dense_bytes,
             "perplexity": reached,
             "change": reached / dense_perplexity - 1,
-            **total(tallies).rates(store.layers[0].d_ff),
+            **total(tallies).rates(),
             **time_tokens(model, prompt, new_tokens),
-            **_by_layer(tallies, store.layers[0].d_ff),
+            **_by_layer(tallies),
         }
     report["bins"] = BINS.tolist()
     close(model)
@@ -101,13 +101,12 @@ def evaluate(
 
 def _about(model: Any, store: FlashStore, windows: torch.Tensor) -> dict[str, Any]:
     """What the figures depend on."""
-    first = store.layers[0]
     return {
         "model": {
             "source": store.metadata["source"],
             "layers": len(store.layers),
-            "d_ff": first.d_ff,
-            "d_model": first.d_model,
+            "d_ff": max(store.widths),
+            "d_model": store.unit.width,
         },
         "text": {"tokens": windows.numel(), "context": windows.shape[1], "seen_in_calibration": _seen(store, windows)},
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -121,10 +120,10 @@ def _seen(store: FlashStore, windows: torch.Tensor) -> float:
     return seen_share(windows, read_tensors(store.calibration, "calibration")["text"])
 
 
-def _by_layer(tallies: Sequence[Tally], d_ff: int) -> dict[str, Any]:
+def _by_layer(tallies: Sequence[Tally]) -> dict[str, Any]:
     """What plots are drawn from."""
     return {
-        "layers": [tally.rates(d_ff) for tally in tallies],
+        "layers": [tally.rates() for tally in tallies],
         "use": mean_use([tally.use for tally in tallies]),
         "predicted_at": np.sum([tally.predicted_at for tally in tallies], axis=0).tolist(),
         "missed_at": np.sum([tally.missed_at for tally in tallies], axis=0).tolist(),

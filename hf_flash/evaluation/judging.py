@@ -34,11 +34,14 @@ class Tally:
     """Counts of one predictor in one layer, over all tokens.
 
     Attributes:
-        energy: of active neurons, the sum of (activation * norm of the down column) ** 2. `lost`: of those that were missed.
+        neurons: that could have been selected: those of the layer, once for each token.
+        energy: of active neurons, the sum of (activation of the deciding part * norm of the down column) ** 2. `lost`: of
+            those that were missed.
         predicted_at, missed_at: neurons by their pre-activation, in `BINS`.
     """
 
     tokens: int = 0
+    neurons: int = 0
     active: int = 0
     selected: int = 0
     missed: int = 0
@@ -48,11 +51,17 @@ class Tally:
     predicted_at: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(len(BINS) - 1, dtype=np.int64))
     missed_at: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(len(BINS) - 1, dtype=np.int64))
 
-    def add(self, selected: torch.Tensor, before: torch.Tensor, energy: torch.Tensor, scale: float) -> None:
-        """Compare what was selected, bool [tokens, d_ff], with the pre-activations `before` and the energy of each neuron."""
-        active = before > 0
+    def add(
+        self, selected: torch.Tensor, active: torch.Tensor, before: torch.Tensor, energy: torch.Tensor, scale: float
+    ) -> None:
+        """Compare what was selected with what was active, bool [tokens, d_ff].
+
+        Args:
+            before, energy: pre-activations and energy of each neuron. scale: standard deviation of the pre-activations.
+        """
         missed = active & ~selected
         self.tokens += len(before)
+        self.neurons += before.numel()
         self.active += int(active.sum())
         self.selected += int(selected.sum())
         self.missed += int(missed.sum())
@@ -61,13 +70,13 @@ class Tally:
         self.predicted_at += np.histogram((before[selected] / scale).numpy(), BINS)[0]
         self.missed_at += np.histogram((before[missed] / scale).numpy(), BINS)[0]
 
-    def rates(self, d_ff: int) -> dict[str, float]:
+    def rates(self) -> dict[str, float]:
         """Shares and averages; compare.py says what they are of."""
         return {
             "active": self.active / max(1, self.tokens),
             "missed": self.missed / max(1, self.active),
             "lost": self.lost / self.energy if self.energy else 0.0,
-            "extra": (self.selected - self.active + self.missed) / max(1, self.tokens * d_ff - self.active),
+            "extra": (self.selected - self.active + self.missed) / max(1, self.neurons - self.active),
             "selected": self.selected / max(1, self.active),
         }
 
@@ -75,7 +84,7 @@ class Tally:
 def total(tallies: Sequence[Tally]) -> Tally:
     """The counts of several layers together, without use and histograms."""
     summed = Tally()
-    for name in ("tokens", "active", "selected", "missed", "energy", "lost"):
+    for name in ("tokens", "neurons", "active", "selected", "missed", "energy", "lost"):
         setattr(summed, name, sum(getattr(tally, name) for tally in tallies))
     return summed
 
@@ -89,14 +98,15 @@ class LayerJudge:
     """Asks every candidate of one layer about the inputs of a dense forward, and counts.
 
     Args:
-        bias: [d_ff] of the up projection.
+        ffn: the layer in the model that runs.
 
     Attributes:
         tallies: by candidate.
         use: of the neurons that were active.
     """
 
-    def __init__(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None, every: Iterable[Candidate]) -> None:
+    def __init__(self, store: FlashStore, layer: LayerStore, ffn: FlashFFN, every: Iterable[Candidate]) -> None:
+        self._activation, bias = ffn.activation, ffn.projections[layer.unit.deciding].bias
         self._predictors: dict[str, Any] = {}
         # Quantized predictors without a margin, and the errors they assume, [d_ff].
         self._without_margin: dict[str, tuple[QuantizedPredictor, torch.Tensor]] = {}
@@ -137,14 +147,15 @@ class LayerJudge:
         """
         before = before.float()
         self._scale = self._scale or float(before.std())
-        energy = (before.clamp(min=0) * self._down_norms).square()
+        active = self._activation.active(before)
+        energy = (self._activation.function(before) * self._down_norms).square()
         for name, predictor in self._predictors.items():
             selected = predictor.select(x)
             selected = torch.ones_like(before, dtype=torch.bool) if selected is None else selected
             tally = self.tallies[name]
-            tally.add(selected, before, energy, self._scale)
+            tally.add(selected, active, before, energy, self._scale)
             self._add_use(tally.use, selected, context)
-        self._add_use(self.use, before > 0, context)
+        self._add_use(self.use, active, context)
         self._windows += len(x) // context
         for name, (predictor, error) in self._without_margin.items():
             wrong = predictor.score(x) - before
@@ -177,10 +188,7 @@ def judging(
     Yields:
         A judge for each layer.
     """
-    judges = [
-        LayerJudge(store, layer, ffn.projections[layer.unit.deciding].bias, every)
-        for layer, ffn in zip(store.layers, ffns, strict=True)
-    ]
+    judges = [LayerJudge(store, layer, ffn, every) for layer, ffn in zip(store.layers, ffns, strict=True)]
     with ExitStack() as stack:
         for ffn, judge in zip(ffns, judges, strict=True):
             stack.enter_context(observed(ffn, partial(judge.look, context)))

@@ -78,7 +78,8 @@ class Family:
             are attributes of the decoder layer itself, and are replaced one by one.
         activation: the attribute with the activation module, where `block` is `""`.
         columns: the roles whose matrix has a neuron in a column.
-        activation_key, d_ff_key, heads_key, kv_heads_key, head_dim_key: keys of the config.
+        activation_key, heads_key, kv_heads_key, head_dim_key: keys of the config.
+        d_ff_key: the same; its value is a number of neurons for all layers, or a list of one for each.
         norm: the attribute of a decoder layer with the norm in front of the FFN; `""`: there is none that lookahead could use.
         norm_first_key: the config's key that says whether that norm comes before the FFN; `""`: it always does.
     """
@@ -141,13 +142,19 @@ class Family:
 
     def shape(self, config: Any) -> Shape:
         """Sizes from a config (an object or a dictionary); an error if they are none that a model could have."""
-        sizes = {name: get(config, name) for name in ("num_hidden_layers", self.d_ff_key, "hidden_size", self.heads_key)}
-        for name, value in sizes.items():
-            if type(value) is not int or value < 1:
-                raise UnsupportedModelError("a size in config.json is none", where=name, expected="1 or more", got=value)
-        layers, d_ff, d_model, heads = sizes.values()
+        layers, d_model, heads = (_size(config, name) for name in ("num_hidden_layers", "hidden_size", self.heads_key))
         kv_heads, head_dim = get(config, self.kv_heads_key) or heads, get(config, self.head_dim_key) or d_model // heads
-        return Shape(d_model, (d_ff,) * layers, heads, kv_heads, head_dim)
+        return Shape(d_model, self._widths(config, layers), heads, kv_heads, head_dim)
+
+    def _widths(self, config: Any, layers: int) -> tuple[int, ...]:
+        """Neurons of each layer: the config has one number for all of them, or a list."""
+        found = get(config, self.d_ff_key)
+        if not isinstance(found, list | tuple):
+            return (_size(config, self.d_ff_key),) * layers
+        if len(found) != layers or not all(type(value) is int and value > 0 for value in found):
+            expected = f"{layers} numbers, each 1 or more"
+            raise UnsupportedModelError("a size in config.json is none", where=self.d_ff_key, expected=expected, got=found)
+        return tuple(found)
 
     def looks_ahead(self, config: Any) -> bool:
         """Whether the FFN's input is close to the layer's own, through the norm in front of the FFN."""
@@ -179,6 +186,14 @@ def check_family(family: Family) -> None:
             expected='names for "up" and "down", and perhaps "gate"; "down" comes last',
             got=dict(family.matrices),
         )
+
+
+def _size(config: Any, key: str) -> int:
+    """A number of a config that is 1 or more; an error if it is none."""
+    value = get(config, key)
+    if type(value) is not int or value < 1:
+        raise UnsupportedModelError("a size in config.json is none", where=key, expected="1 or more", got=value)
+    return value
 
 
 def get(config: Any, key: str) -> Any:

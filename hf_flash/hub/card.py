@@ -202,8 +202,8 @@ def _speed(name: str, budget: str, store: FlashStore, bench: str | os.PathLike[s
         yield f"Not measured for this card. `hf-flash plan {name} --memory {budget}` predicts it for your machine."
         return
     report = read_json(Path(bench))
-    first, found = store.layers[0], report.get("model")
-    mine = {"source": store.metadata["source"], "layers": len(store.layers), "d_ff": first.d_ff, "d_model": first.d_model}
+    source, found = store.metadata["source"], report.get("model")
+    mine = {"source": source, "layers": len(store.layers), "d_ff": max(store.widths), "d_model": store.unit.width}
     theirs = {key: found.get(key) for key in mine} if isinstance(found, dict) else found
     if theirs != mine:
         raise ConfigError("not a report of `hf-flash bench` on this model", where=bench, expected=json.dumps(mine), got=theirs)

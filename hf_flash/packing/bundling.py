@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub.utils import tqdm
 
 from hf_flash.base.files import writing
-from hf_flash.base.folders import (
-    MARK,
-    check_room,
-    clear_away,
-)
+from hf_flash.base.folders import MARK, check_room, clear_away
 from hf_flash.base.heap import trim_heap
-from hf_flash.errors import (
-    HfFlashError,
-    StoreFormatError,
-)
+from hf_flash.errors import HfFlashError, StoreFormatError
 from hf_flash.families.base import Family, LayerNames
 from hf_flash.predictors.quantized import QuantizedFormat, write_quantized
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import LAYER_FILE, PREDICTOR_FILE
 from hf_flash.store.safetensors_files import nbytes_of, read_header
-from hf_flash.store.unit import ROW
+from hf_flash.store.unit import ROW, UnitLayout
 from hf_flash.store.writer import plain_unit, write_layer
 
 
@@ -36,13 +29,10 @@ def build_store(folder: Path, checkpoint: Checkpoint, family: Family, fmt: Quant
     """
     names, origin = family.names(checkpoint.specs), checkpoint.origin()
     todo = _forget_strangers(folder, names, origin, fmt)
-    units = {plain_unit(family.parts, [checkpoint.specs[name] for name in n.matrices], n.matrices) for n in names}
-    if len(units) > 1:
-        raise StoreFormatError("FFN layers of different dtypes or shapes", where=origin["source"], got=sorted(map(str, units)))
-    ((unit, d_ff),) = units
+    unit, widths = plain_layers(checkpoint, family)
     ffn = {name for layer in names for name in layer.matrices}
-    total = len(todo) * d_ff * unit.row_bytes
-    needed = total + len(names) * _predictor_bytes(fmt, d_ff, unit.width)
+    total = sum(widths[layer.index] for layer in todo) * unit.row_bytes
+    needed = total + _predictor_bytes(fmt, widths, unit.width)
     check_room(folder, needed + sum(nbytes_of(s) for n, s in checkpoint.specs.items() if rest and n not in ffn))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Bundling FFN layers", delay=1) as bar:
         for layer in todo:
@@ -52,7 +42,7 @@ def build_store(folder: Path, checkpoint: Checkpoint, family: Family, fmt: Quant
                 for part, name in zip(family.parts, layer.matrices, strict=True)
             ]
             write_layer(path, layer.index, len(names), layer.bundles, family.parts, layer.matrices, matrices, origin)
-            bar.update(d_ff * unit.row_bytes)
+            bar.update(widths[layer.index] * unit.row_bytes)
             try:
                 checkpoint.check_unchanged()
             except HfFlashError:
@@ -63,9 +53,24 @@ def build_store(folder: Path, checkpoint: Checkpoint, family: Family, fmt: Quant
     return add_predictor(folder, fmt)
 
 
-def _predictor_bytes(fmt: QuantizedFormat | None, d_ff: int, d_model: int) -> int:
-    """What a layer's predictor takes on disk."""
-    return sum(map(nbytes_of, fmt.shapes("", d_ff, d_model).values())) if fmt else 0
+def plain_layers(checkpoint: Checkpoint, family: Family) -> tuple[UnitLayout, tuple[int, ...]]:
+    """What a neuron of a plain checkpoint is, and how many each layer has.
+
+    Raises:
+        StoreFormatError: the matrices are not there, do not fit together, or are of different dtypes.
+    """
+    names = family.names(checkpoint.specs)
+    found = [plain_unit(family.parts, [checkpoint.specs[name] for name in n.matrices], n.matrices) for n in names]
+    units = {unit for unit, _ in found}
+    if len(units) > 1:
+        source = checkpoint.origin()["source"]
+        raise StoreFormatError("FFN layers of different dtypes or widths", where=source, got=sorted(map(str, units)))
+    return found[0][0], tuple(d_ff for _, d_ff in found)
+
+
+def _predictor_bytes(fmt: QuantizedFormat | None, widths: Sequence[int], d_model: int) -> int:
+    """What a model's predictor takes on disk."""
+    return sum(nbytes_of(spec) for d_ff in widths for spec in fmt.shapes("", d_ff, d_model).values()) if fmt else 0
 
 
 def add_predictor(folder: Path, fmt: QuantizedFormat | None) -> FlashStore:
@@ -73,8 +78,7 @@ def add_predictor(folder: Path, fmt: QuantizedFormat | None) -> FlashStore:
     store = FlashStore.open_folder(folder)
     if fmt is None or fmt.variant in store.predictors:
         return store
-    first = store.layers[0]
-    check_room(folder, len(store.layers) * _predictor_bytes(fmt, first.d_ff, first.d_model))
+    check_room(folder, _predictor_bytes(fmt, store.widths, store.unit.width))
     write_quantized(
         folder / PREDICTOR_FILE.format(fmt.variant),
         store,

@@ -51,11 +51,17 @@ class PlannedModel:
     def predictor(self) -> str:
         return "none" if self.fmt is None else self.fmt.kind
 
-    def skeleton(self, layers: int, d_ff: int) -> tuple[Any, list[FlashFFN]]:
-        """The model without memory, cut to some layers, and its FFNs."""
+    def skeleton(self, cut: tuple[int, int] | None = None) -> tuple[Any, list[FlashFFN]]:
+        """The model without memory, and its FFNs.
+
+        Args:
+            cut: to so many layers, of so many neurons each.
+        """
         config = type(self.config).from_dict(self.config.to_dict())
-        config.num_hidden_layers, config.dtype = layers, self.dtype
-        setattr(config, self.family.d_ff_key, d_ff)
+        config.dtype = self.dtype
+        if cut is not None:
+            config.num_hidden_layers, d_ff = cut
+            setattr(config, self.family.d_ff_key, d_ff)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
             ffns = replace_feed_forwards(model, self.family)
@@ -83,7 +89,7 @@ def open_model(source: str | os.PathLike[str], predictor: str | None, dtype: str
         wish.predictor = predictor
     store = FlashStore.open_folder(folder) if stored and any(folder.glob("*.safetensors")) else None
     d_model = family.shape(config).d_model
-    unit = store.layers[0].unit if store else UnitLayout.of(family.parts, d_model, config.dtype or torch.float32)
+    unit = store.unit if store else UnitLayout.of(family.parts, d_model, config.dtype or torch.float32)
     fmt = _form(wish, family, config, store)
     return PlannedModel(folder, config, family, store, fmt, _dtype(dtype) or config.dtype or unit.dtype, unit)
 

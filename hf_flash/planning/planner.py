@@ -160,7 +160,7 @@ def needs(source: str | os.PathLike[str], predictor: str | None = None, dtype: s
 
 def _divide(found: PlannedModel, budget: int | str | None, demand: Demand) -> MemoryPlan:
     """Divide a budget as loading does. Raises `BudgetError`."""
-    model, _ = found.skeleton(found.shape.layers, found.shape.d_ff)
+    model, _ = found.skeleton()
     weights = [*model.parameters(), *model.buffers()]
     resident = sum(w.nbytes for w in weights)
     need, reading = demand if found.fmt else None, {"reader": "auto", "io_threads": 16}

@@ -51,7 +51,7 @@ class ModelSlice:
         self.misses = [rows] if self.all else sorted({0, 1, *(round(share * self.needed) for share in _MISSES)})
         room = max(2 * self.needed, min(capacity, WINDOW_BYTES // model.unit.row_bytes))
         room = 0 if self.all else min(room, rows - self.needed)
-        self.model, self.ffns = model.skeleton(layers, rows)
+        self.model, self.ffns = model.skeleton((layers, rows))
         self.decoder_layers = decoder_layers(self.model, model.family)
         _fill(self.model)
         self.generator = np.random.default_rng(0)

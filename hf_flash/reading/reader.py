@@ -115,7 +115,7 @@ class BundleReader:
         self.layers, self.source = store.layers, source
         self.gap: int | None = None  # neurons that are read sooner than skipped; measured when it is first needed
         self._pieces = 0  # reads that a bundle is torn into; 0: neighbours are one read
-        unit = store.layers[0].unit
+        unit = store.unit
         self._staging = None if unit.dtype == dtype else aligned_empty((_STAGING_ROWS, unit.numbers), unit.dtype)
         self.buffer_bytes = source.buffer_bytes + _staging_bytes(unit, dtype)  # DRAM of its own
 

@@ -47,7 +47,7 @@ def attach(
     load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     spare_bytes = available_memory() - plan.predictor_bytes - plan.scratch_bytes - plan.window_bytes  # for the page cache
     shape, dtype = family.shape(model.config), model.config.dtype
-    in_memory = store.layers[0].unit.as_dtype(dtype)  # type: ignore[arg-type]
+    in_memory = store.unit.as_dtype(dtype)  # type: ignore[arg-type]
     reader = open_reader(store, config.reader, config.io_threads, in_memory.dtype, spare_bytes)
     arithmetic = arithmetic_for(shape.d_ff, in_memory, ffns[0].activation)
     engine = Engine(reader, arithmetic, fills_next=config.lookahead != 0)

@@ -46,7 +46,8 @@ class FlashStats:
     """
 
     layers: int
-    d_ff: int
+    d_ff: int  # neurons of a layer, of the widest where they differ
+    neurons: int  # of all layers
     window: int  # tokens
     capacity: int  # neurons a layer's window can hold, on average
     predictor: str
@@ -101,7 +102,7 @@ class FlashStats:
                 "window hit rate",
                 f"{self.hit_rate:.1%} (window of {self.window} tokens, {self.capacity} neurons a layer)",
             ),
-            ("neurons computed", f"{c.selected / max(1, c.calls) / self.d_ff:.1%} of each layer, per call"),
+            ("neurons computed", f"{self.layers * c.selected / max(1, c.calls) / self.neurons:.1%} of each layer, per call"),
             ("weights in DRAM", f"{format_bytes(self.dram_bytes)} of a budget of {format_bytes(self.budget_bytes)}"),
             ("the dense model", format_bytes(self.dense_bytes)),
             (

@@ -43,6 +43,7 @@ class FlashRuntime:
         return FlashStats(
             layers=plan.layers,
             d_ff=plan.d_ff,
+            neurons=sum(plan.widths),
             window=self.config.window,
             capacity=plan.capacity,
             predictor=self.fmt.variant if self.fmt else "none",

@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
+from typing import Final
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from hf_flash.runtime.window import ResidentWindow
 
 Observer = Callable[[torch.Tensor, Ids, torch.Tensor], None]
 """Called with a layer's input x, float32 [tokens, d_model], the ids of a block and their pre-activations [tokens, ids]."""
+
+
+_BUFFERS: Final = 2  # one is filled while the other is computed
 
 
 class Call:
@@ -99,7 +103,7 @@ def stream(
         Seconds spent on reading and nothing else.
     """
     rows, waited = engine.arithmetic.rows, 0.0
-    free = [rows[at : at + call.step] for at in range(0, len(rows), call.step)]
+    free = [rows[at : at + call.step] for at in range(0, len(rows) - call.step + 1, call.step)][:_BUFFERS]
     blocks = [_Block(layer, window, call, ids) for ids in call.blocks]
     waiting = deque(blocks)
     try:

@@ -43,6 +43,7 @@ from hf_flash.errors import StoreFormatError, StoreMissingError
 from hf_flash.store.layer_file import LayerStore, check_version, crc_of_file, layer_of
 from hf_flash.store.names import HEADERS, INDEX_NAME, LAYER_FILE, META
 from hf_flash.store.safetensors_files import header_digest, read_header
+from hf_flash.store.unit import UnitLayout
 
 _VARIANT: Final = re.compile(r"int4-g[1-9][0-9]{0,5}|int8|lowrank")
 
@@ -107,6 +108,16 @@ class FlashStore:
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def unit(self) -> UnitLayout:
+        """What a neuron is, in every layer."""
+        return self.layers[0].unit
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each layer."""
+        return tuple(layer.d_ff for layer in self.layers)
 
     @property
     def ffn_names(self) -> set[str]:
@@ -221,9 +232,9 @@ def _check_layers(layers: Mapping[int, LayerStore], count: int) -> None:
             got=f"{len(layers)}, without layers {missing} ...",
             hint="download or repack the model again",
         )
-    shapes = {(layer.unit, layer.d_ff): layer.path.name for layer in layers.values()}
-    if len(shapes) > 1:
-        raise StoreFormatError("layers of different dtypes or shapes", where=folder, got=shapes)
+    units = {layer.unit: layer.path.name for layer in layers.values()}
+    if len(units) > 1:
+        raise StoreFormatError("layers of different dtypes or widths", where=folder, got=units)
     names = [name for layer in layers.values() for name in (layer.key, *layer.names)]
     if len(set(names)) < len(names):
         raise StoreFormatError("layers that claim the same tensors", where=folder, got=sorted(names)[:10])

@@ -119,11 +119,16 @@ class UnitLayout:
     @property
     def text(self) -> str:
         """The parts as metadata has them: `up:row,down:column`."""
-        return ",".join(f"{part.role}:{part.stored}" for part in self.parts)
+        return parts_text(self.parts)
 
 
 TWO_MATRICES: Final = (Part("up", "row"), Part("down", "column"))
 """The parts of layers whose files say nothing about parts: those of format versions 1 and 2."""
+
+
+def parts_text(parts: Sequence[Part]) -> str:
+    """Parts as metadata has them: `up:row,down:column`."""
+    return ",".join(f"{part.role}:{part.stored}" for part in parts)
 
 
 def parse_parts(text: str) -> tuple[Part, ...] | None:

@@ -28,8 +28,8 @@ class PretendConfig(PretrainedConfig):
     model_type = "pretend"
 
     def __init__(
-        self, hidden_size: int = 24, breadth: int = 80, num_hidden_layers: int = 3, heads: int = 2, vocab_size: int = 64,
-        bend: str = "silu", bias: bool = False, **kwargs: Any,
+        self, hidden_size: int = 24, breadth: int | list[int] = 80, num_hidden_layers: int = 3, heads: int = 2,
+        vocab_size: int = 64, bend: str = "silu", bias: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.hidden_size, self.breadth, self.num_hidden_layers, self.heads = hidden_size, breadth, num_hidden_layers, heads
         self.vocab_size, self.bend, self.bias = vocab_size, bend, bias
@@ -37,11 +37,12 @@ class PretendConfig(PretrainedConfig):
 
 
 class Thinking(nn.Module):
-    def __init__(self, config: PretendConfig) -> None:
+    def __init__(self, config: PretendConfig, number: int) -> None:
         super().__init__()
-        self.wicket = nn.Linear(config.hidden_size, config.breadth, bias=config.bias)
-        self.climb = nn.Linear(config.hidden_size, config.breadth, bias=config.bias)
-        self.descend = nn.Linear(config.breadth, config.hidden_size, bias=config.bias)
+        breadth = config.breadth if isinstance(config.breadth, int) else config.breadth[number]
+        self.wicket = nn.Linear(config.hidden_size, breadth, bias=config.bias)
+        self.climb = nn.Linear(config.hidden_size, breadth, bias=config.bias)
+        self.descend = nn.Linear(breadth, config.hidden_size, bias=config.bias)
         self.bend = ACT2FN[config.bend]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,10 +50,10 @@ class Thinking(nn.Module):
 
 
 class Floor(nn.Module):
-    def __init__(self, config: PretendConfig) -> None:
+    def __init__(self, config: PretendConfig, number: int) -> None:
         super().__init__()
         self.norm, self.mix = nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, config.hidden_size)
-        self.thinking = Thinking(config)
+        self.thinking = Thinking(config, number)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.mix(x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None].to(x.dtype))
@@ -63,7 +64,7 @@ class Tower(nn.Module):
     def __init__(self, config: PretendConfig) -> None:
         super().__init__()
         self.words = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.floors = nn.ModuleList(Floor(config) for _ in range(config.num_hidden_layers))
+        self.floors = nn.ModuleList(Floor(config, number) for number in range(config.num_hidden_layers))
 
 
 class PretendForCausalLM(PreTrainedModel, GenerationMixin):
@@ -115,7 +116,10 @@ def make(folder: Path, **config: Any) -> Path:
 # --- what it does -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [{}, {"bias": True}, {"bend": "relu", "bias": True}, {"bend": "gelu", "hidden_size": 22}])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"bias": True}, {"bend": "relu", "bias": True}, {"bend": "gelu", "hidden_size": 22}, {"breadth": [80, 300, 24]}],
+)
 def test_it_loads_from_a_plain_checkpoint_with_the_models_own_answers(tmp_path: Path, config: dict[str, Any]) -> None:
     plain = make(tmp_path / "plain", **config)
     stock = AutoModelForCausalLM.from_pretrained(plain)
@@ -129,6 +133,56 @@ def test_it_loads_from_a_plain_checkpoint_with_the_models_own_answers(tmp_path: 
     assert flash.state_dict().keys() == stock.state_dict().keys()
     weight = flash.model.floors[1].thinking.climb.weight
     assert torch.equal(weight + 0, stock.model.floors[1].thinking.climb.weight)
+
+
+@pytest.mark.parametrize("predictor", ["none", "quantized"])
+def test_layers_of_different_width_each_have_their_own(tmp_path: Path, predictor: str) -> None:
+    widths = [4096, 3000, 96]
+    plain = make(tmp_path / "plain", breadth=widths, bend="relu", hidden_size=64)
+    packed = hf_flash.repack(plain, tmp_path / "packed")
+    store = FlashStore.open_folder(packed)
+    assert (store.widths, store.check()) == (tuple(widths), [])
+
+    def load(budget: int | str) -> Any:
+        config = FlashOffloadConfig(memory_budget=budget, predictor=predictor)
+        return AutoModelForCausalLM.from_pretrained(packed, quantization_config=config)
+
+    least = hf_flash.stats(load("1GB")).minimum_bytes
+    calls = (IDS, IDS[:1, :1], IDS[:, :3], IDS[:1, :1])
+    found = []
+    for budget in (least, least + 2_000_000, "1GB"):
+        flash = load(budget)
+        with torch.no_grad():
+            found.append([flash(ids).logits for ids in calls])
+        stats = hf_flash.stats(flash)
+        assert (stats.d_ff, stats.neurons) == (4096, sum(widths))
+        assert stats.window_bytes <= sum(widths) * store.unit.row_bytes
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+    stock, restored = (AutoModelForCausalLM.from_pretrained(f) for f in (plain, hf_flash.restore(packed, tmp_path / "again")))
+    assert all(torch.equal(one, other) for one, other in zip(stock.parameters(), restored.parameters(), strict=True))
+    if predictor == "none":
+        with torch.no_grad():
+            for logits, ids in zip(found[0], calls, strict=True):
+                torch.testing.assert_close(logits, stock(ids).logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
+
+
+def test_weights_of_another_shape_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_FLASH_CACHE", str(tmp_path / "cache"))
+    plain = make(tmp_path / "plain", breadth=[80, 40, 24])
+    config = PretendConfig.from_pretrained(plain)
+    config.breadth = [80, 40, 25]
+    with pytest.raises(UnsupportedModelError, match=r"d_ff \[80, 40, 25\][\s\S]*d_ff \[80, 40, 24\]"):
+        AutoModelForCausalLM.from_pretrained(plain, config=config, quantization_config=FlashOffloadConfig())
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("breadth", [[80, 80], [80, 80, 0], [80, 80, "80"], [80, True, 80], 0, None, []])
+def test_widths_that_cannot_be_are_refused(breadth: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="breadth"):
+        PRETEND.shape(PretendConfig().to_dict() | {"breadth": breadth})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
+
+from tests.preloaded_python import python
 
 TOKEN: Final = "hf_dummy"
 # huggingface_hub 2.4 uploads LFS files with an argument that httpx2 no longer likes
@@ -91,7 +92,7 @@ class Hub:
     def run(self, home: Path, *args: str, **env: str) -> str:
         """Run `python ARGS` as a client of this Hub, which must succeed; returns what it printed."""
         done = subprocess.run(
-            [sys.executable, *args], env=self.env(home) | env, capture_output=True, text=True, timeout=120, check=False
+            [*python(), *args], env=self.env(home) | env, capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

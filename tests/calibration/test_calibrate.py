@@ -44,6 +44,7 @@ from hf_flash.runtime.observing import observed
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.writer import write_safetensors
 from tests.conftest import ROOT, TINY_OPT, make_opt, torch_threads
+from tests.preloaded_python import python
 
 INDEX = "model.safetensors.index.json"
 LOWRANK, MEASURED = NEW = ("flash-predictor-lowrank.safetensors", "flash-calibration.safetensors")
@@ -351,7 +352,7 @@ for task in json.load(sys.stdin):
 def run_jobs(jobs: list[dict[str, Any]]) -> list[int]:
     """The exit status of each job, negative for a signal."""
     done = subprocess.run(
-        [sys.executable, "-c", JOBS], input=json.dumps(jobs), capture_output=True, text=True, check=False, env=ENVIRONMENT
+        [*python(), "-c", JOBS], input=json.dumps(jobs), capture_output=True, text=True, check=False, env=ENVIRONMENT
     )
     print(done.stderr[-3000:])
     assert done.returncode == 0
@@ -575,7 +576,7 @@ def crew(
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     arguments = [str(folder), "--text", str(TEXT), *(f"--{name}={value}" for name, value in BATCHES.items())]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(top / "noting.py"), *arguments],
+        [*python(), "-m", "accelerate.commands.launch", *launcher, str(top / "noting.py"), *arguments],
         capture_output=True, text=True, check=False, env=ENVIRONMENT | {"NOTES": str(top / "notes")}, timeout=200,
     )  # fmt: skip
     print(done.stdout[-2000:], done.stderr[-3000:])

@@ -11,7 +11,6 @@ import select
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import hf_flash
 from hf_flash.commands import main as cli
 from hf_flash.commands.main import main
 from tests.conftest import ROOT, make_opt
+from tests.preloaded_python import python
 
 TABLES = {"demo", "doctor", "repack", "inspect", "calibrate", "eval", "verify", "plan", "bench"}
 
@@ -146,7 +146,7 @@ def test_a_damaged_store_is_a_failed_check(plain: Path, tmp_path: Path, capsys: 
 def start(*arguments: str, home: Path, **streams: Any) -> subprocess.Popen[bytes]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(home), "TERM": "xterm-256color",
                         "COLORTERM": "truecolor", "HF_FLASH_CACHE": str(home / "cache")}  # fmt: skip
-    return subprocess.Popen([sys.executable, "-m", "hf_flash", *arguments], env=env, **streams)
+    return subprocess.Popen([*python(), "-m", "hf_flash", *arguments], env=env, **streams)
 
 
 def interrupt_when(process: subprocess.Popen[bytes], there: Callable[[], bool]) -> None:

@@ -22,6 +22,7 @@ from hf_flash import FlashOffloadConfig
 from hf_flash.commands.main import main
 from tests.conftest import make_opt
 from tests.hub_server import UPLOAD_WARNING, Hub
+from tests.preloaded_python import python
 
 pytestmark = [
     pytest.mark.filterwarnings(UPLOAD_WARNING),
@@ -165,7 +166,7 @@ print("loaded", flush=True)
 
     def start(how: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", script, str(opt()), how], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [*python(), "-c", script, str(opt()), how], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
     with start("pause") as first:
@@ -196,7 +197,7 @@ def test_an_upload_that_was_interrupted_sends_only_what_is_missing(
     folder = hf_flash.repack(make_opt(tmp_path / "plain", num_hidden_layers=14), tmp_path / "flash")
 
     def push(until: int, how: signal.Signals) -> int:
-        command = [sys.executable, "-X", "faulthandler", "-m", "hf_flash", "push", str(folder), "me/x"]
+        command = [*python(), "-m", "hf_flash", "push", str(folder), "me/x"]
         process = subprocess.Popen(
             command,
             env=here.env(tmp_path) | {"HF_FLASH_CACHE": str(cache)},

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
+from tests.preloaded_python import python
 
 ROOT = Path(__file__).parent.parent.parent
 SHAPES = ("pre_ln", "post_ln", "no_bias", "odd")
@@ -117,9 +117,9 @@ def times(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def python(code: str, *arguments: Any, **environment: str) -> subprocess.Popen[str]:
+def start(code: str, *arguments: Any, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [*python(), "-c", code, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -413,7 +413,7 @@ def test_stock_transformers_without_the_plugin_refuses_a_repacked_folder(
                 print("refused")
         assert "hf_flash" not in sys.modules
     """
-    out, errors = python(code, opt(), repacked()).communicate()
+    out, errors = start(code, opt(), repacked()).communicate()
     assert out == "refused\nrefused\n", errors
 
 
@@ -472,7 +472,7 @@ def test_two_processes_may_load_the_same_plain_checkpoint_at_once(tiny_opt: Path
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, quantization_config=config)
         print(model.generate(torch.tensor([[2, 11, 7]]), max_new_tokens=8, do_sample=False).tolist())
     """
-    processes = [python(code, tiny_opt, tmp_path) for _ in range(2)]
+    processes = [start(code, tiny_opt, tmp_path) for _ in range(2)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

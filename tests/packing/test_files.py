@@ -35,6 +35,7 @@ from hf_flash.store.names import INDEX_NAME
 from hf_flash.store.safetensors_files import read_header
 from hf_flash.store.writer import write_safetensors
 from tests.conftest import ROOT, make_opt
+from tests.preloaded_python import python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="users, mounts and system calls of Linux")
 Make = Callable[..., Path]
@@ -262,7 +263,7 @@ NUMBERS = {"x86_64": {"flock": 73, "fsync": 74}, "aarch64": {"flock": 32, "fsync
 def test_a_file_system_without(plain: Path, packed: Path, tmp_path: Path, call: str, error: int) -> None:
     arguments = [plain, tmp_path / "out", tmp_path / "cache", NUMBERS[call], error]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *map(str, arguments)],
+        [*python(), "-c", WITHOUT, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode == 77:

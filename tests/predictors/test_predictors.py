@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -39,6 +38,7 @@ from hf_flash.predictors.quantized import QuantizedFormat, quantized_formats
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.layout import FlashStore
 from tests.conftest import ROOT
+from tests.preloaded_python import python
 
 SEEDS = st.integers(0, 1 << 30)
 EIGHTS = st.integers(1, 8).map(lambda n: 8 * n)
@@ -338,7 +338,7 @@ def test_products_in_8_bits_are_right_for_every_width() -> None:
         (columns, rows, tokens) for columns in (1, 3, 4, 7, 8, 12, 16, 31, 36, 40) for rows in (1, 100) for tokens in (1, 5)
     ]
     done = subprocess.run(
-        [sys.executable, "-c", PRODUCTS], input=json.dumps(shapes), capture_output=True, text=True, check=False,
+        [*python(), "-c", PRODUCTS], input=json.dumps(shapes), capture_output=True, text=True, check=False,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

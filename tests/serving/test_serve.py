@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from hf_flash import ConfigError, FlashOffloadConfig
 from hf_flash.commands import main as cli
 from hf_flash.serving.server import Server
 from tests.conftest import ROOT, TINY_OPT, torch_threads
+from tests.preloaded_python import python
 
 TEMPLATE = ROOT / "examples" / "chat_template.jinja"
 PROMPTS = ["In the beginning", "And the people said unto Moses", "The state of the Union is"]
@@ -284,7 +284,7 @@ def environment() -> dict[str, str]:
 
 def test_the_command_serves_transformers_chat_and_ends_with_ctrl_c(packed_tiny: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "hf_flash", "serve", str(packed_tiny), "--port=0", f"--chat-template={TEMPLATE}",
+        *python(), "-m", "hf_flash", "serve", str(packed_tiny), "--port=0", f"--chat-template={TEMPLATE}",
         "--memory-budget=11MB", "--window=3",
     ]  # fmt: skip
     log = tmp_path / "log"
@@ -298,7 +298,7 @@ def test_the_command_serves_transformers_chat_and_ends_with_ctrl_c(packed_tiny: 
             assert (found["budget_bytes"], found["window"]) == (11_000_000, 3)
 
             chat = subprocess.run(
-                [sys.executable, "-m", "transformers.cli.transformers", "chat", str(packed_tiny), url, "max_new_tokens=9"],
+                [*python(), "-m", "transformers.cli.transformers", "chat", str(packed_tiny), url, "max_new_tokens=9"],
                 input="In the beginning\nn\n!exit\n", capture_output=True, text=True, env=environment(), cwd=tmp_path,
                 timeout=120,
             )  # fmt: skip
@@ -319,7 +319,7 @@ def test_the_command_serves_transformers_chat_and_ends_with_ctrl_c(packed_tiny: 
 
 
 def test_the_example_runs(packed_tiny: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "serve_and_chat.py"), str(packed_tiny), "--memory-budget=10MB"]
+    command = [*python(), str(ROOT / "examples" / "serve_and_chat.py"), str(packed_tiny), "--memory-budget=10MB"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=True)
     assert "> In the beginning" in done.stdout
     assert re.search(r"\d+ tokens, \d+ kB read for each", done.stdout)

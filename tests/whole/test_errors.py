@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +47,7 @@ from hf_flash import (
 )
 from hf_flash.store.writer import write_safetensors
 from tests.conftest import ROOT, make_opt
+from tests.preloaded_python import python
 
 INDEX = "model.safetensors.index.json"
 PREDICTOR = "flash-predictor-int4-g64.safetensors"
@@ -626,7 +626,7 @@ hf_flash.repack(source, target)
 def kill_repack(source: Path, target: Path, victim: str) -> None:
     """Repack in a process of its own that dies by SIGKILL while it writes the file `victim`."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(source), str(target), victim],
+        [*python(), "-c", KILLED, str(source), str(target), victim],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         check=False,

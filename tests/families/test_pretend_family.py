@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, UnsupportedModelError, families
+from hf_flash import FlashOffloadConfig, StoreFormatError, UnsupportedModelError, families
 from hf_flash.families.base import Family, Shape, check_family
 from hf_flash.runtime.model import find_runtime
 from hf_flash.store.layout import FlashStore
@@ -188,10 +188,48 @@ def test_a_predictor_without_zeros_is_refused_by_name(tmp_path: Path) -> None:
     assert "'silu'" in str(caught.value) or "silu" in str(caught.value)
 
 
-@pytest.mark.parametrize("matrices", [{"up": "a"}, {"down": "b", "up": "a"}, {"up": "a", "down": "b", "sideways": "c"}, {}])
-def test_a_family_that_cannot_be_is_refused(matrices: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match="matrices"):
-        check_family(Family("nonsense", matrices))
+UP_DOWN: Any = {"up": "a", "down": "b"}
+
+
+@pytest.mark.parametrize(("field", "family"), [
+    ("matrices", {"matrices": {"up": "a"}}),
+    ("matrices", {"matrices": {"down": "b", "up": "a"}}),
+    ("matrices", {"matrices": UP_DOWN | {"sideways": "c"}}),
+    ("matrices", {"matrices": {}}),
+    ("matrices", {"matrices": {"gate": "c"} | UP_DOWN, "block": "", "activation": "act"}),
+    ("activation", {"matrices": UP_DOWN, "block": ""}),
+    ("columns", {"matrices": UP_DOWN, "columns": frozenset({"gate", "down"})}),
+])  # fmt: skip
+def test_a_family_that_cannot_be_is_refused(field: str, family: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{field} of nonsense"):
+        check_family(Family("nonsense", **family))
+
+
+@pytest.mark.parametrize("family", [
+    {"matrices": UP_DOWN}, {"matrices": {"gate": "c"} | UP_DOWN}, {"matrices": UP_DOWN, "block": "", "activation": "act"},
+    {"matrices": {"gate": "c"} | UP_DOWN, "columns": frozenset({"gate", "up", "down"})},
+])  # fmt: skip
+def test_a_family_that_can_be_is_not(family: dict[str, Any]) -> None:
+    check_family(Family("sense", **family))
+
+
+def test_the_families_of_the_package_can_be() -> None:
+    for family in families._FAMILIES.values():
+        check_family(family)
+
+
+@pytest.mark.parametrize("second", ["vision.floors.0", "decoder.floors.7"])
+def test_two_stacks_of_layers_are_refused_and_both_named(second: str) -> None:
+    names = [
+        f"{layer}.thinking.{matrix}.weight"
+        for layer in ("text.floors.0", "text.floors.1", second)
+        for matrix in PRETEND.matrices.values()
+    ]
+    with pytest.raises(StoreFormatError, match="several stacks") as caught:
+        PRETEND.names(names)
+    assert "text.floors.N.thinking.wicket.weight" in str(caught.value)
+    assert second.replace("0", "N").replace("7", "N") + ".thinking.wicket.weight" in str(caught.value)
+    assert len(PRETEND.names(names[:6])) == 2
 
 
 def test_sizes_are_those_of_the_config() -> None:

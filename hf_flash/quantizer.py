@@ -50,10 +50,6 @@ class FlashHfQuantizer(HfQuantizer):
         from hf_flash import loading
 
         self._loading = loading.prepare(model, self.quantization_config, checkpoint_files, repacked=self.pre_quantized)
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            *self._loading.family.store_keys,
-        }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from hf_flash import loading

@@ -9,11 +9,7 @@ from torch import nn
 from hf_flash.families.base import Family
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.sites import BlockFFN, InlineFFN, LastProjection, PassingActivation, empty_bias
-
-
-def decoder_layers(model: nn.Module, family: Family) -> Any:
-    """The decoder layers of a model."""
-    return getattr(model.get_decoder(), family.layers)  # type: ignore[operator]
+from hf_flash.runtime.transformers_model import decoder_layers as decoder_layers  # importable from here, too
 
 
 def replace_feed_forwards(model: nn.Module, family: Family) -> list[FlashFFN]:

@@ -188,6 +188,17 @@ def test_a_predictor_without_zeros_is_refused_by_name(tmp_path: Path) -> None:
     assert "'silu'" in str(caught.value) or "silu" in str(caught.value)
 
 
+def test_it_is_calibrated_under_its_own_names(tmp_path: Path) -> None:
+    plain = make(tmp_path / "plain", bend="relu", bias=True, max_position_embeddings=64)
+    folder = hf_flash.repack(plain, tmp_path / "packed")
+    tokens = torch.randint(4, 64, (640,), generator=torch.Generator().manual_seed(0))
+    report = hf_flash.calibrate(folder, tokens, samples=16, context=32, rank=4, epochs=1, placement=False)
+    assert len(report["layers"]) == 3
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=FlashOffloadConfig(predictor="lowrank"))
+    model(IDS[:1, :1])
+    assert hf_flash.stats(model).predictor == "lowrank"
+
+
 UP_DOWN: Any = {"up": "a", "down": "b"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,46 @@ def test_two_stacks_of_layers_are_refused_and_both_named(second: str) -> None:
     assert "text.floors.N.thinking.wicket.weight" in str(caught.value)
     assert second.replace("0", "N").replace("7", "N") + ".thinking.wicket.weight" in str(caught.value)
     assert len(PRETEND.names(names[:6])) == 2
+
+
+def with_norm(block: nn.Module) -> None:
+    block.norm = nn.LayerNorm(24)
+
+
+def with_second_matrix(block: nn.Module) -> None:
+    block.after = nn.Linear(24, 24, bias=False)
+
+
+def with_scale(block: nn.Module) -> None:
+    block.register_buffer("scale", torch.ones(1), persistent=False)
+
+
+def with_scale_of_a_matrix(block: Any) -> None:
+    block.climb.scale = nn.Parameter(torch.ones(1))
+
+
+def without_a_matrix(block: Any) -> None:
+    del block.climb
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    (with_norm, "norm.weight"), (with_second_matrix, "after.weight"), (with_scale, "scale"),
+    (with_scale_of_a_matrix, "climb.scale"), (without_a_matrix, "climb.weight"),
+])  # fmt: skip
+def test_a_block_with_other_tensors_than_its_family_names_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], name: str
+) -> None:
+    plain, before = make(tmp_path / "plain", bias=True), Thinking.__init__
+
+    def changed(block: Thinking, config: PretendConfig) -> None:
+        before(block, config)
+        change(block)
+
+    monkeypatch.setattr(Thinking, "__init__", changed)
+    with pytest.raises(UnsupportedModelError, match="does not hold what its family describes") as caught:
+        AutoModelForCausalLM.from_pretrained(plain, quantization_config=FlashOffloadConfig())
+    assert "layer 0, thinking" in str(caught.value)
+    assert name in str(caught.value)
 
 
 def test_sizes_are_those_of_the_config() -> None:

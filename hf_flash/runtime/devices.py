@@ -16,6 +16,7 @@ from torch import nn
 from hf_flash.errors import UsageError
 from hf_flash.runtime.flash_weights import OnFlash, checked, refuse_adapter
 from hf_flash.runtime.model_class import stock_methods
+from hf_flash.runtime.torch_internals import target_device
 
 
 def stay_on_cpu(model: Any) -> None:
@@ -25,7 +26,7 @@ def stay_on_cpu(model: Any) -> None:
 
 
 def _to(model: Any, *args: Any, **kwargs: Any) -> Any:
-    device = torch._C._nn._parse_to(*args, **kwargs)[0]
+    device = target_device(*args, **kwargs)
     if device is not None and device.type not in ("cpu", "meta"):
         _stay(device)
     return stock_methods(model).to(*args, **kwargs)

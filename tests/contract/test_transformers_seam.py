@@ -475,6 +475,13 @@ def test_a_handler_reads_no_field_that_we_do_not_check(path: str) -> None:
     assert read - {*needed, *also} == set()
 
 
+def test_from_model_config_and_the_other_fields_of_a_generation_config_are_what_the_chat_client_sends() -> None:
+    """`_from_model_config` is private and is sent all the same, as it is a part of the JSON that `transformers chat` sends."""
+    sent = GenerationConfig().to_dict()
+    assert "_from_model_config" in sent
+    assert set(fields.GENERATION) - sent.keys() == set()
+
+
 def test_system_one_takes_the_fields_that_we_check() -> None:
     needed, also = fields.ROUTES["/v1/systemone"]
     assert {*needed, *also} == set(systemone.SystemOneRequest.model_fields)

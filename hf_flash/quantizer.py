@@ -1,7 +1,7 @@
 """The transformers seam: an `HfQuantizer` that says when things happen; what happens is in loading.py.
 
 This module is imported when transformers' quantizers are (registration.py), so it imports nothing but what the class needs; the
-rest comes when a model is loaded.
+rest comes when a model is loaded. The methods that transformers calls are in tests/contract/test_transformers_seam.py by name.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ a test in `tests/contract/test_transformers_seam.py` that names it and asks tran
     how a decoder layer answers              run_layer
 
 Other rooms have what only they use: runtime/model_class.py the class of a model, serving/transformers_serving.py the server,
-registration.py the tables of quantizers, quantizer.py the methods that transformers calls while it loads a model.
+registration.py the tables of quantizers, quantizer.py the methods that transformers calls while it loads a model,
+runtime/devices.py what `load_adapter` reports and what `hf_device_map` does to a pipeline.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parts of transformers that are no public interface and that hf_flash stands on, each tested by its name.
+"""The parts of transformers that are no public interface and that hf_flash stands on, each tested by its name; two of the Hub.
 
 A release of transformers that changes one of them fails here first, and the name of the test says which one it is.
 """
@@ -23,6 +23,9 @@ from typing import Any
 import pytest
 import torch
 from fastapi import FastAPI
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import httpx
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -828,6 +831,21 @@ def test_hf_device_map_keeps_a_pipeline_from_moving_a_model(opt: Callable[..., P
     assert pipeline("text-generation", model=model, tokenizer=tokenizer).device.type == "cpu"
     with pytest.raises(ValueError, match="accelerate"):
         pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+
+
+# --- the Hub's client: hf_flash/packing/readme.py, hf_flash/commands/main.py ------------------------------------------------
+
+
+def test_regex_yaml_block_finds_the_front_matter_of_a_card() -> None:
+    match = REGEX_YAML_BLOCK.search("---\ntags:\n- one\n---\n# A title\n---\n")
+    assert match is not None
+    assert match[0] == "---\ntags:\n- one\n---\n"
+    assert REGEX_YAML_BLOCK.search("# A title\n\ntext\n") is None
+
+
+def test_utils_has_the_httpx_whose_errors_the_client_raises() -> None:
+    assert issubclass(httpx.ConnectError, httpx.HTTPError)
+    assert issubclass(HfHubHTTPError, httpx.HTTPError)
 
 
 # --- one model's class: hf_flash/runtime/model_class.py ----------------------------------------------------------------------

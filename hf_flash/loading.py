@@ -32,6 +32,7 @@ from hf_flash.runtime.devices import stay_on_cpu
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.lookahead import add_lookahead
 from hf_flash.runtime.swap import replace_feed_forwards
+from hf_flash.runtime.transformers_model import ignore_on_load, tied_names
 from hf_flash.store.checkpoint import Checkpoint, given_files
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.unit import Part, UnitLayout, parts_text
@@ -93,6 +94,7 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
     if fmt is not None:
         find_predictor(store, fmt)
     config.remember(**stored_choice(fmt))
+    ignore_on_load(model, family.store_keys)
     return Loading(family, checkpoint, store, plan, fmt, ffns)
 
 
@@ -147,7 +149,7 @@ def _divide(
 
 def _resident_bytes(model: Any, dtype: torch.dtype) -> int:
     """Of all weights that are not FFN matrices, in the dtype of compute; tied ones count once."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied = tied_names(model)
     weights = {id(p): p for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
     return sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in weights.values())
 

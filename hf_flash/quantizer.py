@@ -1,7 +1,7 @@
 """The transformers seam: an `HfQuantizer` that says when things happen; what happens is in loading.py.
 
 This module is imported when transformers' quantizers are (registration.py), so it imports nothing but what the class needs; the
-rest comes when a model is loaded.
+rest comes when a model is loaded. The methods that transformers calls are in tests/contract/test_transformers_seam.py by name.
 """
 
 from __future__ import annotations
@@ -50,10 +50,6 @@ class FlashHfQuantizer(HfQuantizer):
         from hf_flash import loading
 
         self._loading = loading.prepare(model, self.quantization_config, checkpoint_files, repacked=self.pre_quantized)
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            *self._loading.family.store_keys,
-        }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from hf_flash import loading

@@ -15,15 +15,16 @@ from typing import Any, Final
 import torch
 
 from hf_flash.calibration.activity import pack_bits
-from hf_flash.calibration.decoder_layers import decoder_layers, first_layer_call, run_layer
 from hf_flash.calibration.processes import Processes
 from hf_flash.calibration.row_files import RowFile
 from hf_flash.calibration.settings import Settings
 from hf_flash.calibration.work_folder import WorkFolder
 from hf_flash.compute.activation import Activation
 from hf_flash.errors import CalibrationError
+from hf_flash.families import family_of
 from hf_flash.runtime.model import find_runtime
 from hf_flash.runtime.observing import observed
+from hf_flash.runtime.transformers_model import decoder_layers, first_layer_call, run_layer
 
 BATCH_TOKENS: Final = 1024  # that go through a layer at a time
 
@@ -65,7 +66,7 @@ def run_forward(
         model: with predictor "none": its layers compute every neuron.
         progress: is told how many tokens all processes together got through a layer.
     """
-    layers, ffns = decoder_layers(model), find_runtime(model).ffns
+    layers, ffns = decoder_layers(model, family_of(model.config)), find_runtime(model).ffns
     windows, context = settings.windows, settings.context
     step = max(1, BATCH_TOKENS // context)  # windows in a batch
     stored = work.hidden(group.start, model.dtype) if group.start else None
@@ -75,7 +76,7 @@ def run_forward(
         hidden_out = opened(work.open_hidden(group.stop))
         for at in range(processes.index * step, len(windows), processes.count * step):
             batch, row = windows[at : at + step], at * context
-            hidden, arguments = first_layer_call(model, batch)
+            hidden, arguments = first_layer_call(model, layers[0], batch)
             if stored is not None:
                 hidden = stored[row : row + batch.numel()].view(hidden.shape).clone()
             for n, recorder in zip(group, recorders, strict=True):

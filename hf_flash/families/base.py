@@ -76,7 +76,7 @@ class Family:
         matrices: the name of the linear layer for each role, in the order in which a unit's parts lie.
         block: the name of the feed-forward module inside a decoder layer, which is replaced as a whole; `""`: the linear layers
             are attributes of the decoder layer itself, and are replaced one by one.
-        activation: the attribute with the activation module, where `block` is `""`.
+        activation: the attribute of the decoder layer with the activation module, where `block` is `""`; of no use elsewhere.
         columns: the roles whose matrix has a neuron in a column.
         activation_key, heads_key, kv_heads_key, head_dim_key: keys of the config.
         d_ff_key: the same; its value is a number of neurons for all layers, or a list of one for each.
@@ -87,7 +87,7 @@ class Family:
     model_type: str
     matrices: Mapping[Role, str]
     block: str = "mlp"
-    activation: str = "act_fn"
+    activation: str = ""
     columns: frozenset[Role] = frozenset({"down"})
     layers: str = "layers"
     activation_key: str = "hidden_act"
@@ -117,11 +117,20 @@ class Family:
         """The FFN matrices among the tensors of a plain checkpoint, by layer.
 
         Raises:
-            StoreFormatError: a layer without all of its matrices, or none at all.
+            StoreFormatError: a layer without all of its matrices, or none at all; several stacks of layers.
         """
         known, (first, *others) = set(tensors), self._modules
-        pattern = re.compile(rf"(?P<layer>(?:.*\.)?{re.escape(self.layers)}\.(?P<index>\d+)\.){re.escape(first)}\.weight")
-        found = {int(match["index"]): match["layer"] for name in known if (match := pattern.fullmatch(name))}
+        stem = rf"(?P<stem>(?:.*\.)?{re.escape(self.layers)}\.)"
+        pattern = re.compile(rf"(?P<layer>{stem}(?P<index>\d+)\.){re.escape(first)}\.weight")
+        matches = [match for name in known if (match := pattern.fullmatch(name))]
+        if len(stems := sorted({match["stem"] for match in matches})) > 1:
+            raise StoreFormatError(
+                "the checkpoint has several stacks of layers with FFN matrices: nothing says which one is meant",
+                where=self.model_type,
+                expected=f"names that begin alike up to {self.layers}.N.{first}.weight",
+                got=" and ".join(f"{stem}N.{first}.weight" for stem in stems),
+            )
+        found = {int(match["index"]): match["layer"] for match in matches}
         layers = [
             LayerNames(i, tuple(f"{found[i]}{name}.weight" for name in self._modules), found[i] + first) for i in sorted(found)
         ]
@@ -180,12 +189,20 @@ def check_family(family: Family) -> None:
     """
     roles = set(family.matrices)
     if not {"up", "down"} <= roles <= set(ROLES) or list(family.matrices)[-1] != "down":
-        raise UnsupportedModelError(
-            "a family's matrices are not valid",
-            where=family.model_type,
-            expected='names for "up" and "down", and perhaps "gate"; "down" comes last',
-            got=dict(family.matrices),
-        )
+        wanted = 'names for "up" and "down", and perhaps "gate"; "down" comes last'
+        raise _invalid(family, "matrices", wanted, dict(family.matrices))
+    if family.inline and "gate" in roles:
+        wanted = 'names for "up" and "down" alone, where the linear layers are attributes of the decoder layer (`block=""`)'
+        raise _invalid(family, "matrices", wanted, dict(family.matrices))
+    if family.inline and not family.activation:
+        wanted = "the attribute of the decoder layer with the activation module"
+        raise _invalid(family, "activation", wanted, repr(family.activation))
+    if not family.columns <= roles:
+        raise _invalid(family, "columns", f"some of {', '.join(family.matrices)}", ", ".join(sorted(family.columns)))
+
+
+def _invalid(family: Family, field: str, expected: str, got: object) -> UnsupportedModelError:
+    return UnsupportedModelError("a family is not valid", where=f"{field} of {family.model_type}", expected=expected, got=got)
 
 
 def _size(config: Any, key: str) -> int:

@@ -17,13 +17,14 @@ import torch
 
 from hf_flash.base.files import write_text
 from hf_flash.errors import ConfigError, UsageError
-from hf_flash.hub.model_class import add_methods, stock_class
 from hf_flash.hub.uploading import CARD, staging, upload
 from hf_flash.hub.uploading import push as push  # importable from here, beside the methods that call it
 from hf_flash.packing.checkpoint_folder import save_folder
 from hf_flash.runtime.devices import METHODS
 from hf_flash.runtime.flash_weights import Matrix, OnFlash, checked
 from hf_flash.runtime.model import FlashRuntime, find_runtime
+from hf_flash.runtime.model_class import add_methods, stock_class, stock_methods
+from hf_flash.runtime.transformers_model import has_adapter, tied_names
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
 
@@ -77,8 +78,8 @@ def save_pretrained(
             under their usual names.
         UsageError: the model's layers are not those that were loaded, or `state_dict` has other FFN matrices.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
-        super(type(model), model).save_pretrained(
+    if has_adapter(model):
+        stock_methods(model).save_pretrained(
             save_directory,
             is_main_process=is_main_process,
             state_dict=state_dict,
@@ -125,8 +126,8 @@ def push_to_hub(
         tags: more of them for the card.
         kwargs: as in [`push`].
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
-        return super(type(model), model).push_to_hub(repo_id, token=token, **kwargs)
+    if has_adapter(model):
+        return stock_methods(model).push_to_hub(repo_id, token=token, **kwargs)
     _refuse("push_to_hub", {"variant": variant is not None, "safe_serialization": safe_serialization is False})
     _check_known("push_to_hub", kwargs)
     with staging() as place:
@@ -181,7 +182,7 @@ def _whole(model: Any, runtime: FlashRuntime, state_dict: Mapping[str, Any] | No
     state = model.state_dict() if state_dict is None else state_dict
     with torch.device("meta"):
         described = stock_class(model)(copy.deepcopy(model.config)).state_dict()
-    lacking = sorted(described.keys() - state.keys() - set(model.all_tied_weights_keys))
+    lacking = sorted(described.keys() - state.keys() - tied_names(model))
     if lacking and state_dict is not None:
         raise ConfigError(
             "a flash model is saved from its store, and whole",

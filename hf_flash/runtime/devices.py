@@ -15,6 +15,8 @@ from torch import nn
 
 from hf_flash.errors import UsageError
 from hf_flash.runtime.flash_weights import OnFlash, checked, refuse_adapter
+from hf_flash.runtime.model_class import stock_methods
+from hf_flash.runtime.torch_internals import target_device
 
 
 def stay_on_cpu(model: Any) -> None:
@@ -24,10 +26,10 @@ def stay_on_cpu(model: Any) -> None:
 
 
 def _to(model: Any, *args: Any, **kwargs: Any) -> Any:
-    device = torch._C._nn._parse_to(*args, **kwargs)[0]
+    device = target_device(*args, **kwargs)
     if device is not None and device.type not in ("cpu", "meta"):
         _stay(device)
-    return super(type(model), model).to(*args, **kwargs)
+    return stock_methods(model).to(*args, **kwargs)
 
 
 def _cuda(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -49,17 +51,17 @@ def _apply(model: Any, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, *
     for module in model.modules():
         if isinstance(module, OnFlash):
             module.check_conversion(fn)
-    return super(type(model), model)._apply(fn, *args, **kwargs)
+    return stock_methods(model)._apply(fn, *args, **kwargs)
 
 
 def _load_state_dict(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """FFN weights are taken if they are those on flash, and refused before anything is loaded otherwise."""
-    return super(type(model), model).load_state_dict(checked(model, state_dict), *args, **kwargs)
+    return stock_methods(model).load_state_dict(checked(model, state_dict), *args, **kwargs)
 
 
 def _load_adapter(model: Any, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
     """An adapter is loaded whole or not at all: transformers would pass over what belongs on the FFN, and only report it."""
-    info = super(type(model), model).load_adapter(peft_model_id, adapter_name, **kwargs)
+    info = stock_methods(model).load_adapter(peft_model_id, adapter_name, **kwargs)
     ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, OnFlash))
     if dropped := sorted(name for name in info.unexpected_keys if name.startswith(ours)):
         model.delete_adapter(adapter_name or "default")

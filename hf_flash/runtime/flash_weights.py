@@ -15,23 +15,27 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import torch
-from torch import _ops, nn
-from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import nn
 
 from hf_flash.base.buffers import aligned_empty
 from hf_flash.base.sizes import format_bytes
 from hf_flash.errors import UsageError
 from hf_flash.machine.free_memory import available_memory
+from hf_flash.runtime.torch_internals import (
+    ADDRESSES,
+    make_wrapper,
+    replaced,
+    same_metadata,
+    transforming,
+    without_torch_function,
+    written,
+)
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.safetensors_files import read_header
 from hf_flash.store.unit import Part, Role
 
 _NEURONS: Final = 1024  # read or compared at a time
 _NAMES_SHOWN: Final = 4
-_KEY: Final = torch._C._TorchDispatchModeKey
-_dispatch_mode: Final = torch._C._get_dispatch_mode
-_before_dispatch: Final[Callable[..., Any]] = _ops._get_dispatch_mode_pre_dispatch
 _INSTEAD: Final = "change the plain checkpoint (`hf_flash.restore` gives it back), then repack that"
 
 
@@ -147,10 +151,9 @@ class FlashWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, matrix: Matrix, kept: torch.Tensor | None = None) -> FlashWeight:
-        made: Any = torch.Tensor._make_wrapper_subclass(cls, matrix.shape, dtype=matrix.dtype, device=torch.device("cpu"))
+        made = make_wrapper(cls, matrix.shape, matrix.dtype)
         made.matrix, made._kept = matrix, kept
-        found: FlashWeight = made
-        return found
+        return made
 
     def read(self) -> torch.Tensor:
         return self.matrix.read() if self._kept is None else self._kept
@@ -164,10 +167,10 @@ class FlashWeight(torch.Tensor):
             return args[0]._again()
         if func in _WRITERS and isinstance(args[0], cls):
             refuse_weights([args[0].matrix.name])
-        if func in _ADDRESSES and isinstance(args[0], cls):
+        if func in ADDRESSES and isinstance(args[0], cls):
             args[0]._kept = args[0].read()
             args = args[0]._kept, *args[1:]
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return func(*args, **kwargs or {})
 
     @classmethod
@@ -175,12 +178,9 @@ class FlashWeight(torch.Tensor):
         if func in _SAME:
             return args[0]._again()
         kwargs = kwargs or {}
-        for number, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = kwargs.get(argument.name, args[number] if number < len(args) else None)
-                if names := [part.matrix.name for part in tree_leaves(given) if isinstance(part, cls)]:
-                    refuse_weights(names)
-        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
+        if names := [weight.matrix.name for weight in written(cls, func, args, kwargs)]:
+            refuse_weights(names)
+        args, kwargs = replaced(cls, cls.read, (args, kwargs))
         return func(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -193,12 +193,6 @@ class FlashWeight(torch.Tensor):
         return f"FlashWeight({self.matrix.name}, shape={list(self.matrix.shape)}, dtype={self.matrix.dtype})"
 
 
-_ADDRESSES: Final = frozenset(
-    {
-        torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage,
-        torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.tolist,
-    }
-)  # fmt: skip
 _WRITERS: Final = frozenset({torch.Tensor.data.__set__, torch.Tensor.__setitem__, torch.Tensor.set_})  # type: ignore[attr-defined]
 _SAME: Final = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
@@ -292,15 +286,7 @@ def stand_in(x: Any) -> str | None:
         return type(x).__name__
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return "torch.jit.trace"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func"
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
-        return "forward-mode differentiation"
-    if _dispatch_mode(_KEY.FAKE) is not None:
-        return "a fake tensor mode"
-    if (_dispatch_mode(_KEY.PROXY) or _before_dispatch(_KEY.PROXY)) is not None:
-        return "a tracer such as make_fx"
-    return None
+    return transforming(x)
 
 
 def refuse_tracing(got: str) -> NoReturn:
@@ -323,6 +309,5 @@ def checked(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any
     if wrong:
         refuse_weights(wrong)
     rest = OrderedDict((name, value) for name, value in state_dict.items() if name not in ours)
-    if hasattr(state_dict, "_metadata"):
-        rest._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    same_metadata(rest, state_dict)
     return rest

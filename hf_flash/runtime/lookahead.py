@@ -15,7 +15,7 @@ from torch import nn
 from hf_flash.families.base import Family
 from hf_flash.runtime.flash_weights import stand_in
 from hf_flash.runtime.layer import FlashFFN
-from hf_flash.runtime.swap import decoder_layers
+from hf_flash.runtime.transformers_model import decoder_layers, hidden_of
 
 
 def add_lookahead(model: nn.Module, family: Family, ffns: Sequence[FlashFFN]) -> None:
@@ -33,7 +33,7 @@ class _LookaheadHook:
         self.ffn, self.norm = ffn, norm
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+        x = hidden_of(args, kwargs)
         if x.numel() == self.ffn.d_model and x.device.type == "cpu" and not stand_in(x):
             with torch.no_grad():
                 self.ffn.look_ahead(self.norm(x.view(1, -1)))

@@ -97,6 +97,62 @@ def test_the_window_knows_neither_reader_nor_predictor() -> None:
     assert set(imported(parsed(Path("runtime/window.py")))) == {"base"}
 
 
+PRIVATE = {  # names of libraries that begin with an underscore, or are as private: only in these files
+    "packing/readme.py": {"REGEX_YAML_BLOCK"},
+    "predictors/low_bit.py": {"_weight_int8pack_mm", "_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu"},
+    "registration.py": {"AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING", "LOADING_ATTRIBUTES_CONFIG_TYPES"},
+    "runtime/flash_weights.py": {"_parameters", "_buffers"},
+    "runtime/model_class.py": {"__class__"},
+    "runtime/resident_linear.py": {"_parameters", "__class__"},
+    "runtime/torch_internals.py": {
+        "_C", "_TorchDispatchModeKey", "_current_level", "_functorch", "_get_dispatch_mode", "_get_dispatch_mode_pre_dispatch",
+        "_make_wrapper_subclass", "_metadata", "_nn", "_ops", "_parse_to", "_pytree", "_schema", "_typed_storage",
+    },
+    "runtime/transformers_model.py": {
+        "_hf_peft_config_loaded", "_keys_to_ignore_on_load_unexpected", "all_tied_weights_keys", "get_decoder", "hidden_states",
+    },
+    "serving/fields.py": {"_from_model_config"},
+    "serving/transformers_serving.py": {"_GenerationCancelled", "_generate_managers", "_cb", "_model_locks"},
+}  # fmt: skip
+AS_PRIVATE = {
+    "all_tied_weights_keys", "get_decoder", "hidden_states", "_metadata", "__class__", "REGEX_YAML_BLOCK",
+    *PRIVATE["registration.py"],
+}  # fmt: skip
+
+
+def names_in(tree: ast.Module) -> Iterator[str]:
+    """Attributes, strings that could be one, and what is imported from other packages."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            yield node.value
+        elif isinstance(node, ast.Import):
+            yield from (part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("hf_flash"):
+            yield from [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+
+
+def defined(tree: ast.Module) -> Iterator[str]:
+    """Names that a module defines: of functions, classes, variables, and attributes that it gives objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def test_what_is_private_in_a_library_is_known_in_one_place() -> None:
+    """The seam tests have a test for each of these names, test_public_surface.py for those of registration.py."""
+    known = {*AS_PRIVATE, *(name for names in PRIVATE.values() for name in names)}
+    own = {name for path in SOURCES for name in defined(parsed(path))} | {"_native", "_s"}  # of a file, of a field's name
+    found = {}
+    for path in SOURCES:
+        strange = {name for name in names_in(parsed(path)) if name.startswith("_") and not name.endswith("__")} - own
+        found[path.as_posix()] = strange | (known & set(names_in(parsed(path))))
+    assert {path: names for path, names in found.items() if names} == PRIVATE
+
+
 @pytest.mark.parametrize("folder", ["tests", "scripts", "examples", "docs"])
 def test_modules_that_programs_in_a_text_import_exist(folder: str) -> None:
     """Nobody else would notice: a program that a test hands to another process, one on a page, one in a comment."""

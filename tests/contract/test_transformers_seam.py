@@ -1,4 +1,4 @@
-"""The parts of transformers that are no public interface and that hf_flash stands on, each tested by its name.
+"""The parts of transformers that are no public interface and that hf_flash stands on, each tested by its name; two of the Hub.
 
 A release of transformers that changes one of them fails here first, and the name of the test says which one it is.
 """
@@ -12,6 +12,7 @@ import gc
 import inspect
 import json
 import re
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,25 +23,43 @@ from typing import Any
 import pytest
 import torch
 from fastapi import FastAPI
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import httpx
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ContinuousBatchingConfig,
     GenerationConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    pipeline,
 )
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, systemone, utils
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.quantizers import HfQuantizer
 from transformers.utils import chat_template_utils
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, UnsupportedModelError
-from hf_flash.calibration.decoder_layers import decoder_layers, first_layer_call, run_layer
+from hf_flash import FlashOffloadConfig, UnsupportedModelError, loading
+from hf_flash.families.opt import OPT
 from hf_flash.hub import saving
-from hf_flash.hub.model_class import add_methods, stock_class
+from hf_flash.quantizer import FlashHfQuantizer
 from hf_flash.runtime.devices import METHODS
+from hf_flash.runtime.model_class import add_methods, stock_class, stock_methods
+from hf_flash.runtime.transformers_model import (
+    decoder_layers,
+    first_layer_call,
+    has_adapter,
+    hidden_of,
+    ignore_on_load,
+    run_layer,
+    tied_names,
+)
 from hf_flash.serving import fields, transformers_serving
 from hf_flash.serving.transformers_serving import Generations, OneModel
 from tests.conftest import ROOT, TINY_OPT
@@ -459,6 +478,13 @@ def test_a_handler_reads_no_field_that_we_do_not_check(path: str) -> None:
     assert read - {*needed, *also} == set()
 
 
+def test_from_model_config_and_the_other_fields_of_a_generation_config_are_what_the_chat_client_sends() -> None:
+    """`_from_model_config` is private and is sent all the same, as it is a part of the JSON that `transformers chat` sends."""
+    sent = GenerationConfig().to_dict()
+    assert "_from_model_config" in sent
+    assert set(fields.GENERATION) - sent.keys() == set()
+
+
 def test_system_one_takes_the_fields_that_we_check() -> None:
     needed, also = fields.ROUTES["/v1/systemone"]
     assert {*needed, *also} == set(systemone.SystemOneRequest.model_fields)
@@ -606,7 +632,65 @@ def test_batched_answers_are_kept_by_the_id_of_the_request_in_cb(chatting: Any) 
     assert list(batches.handlers) == ["mine"]
 
 
-# --- calibration: hf_flash/calibration/decoder_layers.py -----------------------------------------------------------------
+# --- a model: hf_flash/runtime/transformers_model.py ----------------------------------------------------------------------
+
+
+def test_all_tied_weights_keys_are_the_second_names_of_parameters(opt: Callable[..., Path]) -> None:
+    tied = AutoModelForCausalLM.from_pretrained(opt())
+    assert tied.all_tied_weights_keys == {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+    assert tied_names(tied) == {"lm_head.weight"}
+    assert tied.lm_head.weight is tied.model.decoder.embed_tokens.weight
+    alone = AutoModelForCausalLM.from_pretrained(opt(tie_word_embeddings=False))
+    assert alone.all_tied_weights_keys == {}
+    assert tied_names(alone) == set()
+
+
+def test_hf_peft_config_loaded_says_whether_there_is_an_adapter(opt: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(opt())
+    assert model._hf_peft_config_loaded is False
+    assert not has_adapter(model)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="ours")
+    assert model._hf_peft_config_loaded is True
+    assert has_adapter(model)
+    model.delete_adapter("ours")
+    assert not has_adapter(model)
+
+
+def test_load_adapter_reports_unexpected_keys(opt: Callable[..., Path], tmp_path: Path) -> None:
+    """runtime/devices.py refuses an adapter by them."""
+    model = AutoModelForCausalLM.from_pretrained(opt())
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights) | {"base_model.model.model.decoder.stray.lora_A.weight": torch.zeros(2, 2)}, weights)
+    info = AutoModelForCausalLM.from_pretrained(opt()).load_adapter(str(tmp_path))
+    (name,) = info.unexpected_keys
+    assert name.startswith("model.decoder.stray.")
+
+
+def test_keys_to_ignore_on_load_unexpected_are_patterns_of_one_model_that_the_loader_asks_after_the_quantizer(
+    opt: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(opt(), tmp_path / "more"))
+    more = {f"model.decoder.surprise.{n}": torch.zeros(2) for n in range(2)}
+    save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", metadata={"format": "pt"})
+    assert OPTForCausalLM._keys_to_ignore_on_load_unexpected is None
+    assert unexpected_keys(folder) == set(more)
+    before = loading.prepare
+
+    def prepare(model: Any, *args: Any, **kwargs: Any) -> Any:
+        ignore_on_load(model, [r"\.surprise\.1$"])
+        return before(model, *args, **kwargs)
+
+    monkeypatch.setattr(loading, "prepare", prepare)
+    assert unexpected_keys(folder, quantization_config=FlashOffloadConfig()) == {"model.decoder.surprise.0"}
+    assert OPTForCausalLM._keys_to_ignore_on_load_unexpected is None
+
+
+def unexpected_keys(folder: Path, **arguments: Any) -> set[str]:
+    """The tensors of a checkpoint that the loader says it has no place for."""
+    found: set[str] = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)[1]["unexpected_keys"]
+    return found
 
 
 @pytest.fixture(scope="module", params=["pre_ln", "post_ln"])
@@ -623,7 +707,7 @@ def layer_calls(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any], Any]]
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
     handles = [
         layer.register_forward_hook(lambda layer, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True)
-        for layer in decoder_layers(model)
+        for layer in decoder_layers(model, OPT)
     ]
     with torch.no_grad():
         model(WINDOWS, use_cache=False)
@@ -633,13 +717,14 @@ def layer_calls(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any], Any]]
 
 
 def test_get_decoder_has_all_decoder_layers_in_layers(stock: Any) -> None:
-    assert isinstance(decoder_layers(stock), torch.nn.ModuleList)
-    assert len(decoder_layers(stock)) == stock.config.num_hidden_layers == len(layer_calls(stock))
+    assert isinstance(decoder_layers(stock, OPT), torch.nn.ModuleList)
+    assert len(decoder_layers(stock, OPT)) == stock.config.num_hidden_layers == len(layer_calls(stock))
 
 
 def test_a_decoder_layer_is_given_hidden_states_and_all_else_by_name(stock: Any) -> None:
     for args, kwargs, _ in layer_calls(stock):
         assert len(args) + ("hidden_states" in kwargs) == 1
+        assert hidden_of(args, kwargs).shape == (2, 6, stock.config.hidden_size)
 
 
 def test_every_decoder_layer_is_given_what_the_first_is(stock: Any) -> None:
@@ -662,8 +747,8 @@ def test_a_decoder_layer_returns_hidden_states_alone_or_first_in_a_tuple(stock: 
 def test_running_the_decoder_layers_one_by_one_is_running_the_model(stock: Any) -> None:
     *_, (*_, out) = layer_calls(stock)
     with torch.no_grad():
-        hidden, arguments = first_layer_call(stock, WINDOWS)
-        for layer in decoder_layers(stock):
+        hidden, arguments = first_layer_call(stock, decoder_layers(stock, OPT)[0], WINDOWS)
+        for layer in decoder_layers(stock, OPT):
             hidden = run_layer(layer, hidden, arguments)
     assert torch.equal(hidden, out[0] if isinstance(out, tuple) else out)
 
@@ -672,14 +757,14 @@ def test_the_forward_ends_at_the_door_of_the_first_decoder_layer(stock: Any) -> 
     ran: list[Any] = []
     handles = [
         module.register_forward_hook(lambda module, *_: ran.append(module))
-        for layer in decoder_layers(stock)
+        for layer in decoder_layers(stock, OPT)
         for module in layer.modules()
     ]
-    first_layer_call(stock, WINDOWS)
+    first_layer_call(stock, decoder_layers(stock, OPT)[0], WINDOWS)
     for handle in handles:
         handle.remove()
     assert ran == []
-    assert not decoder_layers(stock)[0]._forward_pre_hooks
+    assert not decoder_layers(stock, OPT)[0]._forward_pre_hooks
 
 
 def test_another_way_of_calling_decoder_layers_is_refused() -> None:
@@ -688,18 +773,82 @@ def test_another_way_of_calling_decoder_layers_is_refused() -> None:
             super().__init__()
             self.layers = torch.nn.ModuleList([torch.nn.Identity()])
 
-        def get_decoder(self) -> Any:
-            return self
-
         def forward(self, ids: torch.Tensor, use_cache: bool) -> Any:
             return self.layers[0](ids, ids)
 
+    model = Decoder()
     with pytest.raises(UnsupportedModelError, match="decoder layers are called in a way") as caught:
-        first_layer_call(Decoder(), WINDOWS)
+        first_layer_call(model, model.layers[0], WINDOWS)
     assert "2 positional arguments" in str(caught.value)
 
 
-# --- one model's class: hf_flash/hub/model_class.py ----------------------------------------------------------------------
+# --- loading: hf_flash/quantizer.py ---------------------------------------------------------------------------------------
+
+HOOKS = {  # how transformers calls each: by position, by name
+    "_process_model_before_weight_loading": (1, {"dtype", "device_map", "checkpoint_files", "use_kernels"}),
+    "_process_model_after_weight_loading": (1, set[str]()),
+    "_dequantize": (1, {"dtype"}),
+    "validate_environment": (0, {"device_map"}),
+    "update_device_map": (1, set[str]()),
+    "is_serializable": (0, set[str]()),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_the_quantizer_has_the_methods_that_ours_override(name: str) -> None:
+    count, named = HOOKS[name]
+    for kind in (HfQuantizer, FlashHfQuantizer):
+        arguments = ["self", *("argument" for _ in range(count))]
+        assert takes(getattr(kind, name), arguments, sorted(named) if kind is FlashHfQuantizer else [])
+    assert {"is_trainable", "is_compileable"} <= set(vars(HfQuantizer))
+
+
+def test_process_model_before_weight_loading_gets_a_model_on_meta_and_checkpoint_files_and_after_gets_it_loaded(
+    opt: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    before, after = loading.prepare, loading.finish
+
+    def prepare(model: Any, config: Any, files: Any, **kwargs: Any) -> Any:
+        seen["before"] = {p.device.type for p in model.parameters()}, [Path(file).name for file in files], kwargs
+        return before(model, config, files, **kwargs)
+
+    def finish(model: Any, *args: Any) -> None:
+        seen["after"] = {p.device.type for p in model.parameters()}
+        after(model, *args)
+
+    monkeypatch.setattr(loading, "prepare", prepare)
+    monkeypatch.setattr(loading, "finish", finish)
+    AutoModelForCausalLM.from_pretrained(opt(), quantization_config=FlashOffloadConfig())
+    assert seen == {"before": ({"meta"}, ["model.safetensors"], {"repacked": False}), "after": {"cpu"}}
+
+
+def test_hf_device_map_keeps_a_pipeline_from_moving_a_model(opt: Callable[..., Path]) -> None:
+    """runtime/devices.py sets it where there is an accelerator. `device="cpu"` is refused then, as it says."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(opt()), AutoTokenizer.from_pretrained(TINY_OPT)
+    pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    model.hf_device_map = {"": "cpu"}
+    assert pipeline("text-generation", model=model, tokenizer=tokenizer).device.type == "cpu"
+    with pytest.raises(ValueError, match="accelerate"):
+        pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+
+
+# --- the Hub's client: hf_flash/packing/readme.py, hf_flash/commands/main.py ------------------------------------------------
+
+
+def test_regex_yaml_block_finds_the_front_matter_of_a_card() -> None:
+    match = REGEX_YAML_BLOCK.search("---\ntags:\n- one\n---\n# A title\n---\n")
+    assert match is not None
+    assert match[0] == "---\ntags:\n- one\n---\n"
+    assert REGEX_YAML_BLOCK.search("# A title\n\ntext\n") is None
+
+
+def test_utils_has_the_httpx_whose_errors_the_client_raises() -> None:
+    assert issubclass(httpx.ConnectError, httpx.HTTPError)
+    assert issubclass(HfHubHTTPError, httpx.HTTPError)
+
+
+# --- one model's class: hf_flash/runtime/model_class.py ----------------------------------------------------------------------
 
 REPLACED = {**METHODS, "save_pretrained": saving.save_pretrained, "push_to_hub": saving.push_to_hub}
 
@@ -712,7 +861,7 @@ def test_a_model_with_methods_of_its_own_is_still_of_the_stock_class(opt: Callab
     assert stock_class(model) is kind
     assert (type(model).__name__, type(model).__module__, type(model).__doc__) == (kind.__name__, kind.__module__, kind.__doc__)
     assert model.half() == "ours"
-    assert super(type(model), model).half.__func__ is kind.half
+    assert stock_methods(model).half.__func__ is kind.half
     assert type(AutoModelForCausalLM.from_pretrained(opt())) is kind  # others are as they were
 
 

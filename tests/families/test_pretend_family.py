@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, UnsupportedModelError, families
+from hf_flash import FlashOffloadConfig, StoreFormatError, UnsupportedModelError, families
 from hf_flash.families.base import Family, Shape, check_family
 from hf_flash.runtime.model import find_runtime
 from hf_flash.store.layout import FlashStore
@@ -242,10 +242,99 @@ def test_a_predictor_without_zeros_is_refused_by_name(tmp_path: Path) -> None:
     assert "'silu'" in str(caught.value) or "silu" in str(caught.value)
 
 
-@pytest.mark.parametrize("matrices", [{"up": "a"}, {"down": "b", "up": "a"}, {"up": "a", "down": "b", "sideways": "c"}, {}])
-def test_a_family_that_cannot_be_is_refused(matrices: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match="matrices"):
-        check_family(Family("nonsense", matrices))
+def test_it_is_calibrated_under_its_own_names(tmp_path: Path) -> None:
+    plain = make(tmp_path / "plain", bend="relu", bias=True, max_position_embeddings=64)
+    folder = hf_flash.repack(plain, tmp_path / "packed")
+    tokens = torch.randint(4, 64, (640,), generator=torch.Generator().manual_seed(0))
+    report = hf_flash.calibrate(folder, tokens, samples=16, context=32, rank=4, epochs=1, placement=False)
+    assert len(report["layers"]) == 3
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=FlashOffloadConfig(predictor="lowrank"))
+    model(IDS[:1, :1])
+    assert hf_flash.stats(model).predictor == "lowrank"
+
+
+UP_DOWN: Any = {"up": "a", "down": "b"}
+
+
+@pytest.mark.parametrize(("field", "family"), [
+    ("matrices", {"matrices": {"up": "a"}}),
+    ("matrices", {"matrices": {"down": "b", "up": "a"}}),
+    ("matrices", {"matrices": UP_DOWN | {"sideways": "c"}}),
+    ("matrices", {"matrices": {}}),
+    ("matrices", {"matrices": {"gate": "c"} | UP_DOWN, "block": "", "activation": "act"}),
+    ("activation", {"matrices": UP_DOWN, "block": ""}),
+    ("columns", {"matrices": UP_DOWN, "columns": frozenset({"gate", "down"})}),
+])  # fmt: skip
+def test_a_family_that_cannot_be_is_refused(field: str, family: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{field} of nonsense"):
+        check_family(Family("nonsense", **family))
+
+
+@pytest.mark.parametrize("family", [
+    {"matrices": UP_DOWN}, {"matrices": {"gate": "c"} | UP_DOWN}, {"matrices": UP_DOWN, "block": "", "activation": "act"},
+    {"matrices": {"gate": "c"} | UP_DOWN, "columns": frozenset({"gate", "up", "down"})},
+])  # fmt: skip
+def test_a_family_that_can_be_is_not(family: dict[str, Any]) -> None:
+    check_family(Family("sense", **family))
+
+
+def test_the_families_of_the_package_can_be() -> None:
+    for family in families._FAMILIES.values():
+        check_family(family)
+
+
+@pytest.mark.parametrize("second", ["vision.floors.0", "decoder.floors.7"])
+def test_two_stacks_of_layers_are_refused_and_both_named(second: str) -> None:
+    names = [
+        f"{layer}.thinking.{matrix}.weight"
+        for layer in ("text.floors.0", "text.floors.1", second)
+        for matrix in PRETEND.matrices.values()
+    ]
+    with pytest.raises(StoreFormatError, match="several stacks") as caught:
+        PRETEND.names(names)
+    assert "text.floors.N.thinking.wicket.weight" in str(caught.value)
+    assert second.replace("0", "N").replace("7", "N") + ".thinking.wicket.weight" in str(caught.value)
+    assert len(PRETEND.names(names[:6])) == 2
+
+
+def with_norm(block: nn.Module) -> None:
+    block.norm = nn.LayerNorm(24)
+
+
+def with_second_matrix(block: nn.Module) -> None:
+    block.after = nn.Linear(24, 24, bias=False)
+
+
+def with_scale(block: nn.Module) -> None:
+    block.register_buffer("scale", torch.ones(1), persistent=False)
+
+
+def with_scale_of_a_matrix(block: Any) -> None:
+    block.climb.scale = nn.Parameter(torch.ones(1))
+
+
+def without_a_matrix(block: Any) -> None:
+    del block.climb
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    (with_norm, "norm.weight"), (with_second_matrix, "after.weight"), (with_scale, "scale"),
+    (with_scale_of_a_matrix, "climb.scale"), (without_a_matrix, "climb.weight"),
+])  # fmt: skip
+def test_a_block_with_other_tensors_than_its_family_names_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], name: str
+) -> None:
+    plain, before = make(tmp_path / "plain", bias=True), Thinking.__init__
+
+    def changed(block: Thinking, config: PretendConfig) -> None:
+        before(block, config)
+        change(block)
+
+    monkeypatch.setattr(Thinking, "__init__", changed)
+    with pytest.raises(UnsupportedModelError, match="does not hold what its family describes") as caught:
+        AutoModelForCausalLM.from_pretrained(plain, quantization_config=FlashOffloadConfig())
+    assert "layer 0, thinking" in str(caught.value)
+    assert name in str(caught.value)
 
 
 def test_sizes_are_those_of_the_config() -> None:

@@ -17,10 +17,15 @@ from typing import Any
 
 
 def add_methods(model: Any, methods: Mapping[str, Any]) -> None:
-    """Give one model methods of its own; in them `super(type(model), model)` has the stock ones."""
+    """Give one model methods of its own. They reach the stock ones through [`stock_methods`]."""
     stock = type(model)
     namespace = {"__module__": stock.__module__, "__doc__": stock.__doc__, **methods}
     model.__class__ = type(stock.__name__, (stock,), namespace)
+
+
+def stock_methods(model: Any) -> Any:
+    """The model as its stock class would treat it: for the methods that [`add_methods`] replaced."""
+    return super(type(model), model)
 
 
 def stock_class(model: Any) -> Any:

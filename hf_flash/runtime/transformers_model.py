@@ -1,0 +1,126 @@
+"""What hf_flash uses of a transformers model that is no public interface. Nothing else in the package knows these names.
+
+transformers may change any of them in any release. Each has one function here, which says where transformers has the name, and
+a test in `tests/contract/test_transformers_seam.py` that names it and asks transformers itself.
+
+    all_tied_weights_keys                    tied_names
+    _hf_peft_config_loaded                   has_adapter
+    _keys_to_ignore_on_load_unexpected       ignore_on_load
+    get_decoder, the list of layers in it    decoder_layers
+    how the model calls a decoder layer      hidden_of, first_layer_call
+    how a decoder layer answers              run_layer
+
+Other rooms have what only they use: runtime/model_class.py the class of a model, serving/transformers_serving.py the server,
+registration.py the tables of quantizers, quantizer.py the methods that transformers calls while it loads a model,
+runtime/devices.py what `load_adapter` reports and what `hf_device_map` does to a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import torch
+
+from hf_flash.errors import UnsupportedModelError
+from hf_flash.families.base import Family
+
+_HIDDEN: Final = "hidden_states"
+
+
+def tied_names(model: Any) -> set[str]:
+    """Names of the parameters that are others under a second name, as `lm_head.weight` is the embedding's.
+
+    `all_tied_weights_keys` of `PreTrainedModel`, since 5.0: a dictionary from such a name to that of the other parameter. It is
+    set by `post_init`, which a model that somebody wrote may not call.
+    """
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether transformers has put a PEFT adapter on the model (`load_adapter`, `add_adapter`).
+
+    `_hf_peft_config_loaded` of `PeftAdapterMixin` (integrations/peft.py), since 4.33.
+    """
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def ignore_on_load(model: Any, patterns: Iterable[str]) -> None:
+    """Let the loader pass over tensors of the checkpoint whose name one of the patterns is found in; of this model alone.
+
+    `_keys_to_ignore_on_load_unexpected` of `PreTrainedModel`, since 4.0: regular expressions, or `None`. An attribute of the
+    class, which one of the model hides. The loader reads it after the quantizer has seen the model.
+    """
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
+
+
+def decoder_layers(model: Any, family: Family) -> Any:
+    """The decoder layers of a causal language model, in order.
+
+    `get_decoder` is public; that the layers are all in one list of what it returns is not said anywhere. The family names it.
+    """
+    return getattr(model.get_decoder(), family.layers)
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states [sequences, tokens, d_model] among what a decoder layer is called with.
+
+    Models of transformers hand them over as the first positional argument. Where they do not, they say `hidden_states`.
+    """
+    hidden: torch.Tensor = args[0] if args else kwargs[_HIDDEN]
+    return hidden
+
+
+class _Entered(Exception):
+    """Ends a forward at the door of the first decoder layer."""
+
+
+def first_layer_call(model: Any, first: Any, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """What the first decoder layer is called with. No decoder layer runs.
+
+    For running decoder layers one by one, which transformers has no way to do: what the model hands the first layer by name is
+    what it hands every layer, for the same tokens.
+
+    Args:
+        first: the first of the model's decoder layers.
+        batch: token ids [sequences, tokens].
+
+    Returns:
+        Hidden states [sequences, tokens, d_model], and the other arguments by name: they do for every layer.
+
+    Raises:
+        UnsupportedModelError: the layer is called in another way than this module knows.
+    """
+    call: list[Any] = []
+
+    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call.extend((args, kwargs))
+        raise _Entered
+
+    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(batch, use_cache=False)
+    except _Entered:
+        pass
+    finally:
+        handle.remove()
+    args, kwargs = call
+    if len(args) + (_HIDDEN in kwargs) != 1:
+        raise UnsupportedModelError(
+            "decoder layers are called in a way that hf_flash does not know",
+            where=type(model).__name__,
+            expected=f"hidden states as the only positional argument, or as `{_HIDDEN}`",
+            got=f"{len(args)} positional arguments, and {', '.join(kwargs)} by name",
+        )
+    return hidden_of(args, kwargs), {name: value for name, value in kwargs.items() if name != _HIDDEN}
+
+
+def run_layer(layer: Any, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Hidden states behind a decoder layer, which returns them alone or first in a tuple.
+
+    Args:
+        arguments: as [`first_layer_call`] gave them.
+    """
+    out = layer(hidden, **arguments)
+    behind: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return behind

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, TypeVar
 
 import torch
 
 from hf_flash.base.sizes import format_bytes
 from hf_flash.budget.divide import divide_memory, expected_demand
 from hf_flash.budget.plan import MemoryPlan
+from hf_flash.compute.library import DTYPES
 from hf_flash.config import AUTO, FlashOffloadConfig
 from hf_flash.errors import BudgetError, ConfigError, UnsupportedModelError
 from hf_flash.families import family_of
@@ -36,8 +37,7 @@ from hf_flash.store.layout import FlashStore
 from hf_flash.store.unit import UnitLayout
 
 logger = logging.getLogger("hf_flash")
-
-_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+Format = TypeVar("Format", bound=PredictorFormat)
 
 
 @dataclass
@@ -69,8 +69,8 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
         UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not so.
     """
     family = family_of(model.config)
-    if model.config.dtype not in _DTYPES:
-        raise UnsupportedModelError("no such dtype of compute", where="dtype", expected=_DTYPES, got=model.config.dtype)
+    if model.config.dtype not in DTYPES:
+        raise UnsupportedModelError("no such dtype of compute", where="dtype", expected=list(DTYPES), got=model.config.dtype)
     if not files:
         raise ConfigError(
             "hf_flash needs checkpoint files: there is nothing on disk to read neurons from",
@@ -85,9 +85,13 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
         store.check_others()
         _check_shape(family, model, store)
     ffns = replace_feed_forwards(model, family)
-    plan, fmt = _divide(model, config, family, checkpoint, store)
-    if store is None:
-        store = cached_store(checkpoint, family, fresh_format(config, family, model.config) if fmt else None, config.cache_dir)
+    fmt: PredictorFormat | None
+    if store is not None:
+        wanted = stored_format(config, family, model.config, store)
+        plan, fmt = _divide(model, config, family, checkpoint, store, wanted)
+    else:
+        plan, fmt = copied = _divide(model, config, family, checkpoint, None, fresh_format(config, family, model.config))
+        store = cached_store(checkpoint, family, copied[1], config.cache_dir)
         _check_shape(family, model, store)
     if fmt is not None:
         find_predictor(store, fmt)
@@ -117,9 +121,9 @@ def finish(model: Any, config: FlashOffloadConfig, loading: Loading) -> None:
 
 
 def _divide(
-    model: Any, config: FlashOffloadConfig, family: Family, checkpoint: Checkpoint, store: FlashStore | None
-) -> tuple[MemoryPlan, PredictorFormat | None]:
-    """Divide the memory budget. On a plain checkpoint whose predictor nobody named, one that does not fit is left out."""
+    model: Any, config: FlashOffloadConfig, family: Family, checkpoint: Checkpoint, store: FlashStore | None, fmt: Format | None
+) -> tuple[MemoryPlan, Format | None]:
+    """Divide the memory budget. A predictor `fmt` that nobody named, and that does not fit, is left out: `None`."""
     shape, dtype = family.shape(model.config), model.config.dtype
     unit = store.layers[0].unit if store else _unit_of(family, shape.d_model, checkpoint)
     budget = None if config.memory_budget == AUTO else config.memory_budget
@@ -130,7 +134,6 @@ def _divide(
         reading: Any = {"reader": config.reader, "io_threads": config.io_threads}
         return divide_memory(budget, resident, fmt, shape, unit, dtype, demand=demand, **reading)
 
-    fmt = stored_format(config, family, model.config, store) if store else fresh_format(config, family, model.config)
     try:
         return plan(fmt), fmt
     except BudgetError:
@@ -138,8 +141,9 @@ def _divide(
             raise
         without = plan(None)
         logger.warning(
-            "hf_flash: the memory budget is too small for the quantized predictor, which needs %s in all; loading with "
+            "hf_flash: the memory budget is too small for the %s predictor, which needs %s in all; loading with "
             "predictor='none': every neuron is read for every token, which is much slower",
+            fmt.kind,
             format_bytes(without.minimum_bytes + fmt.dram_bytes(shape)),
         )
         return without, None

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_flash.config_arguments import ARGUMENTS, PredictorBits, checked, checked_if_set, document_arguments
+from hf_flash.config_arguments import ARGUMENTS, METHOD, PredictorBits, checked, checked_if_set, document_arguments
 from hf_flash.config_arguments import AUTO as AUTO
 from hf_flash.config_arguments import PredictorName as PredictorName
 from hf_flash.config_arguments import ReaderName as ReaderName
@@ -56,7 +56,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         reader: ReaderName | None = UNSET,
         io_threads: int | None = UNSET,
         cache_dir: Any = UNSET,
-        quant_method: str = "flash",
+        quant_method: str = METHOD,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -150,8 +150,8 @@ def configure(**defaults: Any) -> None:
 
 
 def _check_format(quant_method: str, format_version: int) -> None:
-    if quant_method != "flash":
-        raise ConfigError("not a flash config", where="quant_method", expected="'flash'", got=repr(quant_method))
+    if quant_method != METHOD:
+        raise ConfigError("not a flash config", where="quant_method", expected=repr(METHOD), got=repr(quant_method))
     if not isinstance(format_version, int):
         raise ConfigError("not a version", where="format_version", expected="a number", got=repr(format_version))
     if format_version > FORMAT_VERSION:

@@ -22,9 +22,14 @@ from hf_flash.errors import ConfigError
 
 AUTO: Final = "auto"  # a memory budget that is worked out when the model is loaded
 
+METHOD: Final = "flash"  # `quant_method` in config.json
+
 PredictorName = Literal["quantized", "lowrank", "none"]
+CopiedName = Literal["quantized", "none"]  # of these, what `repack` can store: made from weights alone
 PredictorBits = Literal[4, 8]
 ReaderName = Literal["auto", "mmap", "direct"]
+MMAP: Final = "mmap"  # through the page cache
+DIRECT: Final = "direct"  # past it
 
 Check = Callable[[Any], str | None]
 """Returns what the value should have been, or `None` if it is valid. It may raise a `ConfigError` of its own instead."""

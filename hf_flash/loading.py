@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, TypeVar
 
 import torch
 
 from hf_flash.base.sizes import format_bytes
 from hf_flash.budget.divide import divide_memory, expected_demand
 from hf_flash.budget.plan import MemoryPlan
+from hf_flash.compute.library import DTYPES
 from hf_flash.config import AUTO, FlashOffloadConfig
 from hf_flash.errors import BudgetError, ConfigError, UnsupportedModelError
 from hf_flash.families import family_of
@@ -38,8 +39,7 @@ from hf_flash.store.layout import FlashStore
 from hf_flash.store.unit import Part, UnitLayout, parts_text
 
 logger = logging.getLogger("hf_flash")
-
-_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+Format = TypeVar("Format", bound=PredictorFormat)
 
 
 @dataclass
@@ -71,8 +71,8 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
         UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not so.
     """
     family = family_of(model.config)
-    if model.config.dtype not in _DTYPES:
-        raise UnsupportedModelError("no such dtype of compute", where="dtype", expected=_DTYPES, got=model.config.dtype)
+    if model.config.dtype not in DTYPES:
+        raise UnsupportedModelError("no such dtype of compute", where="dtype", expected=list(DTYPES), got=model.config.dtype)
     if not files:
         raise ConfigError(
             "hf_flash needs checkpoint files: there is nothing on disk to read neurons from",
@@ -88,9 +88,13 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
     unit, widths = (store.unit, store.widths) if store else plain_layers(checkpoint, family)
     _check_shape(family, model, unit, widths)
     ffns = replace_feed_forwards(model, family)
-    plan, fmt = _divide(model, config, family, unit, store)
-    if store is None:
-        store = cached_store(checkpoint, family, fresh_format(config, family, model.config) if fmt else None, config.cache_dir)
+    fmt: PredictorFormat | None
+    if store is not None:
+        wanted = stored_format(config, family, model.config, store)
+        plan, fmt = _divide(model, config, family, unit, store, wanted)
+    else:
+        plan, copied = _divide(model, config, family, unit, None, fresh_format(config, family, model.config))
+        store, fmt = cached_store(checkpoint, family, copied, config.cache_dir), copied
     if fmt is not None:
         find_predictor(store, fmt)
     config.remember(**stored_choice(fmt))
@@ -120,9 +124,9 @@ def finish(model: Any, config: FlashOffloadConfig, loading: Loading) -> None:
 
 
 def _divide(
-    model: Any, config: FlashOffloadConfig, family: Family, unit: UnitLayout, store: FlashStore | None
-) -> tuple[MemoryPlan, PredictorFormat | None]:
-    """Divide the memory budget. On a plain checkpoint whose predictor nobody named, one that does not fit is left out."""
+    model: Any, config: FlashOffloadConfig, family: Family, unit: UnitLayout, store: FlashStore | None, fmt: Format | None
+) -> tuple[MemoryPlan, Format | None]:
+    """Divide the memory budget. A predictor `fmt` that nobody named, and that does not fit, is left out: `None`."""
     shape, dtype = family.shape(model.config), model.config.dtype
     budget = None if config.memory_budget == AUTO else config.memory_budget
     resident = _resident_bytes(model, dtype)
@@ -132,7 +136,6 @@ def _divide(
         reading: Any = {"reader": config.reader, "io_threads": config.io_threads}
         return divide_memory(budget, resident, fmt, shape, unit, dtype, demand=demand, **reading)
 
-    fmt = stored_format(config, family, model.config, store) if store else fresh_format(config, family, model.config)
     try:
         return plan(fmt), fmt
     except BudgetError:
@@ -140,8 +143,9 @@ def _divide(
             raise
         without = plan(None)
         logger.warning(
-            "hf_flash: the memory budget is too small for the quantized predictor, which needs %s in all; loading with "
+            "hf_flash: the memory budget is too small for the %s predictor, which needs %s in all; loading with "
             "predictor='none': every neuron is read for every token, which is much slower",
+            fmt.kind,
             format_bytes(without.minimum_bytes + fmt.dram_bytes(shape)),
         )
         return without, None

@@ -36,7 +36,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Final
 
-METHOD: Final = "flash"
+from hf_flash.config_arguments import METHOD
+
 _QUANTIZERS: Final = "transformers.quantizers"
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hf_flash.config_arguments import DIRECT
 from hf_flash.machine.disk import DiskPoint, rate_at
 
 
@@ -62,7 +63,7 @@ def add_checks(row: dict[str, Any], points: Sequence[DiskPoint], dram_gb_per_s: 
     expected, count = row["expected_bytes"], row["stats"]["counters"]
     dram_ms, disk_ms = 1e3 * row["touched_bytes"] / (1e9 * dram_gb_per_s), 0.0
     share = None
-    if row["stats"]["reader"] == "direct" and count["reads"]:
+    if row["stats"]["reader"] == DIRECT and count["reads"]:
         size, depth = row["run_bytes"], count["reads"] / count["calls"]
         share = row["read_gb_per_s"] / rate_at(points, size, depth)
         disk_ms = 1e3 * row["missing_bytes"] / (1e9 * rate_at(points, size))

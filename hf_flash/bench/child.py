@@ -39,7 +39,7 @@ class Job:
         """What the child is told."""
         return {
             "kind": system.kind, "folder": str(self.folder if system.kind == "flash" else self.plain), "prompts": self.prompts,
-            "tokens": self.tokens, "in_memory": system.in_memory, "window_off": system.window_off, "pieces": system.pieces,
+            "tokens": self.tokens, "in_memory": system.in_memory, "window_off": system.window_off, "torn": system.torn,
             "arguments": {"memory_budget": self.budget(system)} | system.arguments,
         }  # fmt: skip
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.report import step_name
+from hf_flash.config_arguments import DIRECT
 from hf_flash.errors import ConfigError
 
 
@@ -266,7 +267,7 @@ def _disk(axes: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> None
     for depth in sorted({point["depth"] for point in random}):
         curve = sorted((point["size"], point["gb_per_s"]) for point in random if point["depth"] == depth)
         axes.plot(*zip(*curve, strict=True), marker=".", label=f"{depth} at a time")
-    direct = [row for row in rows if "stats" in row and row["stats"]["reader"] == "direct" and row["read_gb_per_s"]]
+    direct = [row for row in rows if "stats" in row and row["stats"]["reader"] == DIRECT and row["read_gb_per_s"]]
     for row in direct:
         axes.plot(row["run_bytes"], row["read_gb_per_s"], "D", color=_COLOURS[5])
         axes.annotate(f"  {row['system']}", (row["run_bytes"], row["read_gb_per_s"]), fontsize=8, va="center")

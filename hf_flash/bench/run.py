@@ -10,9 +10,9 @@ they can.
     accelerate    every decoder layer on disk, under the cap
     none          hf_flash without a predictor: reads what does not fit, for every token
     hybrid        the paper's steps (table 2). Attention resident, the whole FFN read for every token
-    +predictor    only predicted neurons, up and down row each a read of its own, nothing kept
+    +predictor    only predicted neurons, each of their parts a read of its own, nothing kept
     +window       neurons of recent tokens are kept
-    +bundling     up and down row in one read
+    +bundling     all parts of a neuron in one read
     flash         hf_flash as it comes: with everything else it does to make reads fewer and longer
     flash-uncapped   the same with all the memory it wants; `check` compares the tokens
     flash 40% ...    a sweep: the same over budgets, the cap following each (paper: figure 7)

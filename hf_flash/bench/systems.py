@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from hf_flash.base.sizes import parse_share
 from hf_flash.config_arguments import checked_if_set
@@ -23,7 +23,7 @@ class System:
     in_memory: bool = False  # stock: weights copied off the mapped file
     arguments: dict[str, Any] = field(default_factory=dict)  # flash: of FlashOffloadConfig
     window_off: bool = False  # flash: the least budget that the model runs in
-    pieces: int = 0  # flash: reads a neuron is torn into; 0: neighbours are coalesced
+    torn: Literal["bundles", "parts"] | None = None  # flash: what is a read of its own; else neighbours are coalesced
     memory: str | None = None  # a budget of its own, of a sweep, instead of the run's
 
 
@@ -37,9 +37,9 @@ SYSTEMS: Final = {
         System("accelerate", "accelerate"),
         System("none", arguments={"predictor": "none"}),
         System("hybrid", arguments={"predictor": "none", "lookahead": 0}, window_off=True),
-        System("+predictor", arguments={"lookahead": 0}, window_off=True, pieces=2),
-        System("+window", arguments={"lookahead": 0}, pieces=2),
-        System("+bundling", arguments={"lookahead": 0}, pieces=1),
+        System("+predictor", arguments={"lookahead": 0}, window_off=True, torn="parts"),
+        System("+window", arguments={"lookahead": 0}, torn="parts"),
+        System("+bundling", arguments={"lookahead": 0}, torn="bundles"),
         System("flash"),
         System("flash-uncapped", capped=False, arguments={"memory_budget": UNCAPPED}),
     )

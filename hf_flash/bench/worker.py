@@ -42,8 +42,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         spec: `kind` ("stock", "accelerate" or "flash"), `folder`, `prompts` (token ids), `tokens`; stock: `in_memory`; flash:
-            `arguments` of FlashOffloadConfig, `window_off` (the least memory the model runs in), `pieces` (reads a neuron is
-            torn into, 0: as hf_flash reads).
+            `arguments` of FlashOffloadConfig, `window_off` (the least memory the model runs in), `torn` ("bundles" or
+            "parts", what is a read of its own; `None`: as hf_flash reads).
     """
     memory = MemorySampler()
     start = perf_counter()
@@ -110,8 +110,8 @@ def _load_flash(spec: dict[str, Any], scratch: str) -> Any:
     if spec["window_off"]:
         arguments["memory_budget"] = min(arguments["memory_budget"], _least_budget(spec["folder"], arguments))
     model = _from_pretrained(spec["folder"], arguments)
-    if spec["pieces"]:
-        find_runtime(model).engine.reader.tear_bundles(spec["pieces"])
+    if spec["torn"]:
+        find_runtime(model).engine.reader.tear_bundles(parts=spec["torn"] == "parts")
     return model
 
 

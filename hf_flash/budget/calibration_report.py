@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, Final
@@ -11,8 +10,8 @@ from typing import Any, Final
 from hf_flash.base.files import parse_json
 from hf_flash.budget.demand import LONGEST
 from hf_flash.errors import StoreFormatError
+from hf_flash.predictors.choice import is_predictor
 
-_QUANTIZED: Final = re.compile(r"int4-g[0-9]+|int8")
 Check = Callable[[Any], bool]
 
 
@@ -97,7 +96,7 @@ def check_layer(layer: Any, where: object) -> None:
     """Refuse what is no layer's part of a report."""
     _check(layer, _LAYER, where, "a layer")
     _check(layer.get("lowrank"), _LOWRANK, where, "lowrank")
-    for name in filter(_QUANTIZED.fullmatch, layer):
+    for name in filter(is_predictor, layer):
         _check(layer[name], _MEASURED, where, name)
 
 

@@ -45,10 +45,12 @@ from hf_flash.calibration.settings import LEAST_WINDOWS, Settings, check_argumen
 from hf_flash.calibration.text import Text, text_name, token_windows
 from hf_flash.calibration.training import Targets
 from hf_flash.calibration.work_folder import WorkFolder
+from hf_flash.compute.activation import WITH_ZEROS
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import BudgetError, UnsupportedModelError
 from hf_flash.families import family_of
 from hf_flash.packing.checkpoint_folder import repacked_config
+from hf_flash.predictors.choice import check_predictors
 from hf_flash.runtime.model import close, find_runtime
 from hf_flash.store.layout import FlashStore
 
@@ -102,9 +104,11 @@ def calibrate(
     """
     folder = Path(folder).resolve()
     store, config = FlashStore.open_folder(folder), repacked_config(folder)
+    check_predictors(store)
     model_config = AutoConfig.from_pretrained(folder)
     if not family_of(config).activation_of(config).zeros:
-        raise UnsupportedModelError("nothing to predict: the activation leaves no exact zeros", where=folder, expected="relu")
+        wanted = " or ".join(WITH_ZEROS)
+        raise UnsupportedModelError("nothing to predict: the activation leaves no exact zeros", where=folder, expected=wanted)
     targets, longest = Targets(recall, extra, rank, max_rank), model_config.max_position_embeddings
     context = min(256, longest) if context is None else context
     d_model = store.unit.width

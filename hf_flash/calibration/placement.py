@@ -26,10 +26,11 @@ import torch
 from hf_flash.base.arrays import Ids
 from hf_flash.calibration.activity import Activations
 from hf_flash.compute.arithmetic import block_rows
+from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.runtime.window import ResidentWindow
 
 _TOKENS: Final = 8192  # counted; 36 000 save another 0.5 % of the reads
-_WINDOW: Final = 5  # tokens, the default of `FlashOffloadConfig`
+_WINDOW: Final[int] = ARGUMENTS["window"].default  # tokens
 _SHARE: Final = 3  # reads are counted with room for one neuron in so many
 _LEAST_SAVED: Final = 0.02  # of the reads must be saved for a file to be written again
 _DECODED: Final = 2048  # tokens that reads are counted on

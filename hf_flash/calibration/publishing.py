@@ -25,9 +25,9 @@ from hf_flash.calibration.settings import Settings
 from hf_flash.calibration.text import quotations
 from hf_flash.calibration.work_folder import WorkFolder
 from hf_flash.packing.checkpoint_folder import list_store
-from hf_flash.predictors.base import read_tensors
-from hf_flash.predictors.lowrank import VARIANT
-from hf_flash.predictors.quantized import quantized_formats
+from hf_flash.predictors.base import PredictorFormat, read_tensors
+from hf_flash.predictors.choice import copies_in, stored_choice
+from hf_flash.predictors.lowrank import VARIANT, LowRankFormat
 from hf_flash.store.names import CALIBRATION_FILE, PREDICTOR_FILE
 from hf_flash.store.safetensors_files import TensorSpec, read_header
 from hf_flash.store.writer import calibration_metadata, place_layer, predictor_metadata, write_safetensors
@@ -81,13 +81,16 @@ def _report(settings: Settings, work: WorkFolder, predictor_before: str | None) 
 
 
 def _default_predictor(settings: Settings, before: str | None, reached: bool, lowrank_bytes: int) -> str | None:
-    """The low-rank predictor where it reached its targets and is smaller than the quantized one, else the one before."""
-    store = settings.store
-    quantized = min((store.predictors[fmt.variant].stat().st_size for fmt in quantized_formats(store)), default=0)
-    if reached and (not quantized or lowrank_bytes < quantized):
-        return VARIANT
-    if before == VARIANT:  # of an earlier calibration, whose predictor is replaced
-        return "quantized" if quantized else "none"
+    """The low-rank predictor where it reached its targets and is smaller than every copy, else the one before."""
+
+    def size(fmt: PredictorFormat) -> int:
+        return settings.store.predictors[fmt.variant].stat().st_size
+
+    smallest = min(copies_in(settings.store), key=size, default=None)
+    if reached and (smallest is None or lowrank_bytes < size(smallest)):
+        return LowRankFormat.kind
+    if before == LowRankFormat.kind:  # of an earlier calibration, whose predictor is replaced
+        return str(stored_choice(smallest)["predictor"])
     return before
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from hf_flash.base import dtypes
 from hf_flash.base.sizes import parse_bytes
 from hf_flash.errors import ConfigError
 
 WIKITEXT: Final = "Salesforce/wikitext:wikitext-2-raw-v1"
-DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+DTYPES: Final = ("auto", *dtypes.DTYPES)
 
 # --- tables or JSON ----------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from hf_flash.commands.arguments import add_json, finish, tell
+from hf_flash.config_arguments import ARGUMENTS, CopiedName, PredictorBits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,9 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="folder or Hub repository of a plain checkpoint")
     add("target", help="folder to make")
-    add("--predictor", choices=["quantized", "none"], help="default: quantized for ReLU models")
-    add("--predictor-bits", type=int, choices=[4, 8], help="width of the quantized predictor (default 4)")
-    add("--predictor-group-size", type=int, metavar="N", help="weights that share a scale (default 64)")
+    add("--predictor", choices=get_args(CopiedName), help="default: quantized for ReLU models")
+    add("--predictor-bits", type=int, choices=get_args(PredictorBits),
+        help=f"width of the quantized predictor (default {ARGUMENTS['predictor_bits'].default})")  # fmt: skip
+    add("--predictor-group-size", type=int, metavar="N",
+        help=f"weights that share a scale (default {ARGUMENTS['predictor_group_size'].default})")  # fmt: skip
     add("--revision", help="branch, tag or commit on the Hub")
     add("--subfolder", default="", help="of the repository or folder, where the checkpoint is")
     add("--local-files-only", action="store_true", help="do not contact the Hub")

@@ -7,12 +7,14 @@ from typing import Any
 from hf_flash.base.sizes import format_bytes
 from hf_flash.budget.divide import stored_report
 from hf_flash.commands.calibration_table import describe_placement
+from hf_flash.predictors.choice import check_predictors
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import ALIGNMENT
 
 
 def facts(store: FlashStore) -> dict[str, Any]:
-    """Plain values, for JSON."""
+    """Plain values, for JSON. Raises `StoreFormatError`: a predictor or the calibration is not one."""
+    check_predictors(store)
     first = store.layers[0]
     return {
         "source": store.metadata["source"],

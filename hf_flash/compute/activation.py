@@ -40,6 +40,8 @@ class Activation:
 
 RELU: Final = 1  # as in the compiled part
 _KNOWN: Final[Mapping[str, dict[str, Any]]] = {"relu": {"code": RELU, "zeros": True}}
+WITH_ZEROS: Final = tuple(name for name, known in _KNOWN.items() if known.get("zeros"))
+"""Those that leave exact zeros, as a config names them."""
 
 
 def activation_named(name: object, where: str = "activation") -> Activation:

@@ -27,7 +27,7 @@ n = neurons in the block, d = d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final, Protocol
 
 import numpy as np
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from hf_flash.base.arrays import Ids
 from hf_flash.base.buffers import aligned_empty
-from hf_flash.compute.activation import RELU, Activation
+from hf_flash.compute.activation import RELU, Activation, Elementwise
 from hf_flash.compute.kernels import TokenKernel, TokensKernel, addresses, copy_rows, supports
 from hf_flash.compute.library import library
 from hf_flash.store.unit import Role, UnitLayout
@@ -112,8 +112,7 @@ class Arithmetic:
         activation: of all layers.
     """
 
-    name = "torch"
-    kernel: TokenKernel | None = None  # of the compiled part, which may also take a token through a layer in one call
+    step_kernel: TokenKernel | None = None  # of the compiled part, where it can take a token through a layer in one call
 
     def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:
         self.unit, self.activation = unit, activation
@@ -122,6 +121,11 @@ class Arithmetic:
         self.gathered = aligned_empty(shape, unit.dtype)
         self.wide = self.gathered if unit.dtype == torch.float32 else aligned_empty(shape, torch.float32)
         self.nbytes = self.size(d_ff, unit)
+
+    @classmethod
+    def knows(cls, unit: UnitLayout) -> bool:
+        """Whether it computes layers of such units here and now."""
+        return True
 
     @staticmethod
     def size(d_ff: int, unit: UnitLayout) -> int:
@@ -168,20 +172,23 @@ class Arithmetic:
 class CompiledArithmetic(Arithmetic):
     """The compiled part, for what it knows: layers of two matrices; several tokens only with an activation of its own."""
 
-    name = "compiled"
-
     def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:
         super().__init__(d_ff, unit, activation)
-        self._kernel = self.kernel = TokenKernel(block_rows(d_ff, 1), unit)
+        self._kernel, self._relu = TokenKernel(block_rows(d_ff, 1), unit), activation.code == RELU
+        self.step_kernel = self._kernel if self._relu else None
+
+    @classmethod
+    def knows(cls, unit: UnitLayout) -> bool:
+        return library() is not None and supports(unit)
 
     def one_token(
         self, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids, *, one_block: bool
     ) -> OneToken:
-        self._kernel.set(x, biases["up"], matrix, rows, ids, relu=self.activation.code == RELU)
-        return _CompiledToken(self._kernel, x.dtype, self.activation)
+        self._kernel.set(x, biases["up"], matrix, rows, ids, relu=self._relu)
+        return _CompiledToken(self._kernel, x.dtype, None if self._relu else self.activation.function)
 
     def several_tokens(self, x: torch.Tensor, selected: torch.Tensor | None, union: int, biases: Biases) -> SeveralTokens:
-        if self.activation.code != RELU or selected is None or np.count_nonzero(selected.numpy()) > _DENSE * len(x) * union:
+        if not self._relu or selected is None or np.count_nonzero(selected.numpy()) > _DENSE * len(x) * union:
             return super().several_tokens(x, selected, union, biases)
         kernel = TokensKernel(self.unit, x, selected.contiguous(), biases["up"], min(union, len(self.gathered)))
         return _CompiledTokens(kernel)
@@ -190,24 +197,20 @@ class CompiledArithmetic(Arithmetic):
         copy_rows(source, chosen, target, places)
 
 
-ARITHMETICS: Final[Mapping[str, Callable[[int, UnitLayout, Activation], Arithmetic]]] = {
-    "compiled": CompiledArithmetic,
-    "torch": Arithmetic,
-}
-"""By name."""
+ARITHMETICS: Final[tuple[type[Arithmetic], ...]] = (CompiledArithmetic, Arithmetic)
+"""The fastest first. The first that knows a layer's units computes it."""
 
 
 def arithmetic_for(d_ff: int, unit: UnitLayout, activation: Activation) -> Arithmetic:
     """The fastest arithmetic that knows layers of this kind on this machine; see [`Arithmetic`] for the arguments."""
-    compiled = library() is not None and supports(unit)
-    return ARITHMETICS["compiled" if compiled else "torch"](d_ff, unit, activation)
+    return next(kind for kind in ARITHMETICS if kind.knows(unit))(d_ff, unit, activation)
 
 
 class _CompiledToken:
-    """One token by the compiled part."""
+    """One token by the compiled part. `function`: the activation, where the compiled part does not know it."""
 
-    def __init__(self, kernel: TokenKernel, dtype: torch.dtype, activation: Activation) -> None:
-        self._kernel, self._dtype, self._activation = kernel, dtype, activation
+    def __init__(self, kernel: TokenKernel, dtype: torch.dtype, function: Elementwise | None) -> None:
+        self._kernel, self._dtype, self._function = kernel, dtype, function
         self._left: Ids | None = None
 
     def multiply_present(self, present: Ids, missing: Ids) -> None:
@@ -218,8 +221,8 @@ class _CompiledToken:
         kernel = self._kernel
         if self._left is None or len(self._left):
             kernel.up(self._left)
-        if self._activation.code != RELU:
-            kernel.hidden.copy_(self._activation.function(kernel.hidden.to(self._dtype)))
+        if self._function is not None:
+            kernel.hidden.copy_(self._function(kernel.hidden.to(self._dtype)))
         kernel.down(out)
 
 

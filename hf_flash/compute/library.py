@@ -18,7 +18,7 @@ import errno
 import logging
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -27,11 +27,14 @@ from typing import Final
 
 import torch
 
+from hf_flash.base import dtypes
+
 logger = logging.getLogger("hf_flash")
 
 ABI: Final = 11  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
-DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as numbered in native.h
+DTYPES: Final[Mapping[torch.dtype, int]] = {getattr(torch, name): number for number, name in enumerate(dtypes.DTYPES)}
+"""Those of compute, as numbered in native.h."""
 _SOFTLY: Final = 1  # omp_pause_soft: settings stay
 
 _pointer, _long, _int, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double

@@ -20,6 +20,7 @@ from hf_flash.bench.report import describe as describe_bench
 from hf_flash.budget.divide import divide_memory, stored_report
 from hf_flash.budget.plan import MemoryPlan
 from hf_flash.config import FlashOffloadConfig
+from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.errors import ConfigError
 from hf_flash.families import family_of
 from hf_flash.families.base import Shape
@@ -147,8 +148,8 @@ def _plan(folder: Path, store: FlashStore, config: dict[str, Any]) -> tuple[Memo
     resident = sum(
         torch.Size(shape).numel() * (dtype if kind.is_floating_point else kind).itemsize for kind, shape in specs.values()
     )
-    shape, reading = family.shape(config), {"reader": "auto", "io_threads": 16}
-    plan = divide_memory(1 << 59, resident, fmt, shape, first.unit, dtype, demand=None, **reading)  # type: ignore[arg-type]
+    shape, reading = family.shape(config), {name: ARGUMENTS[name].default for name in ("reader", "io_threads")}
+    plan = divide_memory(1 << 59, resident, fmt, shape, first.unit, dtype, demand=None, **reading)
     return plan, dtype, shape
 
 

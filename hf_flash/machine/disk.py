@@ -46,11 +46,6 @@ class DiskPoint:
     def gb_per_s(self) -> float:
         return self.nbytes / 1e9 / self.seconds
 
-    @property
-    def latency_us(self) -> float:
-        """Return the mean time that one read takes."""
-        return 1e6 * self.seconds * self.depth * self.size / self.nbytes
-
 
 def disk_curve(
     path: str | os.PathLike[str],

@@ -12,16 +12,17 @@ from hf_flash.base.folders import MARK, check_room, clear_away
 from hf_flash.base.heap import trim_heap
 from hf_flash.errors import HfFlashError, StoreFormatError
 from hf_flash.families.base import Family, LayerNames
-from hf_flash.predictors.quantized import QuantizedFormat, write_quantized
+from hf_flash.predictors.base import CopyFormat, write_copy
+from hf_flash.predictors.choice import check_predictors
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
-from hf_flash.store.names import LAYER_FILE, PREDICTOR_FILE
+from hf_flash.store.names import LAYER_FILE, META, PREDICTOR_FILE
 from hf_flash.store.safetensors_files import nbytes_of, read_header
 from hf_flash.store.unit import ROW, UnitLayout
 from hf_flash.store.writer import plain_unit, write_layer
 
 
-def build_store(folder: Path, checkpoint: Checkpoint, family: Family, fmt: QuantizedFormat | None, *, rest: bool) -> FlashStore:
+def build_store(folder: Path, checkpoint: Checkpoint, family: Family, fmt: CopyFormat | None, *, rest: bool) -> FlashStore:
     """Write the layer files and the predictor into `folder`, passing over what is there already and complete.
 
     Args:
@@ -68,18 +69,19 @@ def plain_layers(checkpoint: Checkpoint, family: Family) -> tuple[UnitLayout, tu
     return found[0][0], tuple(d_ff for _, d_ff in found)
 
 
-def _predictor_bytes(fmt: QuantizedFormat | None, widths: Sequence[int], d_model: int) -> int:
+def _predictor_bytes(fmt: CopyFormat | None, widths: Sequence[int], d_model: int) -> int:
     """What a model's predictor takes on disk."""
     return sum(nbytes_of(spec) for d_ff in widths for spec in fmt.shapes("", d_ff, d_model).values()) if fmt else 0
 
 
-def add_predictor(folder: Path, fmt: QuantizedFormat | None) -> FlashStore:
+def add_predictor(folder: Path, fmt: CopyFormat | None) -> FlashStore:
     """Make a predictor from the layer files in `folder`, unless it is there."""
     store = FlashStore.open_folder(folder)
+    check_predictors(store)
     if fmt is None or fmt.variant in store.predictors:
         return store
     check_room(folder, _predictor_bytes(fmt, store.widths, store.unit.width))
-    write_quantized(
+    write_copy(
         folder / PREDICTOR_FILE.format(fmt.variant),
         store,
         fmt,
@@ -89,7 +91,7 @@ def add_predictor(folder: Path, fmt: QuantizedFormat | None) -> FlashStore:
 
 
 def _forget_strangers(
-    folder: Path, names: list[LayerNames], origin: Mapping[str, str], fmt: QuantizedFormat | None
+    folder: Path, names: list[LayerNames], origin: Mapping[str, str], fmt: CopyFormat | None
 ) -> list[LayerNames]:
     """Remove what an earlier run left in `folder` and this one will not take over. Returns the layers still to do."""
     done = {LAYER_FILE.format(layer.index): layer for layer in names}
@@ -104,6 +106,6 @@ def _forget_strangers(
 def _complete(path: Path, fingerprint: str) -> bool:
     """Whether an earlier run finished this file, from the same source."""
     try:
-        return read_header(path)[1].get("hf_flash.fingerprint") == fingerprint
+        return read_header(path)[1].get(META + "fingerprint") == fingerprint
     except StoreFormatError:
         return False

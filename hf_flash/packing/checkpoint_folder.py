@@ -14,9 +14,8 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from hf_flash.base.files import link_inside, listed_files, read_json, write_json, writing
-from hf_flash.errors import (
-    StoreFormatError,
-)
+from hf_flash.config_arguments import METHOD
+from hf_flash.errors import StoreFormatError
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import HEADERS, INDEX_NAME, NOTICE
@@ -134,11 +133,11 @@ def repacked_config(folder: Path) -> dict[str, Any]:
     """config.json of a repacked checkpoint; an error if the folder is something else."""
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "flash":
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise StoreFormatError(
             "not a repacked checkpoint",
             where=folder / "config.json",
-            expected="quant_method: flash",
+            expected=f"quant_method: {METHOD}",
             hint="take what `hf_flash.repack` or `save_pretrained` made",
         )
     return config

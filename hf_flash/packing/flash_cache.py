@@ -43,7 +43,7 @@ from hf_flash.errors import (
 from hf_flash.families.base import Family
 from hf_flash.packing.bundling import add_predictor, build_store
 from hf_flash.packing.repacking import logger
-from hf_flash.predictors.quantized import QuantizedFormat
+from hf_flash.predictors.base import CopyFormat
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
 
@@ -173,7 +173,7 @@ def cache_folder(cache_dir: str | None) -> Path:
         raise ConfigError("there is no place for the flash cache", where=folder, got=error, hint=hint) from error
 
 
-def cached_store(checkpoint: Checkpoint, family: Family, fmt: QuantizedFormat | None, cache_dir: str | None) -> FlashStore:
+def cached_store(checkpoint: Checkpoint, family: Family, fmt: CopyFormat | None, cache_dir: str | None) -> FlashStore:
     """The bundles and predictor of a plain checkpoint, made once per source, revision and format.
 
     Several processes may ask at once: one works, the others wait for it.
@@ -203,7 +203,7 @@ def cached_store(checkpoint: Checkpoint, family: Family, fmt: QuantizedFormat | 
         return FlashStore.open_folder(target)
 
 
-def _ready(target: Path, fmt: QuantizedFormat | None) -> FlashStore | None:
+def _ready(target: Path, fmt: CopyFormat | None) -> FlashStore | None:
     """A complete entry of a cache that may not be written to: on a read-only disk, or somebody else's. No lock is needed:
     whoever replaces an entry renames it as a whole, and a model that is being loaded notices."""
     if not exists(target):

@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -30,6 +30,7 @@ from hf_flash.base.folders import (
     partial_folder,
 )
 from hf_flash.config import FlashOffloadConfig
+from hf_flash.config_arguments import CopiedName, PredictorBits
 from hf_flash.errors import (
     ConfigError,
     UnsupportedModelError,
@@ -44,7 +45,7 @@ from hf_flash.packing.checkpoint_folder import (
     repacked_config,
 )
 from hf_flash.packing.readme import without_ours
-from hf_flash.predictors.choice import fresh_format, stored_choice
+from hf_flash.predictors.choice import check_predictors, fresh_format, stored_choice
 from hf_flash.store.checkpoint import Checkpoint, find_snapshot, resolve_folder
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import INDEX_NAME
@@ -58,8 +59,8 @@ def repack(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    predictor: Literal["quantized", "none"] | None = None,
-    predictor_bits: Literal[4, 8] | None = None,
+    predictor: CopiedName | None = None,
+    predictor_bits: PredictorBits | None = None,
     predictor_group_size: int | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -144,6 +145,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     folder, target = Path(folder), Path(target).resolve()
     check_target(target)
     store = FlashStore.open_folder(folder)
+    check_predictors(store)
     store.check_others()
     checkpoint = Checkpoint.open_folder(folder)
     ffn: dict[str, TensorSpec] = {}

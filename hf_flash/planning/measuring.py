@@ -22,9 +22,10 @@ from hf_flash.base.buffers import aligned_empty
 from hf_flash.base.folders import scratch_file
 from hf_flash.base.heap import trim_heap
 from hf_flash.compute.arithmetic import arithmetic_for
+from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.planning.model import PlannedModel
 from hf_flash.planning.slice import WINDOW_BYTES, ModelSlice
-from hf_flash.reading.reader import open_reader
+from hf_flash.reading.reader import READERS, open_reader
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.resident_linear import make_linears_resident
 from hf_flash.store.layer_file import LayerStore
@@ -117,10 +118,10 @@ def _run_slice(
 ) -> _SliceTimes:
     """Run a slice with every number of misses."""
     rows, in_memory = store.layers[0].d_ff, model.unit.as_dtype(model.dtype)
-    if reader == "mmap":
+    if not READERS[reader].may_be_direct:
         _into_page_cache({layer.path for layer in store.layers})
     arithmetic = arithmetic_for(rows, in_memory, model.family.activation_of(model.config))
-    engine = Engine(open_reader(store, reader, 16, model.dtype, 0), arithmetic)
+    engine = Engine(open_reader(store, reader, ARGUMENTS["io_threads"].default, model.dtype, 0), arithmetic)
     try:
         cut = ModelSlice(model, neurons, predicted, engine, len(store.layers), rows, capacity)
         stock = cut.run(cut.misses[0])

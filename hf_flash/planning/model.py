@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_flash.base.dtypes import DTYPES
 from hf_flash.base.files import read_json
 from hf_flash.config import FlashOffloadConfig
+from hf_flash.config_arguments import METHOD
 from hf_flash.errors import ConfigError
 from hf_flash.families import family_of
 from hf_flash.families.base import Family, Shape
 from hf_flash.predictors.base import PredictorFormat
-from hf_flash.predictors.choice import PREDICTORS, fresh_format, stored_format, wished
-from hf_flash.predictors.lowrank import expected_low_rank
+from hf_flash.predictors.choice import planned_format
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.swap import replace_feed_forwards
 from hf_flash.store.checkpoint import resolve_folder
@@ -81,7 +82,7 @@ def open_model(source: str | os.PathLike[str], predictor: str | None, dtype: str
     plain = read_json(folder / "config.json")
     family = family_of(plain)
     stored = plain.pop("quantization_config", None) or {}
-    if stored and stored.get("quant_method") != "flash":
+    if stored and stored.get("quant_method") != METHOD:
         raise ConfigError("the model is quantized in another way", where=folder, got=stored.get("quant_method"))
     config = AutoConfig.for_model(**plain)
     wish = FlashOffloadConfig.from_dict(stored)
@@ -90,24 +91,12 @@ def open_model(source: str | os.PathLike[str], predictor: str | None, dtype: str
     store = FlashStore.open_folder(folder) if stored and any(folder.glob("*.safetensors")) else None
     d_model = family.shape(config).d_model
     unit = store.unit if store else UnitLayout.of(family.parts, d_model, config.dtype or torch.float32)
-    fmt = _form(wish, family, config, store)
+    fmt = planned_format(wish, family, config, store)
     return PlannedModel(folder, config, family, store, fmt, _dtype(dtype) or config.dtype or unit.dtype, unit)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    names = ("float32", "bfloat16", "float16")
-    if name is not None and name not in names:
-        raise ConfigError("no such dtype of compute", where="dtype", expected=" or ".join(names), got=repr(name))
+    if name is not None and name not in DTYPES:
+        raise ConfigError("no such dtype of compute", where="dtype", expected=" or ".join(DTYPES), got=repr(name))
     found: torch.dtype | None = getattr(torch, name) if name else None
     return found
-
-
-def _form(wish: FlashOffloadConfig, family: Family, config: Any, store: FlashStore | None) -> PredictorFormat | None:
-    """The predictor that is meant: stored, or as repacking or calibrating would make it."""
-    kind = PREDICTORS[wished(wish, family, config)]
-    if kind.from_weights is not None:
-        return fresh_format(wish, family, config)
-    if store is not None and kind.in_store(store):
-        return stored_format(wish, family, config, store)
-    fresh_format(FlashOffloadConfig(predictor="quantized"), family, config)  # an error if nothing can be predicted
-    return expected_low_rank(family.shape(config))

@@ -105,7 +105,7 @@ def plan_pair(
     def given(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in (*_OPENING, *names) if name in options}
 
-    whole = needs(model, **given("predictor", "revision")), needs(assistant, **given())
+    whole = needs(model, **given("predictor", "reader", "revision")), needs(assistant, **given("reader"))
     least = [each.minimum_bytes for each in whole]
     total = ceiling_bytes(None) if memory is None else parse_share(memory, sum(each.dense_bytes for each in whole))
     if total < sum(least):

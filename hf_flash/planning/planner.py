@@ -29,7 +29,8 @@ from hf_flash.base.sizes import parse_share
 from hf_flash.budget.demand import Demand, everything, measured, supposed
 from hf_flash.budget.divide import divide_memory, expected_demand, stored_report
 from hf_flash.budget.plan import MemoryPlan, ceiling_bytes
-from hf_flash.config import ReaderName
+from hf_flash.config import AUTO, ReaderName
+from hf_flash.config_arguments import ARGUMENTS, DIRECT, MMAP
 from hf_flash.errors import ConfigError
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.packing.flash_cache import cache_folder
@@ -37,6 +38,7 @@ from hf_flash.planning.measuring import Measured, measure
 from hf_flash.planning.model import PlannedModel, open_model
 from hf_flash.planning.report import Plan as Plan  # importable from here, beside what returns it
 from hf_flash.planning.report import Point
+from hf_flash.reading.reader import READERS
 
 SHARES: Final = (30, 40, 50, 60, 70, 80, 100)  # percent of the dense model that are looked at
 ENOUGH: Final = 1.1  # a suggested budget may be so many times slower than the fastest
@@ -55,7 +57,7 @@ def plan(
     predicted: float | None = None,
     tokens: int | None = None,
     prompt_tokens: int = 16,
-    reader: ReaderName = "auto",
+    reader: ReaderName = AUTO,
     **hub: Any,
 ) -> Plan:
     """Predict how fast a model decodes on this machine, and how much memory it should have. Paper: sections 2 and 3.
@@ -87,8 +89,8 @@ def plan(
         raise ConfigError("no tokens", where="tokens, prompt_tokens", expected="at least 1", got=(tokens, prompt_tokens))
     found = open_model(model, predictor, dtype, **hub)
     demand = _demand(found, active, fresh, predicted, stored_report(found.store) if found.store else None)
-    unlimited = _divide(found, _UNLIMITED, demand)
-    wanted = _divide(found, _budget(memory, unlimited), demand)
+    unlimited = _divide(found, _UNLIMITED, demand, reader)
+    wanted = _divide(found, _budget(memory, unlimited), demand, reader)
     free = available_memory()
     folder = _measured_folder(disk, found)
     times = measure(found, demand.selected, demand.predicted, wanted.capacity, folder, _reader(reader, found, wanted, free))
@@ -128,10 +130,8 @@ def _budget(memory: int | str | None, unlimited: MemoryPlan) -> int | None:
 
 def _reader(name: ReaderName, model: PlannedModel, memory: MemoryPlan, free: int) -> str:
     """`"mmap"` or `"direct"`, as `open_reader` will decide."""
-    if name != "auto":
-        return name
     spare = free - memory.minimum_bytes - memory.window_bytes
-    return "mmap" if sum(memory.widths) * model.unit.row_bytes <= spare else "direct"
+    return DIRECT if READERS[name].wants_direct(sum(memory.widths) * model.unit.row_bytes, spare) else MMAP
 
 
 def _measured_folder(disk: str | os.PathLike[str] | None, model: PlannedModel) -> Path:
@@ -145,27 +145,34 @@ def _measured_folder(disk: str | os.PathLike[str] | None, model: PlannedModel) -
 # --- what a model needs ------------------------------------------------------------------------------------------------
 
 
-def needs(source: str | os.PathLike[str], predictor: str | None = None, dtype: str | None = None, **hub: Any) -> MemoryPlan:
+def needs(
+    source: str | os.PathLike[str],
+    predictor: str | None = None,
+    dtype: str | None = None,
+    reader: ReaderName = AUTO,
+    **hub: Any,
+) -> MemoryPlan:
     """What a model holds in memory where it gets all it can use; its minimum. config.json is enough.
 
     Args:
-        source, predictor, dtype, hub: as in [`plan`].
+        source, predictor, dtype, reader, hub: as in [`plan`].
 
     Raises:
         ConfigError, UnsupportedModelError, StoreError: as [`plan`].
     """
     found = open_model(source, predictor, dtype, **hub)
-    return _divide(found, _UNLIMITED, expected_demand(found.fmt, found.shape, found.store) or everything(found.shape.widths))
+    demand = expected_demand(found.fmt, found.shape, found.store) or everything(found.shape.widths)
+    return _divide(found, _UNLIMITED, demand, reader)
 
 
-def _divide(found: PlannedModel, budget: int | str | None, demand: Demand) -> MemoryPlan:
+def _divide(found: PlannedModel, budget: int | str | None, demand: Demand, reader: ReaderName) -> MemoryPlan:
     """Divide a budget as loading does. Raises `BudgetError`."""
     model, _ = found.skeleton()
     weights = [*model.parameters(), *model.buffers()]
     resident = sum(w.nbytes for w in weights)
-    need, reading = demand if found.fmt else None, {"reader": "auto", "io_threads": 16}
+    need, threads = demand if found.fmt else None, ARGUMENTS["io_threads"].default
     sizes = found.fmt, found.shape, found.unit, found.dtype
-    return divide_memory(budget, resident, *sizes, demand=need, **reading)  # type: ignore[arg-type]
+    return divide_memory(budget, resident, *sizes, reader=reader, io_threads=threads, demand=need)
 
 
 def _demand(

@@ -17,6 +17,7 @@ import torch
 from transformers import StoppingCriteria
 
 from hf_flash.base.buffers import aligned_empty
+from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.planning.model import PlannedModel
 from hf_flash.predictors.base import NoPredictor, Predictor
 from hf_flash.runtime.engine import Engine
@@ -57,7 +58,7 @@ class ModelSlice:
         self.generator = np.random.default_rng(0)
         self.predictors = [PrescribedPredictor(model, d_ff, rows) for _ in self.ffns]
         for ffn, predictor in zip(self.ffns, self.predictors, strict=True):
-            window = ResidentWindow(rows, engine.arithmetic.matrix(room), 5)
+            window = ResidentWindow(rows, engine.arithmetic.matrix(room), ARGUMENTS["window"].default)
             window.matrix.fill_(0.01)
             ids = np.sort(self.generator.permutation(rows)[:room])
             window.commit(ids, window.reserve(room))

@@ -13,18 +13,21 @@ A *format* is what is known of a predictor before it is loaded: its name in the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from hf_flash.base.files import StoredFile, exists
+from hf_flash.base.heap import trim_heap
 from hf_flash.errors import StoreFormatError, StoreMissingError
 from hf_flash.families.base import Shape
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.layout import FlashStore
+from hf_flash.store.names import META
 from hf_flash.store.safetensors_files import TensorSpec, read_header, read_tensor
+from hf_flash.store.writer import predictor_metadata, write_safetensors
 
 
 class Predictor(ABC):
@@ -110,6 +113,32 @@ class PredictorFormat(Protocol):
         ...
 
 
+class CopyFormat(PredictorFormat, Protocol):
+    """A predictor that is made from a layer's weights alone, wherever a store lacks it."""
+
+    def shapes(self, prefix: str, d_ff: int, d_model: int) -> dict[str, TensorSpec]:
+        """The tensors of one layer of this size, by `prefix.predictor.name`, in file order."""
+        ...
+
+    def tensors(self, layer: LayerStore) -> Iterator[torch.Tensor]:
+        """The same tensors, made from the layer's bundles."""
+        ...
+
+
+def write_copy(path: Path, store: FlashStore, fmt: CopyFormat, progress: Any = iter) -> None:
+    """Make a predictor of every layer from the bundles on flash, one layer in memory at a time."""
+    specs: dict[str, TensorSpec] = {}
+    for layer in store.layers:
+        specs |= fmt.specs(layer)
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for layer in progress(store.layers):
+            yield from fmt.tensors(layer)
+            trim_heap()
+
+    write_safetensors(path, specs, pieces(), predictor_metadata(fmt.variant, store.metadata))
+
+
 def find_predictor(store: FlashStore, fmt: PredictorFormat) -> Path:
     """The file of a predictor in a store, checked against the store it belongs to."""
     path = store.predictors.get(fmt.variant)
@@ -130,8 +159,8 @@ def find_predictor(store: FlashStore, fmt: PredictorFormat) -> Path:
 def belonging(store: FlashStore, path: Path) -> Mapping[str, tuple[TensorSpec, int]]:
     """The tensors of a file that was made from a store's weights; an error if it was made from others."""
     tensors, meta = read_header(path)
-    wanted, fingerprint = store.metadata, meta.get("hf_flash.fingerprint")
-    revision = meta.get("hf_flash.revision", wanted["revision"])
+    wanted, fingerprint = store.metadata, meta.get(META + "fingerprint")
+    revision = meta.get(META + "revision", wanted["revision"])
     if (fingerprint, revision) != (wanted["fingerprint"], wanted["revision"]):
         raise StoreFormatError(
             "the predictor belongs to another checkpoint",

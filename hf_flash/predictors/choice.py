@@ -2,92 +2,164 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from hf_flash.compute.activation import WITH_ZEROS
 from hf_flash.config import FlashOffloadConfig
-from hf_flash.errors import StoreMissingError, UnsupportedModelError
-from hf_flash.families.base import Family
-from hf_flash.predictors.base import PredictorFormat
-from hf_flash.predictors.lowrank import LowRankFormat
-from hf_flash.predictors.quantized import QuantizedFormat, quantized_formats
+from hf_flash.errors import StoreFormatError, StoreMissingError, UnsupportedModelError
+from hf_flash.families.base import Family, Shape
+from hf_flash.predictors import lowrank, quantized
+from hf_flash.predictors.base import CopyFormat, PredictorFormat
 from hf_flash.store.layout import FlashStore
+
+_NUMBER: Final = "[1-9][0-9]{0,5}"  # what N stands for in the name of a variant
 
 
 @dataclass(frozen=True)
 class PredictorKind:
-    """One kind of predictor.
+    """One kind of predictor. It is made from weights (`from_weights`) or trained (`expected`).
 
     Attributes:
-        from_weights: the format that a wish means, where it can be made from weights alone; `None`: it has to be trained.
-        in_store: the formats of this kind that a store has.
+        variants: what its files are called, in metadata and in their names; N stands for any number from 1 to 999999.
+        in_store: the formats of this kind that a store has. What it is given may have variants of other kinds.
+        from_weights: the format that a wish means; it may mean none.
+        expected: the format that training may come to, for models of a shape: what `hf-flash plan` counts with.
         exact: whether it names every neuron, so that the activation need not leave zeros.
     """
 
-    from_weights: Callable[[FlashOffloadConfig], QuantizedFormat | None] | None
-    in_store: Callable[[FlashStore], Sequence[PredictorFormat]]
+    variants: tuple[str, ...] = ()
+    in_store: Callable[[FlashStore], Sequence[PredictorFormat]] = lambda store: ()
+    from_weights: Callable[[FlashOffloadConfig], CopyFormat | None] | None = None
+    expected: Callable[[Shape], PredictorFormat] | None = None
     exact: bool = False
 
+    def has_variant(self, name: str) -> bool:
+        """Whether a file of this name is one of its own."""
+        return any(re.fullmatch(variant.replace("N", _NUMBER), name) for variant in self.variants)
 
-def _quantized(wish: FlashOffloadConfig) -> QuantizedFormat:
-    return QuantizedFormat(wish.predictor_bits, wish.predictor_group_size, wish.predictor_margin)
+
+def _quantized(wish: FlashOffloadConfig) -> CopyFormat:
+    return quantized.QuantizedFormat(wish.predictor_bits, wish.predictor_group_size, wish.predictor_margin)
 
 
-def _low_rank(store: FlashStore) -> list[LowRankFormat]:
-    found = LowRankFormat.of(store)
+def _low_rank(store: FlashStore) -> list[lowrank.LowRankFormat]:
+    found = lowrank.LowRankFormat.of(store)
     return [] if found is None else [found]
 
 
 PREDICTORS: Final[Mapping[str, PredictorKind]] = {
-    "none": PredictorKind(lambda wish: None, lambda store: [], exact=True),
-    "quantized": PredictorKind(_quantized, quantized_formats),
-    "lowrank": PredictorKind(None, _low_rank),
+    "none": PredictorKind(from_weights=lambda wish: None, exact=True),
+    "quantized": PredictorKind(quantized.VARIANTS, quantized.quantized_formats, from_weights=_quantized),
+    "lowrank": PredictorKind((lowrank.VARIANT,), _low_rank, expected=lowrank.expected_low_rank),
 }
 """By name."""
 
 
+# --- what a store has ----------------------------------------------------------------------------------------------------
+
+
+def is_predictor(variant: str) -> bool:
+    """Whether files of some kind of predictor are called so."""
+    return any(kind.has_variant(variant) for kind in PREDICTORS.values())
+
+
+def check_predictors(store: FlashStore) -> None:
+    """Refuse a store with a predictor that is of no kind.
+
+    Raises:
+        StoreFormatError: with its file.
+    """
+    for variant, path in store.predictors.items():
+        if not is_predictor(variant):
+            known = [name for kind in PREDICTORS.values() for name in kind.variants]
+            raise StoreFormatError("no such predictor", where=path, expected=", ".join(known), got=ascii(variant))
+
+
 def formats_in(store: FlashStore) -> list[PredictorFormat]:
-    """All predictors that a store has."""
+    """All predictors that a store has.
+
+    Raises:
+        StoreFormatError: as [`check_predictors`].
+    """
+    check_predictors(store)
     return [fmt for kind in PREDICTORS.values() for fmt in kind.in_store(store)]
+
+
+def copies_in(store: FlashStore) -> list[PredictorFormat]:
+    """Those that were made from weights alone."""
+    return [fmt for kind in PREDICTORS.values() if kind.from_weights is not None for fmt in kind.in_store(store)]
+
+
+# --- what a wish means ---------------------------------------------------------------------------------------------------
 
 
 def stored_format(wish: FlashOffloadConfig, family: Family, config: Any, store: FlashStore) -> PredictorFormat | None:
     """The predictor of a store that a wish means; `None` for none.
 
     Raises:
+        StoreFormatError: as [`check_predictors`].
         StoreMissingError: one that has to be trained was asked for, and the store has none.
         UnsupportedModelError: as [`fresh_format`].
     """
-    kind = PREDICTORS[wished(wish, family, config)]
-    if kind.from_weights is not None:
+    check_predictors(store)
+    name = wished(wish, family, config)
+    if PREDICTORS[name].from_weights is not None:
         return fresh_format(wish, family, config)
-    found = kind.in_store(store)
+    found = PREDICTORS[name].in_store(store)
     if not found:
-        raise _untrained(wish)
+        raise _untrained(name)
     return found[0]
 
 
-def fresh_format(wish: FlashOffloadConfig, family: Family, config: Any) -> QuantizedFormat | None:
-    """The predictor to make from a plain checkpoint, a [`QuantizedFormat`]; `None` for none.
+def fresh_format(wish: FlashOffloadConfig, family: Family, config: Any) -> CopyFormat | None:
+    """The predictor to make from a plain checkpoint; `None` for none.
 
     Raises:
         UnsupportedModelError: a predictor was asked for and the activation leaves no exact zeros.
         StoreMissingError: a predictor that has to be trained was asked for.
     """
-    kind = PREDICTORS[wished(wish, family, config)]
+    name = wished(wish, family, config)
+    kind = PREDICTORS[name]
     if kind.from_weights is None:
-        raise _untrained(wish)
+        raise _untrained(name)
+    if not kind.exact:
+        check_sparse(family, config)
+    return kind.from_weights(wish)
+
+
+def planned_format(wish: FlashOffloadConfig, family: Family, config: Any, store: FlashStore | None) -> PredictorFormat | None:
+    """The predictor that is meant: as a store has it, or as repacking or calibrating would make it.
+
+    Raises:
+        StoreFormatError, UnsupportedModelError: as [`stored_format`].
+    """
+    kind = PREDICTORS[wished(wish, family, config)]
+    if store is not None and (kind.expected is None or kind.in_store(store)):
+        return stored_format(wish, family, config, store)
+    if kind.expected is None:
+        return fresh_format(wish, family, config)
+    check_sparse(family, config)
+    return kind.expected(family.shape(config))
+
+
+def check_sparse(family: Family, config: Any) -> None:
+    """Refuse a model of whose neurons nothing can be predicted.
+
+    Raises:
+        UnsupportedModelError: its activation leaves no exact zeros.
+    """
     activation = family.activation_of(config)
-    if not (kind.exact or activation.zeros):
+    if not activation.zeros:
         raise UnsupportedModelError(
             "a predictor needs an activation that leaves exact zeros",
             where=family.activation_key,
-            expected="relu",
+            expected=" or ".join(WITH_ZEROS),
             got=activation.name,
             hint='use predictor="none"',
         )
-    return kind.from_weights(wish)
 
 
 def wished(wish: FlashOffloadConfig, family: Family, config: Any) -> str:
@@ -100,9 +172,9 @@ def stored_choice(fmt: PredictorFormat | None) -> Mapping[str, Any]:
     return {"predictor": "none"} if fmt is None else fmt.arguments
 
 
-def _untrained(wish: FlashOffloadConfig) -> StoreMissingError:
+def _untrained(name: str) -> StoreMissingError:
     return StoreMissingError(
-        "the low-rank predictor is trained on text, and that has not been done for this model",
-        where=f"predictor={wish.predictor!r}",
+        f"the {name} predictor is trained on text, and that has not been done for this model",
+        where=f"predictor={name!r}",
         hint="repack the model into a folder, run `hf-flash calibrate FOLDER --text FILE`, then load that folder",
     )

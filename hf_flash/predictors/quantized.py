@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from hf_flash.base.heap import trim_heap
+from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.errors import ConfigError
 from hf_flash.families.base import Shape
 from hf_flash.predictors.base import Predictor, belonging, check_specs, made_up_tensor, narrowed, read_tensors
@@ -35,9 +35,10 @@ from hf_flash.predictors.low_bit import Int4Matrix, Int8Matrix, LowBitMatrix, Sc
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.safetensors_files import TensorSpec
-from hf_flash.store.writer import predictor_metadata, write_safetensors
 
 DEFAULT_MARGIN: Final = {4: 1.5, 8: 3.0}
+_FOUR_BITS, _EIGHT_BITS = "int4-g", "int8"
+VARIANTS: Final = (_FOUR_BITS + "N", _EIGHT_BITS)  # N: the group size
 WEIGHTS_AT_A_TIME: Final = 1 << 19  # weights quantized at a time: what fits into a core's cache is three times faster
 
 
@@ -70,7 +71,7 @@ class QuantizedFormat:
 
     @property
     def variant(self) -> str:
-        return f"int4-g{self.group_size}" if self.bits == 4 else "int8"
+        return f"{_FOUR_BITS}{self.group_size}" if self.bits == 4 else _EIGHT_BITS
 
     def group(self, d_model: int) -> int:
         """Columns that share a scale: the whole row in 8 bits, else the asked group size or its part that divides."""
@@ -94,6 +95,15 @@ class QuantizedFormat:
             **zeros,
             f"{prefix}.predictor.error": (torch.float32, (d_ff,)),
         }
+
+    def tensors(self, layer: LayerStore) -> Iterator[torch.Tensor]:
+        """The tensors of one layer, made from its bundles."""
+        copied, rows = layer.part(layer.unit.deciding), max(1, WEIGHTS_AT_A_TIME // layer.d_model)
+        parts = [
+            quantize_rows(copied[at : at + rows], self.bits, self.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
+        ]
+        for name in parts[0]:
+            yield torch.cat([part[name] for part in parts])
 
     def dram_bytes(self, shape: Shape) -> int:
         groups = shape.d_model // self.group(shape.d_model)
@@ -121,8 +131,9 @@ class QuantizedFormat:
 
 def quantized_formats(store: FlashStore) -> list[QuantizedFormat]:
     """The quantized predictors in a store."""
-    groups = [int(name.removeprefix("int4-g")) for name in store.predictors if name.startswith("int4-g")]
-    eight = [QuantizedFormat(8, 64)] if "int8" in store.predictors else []
+    groups = [int(name.removeprefix(_FOUR_BITS)) for name in store.predictors if re.fullmatch(_FOUR_BITS + "[0-9]+", name)]
+    any_group = ARGUMENTS["predictor_group_size"].default  # 8 bits have one a row
+    eight = [QuantizedFormat(8, any_group)] if _EIGHT_BITS in store.predictors else []
     return [QuantizedFormat(4, group) for group in sorted(groups)] + eight
 
 
@@ -178,26 +189,6 @@ class QuantizedPredictor(Predictor):
     def _times(self, x: torch.Tensor) -> torch.Tensor | None:
         """float32 [tokens]: how often the margin counts."""
         return None if self._measured else torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-
-
-def write_quantized(path: Path, store: FlashStore, fmt: QuantizedFormat, progress: Any = iter) -> None:
-    """Make the quantized predictor of every layer from the bundles on flash, one layer in memory at a time."""
-    specs: dict[str, TensorSpec] = {}
-    for layer in store.layers:
-        specs |= fmt.specs(layer)
-
-    def pieces() -> Iterator[torch.Tensor]:
-        for layer in progress(store.layers):
-            copied, rows = layer.part(layer.unit.deciding), max(1, WEIGHTS_AT_A_TIME // layer.d_model)
-            parts = [
-                quantize_rows(copied[at : at + rows], fmt.bits, fmt.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
-            ]
-            for name in parts[0]:
-                yield torch.cat([part[name] for part in parts])
-            del parts
-            trim_heap()
-
-    write_safetensors(path, specs, pieces(), predictor_metadata(fmt.variant, store.metadata))
 
 
 # --- measured on real inputs ------------------------------------------------------------------------------------------

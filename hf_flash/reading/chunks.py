@@ -78,7 +78,12 @@ def torn(ids: Ids, rows: Ids, offset: int, size: int, pieces: int) -> Chunks:
     """As [`chunked`], but every neuron takes `pieces` reads of its own, of `size // pieces` bytes.
 
     Rows of the caller's matrix are counted in pieces then: a row of the matrix is `pieces` rows of the chunks.
+
+    Raises:
+        ValueError: a bundle has no so many pieces of equal size.
     """
+    if size % pieces:
+        raise ValueError(f"a bundle of {size} bytes in {pieces} pieces")
     part = np.arange(pieces)
     offsets = (offset + ids[:, None] * size + part * (size // pieces)).reshape(-1)
     return Chunks(offsets, np.arange(len(offsets) + 1), (rows[:, None] * pieces + part).reshape(-1), size // pieces)

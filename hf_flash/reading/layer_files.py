@@ -22,6 +22,7 @@ from hf_flash.base.arrays import Bytes
 from hf_flash.base.buffers import allocate_pages
 from hf_flash.base.locks import hold
 from hf_flash.compute import library as native
+from hf_flash.config_arguments import DIRECT, MMAP
 from hf_flash.reading.chunks import Chunks
 from hf_flash.reading.compiled_queue import BOUNCE_BYTES, CompiledQueue
 from hf_flash.reading.open_file import FileChangedError, OpenFile
@@ -53,7 +54,7 @@ class FileSource:
     """
 
     def __init__(self, store: FlashStore, align: int, threads: int) -> None:
-        self.name = "direct" if align else "mmap"
+        self.name = DIRECT if align else MMAP
         self._layers, self._fds = store.layers, list[int]()
         guard = weakref.finalize(self, _close_files, self._fds)
         compiled = native.library() is not None
@@ -87,7 +88,7 @@ class FileSource:
         if not align and hasattr(os, "posix_fadvise"):
             with suppress(OSError):  # only advice: no readahead
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        return OpenFile(fd, align, transient=transient and self.name == "direct")
+        return OpenFile(fd, align, transient=transient and self.name == DIRECT)
 
     @staticmethod
     def _unit(file: OpenFile, layer: LayerStore) -> int:
@@ -99,7 +100,7 @@ class FileSource:
     @property
     def reads_with(self) -> str:
         """What it reads with, for people."""
-        return self._queue.description if self.name == "direct" else "the page cache"
+        return self._queue.description if self.name == DIRECT else "the page cache"
 
     def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False) -> Pending:
         """Begin to fill rows of `out`, uint8 [any, bundle bytes], contiguous.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -19,6 +19,7 @@ import torch
 
 from hf_flash.base.arrays import Bytes, Ids
 from hf_flash.base.buffers import aligned_empty
+from hf_flash.config_arguments import AUTO, DIRECT, MMAP
 from hf_flash.errors import StoreReadError
 from hf_flash.reading.chunks import Chunks, chunked, torn
 from hf_flash.reading.layer_files import PAGE, FileSource, StepFile, bounce_bytes, direct_alignment
@@ -128,12 +129,9 @@ class BundleReader:
         """What it reads with, for people."""
         return self.source.reads_with
 
-    def tear_bundles(self, pieces: int) -> None:
-        """From now on read every bundle by itself, in so many pieces of equal size: what coalescing and bundling save.
-
-        With 1 neighbours are not one read any more; with 2 the rows and columns of two matrices come separately.
-        """
-        self._pieces = pieces
+    def tear_bundles(self, *, parts: bool) -> None:
+        """From now on read every bundle by itself, or each of its `parts` by itself: what coalescing and bundling save."""
+        self._pieces = len(self.layers[0].unit.parts) if parts else 1
 
     @property
     def converts(self) -> bool:
@@ -236,6 +234,39 @@ def _staging_bytes(unit: UnitLayout, dtype: torch.dtype) -> int:
     return 0 if unit.dtype == dtype else _STAGING_ROWS * (unit.row_bytes + unit.as_dtype(dtype).row_bytes)
 
 
+# --- which way to read ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReaderKind:
+    """A way to read that `FlashOffloadConfig(reader=...)` names.
+
+    Attributes:
+        may_be_direct: whether it reads past the page cache.
+        caches_what_fits: whether it leaves a store that fits in free memory to the page cache all the same.
+    """
+
+    may_be_direct: bool
+    caches_what_fits: bool = False
+
+    def wants_direct(self, nbytes: int, spare_bytes: int) -> bool:
+        """Whether a store is to be read past the page cache.
+
+        Args:
+            nbytes: of its bundles.
+            spare_bytes: memory that nobody else claims.
+        """
+        return self.may_be_direct and not (self.caches_what_fits and nbytes <= spare_bytes)
+
+
+READERS: Final[Mapping[str, ReaderKind]] = {
+    AUTO: ReaderKind(may_be_direct=True, caches_what_fits=True),
+    MMAP: ReaderKind(may_be_direct=False),
+    DIRECT: ReaderKind(may_be_direct=True),
+}
+"""By name."""
+
+
 def reader_buffer_bytes(unit: UnitLayout, dtype: torch.dtype, name: str, threads: int) -> int:
     """The most DRAM that a reader's own buffers take, known before a store exists.
 
@@ -244,37 +275,8 @@ def reader_buffer_bytes(unit: UnitLayout, dtype: torch.dtype, name: str, threads
         dtype: of compute.
         name, threads: as in [`open_reader`].
     """
-    can_be_direct = name != "mmap" and hasattr(os, "O_DIRECT")
+    can_be_direct = READERS[name].may_be_direct and hasattr(os, "O_DIRECT")
     return _staging_bytes(unit, dtype) + (bounce_bytes(unit.row_bytes, threads, PAGE) if can_be_direct else 0)
-
-
-# --- which way to read ---------------------------------------------------------------------------------------------------
-
-
-def _through_page_cache(store: FlashStore, spare_bytes: int) -> int:
-    return 0
-
-
-def _past_page_cache(store: FlashStore, spare_bytes: int) -> int:
-    align, reason = direct_alignment(store)
-    if not align:
-        logger.warning("hf_flash: reader='direct' falls back to 'mmap': %s", reason)
-    return align
-
-
-def _by_room(store: FlashStore, spare_bytes: int) -> int:
-    align, reason = direct_alignment(store)
-    if store.nbytes <= spare_bytes:
-        align, reason = 0, "the store fits in free memory"
-    chosen = "direct" if align else "mmap"
-    logger.info("hf_flash: reader 'auto' takes %r: %s", chosen, reason or "the store does not fit in free memory")
-    return align
-
-
-READERS: Final[Mapping[str, Callable[[FlashStore, int], int]]] = {
-    "auto": _by_room, "mmap": _through_page_cache, "direct": _past_page_cache,
-}  # fmt: skip
-"""By name: what direct reads of a store have to be multiples of, given spare memory; 0: it is read through the page cache."""
 
 
 def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, spare_bytes: int) -> BundleReader:
@@ -283,4 +285,17 @@ def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, 
     `"auto"` takes the page cache when the whole store fits in `spare_bytes`, memory that nobody else claims, and direct I/O
     otherwise. Direct I/O that the system does not offer falls back to mmap and says why, once.
     """
-    return BundleReader(store, FileSource(store, READERS[name](store, spare_bytes), threads), dtype)
+    return BundleReader(store, FileSource(store, _alignment(store, name, spare_bytes), threads), dtype)
+
+
+def _alignment(store: FlashStore, name: str, spare_bytes: int) -> int:
+    """What direct reads of a store have to be multiples of; 0: it is read through the page cache."""
+    kind = READERS[name]
+    direct = kind.wants_direct(store.nbytes, spare_bytes)
+    align, refused = direct_alignment(store) if direct else (0, "")
+    if kind.caches_what_fits:
+        reason = refused or f"the store {'does not fit' if direct else 'fits'} in free memory"
+        logger.info("hf_flash: reader %r takes %r: %s", name, DIRECT if align else MMAP, reason)
+    elif refused:
+        logger.warning("hf_flash: reader=%r falls back to %r: %s", name, MMAP, refused)
+    return align

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from hf_flash.compute import library as native
-from hf_flash.compute.activation import RELU
 from hf_flash.compute.arithmetic import Arithmetic
 from hf_flash.compute.kernels import TokenRoom, row_layout
 from hf_flash.compute.library import DTYPES, Step, TokenJob, Window
@@ -28,9 +27,9 @@ from hf_flash.store.unit import UnitLayout
 
 def token_step(arithmetic: Arithmetic, window: ResidentWindow, store: LayerStore) -> TokenStep | None:
     """The step of a layer, if the arithmetic can take a token through it in one call."""
-    if arithmetic.kernel is None or arithmetic.activation.code != RELU:
+    if arithmetic.step_kernel is None:
         return None
-    return TokenStep(arithmetic.kernel.room, arithmetic.unit, window, store)
+    return TokenStep(arithmetic.step_kernel.room, arithmetic.unit, window, store)
 
 
 class TokenStep:

@@ -45,7 +45,8 @@ from hf_flash.store.names import HEADERS, INDEX_NAME, LAYER_FILE, META
 from hf_flash.store.safetensors_files import header_digest, read_header
 from hf_flash.store.unit import UnitLayout
 
-_VARIANT: Final = re.compile(r"int4-g[1-9][0-9]{0,5}|int8|lowrank")
+_VARIANT: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # a part of a file's name; predictors/choice.py knows which there are
+_LONGEST_VARIANT: Final = 40
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,8 @@ def _check_layers(layers: Mapping[int, LayerStore], count: int) -> None:
 
 
 def _check_variant(path: Path, variant: str, others: Mapping[str, Path]) -> None:
-    if not _VARIANT.fullmatch(variant):
-        raise StoreFormatError("no such predictor", where=path, expected="int4-gN, int8 or lowrank", got=ascii(variant)[:80])
+    if len(variant) > _LONGEST_VARIANT or not _VARIANT.fullmatch(variant):
+        expected = f"up to {_LONGEST_VARIANT} of a-z, 0-9 and hyphens between them, such as int4-g64"
+        raise StoreFormatError("not the name of a predictor", where=path, expected=expected, got=ascii(variant)[:80])
     if variant in others:
         raise StoreFormatError("two files hold the same predictor", where=path, got=others[variant])

@@ -72,7 +72,7 @@ class UnitLayout:
         """
         codec = codec_of(dtype)
         if codec is None:
-            names = ", ".join(str(codec.dtype) for codec in CODECS.values())
+            names = ", ".join(str(codec.dtype) for codec in CODECS)
             raise StoreFormatError("feed-forward weights of a dtype that cannot be stored", expected=names, got=dtype)
         return cls(tuple(parts), width, codec)
 

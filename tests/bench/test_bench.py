@@ -387,7 +387,6 @@ def test_the_disk_of_a_small_file_is_measured(tmp_path: Path) -> None:
             assert 0 < point.nbytes <= 1 << 20
             assert point.nbytes % point.size == 0
             assert point.gb_per_s > 0
-            assert point.latency_us > 0
 
 
 def test_a_file_too_small_to_measure_is_an_error(tmp_path: Path) -> None:

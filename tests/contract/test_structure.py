@@ -67,7 +67,7 @@ USERS = {  # rooms, or files of them, that use a library; all others do without
 }  # fmt: skip
 WITHOUT_TORCH = {
     "_version", "errors", "config_arguments", "config", "registration", "quantizer", "planner", "__init__",
-    "base/sizes", "base/files", "base/folders", "base/locks", "base/heap", "base/arrays", "machine/cgroup",
+    "base/sizes", "base/dtypes", "base/files", "base/folders", "base/locks", "base/heap", "base/arrays", "machine/cgroup",
     "machine/free_memory", "machine/about", "machine/memory_cap", "store/names", "budget/demand", "budget/plan",
     "budget/calibration_report", "bench/systems", "commands/main", "commands/arguments",
 }  # fmt: skip

@@ -235,6 +235,18 @@ def test_relu_on_the_gate_is_predicted_from_the_gate(tmp_path: Path) -> None:
     assert hf_flash.stats(flash).counters.selected < 3 * 256 + found.counters.selected
 
 
+@pytest.mark.parametrize(("parts", "reads"), [(True, 3), (False, 1)])
+def test_a_bundle_is_torn_into_its_parts(tmp_path: Path, parts: bool, reads: int) -> None:
+    plain = make(tmp_path / "plain", bend="relu", hidden_size=22)
+    config = FlashOffloadConfig(predictor="quantized", lookahead=0)
+    whole, torn = (AutoModelForCausalLM.from_pretrained(plain, quantization_config=config) for _ in range(2))
+    find_runtime(torn).engine.reader.tear_bundles(parts=parts)
+    with torch.no_grad():
+        assert torch.equal(torn(IDS[:1, :1]).logits, whole(IDS[:1, :1]).logits)
+    count = hf_flash.stats(torn).counters
+    assert count.reads == reads * count.missing_bytes / find_runtime(torn).store.layers[0].bundle_bytes > 0
+
+
 def test_a_predictor_without_zeros_is_refused_by_name(tmp_path: Path) -> None:
     plain = make(tmp_path / "plain")
     with pytest.raises(UnsupportedModelError, match="exact zeros") as caught:

@@ -78,6 +78,25 @@ def test_reading_is_measured_as_loading_would_read(
     assert ("page cache" in found.measured.disk) == (reader == "mmap")
 
 
+@pytest.mark.parametrize("reader", ["auto", "mmap", "direct"])
+@pytest.mark.usefixtures("unmeasured")
+def test_buffers_are_those_that_loading_gives_the_reader(opt: Callable[..., Path], reader: Any) -> None:
+    folder, budget = opt("odd"), "1.4MB"  # neurons that direct reads need bounce buffers for
+    config = FlashOffloadConfig(memory_budget=budget, predictor="none", reader=reader)
+    real = hf_flash.stats(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config))
+    found = planner.plan(folder, memory=budget, predictor="none", reader=reader)
+    assert found.memory.minimum_bytes == planner.needs(folder, "none", reader=reader).minimum_bytes == real.minimum_bytes
+
+
+@pytest.mark.parametrize("reader", ["mmap", "direct"])
+@pytest.mark.usefixtures("unmeasured")
+def test_a_pair_counts_the_buffers_of_its_reader(bare: Path, reader: Any) -> None:
+    least = 2 * planner.needs(bare, reader=reader).minimum_bytes
+    with pytest.raises(BudgetError, match="both models") as caught:
+        pairing.plan_pair(bare, bare, memory=least - 1, reader=reader)
+    assert caught.value.minimum_bytes == least
+
+
 def test_nothing_is_left_on_the_disk(bare: Path, tmp_path: Path) -> None:
     planner.plan(bare, disk=tmp_path, predictor="none")
     assert list(tmp_path.iterdir()) == []

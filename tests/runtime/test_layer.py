@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hf_flash.base.arrays import Ids
 from hf_flash.compute.activation import RELU, Activation
-from hf_flash.compute.arithmetic import ARITHMETICS
+from hf_flash.compute.arithmetic import ARITHMETICS, Arithmetic
 from hf_flash.errors import StoreReadError, UsageError
 from hf_flash.predictors.base import NoPredictor, Predictor
 from hf_flash.runtime.engine import Engine
@@ -39,7 +39,8 @@ class Told(Predictor):
 
 
 def make(
-    parts: Any = TWO_MATRICES, *, capacity: int = D_FF, predictor: Predictor | None = None, name: str = "torch",
+    parts: Any = TWO_MATRICES, *, capacity: int = D_FF, predictor: Predictor | None = None,
+    kind: type[Arithmetic] = Arithmetic,
     activation: Activation | None = None, dtype: torch.dtype = torch.float32,
 ) -> tuple[FlashFFN, MemoryReader, dict[str, torch.Tensor]]:  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +48,7 @@ def make(
     matrices = {part.role: torch.randn(D_FF, D, generator=generator, dtype=torch.float32).to(dtype) for part in parts}
     reader = MemoryReader([torch.cat([matrices[role] for role in unit.roles], 1)], unit)
     activation = activation or Activation("relu", F.relu, RELU, zeros=True)
-    engine = Engine(reader, ARITHMETICS[name](D_FF, unit, activation))  # type: ignore[arg-type]
+    engine = Engine(reader, kind(D_FF, unit, activation))  # type: ignore[arg-type]
     names: Any = {role: f"{role}_proj" for role in unit.roles}
     ffn = BlockFFN(0, D_FF, D, activation, names=names, biases=dict.fromkeys(unit.roles)).eval()
     window = ResidentWindow(D_FF, engine.arithmetic.matrix(capacity), 5)
@@ -74,11 +75,11 @@ def test_input_of_any_shape_gives_output_alike(parts: Any, shape: tuple[int, ...
     assert ffn.engine.counters.tokens == x.numel() // D
 
 
-@pytest.mark.parametrize("name", sorted(ARITHMETICS))
+@pytest.mark.parametrize("kind", ARITHMETICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_token_reads_what_is_named_and_not_there(name: str, dtype: torch.dtype) -> None:
+def test_one_token_reads_what_is_named_and_not_there(kind: type[Arithmetic], dtype: torch.dtype) -> None:
     first, second = [3, 4, 50], [4, 50, 51]
-    ffn, reader, matrices = make(predictor=(told := Told(first)), capacity=4, name=name, dtype=dtype)
+    ffn, reader, matrices = make(predictor=(told := Told(first)), capacity=4, kind=kind, dtype=dtype)
     x = torch.randn(1, D, generator=torch.Generator().manual_seed(1)).to(dtype)
     for ids in (first, second):
         told.mask[:] = False

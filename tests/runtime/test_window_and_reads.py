@@ -34,7 +34,7 @@ from hf_flash.predictors import low_bit as lowbit
 from hf_flash.predictors.base import Predictor
 from hf_flash.predictors.low_bit import quantize_rows
 from hf_flash.predictors.quantized import QuantizedFormat, QuantizedPredictor
-from hf_flash.reading.chunks import chunked
+from hf_flash.reading.chunks import chunked, torn
 from hf_flash.reading.layer_files import PAGE, direct_alignment
 from hf_flash.reading.reader import open_reader
 from hf_flash.runtime.engine import Engine
@@ -476,6 +476,19 @@ def test_chunks_cover_exactly_what_was_asked_for(ids: list[int], shuffle: Random
     for end, start, nbytes in zip(ends, chunks.offset.tolist()[1:], chunks.nbytes.tolist(), strict=False):
         assert end <= start
         assert end < start or nbytes + size > MEBIBYTE  # no chunk could be longer
+
+
+@pytest.mark.parametrize(("size", "pieces"), [(96, 1), (96, 2), (96, 3), (100, 3)])
+def test_a_bundle_is_torn_into_equal_pieces_or_not_at_all(size: int, pieces: int) -> None:
+    ids, rows = np.array([2, 3]), np.array([7, 0])
+    if size % pieces:
+        with pytest.raises(ValueError, match="100 bytes in 3 pieces"):
+            torn(ids, rows, 4096, size, pieces)
+        return
+    chunks = torn(ids, rows, 4096, size, pieces)
+    assert chunks.offset.tolist() == [4096 + 2 * size + at for at in range(0, 2 * size, size // pieces)]
+    assert chunks.rows.tolist() == [row * pieces + part for row in (7, 0) for part in range(pieces)]
+    assert chunks.nbytes.sum() == 2 * size
 
 
 # --- the quantized predictor ---------------------------------------------------------------------------------------

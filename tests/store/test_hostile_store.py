@@ -23,6 +23,7 @@ import hf_flash
 from hf_flash import FlashOffloadConfig, HfFlashError, StoreFormatError
 from hf_flash.budget.divide import stored_report
 from hf_flash.commands.main import main
+from hf_flash.predictors.choice import formats_in
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.safetensors_files import DTYPES, read_header
 from tests.conftest import make_opt
@@ -316,6 +317,10 @@ STORES: dict[str, Callable[[Path], Any]] = {
     "a predictor of 5000 digits": predictor_named("int4-g" + "1" * 5000),
     "a predictor of group 0": predictor_named("int4-g0"),
     "a predictor with a folder": predictor_named("int4-g64/../x"),
+    "a predictor of a name without end": predictor_named("a" * 41),
+    "a predictor of large letters": predictor_named("INT8"),
+    "a predictor of another alphabet": predictor_named("int4-g²"),
+    "a predictor without a name": predictor_named(""),
     "a predictor that nobody knows": predictor_named("oracle"),
     "a predictor of another file's name": predictor_named("lowrank"),
     "a calibration that is no JSON": meta(CALIBRATION, calibration="{"),
@@ -341,9 +346,16 @@ def loaded(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=FlashOffloadConfig(predictor="quantized"))
 
 
+def opened(folder: Path) -> None:
+    """What looks at a store does no more: a store takes every safe name, the predictors know theirs."""
+    store = FlashStore.open_folder(folder)
+    formats_in(store)
+    stored_report(store)
+
+
 TOKENS = torch.arange(4, 90).repeat(30)
 CALLS: dict[str, Callable[[Path], Any]] = {
-    "open": lambda folder: stored_report(FlashStore.open_folder(folder)),
+    "open": opened,
     "restore": lambda folder: hf_flash.restore(folder, folder.parent / "restored"),
     "calibrate": lambda folder: hf_flash.calibrate(
         folder, torch.arange(4, 90).repeat(30), samples=8, context=32, epochs=0, rank=4

@@ -6,15 +6,15 @@ A repacked checkpoint is an ordinary folder of safetensors files, all of them li
                                             zero-size "tombstone" in place of every FFN matrix: a loader that does not
                                             know hf_flash then fails on the shape instead of making up random weights,
                                             and names a tensor that says what is missing
-    flash-layer-00000.safetensors           one file a layer with `<prefix>.fc1.bundles`, and `<prefix>.fc1.place` if its
-                                            neurons are not in the order of their ids (calibration/placement.py)
+    flash-layer-00000.safetensors           one file a layer with `<prefix>.bundles`, and `<prefix>.place` if its neurons
+                                            are not in the order of their ids (calibration/placement.py)
     flash-predictor-int4-g64.safetensors    what a predictor needs, per layer
     flash-calibration.safetensors           what was measured on text, per layer; only after calibration
 
 A *bundle* is what one neuron needs, side by side, so that one read fetches it (paper: section 3.2). Which matrices it has a row
 or a column of is the layer's `UnitLayout` (unit.py):
 
-    bundles[d_ff, parts * d_model]    row place[i] = up_proj[i, :] | down_proj[:, i]
+    bundles[d_ff, parts * d_model]    row place[i] = up[i, :] | down[:, i], in gated layers gate[i, :] before them
     place[d_ff]                       int32, a permutation; left out where place[i] = i
 
 Ids never change: predictors, biases, calibration and arithmetic know nothing of places, so that placing neurons changes

@@ -51,10 +51,13 @@ def test_every_file_is_in_a_room() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_a_room_imports_only_from_those_below(path: Path) -> None:
-    own = ROOMS.index(room(path))
-    lazy = {"__init__", "quantizer", "registration"}  # the public names, and what is registered, are resolved when asked for
-    above = {name for name in imported(parsed(path)) if ROOMS.index(name) > own}
-    assert above - ({"calibration", "hub", "packing", "runtime"} if room(path) in lazy else set()) == set()
+    below = ROOMS[: ROOMS.index(room(path)) + 1]
+    assert {name for name in imported(parsed(path)) if name not in below} == set()
+
+
+def test_every_room_has_a_folder_of_tests() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {name for name in rooms if not list((ROOT / "tests" / name).glob("test_*.py"))} == set()
 
 
 USERS = {  # rooms, or files of them, that use a library; all others do without

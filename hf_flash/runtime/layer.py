@@ -153,7 +153,7 @@ class FlashFFN(nn.Module):
         return selected
 
     def _in_one_call(self, engine: Engine, x: torch.Tensor, biases: Biases, selected: torch.Tensor) -> torch.Tensor | None:
-        """All the other steps of one token by the compiled part alone, if that can be."""
+        """Steps 2 to 5 of one token, of which 2 to 4 are one call of the compiled part. `None`: step by step, then."""
         if self.step is None:
             return None
         start = perf_counter()

@@ -159,6 +159,14 @@ def test_every_room_says_what_it_is_for() -> None:
     assert not [path for path in SOURCES if '"""TODO"""' in (PACKAGE / path).read_text(encoding="utf-8")]
 
 
+def test_the_drawing_of_the_rooms_has_their_order() -> None:
+    """From the top down, and on a line from left to right, a room imports from those that follow."""
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    (drawing,) = re.findall(r"^```\n(commands/.*?)^```", page, re.MULTILINE | re.DOTALL)
+    undrawn = {"_version", "planner", "__init__", "__main__"}
+    assert re.findall(r"(\w+)(?:/|\.py)\s", drawing) == [name for name in reversed(ROOMS) if name not in undrawn]
+
+
 def test_the_page_about_structure_names_every_module() -> None:
     page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
     missing = [

@@ -36,9 +36,9 @@ import torch.nn.functional as F
 
 from hf_flash.base.arrays import Ids
 from hf_flash.base.buffers import aligned_empty
+from hf_flash.compute import library as native
 from hf_flash.compute.activation import RELU, Activation
 from hf_flash.compute.kernels import TokenKernel, TokensKernel, addresses, copy_rows, supports
-from hf_flash.compute.library import library
 from hf_flash.store.unit import Role, UnitLayout
 
 _BAGS: Final = 2
@@ -199,7 +199,7 @@ ARITHMETICS: Final[Mapping[str, Callable[[int, UnitLayout, Activation], Arithmet
 
 def arithmetic_for(d_ff: int, unit: UnitLayout, activation: Activation) -> Arithmetic:
     """The fastest arithmetic that knows layers of this kind on this machine; see [`Arithmetic`] for the arguments."""
-    compiled = library() is not None and supports(unit)
+    compiled = native.library() is not None and supports(unit)
     return ARITHMETICS["compiled" if compiled else "torch"](d_ff, unit, activation)
 
 

@@ -22,7 +22,7 @@ from hf_flash.hub.uploading import CARD, staging, upload
 from hf_flash.hub.uploading import push as push  # importable from here, beside the methods that call it
 from hf_flash.packing.checkpoint_folder import save_folder
 from hf_flash.runtime.devices import METHODS
-from hf_flash.runtime.flash_weights import Matrix, OnFlash, checked
+from hf_flash.runtime.flash_weights import Matrix, OnFlash, without_flash_weights
 from hf_flash.runtime.model import FlashRuntime, find_runtime
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
@@ -203,7 +203,7 @@ def _whole(model: Any, runtime: FlashRuntime, state_dict: Mapping[str, Any] | No
             got=f"layers {order} of it{'; without or with other ' if wrong else ''}{_some(wrong)}",
             hint="change the plain model (`hf_flash.restore` writes it), save and repack that",
         )
-    return {name: value for name, value in checked(model, state).items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in without_flash_weights(model, state).items() if isinstance(value, torch.Tensor)}
 
 
 def _some(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_flash.errors import UsageError
-from hf_flash.runtime.flash_weights import OnFlash, checked, refuse_adapter
+from hf_flash.runtime.flash_weights import OnFlash, refuse_adapter, without_flash_weights
 
 
 def stay_on_cpu(model: Any) -> None:
@@ -54,7 +54,7 @@ def _apply(model: Any, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, *
 
 def _load_state_dict(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """FFN weights are taken if they are those on flash, and refused before anything is loaded otherwise."""
-    return super(type(model), model).load_state_dict(checked(model, state_dict), *args, **kwargs)
+    return super(type(model), model).load_state_dict(without_flash_weights(model, state_dict), *args, **kwargs)
 
 
 def _load_adapter(model: Any, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:

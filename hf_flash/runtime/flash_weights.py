@@ -312,8 +312,12 @@ def refuse_tracing(got: str) -> NoReturn:
     )
 
 
-def checked(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict for a whole model without its FFN weights, all of which are found to be those on flash, or refused."""
+def without_flash_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict for a whole model, less its FFN weights: those in it must be the ones on flash.
+
+    Raises:
+        UsageError: some are others.
+    """
     ours = {
         f"{name}.weight": module.matrix
         for name, module in model.named_modules()

@@ -43,8 +43,8 @@ class ResidentLinear(nn.Linear):
         few = tokens <= _FEW.get(dtype, 0) and native.library() is not None
         if not (few or tokens >= _widened_from(dtype)):
             return super().forward(x)
-        own = self._parameters.get  # a step of Python less than an attribute: caches are cold here
-        weight, bias = own("weight"), own("bias")
+        parameter = self._parameters.get  # a step of Python less than an attribute: caches are cold here
+        weight, bias = parameter("weight"), parameter("bias")
         if weight is None or not _plain(x, weight, bias):
             return super().forward(x)
         return linear(x.contiguous(), weight, bias) if few else self._widened(x)

@@ -81,14 +81,14 @@ class TokenStep:
             bias: [d_ff] of the up projection.
             file: what is missing is read with it. `None`: nothing can be read, as where numbers are converted.
         """
-        step, job, window, own = self._step, self._step.job, self._step.window, self._window
+        step, job, window, resident = self._step, self._step.job, self._step.window, self._window
         out = torch.empty(1, x.shape[1], dtype=torch.float32, device="cpu")
         job.x, job.out, job.bias = x.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
         job.threads, step.selected = native.threads(), selected.data_ptr()
-        window.clock, window.free, window.use_score = own.clock, own.free, own.use_score
+        window.clock, window.free, window.use_score = resident.clock, resident.free, resident.use_score
         step.reader, step.file, step.block_bytes = file or (None, None, 1)
         done = self._library.hf_step(ctypes.byref(step))  # type: ignore[union-attr]
-        own.clock, own.free, own.use_score = window.clock, window.free, window.use_score
+        resident.clock, resident.free, resident.use_score = window.clock, window.free, window.use_score
         return out if done else None
 
     @property

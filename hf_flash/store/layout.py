@@ -89,10 +89,10 @@ class FlashStore:
         folder = absolute(folder)
         if not exists(folder) or not folder.is_dir():
             raise StoreMissingError("not a folder", where=folder)
-        there = [path for path in list_folder(folder) if path.suffix == ".safetensors" and not path.name.startswith(".")]
-        check_inside(folder, there)
+        present = [path for path in list_folder(folder) if path.suffix == ".safetensors" and not path.name.startswith(".")]
+        check_inside(folder, present)
         listed = listed_files(folder / INDEX_NAME) if exists(folder / INDEX_NAME) else []
-        files = sorted({*listed, *there})
+        files = sorted({*listed, *present})
         if not files:
             raise StoreMissingError("no safetensors files", where=folder, expected=LAYER_FILE.format(0))
         store = cls.open(files)
@@ -173,28 +173,28 @@ class _Found:
 
     def add(self, path: Path) -> None:
         """Take a safetensors file for what its metadata says that it is; one that is not of a store is passed over."""
-        tensors, meta = read_header(path)
-        own = {k.removeprefix(META): v for k, v in meta.items() if k.startswith(META)}
-        if not own:
+        tensors, header = read_header(path)
+        metadata = {k.removeprefix(META): v for k, v in header.items() if k.startswith(META)}
+        if not metadata:
             return
-        check_version(path, own)
-        if "rest" in own:
+        check_version(path, metadata)
+        if "rest" in metadata:
             self.others.append(path)
-        elif "predictor" in own:
-            _check_variant(path, own["predictor"], self.predictors)
-            self.predictors[own["predictor"]] = path
-        elif "calibration" in own:
+        elif "predictor" in metadata:
+            _check_variant(path, metadata["predictor"], self.predictors)
+            self.predictors[metadata["predictor"]] = path
+        elif "calibration" in metadata:
             if self.calibration is not None:
                 raise StoreFormatError("two files hold a calibration", where=path, got=self.calibration)
             self.calibration = path
         else:
-            self._add_layer(layer_of(path, tensors, own), own)
+            self._add_layer(layer_of(path, tensors, metadata), metadata)
 
-    def _add_layer(self, layer: LayerStore, own: Mapping[str, str]) -> None:
+    def _add_layer(self, layer: LayerStore, metadata: Mapping[str, str]) -> None:
         if layer.index in self.layers:
             raise StoreFormatError("two files hold the same layer", where=layer.path, got=self.layers[layer.index].path)
         self.layers[layer.index] = layer
-        belongs = {k: own.get(k, "") for k in ("source", "revision", "fingerprint", "layers")}
+        belongs = {k: metadata.get(k, "") for k in ("source", "revision", "fingerprint", "layers")}
         if self.metadata and self.metadata != belongs:
             raise StoreFormatError(
                 "a layer file of another checkpoint is among them", where=layer.path, expected=self.metadata, got=belongs

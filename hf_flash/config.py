@@ -7,8 +7,8 @@ An argument takes its value from the first of these that names it:
     3. `quantization_config` in the config.json of a repacked model
     4. the built-in default
 
-What nobody named is not written to config.json, so that a better default can reach old models; but for the predictor, whose
-files have to be found again.
+An argument that nobody named is not written to config.json, so that a better default can reach old models. The predictor is
+written always, because its files have to be found again.
 """
 
 from __future__ import annotations

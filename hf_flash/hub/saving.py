@@ -1,6 +1,6 @@
 """`save_pretrained` and `push_to_hub` of a loaded flash model: the store's files are copied as they are, never rewritten.
 
-Only the other weights are written, and of those only what is not as the checkpoint has it.
+The other weights are written anew: from memory where they differ from the checkpoint, else copied from it.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Int8Matrix:
         return product
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """The same from plain codes."""
+        """The product from plain codes."""
         return _plain_product(x, lambda rows: widen(self._codes[rows], self._scales[rows, None], None), len(self._codes))
 
 
@@ -178,7 +178,7 @@ class Int4Matrix:
         return product
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """The same from plain codes; only where there is no packed layout."""
+        """The product from plain codes; only where there is no packed layout."""
 
         def rows_of(rows: slice) -> torch.Tensor:
             return widen(self._codes[rows], self._scales[rows], self._zeros[rows])
@@ -235,7 +235,7 @@ def by_tokens(x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def _plain_product(x: torch.Tensor, rows_of: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
-    """In float64 and then rounded, so that a token's sums do not depend on how many are beside it."""
+    """The product in float64, then rounded, so that a token's sums do not depend on how many are beside it."""
     wide = x.double()
     parts = [F.linear(wide, rows_of(slice(at, at + _ROWS)).double()).float() for at in range(0, count, _ROWS)]
     return torch.cat(parts, dim=1)

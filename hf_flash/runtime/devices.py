@@ -1,4 +1,4 @@
-"""What a loaded flash model does otherwise than its class where devices, dtypes, foreign weights and copies are concerned.
+"""What a loaded flash model does differently from its class, with devices, dtypes, foreign weights and copies.
 
 The FFN computes on the CPU. `pipeline()` moves models to an accelerator by default where there is one; it leaves those alone
 that have an `hf_device_map`, as accelerate gives them, and so flash models get one there.
@@ -18,7 +18,7 @@ from hf_flash.runtime.flash_weights import OnFlash, refuse_adapter, without_flas
 
 
 def stay_on_cpu(model: Any) -> None:
-    """Tell pipelines, where they would move the model. Nowhere else: one with a map refuses `pipeline(device="cpu")`."""
+    """Give the model a device map where a pipeline would move it. Elsewhere a map would make `pipeline(device="cpu")` fail."""
     if torch.accelerator.is_available():
         model.hf_device_map = {"": "cpu"}
 
@@ -45,7 +45,7 @@ def _stay(device: object) -> NoReturn:
 
 
 def _apply(model: Any, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-    """What `.to`, `.half()`, `.float()`, `.type()` and their like come down to. Refused before anything is converted."""
+    """What `.to`, `.half()`, `.float()` and `.type()` call. It refuses them before anything is converted."""
     for module in model.modules():
         if isinstance(module, OnFlash):
             module.check_conversion(fn)

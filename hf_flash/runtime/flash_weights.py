@@ -250,7 +250,7 @@ class OnFlash(nn.Module):
         self._put(name, tensor, lambda: super(OnFlash, self).register_buffer(name, tensor, persistent))
 
     def _put(self, name: str, value: Any, otherwise: Callable[[], None]) -> None:
-        """Whatever is put under the name of the matrix must be the matrix; all else goes where it goes `otherwise`."""
+        """Refuse values other than the matrix under its name. For every other name call `otherwise`."""
         if name == "weight" and self.matrix is not None:
             self.matrix.refuse(value)
         else:
@@ -287,7 +287,7 @@ def is_plain(x: Any) -> bool:
 
 
 def stand_in(x: Any) -> str | None:
-    """What traces or transforms a call with this input: then the numbers in it are not the ones that will be asked for."""
+    """Name what traces or transforms a call with this input, if anything does: its numbers then only stand for others."""
     if not is_plain(x):
         return type(x).__name__
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]

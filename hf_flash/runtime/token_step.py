@@ -1,4 +1,4 @@
-"""One token through one layer in one call of the compiled part: decoding, as it mostly is.
+"""One token through one layer in one call of the compiled part: most of decoding.
 
 [`FlashFFN`] does the same step by step for any call. Its Python takes ten times as long within a model as in a loop, because
 attention has emptied the caches in between: half a millisecond a layer. So where a token's neurons fit into the window,
@@ -71,7 +71,7 @@ class TokenStep:
     def run(
         self, x: torch.Tensor, selected: torch.Tensor, bias: torch.Tensor | None, file: StepFile | None
     ) -> torch.Tensor | None:
-        """float32 [1, width]: the sum before bias and rounding. `None`: not for here, or a read failed.
+        """float32 [1, width]: the sum before bias and rounding. `None`: the call does not fit here, or a read failed.
 
         After a failed read the window holds what it held and some less; who reads again is told what is wrong.
 

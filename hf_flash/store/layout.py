@@ -172,7 +172,7 @@ class _Found:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def add(self, path: Path) -> None:
-        """Take a safetensors file for what its metadata says that it is; one that is not of a store is passed over."""
+        """Sort a safetensors file in by what its metadata says. One that belongs to no store is passed over."""
         tensors, header = read_header(path)
         metadata = {k.removeprefix(META): v for k, v in header.items() if k.startswith(META)}
         if not metadata:
@@ -203,7 +203,7 @@ class _Found:
 
 
 def _headers(index: Path) -> dict[str, str]:
-    """What identifies each file, as the index says, if there is one. Those of 0.1 say nothing."""
+    """What the index says to identify each file by. There may be no index, and those of hf_flash 0.1 say nothing."""
     metadata = read_json(index).get("metadata") if exists(index) else None
     found = metadata.get(HEADERS) if isinstance(metadata, dict) else None
     return {name: value for name, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}

@@ -7,8 +7,8 @@ An argument takes its value from the first of these that names it:
     3. `quantization_config` in the config.json of a repacked model
     4. the built-in default
 
-What nobody named is not written to config.json, so that a better default can reach old models; but for the predictor, whose
-files have to be found again.
+An argument that nobody named is not written to config.json, so that a better default can reach old models. The predictor is
+written always, because its files have to be found again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Final
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_flash.config_arguments import ARGUMENTS, METHOD, PredictorBits, checked, checked_if_set, document_arguments
+from hf_flash.config_arguments import ARGUMENTS, METHOD, PredictorBits, checked_arguments, checked_if_set, document_arguments
 from hf_flash.config_arguments import AUTO as AUTO
 from hf_flash.config_arguments import PredictorName as PredictorName
 from hf_flash.config_arguments import ReaderName as ReaderName
 from hf_flash.errors import ConfigError, StoreVersionError
 
-FORMAT_VERSION: Final = 1
+CONFIG_VERSION: Final = 1
 UNSET: Final[Any] = None  # every argument left out
 _LOADING_KEY: Final = "flash_arguments"
 _process_defaults: dict[str, Any] = {}
@@ -57,7 +57,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         io_threads: int | None = UNSET,
         cache_dir: Any = UNSET,
         quant_method: str = METHOD,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = CONFIG_VERSION,
         **unknown: Any,
     ) -> None:
         _check_format(quant_method, format_version)
@@ -115,7 +115,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
 
     def remember(self, **values: Any) -> None:
         """Record what loading decided, so that saving the model stores it. What the user named is not touched."""
-        self._stored |= checked({k: v for k, v in values.items() if v is not None})
+        self._stored |= checked_arguments({k: v for k, v in values.items() if v is not None})
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Called by transformers when this config meets the stored one; only what the user named comes along.
@@ -130,7 +130,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         if name == _LOADING_KEY:
             self._passed |= value
         elif name in ARGUMENTS:
-            self._passed |= checked({name: value})
+            self._passed |= checked_arguments({name: value})
         else:
             super().__setattr__(name, value)
 
@@ -154,11 +154,11 @@ def _check_format(quant_method: str, format_version: int) -> None:
         raise ConfigError("not a flash config", where="quant_method", expected=repr(METHOD), got=repr(quant_method))
     if not isinstance(format_version, int):
         raise ConfigError("not a version", where="format_version", expected="a number", got=repr(format_version))
-    if format_version > FORMAT_VERSION:
+    if format_version > CONFIG_VERSION:
         raise StoreVersionError(
             "this model was written by a newer hf_flash",
             where="quantization_config",
-            expected=f"format_version up to {FORMAT_VERSION}",
+            expected=f"format_version up to {CONFIG_VERSION}",
             got=format_version,
             hint="pip install -U hf-flash",
         )

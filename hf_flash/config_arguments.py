@@ -226,7 +226,7 @@ ARGUMENTS: Final[Mapping[str, Argument]] = {argument.name: argument for argument
 # --- what is made from it ----------------------------------------------------------------------------------------------
 
 
-def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments, paths as text, if every name, type and value is valid.
 
     Raises:
@@ -249,8 +249,8 @@ def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked_if_set(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """[`checked`], where `None` means that an argument is not set. An unknown name is an error with any value."""
-    return checked({name: value for name, value in arguments.items() if value is not None or name not in ARGUMENTS})
+    """[`checked_arguments`], where `None` means that an argument is not set. An unknown name is an error with any value."""
+    return checked_arguments({name: value for name, value in arguments.items() if value is not None or name not in ARGUMENTS})
 
 
 def document_arguments(cls: type) -> type:

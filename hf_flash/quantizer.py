@@ -1,7 +1,7 @@
 """The transformers seam: an `HfQuantizer` that says when things happen; what happens is in loading.py.
 
-This module is imported when transformers' quantizers are (registration.py), so it imports nothing but what the class needs; the
-rest comes when a model is loaded. The methods that transformers calls are in tests/contract/test_transformers_seam.py by name.
+This module is imported together with transformers' quantizers (registration.py). So it imports only what the class needs; the
+rest is imported when a model is loaded. The methods that transformers calls are in tests/contract/test_transformers_seam.py.
 """
 
 from __future__ import annotations

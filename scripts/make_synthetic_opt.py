@@ -48,7 +48,7 @@ from hf_flash.base.files import write_json
 from hf_flash.base.folders import check_room, check_target
 from hf_flash.base.heap import trim_heap
 from hf_flash.base.sizes import format_bytes
-from hf_flash.calibration.activity import LONGEST, AggregatedUse, reached_by
+from hf_flash.calibration.activity import LONGEST_MEASURED, AggregatedUse, reached_by
 from hf_flash.errors import HfFlashError
 from hf_flash.packing.checkpoint_folder import list_store, repacked_config
 from hf_flash.predictors.lowrank import VARIANT, LowRankFormat, LowRankPredictor, lowrank_specs, pack_lowrank
@@ -471,7 +471,7 @@ def make(
     rows = measure(out, tokens, packed if lowrank else None)
     wrong = faults(rows, target)
     report: dict[str, Any] = {"synthetic": True, "label": label, "target": asdict(target), "faults": wrong}
-    report["measured"] = {"tokens": len(tokens), "left_out_first": LONGEST - 1, "layers": rows, "mean": mean(rows)}
+    report["measured"] = {"tokens": len(tokens), "left_out_first": LONGEST_MEASURED - 1, "layers": rows, "mean": mean(rows)}
     describe(out, report)
     if packed is not None:
         report["loaded"] = try_out(packed)

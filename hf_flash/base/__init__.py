@@ -1,4 +1,4 @@
-"""Sizes, arrays, buffers, files, folders, locks and the heap: what every other room uses. Of ours it imports only `errors`.
+"""Base: what every other room uses: sizes, arrays, buffers, files, folders, locks and the heap.
 
 `sizes`, `files`, `folders`, `locks` and `heap` import neither numpy nor torch; `arrays` imports numpy, `buffers` torch.
 """

@@ -1,4 +1,4 @@
-"""Budget: what a number of bytes holds: demand of tokens, division among layers, the memory plan.
+"""Budget: what a number of bytes holds: the demand of tokens, the division among layers, the memory plan.
 
-May import everything up to `packing`.
+`divide_memory` in `divide.py` is the way in; what it returns is a `MemoryPlan` (`plan.py`).
 """

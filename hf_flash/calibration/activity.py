@@ -13,7 +13,7 @@ import torch
 
 from hf_flash.errors import CalibrationError
 
-LONGEST: Final = 16  # tokens, the longest window whose every length is measured
+LONGEST_MEASURED: Final = 16  # tokens, the longest window whose every length is measured
 FAR: Final = (20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # and of these, in tokens
 _EVERY: Final = 4  # token is looked at for these: neighbours say the same
 PARTNERS: Final = 8  # neighbours kept per neuron
@@ -121,8 +121,8 @@ class AggregatedUse:
     """
 
     tokens: int = 0
-    total: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(LONGEST, dtype=np.int64))
-    peak: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(LONGEST, dtype=np.int64))
+    total: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(LONGEST_MEASURED, dtype=np.int64))
+    peak: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(LONGEST_MEASURED, dtype=np.int64))
     far_count: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(len(FAR), dtype=np.int64))
     far_total: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(len(FAR), dtype=np.int64))
 
@@ -131,8 +131,8 @@ class AggregatedUse:
         mask = used.numpy()
         when = np.arange(1, len(mask) + 1, dtype=np.int32)[:, None]
         since = when - np.maximum.accumulate(np.where(mask, when, np.int32(-FAR[-1])), axis=0)  # 0: used by this token
-        age = since[LONGEST - 1 :]
-        for k in range(LONGEST):
+        age = since[LONGEST_MEASURED - 1 :]
+        for k in range(LONGEST_MEASURED):
             union = (age <= k).sum(axis=1)
             self.total[k] += union.sum()
             self.peak[k] = max(self.peak[k], union.max(initial=0))

@@ -1,6 +1,6 @@
 """The end of a calibration: the results of all layers become part of the repacked folder.
 
-The index is written last. Until then the folder works as before, and a killed run is gone on with.
+The index is written last. Until then the folder works as before, and the next run goes on where a killed one stopped.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Settings:
 
     @property
     def text_sha256(self) -> str:
-        """Of the token ids."""
+        """SHA-256 of the token ids."""
         return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:

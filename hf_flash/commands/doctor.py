@@ -27,7 +27,7 @@ from hf_flash.base.folders import scratch_file
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.report import disk_table
 from hf_flash.budget.plan import ceiling_bytes
-from hf_flash.compute import library
+from hf_flash.compute import library as native
 from hf_flash.compute.dram_speed import dram_gb_per_s
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError, HfFlashError
@@ -145,7 +145,7 @@ def _is_installed(wanted: Requirement) -> bool:
 
 def _compiled() -> Finding:
     try:
-        library.load()
+        native.load()
     except (OSError, AttributeError) as error:
         advice = "torch computes instead, slower: install hf_flash where there is a C compiler, on x86-64 Linux with AVX2"
         return Finding("compiled part", FAIR, f"none: {error}", advice)
@@ -250,7 +250,7 @@ def _direct(points: tuple[DiskPoint, ...]) -> Finding:
 
 
 def _ring() -> Finding:
-    error = library.try_ring()
+    error = native.try_ring()
     if error:
         advice = "threads read instead: containers must allow io_uring_setup and io_uring_enter, kernels be 5.9 or newer"
         return Finding("io_uring", FAIR, f"none: {os.strerror(error)}", advice)

@@ -1,4 +1,4 @@
 """Compute: the arithmetic of neurons, by torch or by the compiled part, whose C sources are here.
 
-May import errors, base, machine and store.
+`arithmetic_for` in `arithmetic.py` is the way in, `library` in `library.py` the one to the compiled part.
 """

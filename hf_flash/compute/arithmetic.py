@@ -36,9 +36,9 @@ import torch.nn.functional as F
 
 from hf_flash.base.arrays import Ids
 from hf_flash.base.buffers import aligned_empty
+from hf_flash.compute import library as native
 from hf_flash.compute.activation import RELU, Activation, Elementwise
 from hf_flash.compute.kernels import TokenKernel, TokensKernel, addresses, copy_rows, supports
-from hf_flash.compute.library import library
 from hf_flash.store.unit import Role, UnitLayout
 
 _BAGS: Final = 2
@@ -179,7 +179,7 @@ class CompiledArithmetic(Arithmetic):
 
     @classmethod
     def knows(cls, unit: UnitLayout) -> bool:
-        return library() is not None and supports(unit)
+        return native.library() is not None and supports(unit)
 
     def one_token(
         self, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids, *, one_block: bool

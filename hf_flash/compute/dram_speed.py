@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import perf_counter
 
+import torch
+
 from hf_flash.base.buffers import aligned_empty
+from hf_flash.compute import library as native
+from hf_flash.compute.kernels import linear
 
 
 def dram_gb_per_s(nbytes: int = 256 << 20, repeats: int = 5) -> float:
     """Speed at which a matrix-vector product goes through a weight matrix in DRAM, with torch's current threads.
 
-    What bounds decoding: every weight in memory is read once a token. By torch or the compiled part, who is faster.
+    It bounds decoding, because every weight in memory is read once a token. The product is made by torch and by the compiled
+    part, and the faster one counts.
     """
-    import torch
-
-    from hf_flash.compute.kernels import linear
-    from hf_flash.compute.library import library
-
-    ways: list[Callable[..., torch.Tensor]] = [torch.nn.functional.linear, *([] if library() is None else [linear])]
+    ways: list[Callable[..., torch.Tensor]] = [torch.nn.functional.linear, *([] if native.library() is None else [linear])]
     d_model = 4096
     weight = aligned_empty((max(1, nbytes // (4 * d_model)), d_model), torch.float32).fill_(1.0)  # where weights are, too
     x, best = torch.ones(1, d_model, dtype=torch.float32, device="cpu"), float("inf")

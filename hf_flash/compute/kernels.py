@@ -88,7 +88,7 @@ class TokenKernel:
         return 8 * neurons + TokenRoom.nbytes(neurons, d_model)
 
     def set(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: torch.Tensor, rows: Ids, ids: Ids, *, relu: bool) -> None:
-        """What the next calls are about.
+        """Set the token and the neurons that the next calls of `up` and `down` work on.
 
         Args:
             x: [1, width] in the dtype of compute, contiguous.

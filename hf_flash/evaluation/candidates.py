@@ -47,7 +47,7 @@ class Candidate:
 
 
 def candidates(store: FlashStore) -> list[Candidate]:
-    """None, and every predictor in a store; a quantized one that was calibrated with its assumed and its measured margin."""
+    """No predictor, and every one in a store; a calibrated quantized one twice, with its assumed and its measured margin."""
     found = [Candidate("none", None)]
     for fmt in formats_in(store):
         find_predictor(store, fmt)

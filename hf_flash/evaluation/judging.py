@@ -179,7 +179,7 @@ class LayerJudge:
 def judging(
     ffns: Sequence[FlashFFN], store: FlashStore, every: Sequence[Candidate], context: int
 ) -> Iterator[list[LayerJudge]]:
-    """Judge all candidates by what a model runs through within the block.
+    """Judge all candidates on what the model computes inside the block.
 
     Args:
         ffns: layers of the model, which has no predictor.

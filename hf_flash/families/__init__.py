@@ -1,6 +1,6 @@
-"""Families: how kinds of models name and shape their feed-forward layers. One table by `model_type`, one file a shape of layer.
+"""Families: how kinds of models name and shape their feed-forward layers. One file a family, one table by `model_type`.
 
-May import errors, base, store and compute.
+`family_of` finds the family of a model; `register_family` adds one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def register_family(family: Family) -> None:
     """Make another kind of model known, or describe one anew.
 
     Raises:
-        UnsupportedModelError: the description cannot be.
+        UnsupportedModelError: the description is not valid; the message says why.
     """
     check_family(family)
     _FAMILIES[family.model_type] = family

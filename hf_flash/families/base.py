@@ -182,7 +182,7 @@ class Family:
 
 
 def check_family(family: Family) -> None:
-    """Refuse a family that cannot be: for those who register one.
+    """Refuse a description of a family that is not valid. `register_family` calls this.
 
     Raises:
         UnsupportedModelError: with what is wrong.

@@ -1,4 +1,4 @@
 """Hub: save and share a loaded model or a repacked folder, with a model card that says what was measured.
 
-This room may import everything from `errors` up to `evaluation`; `serving`, `quantizer` and the commands may import it.
+`give_flash_class` in `saving.py` gives a loaded model its own `save_pretrained`; `push` there uploads.
 """

@@ -65,7 +65,7 @@ def model_card(
     budget = _some_budget(plan)
     parts = [
         *_origin(name, store, base),
-        *_loading(name, task or "", budget),
+        *_loading(name, task or "", budget, store),
         *_memory(plan, dtype, shape, store),
         *_predictors(store, config, shape),
         *_speed(name, budget, store, bench),
@@ -93,8 +93,8 @@ def _origin(name: str, store: FlashStore, base: str | None) -> Iterator[str]:
     )
 
 
-def _loading(name: str, task: str, budget: str) -> Iterator[str]:
-    auto = f"AutoModel{task}"
+def _loading(name: str, task: str, budget: str, store: FlashStore) -> Iterator[str]:
+    auto, matrix = f"AutoModel{task}", store.layers[0].names[0]
     yield from ("", "## Load it", "", "It needs the package and the import: `pip install hf-flash`.", "", "```python")
     yield "import hf_flash"
     yield f"from transformers import {auto}"
@@ -107,8 +107,8 @@ def _loading(name: str, task: str, budget: str) -> Iterator[str]:
     yield ""
     yield (
         'Without `import hf_flash`, transformers warns of an "Unknown quantization type", lists a tensor that says '
-        "what is missing, and stops at `fc1.weight`, whose sizes do not match. Do not get around that with "
-        "`ignore_mismatched_sizes=True`: the feed-forward weights would be random."
+        f"what is missing, and stops at the feed-forward weights, such as `{matrix}`, whose sizes do not match. Do not get "
+        "around that with `ignore_mismatched_sizes=True`: the feed-forward weights would be random."
     )
 
 

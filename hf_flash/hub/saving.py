@@ -1,6 +1,6 @@
 """`save_pretrained` and `push_to_hub` of a loaded flash model: the store's files are copied as they are, never rewritten.
 
-Only the other weights are written, and of those only what is not as the checkpoint has it.
+The other weights are written anew: from memory where they differ from the checkpoint, else copied from it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_flash.hub.uploading import CARD, staging, upload
 from hf_flash.hub.uploading import push as push  # importable from here, beside the methods that call it
 from hf_flash.packing.checkpoint_folder import save_folder
 from hf_flash.runtime.devices import METHODS
-from hf_flash.runtime.flash_weights import Matrix, OnFlash, checked
+from hf_flash.runtime.flash_weights import Matrix, OnFlash, without_flash_weights
 from hf_flash.runtime.model import FlashRuntime, find_runtime
 from hf_flash.runtime.model_class import add_methods, stock_class, stock_methods
 from hf_flash.runtime.transformers_model import has_adapter, tied_names
@@ -204,7 +204,7 @@ def _whole(model: Any, runtime: FlashRuntime, state_dict: Mapping[str, Any] | No
             got=f"layers {order} of it{'; without or with other ' if wrong else ''}{_some(wrong)}",
             hint="change the plain model (`hf_flash.restore` writes it), save and repack that",
         )
-    return {name: value for name, value in checked(model, state).items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in without_flash_weights(model, state).items() if isinstance(value, torch.Tensor)}
 
 
 def _some(names: Sequence[str]) -> str:

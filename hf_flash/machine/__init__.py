@@ -1,1 +1,1 @@
-"""What this machine is and can deliver: cgroups, free memory, disk, memory cap, cores. It imports `base`, `errors`."""
+"""Machine: what this one is and can deliver: cgroups, free memory, disk, memory cap, cores."""

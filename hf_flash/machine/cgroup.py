@@ -101,8 +101,8 @@ def memory_left(root: Path = ROOT) -> Iterator[int]:
 def memory_peak(root: Path = ROOT) -> int | None:
     """Return the most bytes that the group of this process ever held, page cache included; `None` where no kernel tells."""
     for version, names in _MEMORY.items():
-        own = next((group for group in groups("memory", root) if group.version == version), None)
-        if own and (peak := own.number(names.peak)) is not None:
+        nearest = next((group for group in groups("memory", root) if group.version == version), None)
+        if nearest and (peak := nearest.number(names.peak)) is not None:
             return peak
     return None
 

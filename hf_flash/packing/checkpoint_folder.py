@@ -1,4 +1,12 @@
-"""A folder with a store as a checkpoint."""
+"""What makes a folder with a store a checkpoint: the other weights, tombstones, the index and config.json.
+
+`finish_folder`  writes these; `repack` calls it
+`save_folder`    a loaded model -> such a folder; the store's files are copied as they are
+`list_store`     brings the index up to date after files of the store were added or replaced
+
+The model's own folder may be the target. So the files with the other weights get new names, and the index that lists them is
+replaced in one step.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +31,6 @@ from hf_flash.store.safetensors_files import TensorSpec, header_digest, nbytes_o
 from hf_flash.store.writer import rest_metadata, write_safetensors
 
 _SHARD_BYTES: Final = 5_000_000_000
-
-
 _OURS: Final = re.compile(r"model(-\d{5}-of-\d{5}(-\d+)?)?\.safetensors|flash-(layer-.+|predictor-.+|calibration)\.safetensors")
 
 

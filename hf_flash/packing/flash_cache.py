@@ -1,4 +1,4 @@
-"""The flash cache, seen from outside: what plain checkpoints were repacked into, what it takes, and how to be rid of it.
+"""The flash cache: what plain checkpoints are repacked into when they are loaded, what is in it, and how to remove that.
 
 An entry is a folder of the cache with the bundles of one checkpoint; `.<name>.partial` is what an interrupted run left of
 one, and `.push-*` what an interrupted upload left. The lock file of an entry is touched by everybody who asks for it, which
@@ -8,6 +8,7 @@ says when it was last used.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -42,11 +43,13 @@ from hf_flash.errors import (
 )
 from hf_flash.families.base import Family
 from hf_flash.packing.bundling import add_predictor, build_store
-from hf_flash.packing.repacking import logger
 from hf_flash.predictors.base import CopyFormat
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
 
+logger = logging.getLogger("hf_flash")
+
+_NOT_OURS: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LEFT: Final = re.compile(r"\.(?P<name>.+)\.(partial|removed)|\.push-.+")
 
 
@@ -140,7 +143,7 @@ def _entry(path: Path) -> Entry | None:
         state = "unreadable"
     try:
         size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
-        clock = next(there for there in (lock_file(path), path) if there.exists())
+        clock = next(present for present in (lock_file(path), path) if present.exists())
         return Entry(path, source, revision, predictors, size, clock.stat().st_mtime, state)
     except (OSError, StopIteration):  # gone in the meantime
         return None
@@ -153,10 +156,7 @@ def chosen(entries: Iterable[Entry], targets: Sequence[str]) -> tuple[list[Entry
     return found, [target for target in targets if not any(entry.answers_to(target) for entry in entries)]
 
 
-# --- the command ---------------------------------------------------------------------------------------------------
-
-
-_NOT_OURS: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+# --- making and finding an entry -----------------------------------------------------------------------------------
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -204,8 +204,10 @@ def cached_store(checkpoint: Checkpoint, family: Family, fmt: CopyFormat | None,
 
 
 def _ready(target: Path, fmt: CopyFormat | None) -> FlashStore | None:
-    """A complete entry of a cache that may not be written to: on a read-only disk, or somebody else's. No lock is needed:
-    whoever replaces an entry renames it as a whole, and a model that is being loaded notices."""
+    """A complete entry of a cache that may not be written to: on a read-only disk, or somebody else's.
+
+    No lock is needed: whoever replaces an entry renames it as a whole, and a model that is being loaded notices.
+    """
     if not exists(target):
         return None
     store = FlashStore.open_folder(target)

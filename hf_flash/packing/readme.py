@@ -1,4 +1,4 @@
-"""README.md as a model card with a part of ours in it: put there, put there again, and taken out.
+"""README.md as a model card that has a part of ours: adding it, replacing it and taking it out.
 
 ---                                       front matter: the source's, with our entries merged into it
 ---

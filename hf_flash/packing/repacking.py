@@ -1,19 +1,15 @@
 """Repack a plain checkpoint for flash, and back.
 
-`repack`        plain checkpoint -> folder with bundles, predictor and everything else (store/layout.py has the layout)
-`restore`       such a folder -> the plain checkpoint, every tensor bit for bit
-`cached_store`  plain checkpoint -> bundles and predictor only, in the flash cache: what `from_pretrained` uses
-`save_folder`   a loaded model -> such a folder; the store is copied as it is
+`repack`     plain checkpoint -> folder with bundles, predictor and everything else (store/layout.py has the layout)
+`restore`    such a folder -> the plain checkpoint, every tensor bit for bit
 
-All of them stream: one layer's bundles in memory at most. The first three write into a folder beside the target,
-`.<name>.partial`, and rename it at the end, so a run that dies leaves the source whole and nothing that looks finished; the
-next run takes the layers that are complete from there and goes on. Saving may go into the model's own folder, so its files get
-new names, and the index that lists them is replaced in one step.
+Both stream: at most one layer's bundles are in memory. They write into a folder beside the target, `.<name>.partial`, and
+rename it at the end. So a run that dies leaves the source whole and nothing that looks finished, and the next run of `repack`
+takes the complete layers from there and goes on.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,27 +19,14 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from hf_flash.base.files import read_json, write_json
-from hf_flash.base.folders import (
-    check_target,
-    copy_small_files,
-    locked,
-    partial_folder,
-)
+from hf_flash.base.folders import check_target, copy_small_files, locked, partial_folder
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.config_arguments import CopiedName, PredictorBits
-from hf_flash.errors import (
-    ConfigError,
-    UnsupportedModelError,
-)
+from hf_flash.errors import ConfigError, UnsupportedModelError
 from hf_flash.families import family_of
 from hf_flash.packing import source_cache
 from hf_flash.packing.bundling import build_store
-from hf_flash.packing.checkpoint_folder import (
-    divide_into_shards,
-    finish_folder,
-    other_weights,
-    repacked_config,
-)
+from hf_flash.packing.checkpoint_folder import divide_into_shards, finish_folder, other_weights, repacked_config
 from hf_flash.packing.readme import without_ours
 from hf_flash.predictors.choice import check_predictors, fresh_format, stored_choice
 from hf_flash.store.checkpoint import Checkpoint, find_snapshot, resolve_folder
@@ -51,8 +34,6 @@ from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import INDEX_NAME
 from hf_flash.store.safetensors_files import TensorSpec, nbytes_of
 from hf_flash.store.writer import unbundle, write_safetensors
-
-logger = logging.getLogger("hf_flash")
 
 
 def repack(

@@ -50,7 +50,7 @@ def delete_source(source: Checkpoint, target: Path) -> int:
 
 
 def _compare(source: Checkpoint, target: Path) -> None:
-    """Read both, a tensor at a time."""
+    """Compare both, one tensor at a time. Raises `RepackError` where they differ."""
     store, packed = FlashStore.open_folder(target), Checkpoint.open_folder(target)
     layers = {layer.names[0]: layer for layer in store.layers}
     names = [name for name in source.specs if name not in store.ffn_names]

@@ -1,5 +1,4 @@
 """Planning: how fast a model will decode on this machine, and how much memory it should have, before it is there.
 
-`plan` in `planner.py` is the way in, `plan_pair` in `pairing.py` for two models that share a budget. This room may import
-everything from `errors` up to `calibration`; `bench`, `evaluation`, `hub`, `serving` and the commands may import it.
+`plan` in `planner.py` is the way in, `plan_pair` in `pairing.py` for two models that share a budget.
 """

@@ -1,4 +1,1 @@
-"""Predictors: which neurons a token will use. One table of the kinds that there are (choice.py).
-
-May import everything up to `families`.
-"""
+"""Predictors: they say which neurons a token will use. `choice.py` has the table of their kinds and is the way in."""

@@ -1,7 +1,7 @@
 """Predictors: which neurons a token will use (paper: section 3.1, appendix B).
 
     none        every neuron: the stock model
-    quantized   a low-bit copy of the up projection (predictors/quantized.py); works on any checkpoint at once
+    quantized   a low-bit copy of the projection that decides (predictors/quantized.py); works on any checkpoint at once
     lowrank     the paper's: two thin matrices, trained on text (predictors/lowrank.py); a tenth of the memory in large models
 
 A predictor sees one token at a time: what it says about a token never depends on the tokens beside it (contract C3), and a
@@ -55,7 +55,7 @@ class Predictor(ABC):
 
 
 def narrowed(selected: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-    """What is both selected, bool [tokens, d_ff], and allowed."""
+    """The neurons that are selected, bool [tokens, d_ff], and allowed too."""
     return selected if allowed is None else selected & allowed
 
 
@@ -73,12 +73,12 @@ class PredictorFormat(Protocol):
 
     @property
     def kind(self) -> str:
-        """As `FlashOffloadConfig` calls it."""
+        """Its name in `FlashOffloadConfig(predictor=...)`."""
         ...
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """Of `FlashOffloadConfig`, that find it again."""
+        """The arguments of `FlashOffloadConfig` that find it again."""
         ...
 
     @property

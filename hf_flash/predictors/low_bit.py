@@ -101,8 +101,8 @@ class LowBitMatrix(Protocol):
     nbytes: int
     compiled: Product | None
 
-    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` bfloat16 or float32 [tokens, columns] to [tokens, rows], bfloat16 or float32; `plus` float32 [rows] is added."""
+    def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` bfloat16 or float32 [tokens, columns] to [tokens, rows], bfloat16 or float32; `shift` float32 [rows] is added."""
         ...
 
 
@@ -120,17 +120,17 @@ class Int8Matrix:
             if not self.packed:
                 _warn_slow("int8", codes.shape[1])
 
-    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
         if self.compiled is not None:
-            return self.compiled(x, plus)
-        return _sum(self._packed(x.bfloat16()) if self.packed else self.plain(x.bfloat16()), plus)
+            return self.compiled(x, shift)
+        return _sum(self._packed(x.bfloat16()) if self.packed else self.plain(x.bfloat16()), shift)
 
     def _packed(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x, self._codes, self._scales)
         return product
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """The same from plain codes."""
+        """The product from plain codes."""
         return _plain_product(x, lambda rows: widen(self._codes[rows], self._scales[rows, None], None), len(self._codes))
 
 
@@ -168,17 +168,17 @@ class Int4Matrix:
             self._codes = codes
         return self.packed
 
-    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
         if self.compiled is not None:
-            return self.compiled(x, plus)
-        return _sum(self._packed(x.bfloat16()) if self.packed else self.plain(x.bfloat16()), plus)
+            return self.compiled(x, shift)
+        return _sum(self._packed(x.bfloat16()) if self.packed else self.plain(x.bfloat16()), shift)
 
     def _packed(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._codes, self._group, self._pairs)
         return product
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """The same from plain codes; only where there is no packed layout."""
+        """The product from plain codes; only where there is no packed layout."""
 
         def rows_of(rows: slice) -> torch.Tensor:
             return widen(self._codes[rows], self._scales[rows], self._zeros[rows])
@@ -186,43 +186,46 @@ class Int4Matrix:
         return _plain_product(x, rows_of, len(self._codes))
 
 
-def _sum(product: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
-    return product if plus is None else product + plus
+def _sum(product: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    return product if shift is None else product + shift
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a predictor makes of tokens: `matrix @ x + plus + bias`.
+    """What a predictor makes of tokens: `matrix @ x + shift + bias`.
 
     Attributes:
         matrix: [neurons, columns].
-        plus: float32 [neurons], added as often as `times` says.
+        shift: float32 [neurons], added after `shift_scale` was multiplied with it.
         bias: [neurons], any floating dtype.
         first: another matrix, which `x` goes through before.
     """
 
     matrix: LowBitMatrix
-    plus: torch.Tensor
+    shift: torch.Tensor
     bias: torch.Tensor | None = None
     first: LowBitMatrix | None = None
 
-    def __call__(self, x: torch.Tensor, times: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, shift_scale: torch.Tensor | None = None) -> torch.Tensor:
         """[tokens, neurons] in float32 or bfloat16.
 
         Args:
             x: bfloat16 [tokens, columns].
-            times: float32 [tokens]; once if there is none.
+            shift_scale: float32 [tokens]; `None`: 1.
         """
         x = x if self.first is None else self.first(x)
-        scores = self.matrix(x, self.plus) if times is None else self.matrix(x) + times[:, None] * self.plus
+        if shift_scale is None:
+            scores = self.matrix(x, self.shift)
+        else:
+            scores = self.matrix(x) + shift_scale[:, None] * self.shift
         return scores if self.bias is None else scores + self.bias
 
-    def called_active(self, x: torch.Tensor, times: torch.Tensor | None = None) -> torch.Tensor:
+    def called_active(self, x: torch.Tensor, shift_scale: torch.Tensor | None = None) -> torch.Tensor:
         """bool [tokens, neurons]: whatever is not called inactive, so that what is no number is computed."""
         first = None if self.first is None else self.first.compiled
         if self.matrix.compiled is None or (first is None) != (self.first is None):
-            return ~(self(x, times) <= 0)
-        return self.matrix.compiled.active(x, self.plus, shift_scale=times, bias=self.bias, first=first)
+            return ~(self(x, shift_scale) <= 0)
+        return self.matrix.compiled.active(x, self.shift, shift_scale=shift_scale, bias=self.bias, first=first)
 
 
 def by_tokens(x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -232,7 +235,7 @@ def by_tokens(x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def _plain_product(x: torch.Tensor, rows_of: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
-    """In float64 and then rounded, so that a token's sums do not depend on how many are beside it."""
+    """The product in float64, then rounded, so that a token's sums do not depend on how many are beside it."""
     wide = x.double()
     parts = [F.linear(wide, rows_of(slice(at, at + _ROWS)).double()).float() for at in range(0, count, _ROWS)]
     return torch.cat(parts, dim=1)
@@ -252,7 +255,7 @@ def _works(call: Callable[[], Any]) -> bool:
 
 @lru_cache
 def _warn_slow(kind: str, columns: int) -> None:
-    """Say once that torch's fast product is not to be had."""
+    """Say once that torch has no fast product here."""
     logger.warning(
         "hf_flash: torch has no packed %s product for %d columns on this machine; predicting takes the slow path", kind, columns
     )

@@ -4,8 +4,9 @@ Neuron i is called active when
 
     B_i . (A x) + offset_i  >  0            A [rank, d_model], B [d_ff, rank]
 
-The offset has the up projection's bias and the layer's threshold in it. Ranks are chosen per layer by `calibrate`; A and B are
-kept in 8 bits with a scale a row, which changes nothing that can be measured and halves the memory and the time.
+The offset has the bias of the projection that decides and the layer's threshold in it. Ranks are chosen per layer by
+`calibrate`; A and B are kept in 8 bits with a scale a row, which changes nothing that can be measured and halves the memory and
+the time.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def pack_lowrank(a: torch.Tensor, b: torch.Tensor, offset: torch.Tensor) -> dict
 class LowRankPredictor(Predictor):
     """The loaded predictor. Args: `tensors` as [`pack_lowrank`] returns them.
 
-    It was trained with the biases of then, and does not follow others (`bias` has no say).
+    It was trained with the biases that the model had then. It does not follow later ones, so `bias` has no effect.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -142,7 +142,7 @@ class QuantizedPredictor(Predictor):
 
     Args:
         tensors: as [`quantize_rows`] returns them, for the whole layer.
-        bias: [d_ff] of the up projection, or `None`. The layer's own, not held twice. It may change, and be set anew.
+        bias: [d_ff] of the deciding projection, or `None`. It is the layer's, not held twice. It may change, and be set anew.
         margin: float32 [d_ff], added to the score: as it is if it was measured, else times the norm of the token.
     """
 
@@ -176,18 +176,21 @@ class QuantizedPredictor(Predictor):
     def with_margin(self, margin: torch.Tensor, *, measured: bool) -> QuantizedPredictor:
         """The same weights, not copied, with another margin."""
         other = copy.copy(self)
-        other._scores, other._measured = replace(self._scores, plus=margin), measured
+        other._scores, other._measured = replace(self._scores, shift=margin), measured
         return other
 
     def select(self, x: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
-        return narrowed(by_tokens(x, lambda part: self._scores.called_active(part.bfloat16(), self._times(part))), allowed)
+        def called_active(part: torch.Tensor) -> torch.Tensor:
+            return self._scores.called_active(part.bfloat16(), self._shift_scale(part))
+
+        return narrowed(by_tokens(x, called_active), allowed)
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, d_ff]: positive for neurons called active."""
-        return self._scores(x.bfloat16(), self._times(x))
+        return self._scores(x.bfloat16(), self._shift_scale(x))
 
-    def _times(self, x: torch.Tensor) -> torch.Tensor | None:
-        """float32 [tokens]: how often the margin counts."""
+    def _shift_scale(self, x: torch.Tensor) -> torch.Tensor | None:
+        """float32 [tokens]: what the margin is multiplied with for each token; `None`: 1."""
         return None if self._measured else torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
 """Reading: bundles from the files of a store into rows of memory, while the caller does something else.
 
-May import errors, base, machine, store and compute.
+`open_reader` in `reader.py` is the way in.
 """

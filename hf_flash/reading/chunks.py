@@ -36,12 +36,12 @@ class Chunks:
 
     @property
     def nbytes(self) -> Ids:
-        """[n]"""
+        """Bytes of each chunk, [n]."""
         return np.diff(self.first) * self.size
 
     @property
     def parts(self) -> Ids:
-        """[parts] where in `rows` a part of a chunk begins that lies together in memory, too."""
+        """Where in `rows` each part of a chunk begins that lies together in memory too, [parts]."""
         if len(self) == len(self.rows):
             return self.first[:-1]
         begins = np.diff(self.rows, prepend=-2) != 1
@@ -49,7 +49,7 @@ class Chunks:
         return np.flatnonzero(begins)
 
     def pieces(self) -> Iterator[tuple[int, list[slice]]]:
-        """Of each chunk its byte offset, and the rows that its bundles go to, a slice for those that lie together in memory."""
+        """For each chunk its byte offset, and the rows that its bundles go to: a slice for rows that lie together in memory."""
         begins = self.parts
         start = self.rows[begins]
         end = start + np.diff(begins, append=len(self.rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import weakref
 from functools import lru_cache
@@ -14,16 +15,11 @@ import numpy as np
 from hf_flash.base.arrays import Bytes
 from hf_flash.compute import library as native
 from hf_flash.reading.chunks import Chunks
-from hf_flash.reading.open_file import (
-    FileChangedError,
-    OpenFile,
-    file_too_short,
-)
-from hf_flash.reading.queues import logger
+from hf_flash.reading.open_file import FileChangedError, OpenFile, file_too_short
+
+logger = logging.getLogger("hf_flash")
 
 BOUNCE_BYTES: Final = 1 << 16  # BOUNCE_BYTES of native.h
-
-
 _CHANGED, _SHORT, _FORGOTTEN = -1, -2, -3
 
 

@@ -136,7 +136,7 @@ class FileSource:
         self._queue.settle()
 
     def forget(self) -> None:
-        """The same; nobody will wait for any of them."""
+        """Wait as `settle` does, and drop the results: nobody may wait for one of these reads afterwards."""
         self._queue.forget()
 
     def close(self) -> None:

@@ -13,16 +13,11 @@ Both keep these promises, which the layers above rely on:
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Protocol
 
 from hf_flash.base.arrays import Bytes
 from hf_flash.reading.chunks import Chunks
-from hf_flash.reading.open_file import (
-    OpenFile,
-)
-
-logger = logging.getLogger("hf_flash")
+from hf_flash.reading.open_file import OpenFile
 
 
 class ReadQueue(Protocol):
@@ -49,7 +44,7 @@ class ReadQueue(Protocol):
         ...
 
     def forget(self) -> None:
-        """The same, and tickets are worth nothing afterwards."""
+        """Wait as `settle` does. Tickets are worth nothing afterwards."""
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,1 @@
-"""Runtime: a loaded model. Start with layer.py, the main path of a token.
-
-May import everything up to `budget`.
-"""
+"""Runtime: a loaded model. Start with `layer.py`, the main path of a token; `attach.py` puts a model together."""

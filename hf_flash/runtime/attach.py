@@ -36,7 +36,7 @@ def attach(
     fmt: PredictorFormat | None,
     ffns: Sequence[FlashFFN],
 ) -> None:
-    """Give a model whose other weights are loaded what its feed-forward blocks run on.
+    """Give the feed-forward blocks of a model what they run on, once its other weights are loaded.
 
     Args:
         plan: how the memory budget is divided.

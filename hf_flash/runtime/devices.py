@@ -1,4 +1,4 @@
-"""What a loaded flash model does otherwise than its class where devices, dtypes, foreign weights and copies are concerned.
+"""What a loaded flash model does differently from its class, with devices, dtypes, foreign weights and copies.
 
 The FFN computes on the CPU. `pipeline()` moves models to an accelerator by default where there is one; it leaves those alone
 that have an `hf_device_map`, as accelerate gives them, and so flash models get one there.
@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from hf_flash.errors import UsageError
-from hf_flash.runtime.flash_weights import OnFlash, checked, refuse_adapter
+from hf_flash.runtime.flash_weights import OnFlash, refuse_adapter, without_flash_weights
 from hf_flash.runtime.model_class import stock_methods
 from hf_flash.runtime.torch_internals import target_device
 
 
 def stay_on_cpu(model: Any) -> None:
-    """Tell pipelines, where they would move the model. Nowhere else: one with a map refuses `pipeline(device="cpu")`."""
+    """Give the model a device map where a pipeline would move it. Elsewhere a map would make `pipeline(device="cpu")` fail."""
     if torch.accelerator.is_available():
         model.hf_device_map = {"": "cpu"}
 
@@ -47,7 +47,7 @@ def _stay(device: object) -> NoReturn:
 
 
 def _apply(model: Any, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-    """What `.to`, `.half()`, `.float()`, `.type()` and their like come down to. Refused before anything is converted."""
+    """What `.to`, `.half()`, `.float()` and `.type()` call. It refuses them before anything is converted."""
     for module in model.modules():
         if isinstance(module, OnFlash):
             module.check_conversion(fn)
@@ -56,7 +56,7 @@ def _apply(model: Any, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, *
 
 def _load_state_dict(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """FFN weights are taken if they are those on flash, and refused before anything is loaded otherwise."""
-    return stock_methods(model).load_state_dict(checked(model, state_dict), *args, **kwargs)
+    return stock_methods(model).load_state_dict(without_flash_weights(model, state_dict), *args, **kwargs)
 
 
 def _load_adapter(model: Any, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:

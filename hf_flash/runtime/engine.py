@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from hf_flash.base.heap import Heap
+from hf_flash.compute import library as native
 from hf_flash.compute.arithmetic import Arithmetic
-from hf_flash.compute.library import release_threads
 from hf_flash.errors import UsageError
 from hf_flash.reading.reader import BundleReader
 from hf_flash.runtime.counters import Counters
@@ -77,7 +77,7 @@ def _before_fork() -> None:
         _forking.held.append(engine)
         if not engine.closed:
             engine.reader.settle()
-    _forking.alone = release_threads()
+    _forking.alone = native.release_threads()
 
 
 def _after_fork() -> None:

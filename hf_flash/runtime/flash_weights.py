@@ -244,7 +244,7 @@ class OnFlash(nn.Module):
         self._put(name, tensor, lambda: super(OnFlash, self).register_buffer(name, tensor, persistent))
 
     def _put(self, name: str, value: Any, otherwise: Callable[[], None]) -> None:
-        """Whatever is put under the name of the matrix must be the matrix; all else goes where it goes `otherwise`."""
+        """Refuse values other than the matrix under its name. For every other name call `otherwise`."""
         if name == "weight" and self.matrix is not None:
             self.matrix.refuse(value)
         else:
@@ -281,7 +281,7 @@ def is_plain(x: Any) -> bool:
 
 
 def stand_in(x: Any) -> str | None:
-    """What traces or transforms a call with this input: then the numbers in it are not the ones that will be asked for."""
+    """Name what traces or transforms a call with this input, if anything does: its numbers then only stand for others."""
     if not is_plain(x):
         return type(x).__name__
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
@@ -298,8 +298,12 @@ def refuse_tracing(got: str) -> NoReturn:
     )
 
 
-def checked(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict for a whole model without its FFN weights, all of which are found to be those on flash, or refused."""
+def without_flash_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict for a whole model, less its FFN weights: those in it must be the ones on flash.
+
+    Raises:
+        UsageError: some are others.
+    """
     ours = {
         f"{name}.weight": module.matrix
         for name, module in model.named_modules()

@@ -17,8 +17,8 @@ there is one (token_step.py). All others go step by step.
 
 When a call's neurons do not all fit into the window (prefill, a tight budget), or several tokens miss more than a block of
 them, blocks are *streamed* through two buffers (stream.py). So after prefill the window holds what the prompt's last tokens
-used, without a second read. Behind the last block what is empty of the next layer's window begins to be filled, so that the
-disk has something to do during attention.
+used, without a second read. After the last block the empty slots of the next layer's window begin to be filled, so that
+the disk has something to do during attention.
 
 *Lookahead* starts step 3 early: while the layer's attention runs, on what the predictor says of the layer's own input
 (`look_ahead`). That brings most neurons in time; what it missed is read as ever.
@@ -153,7 +153,7 @@ class FlashFFN(nn.Module):
         return selected
 
     def _in_one_call(self, engine: Engine, x: torch.Tensor, biases: Biases, selected: torch.Tensor) -> torch.Tensor | None:
-        """All the other steps of one token by the compiled part alone, if that can be."""
+        """Steps 2 to 5 of one token, of which 2 to 4 are one call of the compiled part. `None`: step by step, then."""
         if self.step is None:
             return None
         start = perf_counter()
@@ -221,7 +221,7 @@ class FlashFFN(nn.Module):
         return out
 
     def _count(self, engine: Engine, tokens: int, selected: int, missing: int) -> None:
-        """A call of so many tokens used `selected` neurons, of which `missing` were not there."""
+        """Count a call of `tokens` tokens that used `selected` neurons, `missing` of which were not in the window."""
         count = engine.counters
         count.calls += 1
         count.tokens += tokens
@@ -257,7 +257,7 @@ class FlashFFN(nn.Module):
             counters.manage_s += perf_counter() - predicted
 
     def _fill_next_layer(self) -> None:
-        """This call uses most of this layer, so it will of the next: fill what is empty of that window, behind attention."""
+        """Fill the next layer's empty slots during attention: a call that uses most of this layer will use most of that one."""
         engine = self.engine
         runtime = None if engine is None else engine.runtime()
         if engine is None or runtime is None or not engine.fills_next or engine.reader.converts:

@@ -1,6 +1,6 @@
-"""What every token read and reused, layer by layer: seen from outside, by comparing windows before and after a forward.
+"""What every token read and reused, layer by layer, found by comparing windows before and after a forward.
 
-Hooks on each FFN, only while somebody watches: the path of a token knows nothing of it and is no slower without. Counters tell
+Each FFN has hooks while somebody watches, and none otherwise: the path of a token knows nothing of it. Counters tell
 what a call cost; the window's own tables tell which neurons it was.
 """
 
@@ -67,7 +67,7 @@ class TokenSeen:
 
 
 class _LayerWatch:
-    """On one layer. Neurons that lookahead has under way are committed within the forward, so they count as read."""
+    """Watches one layer. Neurons that lookahead has under way are committed within the forward, so they count as read."""
 
     def __init__(self, ffn: FlashFFN) -> None:
         self._window = ffn.window

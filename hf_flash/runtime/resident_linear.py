@@ -8,7 +8,7 @@ speed of DRAM on some processors, with eight rows at a fraction of it, and with 
     many tokens   where 16 bits are slow: rows are widened to fp32, a buffer of them at a time, for an fp32 GEMM
     otherwise     torch, as stock: training, autocast, compiling, tracing, other devices, weights that something has replaced
 
-Sums are made in fp32 and rounded once, as torch's own are up to the order.
+Sums are made in fp32 and rounded once, as torch's are, up to the order.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ResidentLinear(nn.Linear):
         few = tokens <= _FEW.get(dtype, 0) and native.library() is not None
         if not (few or tokens >= _widened_from(dtype)):
             return super().forward(x)
-        own = self._parameters.get  # a step of Python less than an attribute: caches are cold here
-        weight, bias = own("weight"), own("bias")
+        parameter = self._parameters.get  # a step of Python less than an attribute: caches are cold here
+        weight, bias = parameter("weight"), parameter("bias")
         if weight is None or not _plain(x, weight, bias):
             return super().forward(x)
         return linear(x.contiguous(), weight, bias) if few else self._widened(x)
@@ -71,7 +71,7 @@ class ResidentLinear(nn.Linear):
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether this is inference with ordinary tensors, and not of none."""
+    """Whether this is inference with ordinary tensors, at least one token of it."""
     return (
         type(weight) is nn.Parameter
         and x.dtype == weight.dtype
@@ -103,7 +103,7 @@ def _widened_from(dtype: torch.dtype) -> float:
 
 
 def make_linears_resident(model: nn.Module, engine: Engine) -> None:
-    """Make a loaded model's linear layers ours. Those that something else has made its own are left alone."""
+    """Turn a loaded model's linear layers into [`ResidentLinear`]. Those of another class are left alone."""
     for module in model.modules():
         if type(module) is not nn.Linear or module.weight.dtype not in DTYPES:
             continue

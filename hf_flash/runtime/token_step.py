@@ -1,4 +1,4 @@
-"""One token through one layer in one call of the compiled part: decoding, as it mostly is.
+"""One token through one layer in one call of the compiled part: most of decoding.
 
 [`FlashFFN`] does the same step by step for any call. Its Python takes ten times as long within a model as in a loop, because
 attention has emptied the caches in between: half a millisecond a layer. So where a token's neurons fit into the window,
@@ -70,7 +70,7 @@ class TokenStep:
     def run(
         self, x: torch.Tensor, selected: torch.Tensor, bias: torch.Tensor | None, file: StepFile | None
     ) -> torch.Tensor | None:
-        """float32 [1, width]: the sum before bias and rounding. `None`: not for here, or a read failed.
+        """float32 [1, width]: the sum before bias and rounding. `None`: the call does not fit here, or a read failed.
 
         After a failed read the window holds what it held and some less; who reads again is told what is wrong.
 
@@ -80,14 +80,14 @@ class TokenStep:
             bias: [d_ff] of the up projection.
             file: what is missing is read with it. `None`: nothing can be read, as where numbers are converted.
         """
-        step, job, window, own = self._step, self._step.job, self._step.window, self._window
+        step, job, window, resident = self._step, self._step.job, self._step.window, self._window
         out = torch.empty(1, x.shape[1], dtype=torch.float32, device="cpu")
         job.x, job.out, job.bias = x.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
         job.threads, step.selected = native.threads(), selected.data_ptr()
-        window.clock, window.free, window.use_score = own.clock, own.free, own.use_score
+        window.clock, window.free, window.use_score = resident.clock, resident.free, resident.use_score
         step.reader, step.file, step.block_bytes = file or (None, None, 1)
         done = self._library.hf_step(ctypes.byref(step))  # type: ignore[union-attr]
-        own.clock, own.free, own.use_score = window.clock, window.free, window.use_score
+        resident.clock, resident.free, resident.use_score = window.clock, window.free, window.use_score
         return out if done else None
 
     @property

@@ -134,8 +134,8 @@ class ResidentWindow:
         rank = self._rank(ids)
         least = np.partition(rank, excess)[excess]
         better, equal = ids[rank > least], ids[rank == least]
-        there_first = equal[np.argsort(self.slot_of[equal] < 0, kind="stable")]
-        return np.sort(np.append(better, there_first[: self.capacity - len(better)]))
+        present_first = equal[np.argsort(self.slot_of[equal] < 0, kind="stable")]
+        return np.sort(np.append(better, present_first[: self.capacity - len(better)]))
 
     def evict(self, ids: Ids) -> None:
         """Free the slots of these neurons."""

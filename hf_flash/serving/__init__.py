@@ -1,4 +1,4 @@
-"""`hf-flash serve`: transformers' OpenAI-compatible server around one model. It imports `runtime` and the rooms below it.
+"""Serving: transformers' OpenAI-compatible server around one model. `server.py` is the way in.
 
-All that it needs of transformers' private parts is in `transformers_serving`. Only `commands` imports this room.
+All that it needs of transformers' private parts is in `transformers_serving.py`.
 """

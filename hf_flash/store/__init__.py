@@ -1,4 +1,4 @@
 """Store: the format of flash files, what a unit is, reading and writing checkpoints.
 
-May import errors, base, config and machine.
+`FlashStore` in `layout.py` is an opened store, `Checkpoint` in `checkpoint.py` a plain checkpoint.
 """

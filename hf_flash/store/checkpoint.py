@@ -1,7 +1,7 @@
 """Plain checkpoints: a folder, a Hub repository or a list of files, seen as named tensors that stay on disk until used.
 
-Reads what transformers reads: `model.safetensors` or `pytorch_model.bin`, single or sharded. Safetensors are read in pieces and
-never mapped; pickles are opened with `weights_only`, and memory-mapped.
+It reads what transformers reads: `model.safetensors` or `pytorch_model.bin`, single or sharded. Safetensors are read in pieces
+and never mapped; pickles are opened with `weights_only`, and memory-mapped.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ class Checkpoint:
         self._pickles.clear()
 
     def origin(self) -> dict[str, str]:
-        """Where it comes from, and a fingerprint that changes whenever the weights may have changed.
+        """Say where it comes from: `source`, `revision`, and a `fingerprint` that differs whenever the weights may differ.
 
-        Of sizes, headers and samples of the contents, and of its name: of a Hub snapshot repository and commit, and the folder
-        in it where it is not at the top; of a local one path and times.
+        The fingerprint is made of sizes, headers and samples of the contents. A Hub snapshot adds repository and commit, and
+        the folder in it where it is not at the top; a local folder adds its path and the times of its files.
         """
         folder = self.files[0].parent
         found = find_snapshot(folder)
@@ -154,11 +154,11 @@ class Checkpoint:
         return {"source": source, "revision": revision, "fingerprint": digest.hexdigest()[:32]}
 
     def identity(self, fingerprint: str, unit_ns: int = 1) -> str:
-        """What changes with every write to the files, also between the samples of a Hub snapshot of the same commit.
+        """A text that changes with every write to the files, even one between the samples of the fingerprint.
 
         Args:
             fingerprint: as [`origin`] has it.
-            unit_ns: in what times are counted. A copy may not keep them finer than a second.
+            unit_ns: the unit that times are rounded down to. Some copies keep times to the second only.
         """
         states = [f"{path.name} {size} {time // unit_ns}" for path, (size, time) in sorted(self._states.items())]
         return hashlib.sha256(os.fsencode("\n".join([fingerprint, *states]))).hexdigest()[:32]

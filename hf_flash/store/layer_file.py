@@ -103,9 +103,9 @@ class LayerStore:
         return self.rows(by_neuron=False)[:]
 
 
-def check_version(path: Path, own: Mapping[str, str]) -> None:
+def check_version(path: Path, metadata: Mapping[str, str]) -> None:
     """Refuse a file of a format version that this program does not know."""
-    text = own.get("format_version", "")
+    text = metadata.get("format_version", "")
     version = parse_number(text)
     if version is None:
         raise StoreFormatError("the format version is missing or not a number", where=path, got=repr(text[:80]))
@@ -119,24 +119,28 @@ def check_version(path: Path, own: Mapping[str, str]) -> None:
         )
 
 
-def layer_of(path: Path, tensors: Tensors, own: Mapping[str, str]) -> LayerStore:
+def layer_of(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> LayerStore:
     """Check one layer file against the format.
 
     Args:
-        tensors: as its header has them. own: its metadata under our prefix, without that.
+        tensors: as its header has them.
+        metadata: what its header has under our prefix, without the prefix.
+
+    Raises:
+        StoreFormatError: with what is wrong.
     """
-    version = parse_number(own.get("format_version")) or 0
-    parts = _parts_of(path, own, version)
+    version = parse_number(metadata.get("format_version")) or 0
+    parts = _parts_of(path, metadata, version)
     keys = [name for name in tensors if name.endswith(".bundles")]
-    lacking = [k for k in (*(part.role for part in parts), "crc32") if k not in own]
-    sizes = {k: parse_number(own.get(k)) for k in ("layer", "layers", "d_model", "d_ff", "format_version")}
+    lacking = [k for k in (*(part.role for part in parts), "crc32") if k not in metadata]
+    sizes = {k: parse_number(metadata.get(k)) for k in ("layer", "layers", "d_model", "d_ff", "format_version")}
     lacking += [k for k, value in sizes.items() if value is None or value > _MOST or (value == 0 and k != "layer")]
     if len(keys) != 1 or lacking:
         raise StoreFormatError(
             "not a flash layer file",
             where=path,
             expected="one tensor `*.bundles` and its metadata",
-            got=f"tensors {sorted(tensors)[:10]}; metadata {dict(own)}"[:1000],
+            got=f"tensors {sorted(tensors)[:10]}; metadata {dict(metadata)}"[:1000],
         )
     (dtype, shape), offset = tensors[keys[0]]
     index, d_model, d_ff = (int(sizes[k] or 0) for k in ("layer", "d_model", "d_ff"))
@@ -156,21 +160,21 @@ def layer_of(path: Path, tensors: Tensors, own: Mapping[str, str]) -> LayerStore
             hint="the file was rewritten by another tool: repack the model",
         )
     place = _place_of(path, tensors, keys[0].removesuffix(".bundles") + ".place", version, d_ff)
-    names = tuple(own[part.role] for part in parts)
-    return LayerStore(index, path, offset, keys[0], d_ff, UnitLayout.of(parts, d_model, dtype), names, own["crc32"], place)
+    names = tuple(metadata[part.role] for part in parts)
+    return LayerStore(index, path, offset, keys[0], d_ff, UnitLayout.of(parts, d_model, dtype), names, metadata["crc32"], place)
 
 
-def _parts_of(path: Path, own: Mapping[str, str], version: int) -> tuple[Part, ...]:
+def _parts_of(path: Path, metadata: Mapping[str, str], version: int) -> tuple[Part, ...]:
     """The parts that a layer file lists."""
-    if version < PARTS_VERSION and "parts" not in own:
+    if version < PARTS_VERSION and "parts" not in metadata:
         return TWO_MATRICES
-    parts = parse_parts(own.get("parts", ""))
+    parts = parse_parts(metadata.get("parts", ""))
     if parts is None or version < PARTS_VERSION:
         raise StoreFormatError(
             "the list of a bundle's parts is not valid",
             where=path,
             expected=f"`parts`, such as up:row,down:column, from format version {PARTS_VERSION} on",
-            got=f"format version {version}, {ascii(own.get('parts'))[:80]}",
+            got=f"format version {version}, {ascii(metadata.get('parts'))[:80]}",
             hint="the file is damaged, or was rewritten by another tool: repack the model",
         )
     return parts
@@ -185,7 +189,7 @@ def _place_of(path: Path, tensors: Tensors, key: str, version: int, d_ff: int) -
 
     if version < PARTS_VERSION and (key in tensors) != (version == PLACED_VERSION):  # bundles of other neurons would be read
         raise wrong(
-            "the format version says otherwise than the tensors whether neurons have places of their own",
+            "the format version and the tensors do not agree on whether neurons have places",
             f"this tensor from format version {PLACED_VERSION} on, and not before",
             f"format version {version}, tensors {sorted(tensors)}",
         )

@@ -6,15 +6,15 @@ A repacked checkpoint is an ordinary folder of safetensors files, all of them li
                                             zero-size "tombstone" in place of every FFN matrix: a loader that does not
                                             know hf_flash then fails on the shape instead of making up random weights,
                                             and names a tensor that says what is missing
-    flash-layer-00000.safetensors           one file a layer with `<prefix>.fc1.bundles`, and `<prefix>.fc1.place` if its
-                                            neurons are not in the order of their ids (calibration/placement.py)
+    flash-layer-00000.safetensors           one file a layer with `<prefix>.bundles`, and `<prefix>.place` if its neurons
+                                            are not in the order of their ids (calibration/placement.py)
     flash-predictor-int4-g64.safetensors    what a predictor needs, per layer
     flash-calibration.safetensors           what was measured on text, per layer; only after calibration
 
 A *bundle* is what one neuron needs, side by side, so that one read fetches it (paper: section 3.2). Which matrices it has a row
 or a column of is the layer's `UnitLayout` (unit.py):
 
-    bundles[d_ff, parts * d_model]    row place[i] = up_proj[i, :] | down_proj[:, i]
+    bundles[d_ff, parts * d_model]    row place[i] = up[i, :] | down[:, i], in gated layers gate[i, :] before them
     place[d_ff]                       int32, a permutation; left out where place[i] = i
 
 Ids never change: predictors, biases, calibration and arithmetic know nothing of places, so that placing neurons changes
@@ -91,10 +91,10 @@ class FlashStore:
         folder = absolute(folder)
         if not exists(folder) or not folder.is_dir():
             raise StoreMissingError("not a folder", where=folder)
-        there = [path for path in list_folder(folder) if path.suffix == ".safetensors" and not path.name.startswith(".")]
-        check_inside(folder, there)
+        present = [path for path in list_folder(folder) if path.suffix == ".safetensors" and not path.name.startswith(".")]
+        check_inside(folder, present)
         listed = listed_files(folder / INDEX_NAME) if exists(folder / INDEX_NAME) else []
-        files = sorted({*listed, *there})
+        files = sorted({*listed, *present})
         if not files:
             raise StoreMissingError("no safetensors files", where=folder, expected=LAYER_FILE.format(0))
         store = cls.open(files)
@@ -184,29 +184,29 @@ class _Found:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def add(self, path: Path) -> None:
-        """Take a safetensors file for what its metadata says that it is; one that is not of a store is passed over."""
-        tensors, meta = read_header(path)
-        own = {k.removeprefix(META): v for k, v in meta.items() if k.startswith(META)}
-        if not own:
+        """Sort a safetensors file in by what its metadata says. One that belongs to no store is passed over."""
+        tensors, header = read_header(path)
+        metadata = {k.removeprefix(META): v for k, v in header.items() if k.startswith(META)}
+        if not metadata:
             return
-        check_version(path, own)
-        if "rest" in own:
+        check_version(path, metadata)
+        if "rest" in metadata:
             self.others.append(path)
-        elif "predictor" in own:
-            _check_variant(path, own["predictor"], self.predictors)
-            self.predictors[own["predictor"]] = path
-        elif "calibration" in own:
+        elif "predictor" in metadata:
+            _check_variant(path, metadata["predictor"], self.predictors)
+            self.predictors[metadata["predictor"]] = path
+        elif "calibration" in metadata:
             if self.calibration is not None:
                 raise StoreFormatError("two files hold a calibration", where=path, got=self.calibration)
             self.calibration = path
         else:
-            self._add_layer(layer_of(path, tensors, own), own)
+            self._add_layer(layer_of(path, tensors, metadata), metadata)
 
-    def _add_layer(self, layer: LayerStore, own: Mapping[str, str]) -> None:
+    def _add_layer(self, layer: LayerStore, metadata: Mapping[str, str]) -> None:
         if layer.index in self.layers:
             raise StoreFormatError("two files hold the same layer", where=layer.path, got=self.layers[layer.index].path)
         self.layers[layer.index] = layer
-        belongs = {k: own.get(k, "") for k in ("source", "revision", "fingerprint", "layers")}
+        belongs = {k: metadata.get(k, "") for k in ("source", "revision", "fingerprint", "layers")}
         if self.metadata and self.metadata != belongs:
             raise StoreFormatError(
                 "a layer file of another checkpoint is among them", where=layer.path, expected=self.metadata, got=belongs
@@ -215,7 +215,7 @@ class _Found:
 
 
 def _headers(index: Path) -> dict[str, str]:
-    """What identifies each file, as the index says, if there is one. Those of 0.1 say nothing."""
+    """What the index says to identify each file by. There may be no index, and those of hf_flash 0.1 say nothing."""
     metadata = read_json(index).get("metadata") if exists(index) else None
     found = metadata.get(HEADERS) if isinstance(metadata, dict) else None
     return {name: value for name, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}

@@ -45,7 +45,7 @@ class Part:
         return (units, width) if self.stored == ROW else (width, units)
 
     def by_unit(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The plain matrix as a view [units, width]; also the other way round."""
+        """The plain matrix as a view [units, width]. It also turns such a view back into the plain matrix."""
         return matrix if self.stored == ROW else matrix.T
 
 
@@ -82,7 +82,7 @@ class UnitLayout:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers in a row."""
+        """Dtype of the numbers in a row."""
         return self.codec.dtype
 
     @property

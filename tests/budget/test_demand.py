@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hf_flash.budget import demand
 from hf_flash.budget.plan import MemoryPlan, plan_memory
-from hf_flash.calibration.activity import FAR, LONGEST, AggregatedUse
+from hf_flash.calibration.activity import FAR, LONGEST_MEASURED, AggregatedUse
 from hf_flash.runtime.window import ResidentWindow
 
 Mask = npt.NDArray[np.bool_]
@@ -97,7 +97,7 @@ shares = st.floats(1e-4, 1.0)
 
 
 @given(
-    use=st.lists(st.floats(0, 300), min_size=1, max_size=LONGEST),
+    use=st.lists(st.floats(0, 300), min_size=1, max_size=LONGEST_MEASURED),
     far=st.lists(st.floats(0, 300), max_size=len(FAR)),
     d_ff=st.integers(1, 200),
 )

@@ -90,8 +90,8 @@ def no_library() -> None:
 
 
 def test_what_a_machine_lacks_could_be_better_and_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.library, "try_ring", lambda: errno.EPERM)
-    monkeypatch.setattr(doctor.library, "load", no_library)
+    monkeypatch.setattr(doctor.native, "try_ring", lambda: errno.EPERM)
+    monkeypatch.setattr(doctor.native, "load", no_library)
     monkeypatch.setattr(doctor, "available_memory", lambda: 1 << 20)
     monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 4096)
     monkeypatch.setattr("hf_flash.machine.disk._takes_direct", lambda path: False)

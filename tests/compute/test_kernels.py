@@ -315,21 +315,21 @@ def test_neurons_are_called_as_their_scores_say(
         return Int8Matrix(codes, torch.rand(rows, 1, generator=random).bfloat16())
 
     given_bias = None if bias is None else torch.randn(rows, generator=random).to(bias)
-    x, plus = torch.randn(tokens, 70, generator=random).bfloat16(), 50 * torch.randn(rows, generator=random)
-    times = torch.rand(tokens, generator=random) if repeated else None
+    x, shift = torch.randn(tokens, 70, generator=random).bfloat16(), 50 * torch.randn(rows, generator=random)
+    scale = torch.rand(tokens, generator=random) if repeated else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "threads", lambda: threads)
         patch.setattr(kernels, "_SHARED", 1)
         for scores in (
-            Scores(matrix(rows, 70), plus, given_bias),
-            Scores(matrix(rows, rank), plus, given_bias, first=matrix(rank, 70)),
+            Scores(matrix(rows, 70), shift, given_bias),
+            Scores(matrix(rows, rank), shift, given_bias, first=matrix(rank, 70)),
         ):
-            score, called = scores(x, times), scores.called_active(x, times)
+            score, called = scores(x, scale), scores.called_active(x, scale)
             clear = score.abs() > 1e-4 * score.abs().max()  # the compiled sum may be rounded once less
             assert called.dtype == torch.bool
             assert torch.equal(called[clear], (score > 0)[clear])
             for token in range(tokens):
-                alone = scores.called_active(x[token : token + 1], None if times is None else times[token : token + 1])
+                alone = scores.called_active(x[token : token + 1], None if scale is None else scale[token : token + 1])
                 assert torch.equal(alone[0], called[token])
 
 

@@ -51,10 +51,13 @@ def test_every_file_is_in_a_room() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_a_room_imports_only_from_those_below(path: Path) -> None:
-    own = ROOMS.index(room(path))
-    lazy = {"__init__", "quantizer", "registration"}  # the public names, and what is registered, are resolved when asked for
-    above = {name for name in imported(parsed(path)) if ROOMS.index(name) > own}
-    assert above - ({"calibration", "hub", "packing", "runtime"} if room(path) in lazy else set()) == set()
+    below = ROOMS[: ROOMS.index(room(path)) + 1]
+    assert {name for name in imported(parsed(path)) if name not in below} == set()
+
+
+def test_every_room_has_a_folder_of_tests() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {name for name in rooms if not list((ROOT / "tests" / name).glob("test_*.py"))} == set()
 
 
 USERS = {  # rooms, or files of them, that use a library; all others do without
@@ -210,6 +213,14 @@ def test_every_room_says_what_it_is_for() -> None:
         assert "TODO" not in path.read_text(encoding="utf-8")
         assert len(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") > 40, path
     assert not [path for path in SOURCES if '"""TODO"""' in (PACKAGE / path).read_text(encoding="utf-8")]
+
+
+def test_the_drawing_of_the_rooms_has_their_order() -> None:
+    """From the top down, and on a line from left to right, a room imports from those that follow."""
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    (drawing,) = re.findall(r"^```\n(commands/.*?)^```", page, re.MULTILINE | re.DOTALL)
+    undrawn = {"_version", "planner", "__init__", "__main__"}
+    assert re.findall(r"(\w+)(?:/|\.py)\s", drawing) == [name for name in reversed(ROOMS) if name not in undrawn]
 
 
 def test_the_page_about_structure_names_every_module() -> None:

@@ -20,6 +20,7 @@ from hf_flash import FlashOffloadConfig
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.run import bench
 from hf_flash.packing.readme import body, merged, without_ours
+from hf_flash.store.layout import FlashStore
 from tests.conftest import ROOT
 from tests.hub_server import UPLOAD_WARNING, Hub
 
@@ -104,7 +105,9 @@ def test_the_card_says_where_it_comes_from_and_carries_the_licence(
 
 
 def test_the_lines_for_loading_work_elsewhere(here: Hub, tiny_opt: Path, tmp_path: Path) -> None:
-    hf_flash.push(hf_flash.repack(tiny_opt, tmp_path / "flash"), "me/tiny-opt-flash")
+    folder = hf_flash.repack(tiny_opt, tmp_path / "flash")
+    hf_flash.push(folder, "me/tiny-opt-flash")
+    assert f"`{FlashStore.open_folder(folder).layers[0].names[0]}`" in text(here, "me/tiny-opt-flash")
     match = re.search("```python\n(.*?)```", text(here, "me/tiny-opt-flash"), re.DOTALL)
     assert match
     assert len(match[1].splitlines()) == 3

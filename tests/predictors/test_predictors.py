@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import hf_flash
 from hf_flash.calibration.activity import (
     FAR,
-    LONGEST,
+    LONGEST_MEASURED,
     PARTNERS,
     Activations,
     AggregatedUse,
@@ -173,14 +173,14 @@ def test_a_text_shorter_than_a_quotation_has_none(length: int) -> None:
 @settings(deadline=None, max_examples=50)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3), d_ff=st.integers(1, 20), share=st.floats(0, 1), seed=SEEDS)
 def test_aggregated_use_is_the_union_of_the_last_tokens(lengths: list[int], d_ff: int, share: float, seed: int) -> None:
-    use, found = AggregatedUse(), [list[int]() for _ in range(LONGEST)]
+    use, found = AggregatedUse(), [list[int]() for _ in range(LONGEST_MEASURED)]
     for number, length in enumerate(lengths):
         mask = masks(length, d_ff, share, seed + number)
         use.add(mask)
-        for token in range(LONGEST - 1, length):
-            for k in range(LONGEST):
+        for token in range(LONGEST_MEASURED - 1, length):
+            for k in range(LONGEST_MEASURED):
                 found[k].append(int(mask[token - k : token + 1].any(0).sum()))
-    counted = sum(max(0, length - LONGEST + 1) for length in lengths)
+    counted = sum(max(0, length - LONGEST_MEASURED + 1) for length in lengths)
     assert use.tokens == counted
     assert use.to_dict()["most"] == [max(row, default=0) for row in found]
     assert use.to_dict()["mean"] == [pytest.approx(sum(row) / max(1, counted), abs=0.006) for row in found]

@@ -20,8 +20,11 @@ from hf_flash import FlashOffloadConfig, StoreError
 from hf_flash.predictors.base import PredictorFormat
 from hf_flash.predictors.lowrank import LowRankFormat
 from hf_flash.predictors.quantized import QuantizedFormat, quantized_formats
+from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.layout import FlashStore
-from hf_flash.store.writer import write_safetensors
+from hf_flash.store.safetensors_files import read_header
+from hf_flash.store.unit import Part
+from hf_flash.store.writer import place_layer, write_layer, write_safetensors
 from tests.conftest import ROOT, make_opt
 from tests.docs import blocks, tables
 
@@ -102,11 +105,39 @@ def test_no_library_at_all_gets_one_neuron(plain: Path, store: FlashStore) -> No
             assert torch.equal(found[layer.d_model :], wanted[layer.name("down")][:, neuron])
 
 
+@pytest.mark.parametrize("placed", [False, True])
+def test_both_read_a_file_with_a_list_of_parts(tmp_path: Path, placed: bool) -> None:
+    """Format version 3, where places may be there and may not."""
+    d_ff, d_model, path = 80, 24, tmp_path / "flash-layer-00000.safetensors"
+    parts = (Part("gate", "row"), Part("up", "row"), Part("down", "column"))
+    names = [f"layers.0.{part.role}.weight" for part in parts]
+    matrices = [torch.randn(part.plain_shape(d_ff, d_model), generator=torch.Generator().manual_seed(1)) for part in parts]
+    origin = {"source": "s", "revision": "", "fingerprint": "f"}
+    write_layer(path, 0, 1, "layers.0.gate.bundles", parts, names, matrices, origin)
+    if placed:
+        (layer,) = FlashStore.open([path]).layers
+        place_layer(layer, torch.randperm(d_ff, generator=torch.Generator().manual_seed(2)).int().numpy())
+    (layer,) = FlashStore.open([path]).layers
+    assert (layer.place is not None) == placed
+    assert read_header(path)[1]["hf_flash.format_version"] == "3"
+    assert in_file(path, layer.prefix) == layer_tensors(layer, "F32")
+    for neuron in (0, 17, d_ff - 1):
+        found = torch.frombuffer(bytearray(PROGRAM["read_bundle"](path, neuron)), dtype=torch.float32)
+        rows = [part.by_unit(matrix)[neuron] for part, matrix in zip(parts, matrices, strict=True)]
+        assert torch.equal(found, torch.cat(rows))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"layers.0.gate.bundles": path.name}}))
+    plain = PROGRAM["read_plain"](tmp_path)
+    assert plain.keys() == set(names)
+    assert all(torch.equal(plain[name], matrix) for name, matrix in zip(names, matrices, strict=True))
+
+
 def test_a_newer_format_is_refused_by_both(fresh: Path, tmp_path: Path) -> None:
     for path in copied(fresh, tmp_path).glob("*.safetensors"):
         path.write_bytes(path.read_bytes().replace(b'"hf_flash.format_version":"1"', b'"hf_flash.format_version":"9"'))
     with pytest.raises(ValueError, match="of a newer format"):
         PROGRAM["read_plain"](tmp_path)
+    with pytest.raises(ValueError, match="of a newer format"):
+        PROGRAM["read_bundle"](next(tmp_path.glob("flash-layer-*")), 0)
     with pytest.raises(hf_flash.StoreVersionError):
         FlashStore.open_folder(tmp_path)
 
@@ -131,14 +162,19 @@ def in_file(path: Path, prefix: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {name.replace(prefix, "P"): (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
 
 
+def layer_tensors(layer: LayerStore, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What the table says that a layer's file has."""
+    found = shapes("`P.bundles`", d_ff=layer.d_ff, d_model=layer.d_model, parts=len(layer.unit.parts))
+    found["P.bundles"] = dtype, found["P.bundles"][1]
+    if layer.place is None:
+        del found["P.place"]
+    return found
+
+
 def test_layers_have_the_tensors_of_the_table(fresh: Path, calibrated: Path) -> None:
     for folder in (fresh, calibrated):
         for layer in FlashStore.open_folder(folder).layers:
-            wanted = shapes("`P.bundles`", d_ff=layer.d_ff, d_model=layer.d_model)
-            wanted["P.bundles"] = "BF16", wanted["P.bundles"][1]
-            if layer.place is None:
-                del wanted["P.place"]
-            assert in_file(layer.path, layer.prefix) == wanted
+            assert in_file(layer.path, layer.prefix) == layer_tensors(layer, "BF16")
 
 
 @pytest.mark.parametrize("kind", ["int4-g64", "int8", "lowrank"])

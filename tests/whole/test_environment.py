@@ -18,7 +18,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_flash import ConfigError, FlashOffloadConfig, HfFlashError
-from hf_flash.base import folders
 from hf_flash.commands import main as cli
 from hf_flash.packing import flash_cache
 from hf_flash.packing.flash_cache import cache_folder
@@ -164,14 +163,6 @@ def test_a_target_may_have_a_long_name(name: str, tmp_path: Path) -> None:
     target = tmp_path / name
     assert cli.main(["repack", str(TINY_OPT), str(target)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_names_that_fit_stay_as_they_were() -> None:
-    assert folders.shorten_name("model--abc") == "model--abc"
-    assert folders.lock_file(Path("/a/b")).name == ".b.lock"
-    long = [folders.shorten_name(end * 300) for end in "ab"] + [folders.shorten_name("a" * 299)]
-    assert len(set(long)) == 3
-    assert all(len(name) == 240 for name in long)
 
 
 def test_the_cache_folder_is_a_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

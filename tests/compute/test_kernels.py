@@ -49,7 +49,7 @@ def run(dtype: torch.dtype, n: int, d: int, seed: int, parts: int, activation: t
     rows = torch.randperm(n + 7, generator=random)[:n].numpy()
     ids = np.sort(torch.randperm(3 * n, generator=random)[:n].numpy())
     arithmetic = made(max(64, 2 * n), d, dtype, activation)
-    assert arithmetic.name == "compiled"
+    assert isinstance(arithmetic, CompiledArithmetic)
     token = arithmetic.one_token(x, {"up": bias}, matrix, rows, ids, one_block=True)
     if parts == 2:
         token.multiply_present(np.arange(0, n, 2), np.arange(1, n, 2))

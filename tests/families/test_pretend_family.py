@@ -338,8 +338,8 @@ def test_a_block_with_other_tensors_than_its_family_names_is_refused(
 ) -> None:
     plain, before = make(tmp_path / "plain", bias=True), Thinking.__init__
 
-    def changed(block: Thinking, config: PretendConfig) -> None:
-        before(block, config)
+    def changed(block: Thinking, *arguments: Any) -> None:
+        before(block, *arguments)
         change(block)
 
     monkeypatch.setattr(Thinking, "__init__", changed)

@@ -853,9 +853,9 @@ def test_saving_something_else_than_the_model_is_refused(packed: Path, tmp_path:
 
 def test_a_store_that_does_not_fit_the_config_is_refused(copy: Path) -> None:
     edit_json(copy / "config.json", lambda config: config.update(ffn_dim=64))
-    with pytest.raises(UnsupportedModelError, match="does not fit") as caught:
+    with pytest.raises(UnsupportedModelError, match="do not fit the model's config") as caught:
         load(copy)
-    names_all(caught.value, str(copy), "(3, 64, 32)", "(3, 128, 32)", "to do")
+    names_all(caught.value, str(copy), "3 layers, d_ff 64, d_model 32", "3 layers, d_ff 128, d_model 32", "to do")
 
 
 def test_pushing_a_folder_without_a_store_never_reaches_the_network(plain: Path) -> None:

@@ -86,7 +86,7 @@ def test_plan_card_and_evaluation_know_it(mirrored: Path, tmp_path: Path) -> Non
     dense = AutoModelForCausalLM.from_pretrained(mirrored, quantization_config=FlashOffloadConfig(predictor="none"))
     with torch.no_grad(), judging(find_runtime(dense).ffns, store, candidates(store), IDS.shape[1]) as judges:
         dense(IDS)
-    rates = [judge.tallies["mirror-16"].rates(128) for judge in judges]
+    rates = [judge.tallies["mirror-16"].rates() for judge in judges]
     assert all(found["missed"] == 0.0 and found["selected"] < 2 for found in rates)
 
 

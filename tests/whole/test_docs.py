@@ -200,7 +200,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def memory_of(shape: Path, predictor: str | None) -> Any:
     model = open_model(shape, predictor, None)
-    return planner._divide(model, "6GiB", planner._demand(model, None, None, None, None))
+    return planner._divide(model, "6GiB", planner._demand(model, None, None, None, None), "direct")
 
 
 def test_the_budget_of_the_page_is_how_it_is_divided(shape: Path) -> None:

@@ -1,8 +1,9 @@
 """A Python that starts fast: what tests run instead of `sys.executable` where a fresh interpreter is not what they look at.
 
 Importing torch and what transformers takes from it (its compiler, its distributed parts, sympy, scipy) costs five seconds, and
-the suite starts some two hundred processes. Here a *server* imports them once, and forks for each start; hf_flash, transformers
-and huggingface_hub, which read the environment as they are imported, are imported by the process itself.
+the suite starts some two hundred processes. Here a *server* imports them once, and forks for each start. transformers and
+huggingface_hub read the environment as they are imported: a second server, forked from the first, has them too, and is asked
+where their part of the environment is as it was. hf_flash is always imported by the process itself.
 
     [*python(), "-c", code, ...]      [*python(), "-m", module, ...]      [*python(), "script.py", ...]
 
@@ -19,6 +20,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +28,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -36,7 +39,17 @@ PRELOADED = (
     "torch", "torch._dynamo", "torch.distributed._composable.fsdp", "torch.distributed.checkpoint", "torch.distributed.fsdp",
     "torch.distributed.tensor", "torch.export", "torch.utils.cpp_extension", "yaml",
 )  # fmt: skip
-READ_EARLY = ("ATEN_", "GLIBC_", "GOMP_", "KMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "OMP_", "PYTHON", "TORCH", "VIRTUAL")
+WITH_TRANSFORMERS = (
+    "accelerate", "huggingface_hub.hf_api", "peft", "transformers.models.opt.modeling_opt", "transformers.pipelines",
+    "transformers.quantizers.auto",
+)  # fmt: skip
+READ_EARLY = (
+    "ATEN_", "GLIBC_", "GOMP_", "KMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "OMP_", "PYTHONC", "PYTHONI", "PYTHONU",
+    "PYTHONW", "TORCH", "VIRTUAL",
+)  # fmt: skip
+READ_BY_TRANSFORMERS = ("ACCELERATE_", "DISABLE_", "HF_E", "HF_H", "HF_T", "HOME", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")
+SECOND = "-transformers"  # behind the address of the first server
+NO_SECOND = {"HF_HOME": "another"}
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -44,10 +57,11 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def serve(path: str) -> None:
-    """Import, then fork for each client and tell it how its process ended, until stdin ends."""
-    for name in PRELOADED:
-        with suppress(ModuleNotFoundError):  # what is not installed nobody imports
-            import_module(name)
+    """Import, then fork for each client and tell it how its process ended, until stdin ends; as two servers."""
+    _import(PRELOADED)
+    if os.fork() == 0:
+        _import(WITH_TRANSFORMERS)
+        path += SECOND
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as listening, selectors.DefaultSelector() as ready:
         listening.bind(path)
@@ -58,6 +72,12 @@ def serve(path: str) -> None:
         while True:
             for key, _ in ready.select():
                 key.data()
+
+
+def _import(names: Iterable[str]) -> None:
+    for name in names:
+        with suppress(ImportError):  # what is not installed nobody imports
+            import_module(name)
 
 
 def _start_for(client: socket.socket, ready: selectors.BaseSelector) -> None:
@@ -101,6 +121,8 @@ def _become(told: dict[str, Any], streams: list[int]) -> NoReturn:
     os.chdir(told["folder"])
     os.environ.clear()
     os.environ.update(told["environment"])
+    tempfile.tempdir = None  # the one in this environment
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
@@ -157,11 +179,10 @@ def _run(arguments: list[str]) -> None:
 def ask(path: str, before: dict[str, str], arguments: list[str]) -> NoReturn:
     """Run a process by the server, or become one."""
     environment = dict(os.environ)
-    early = [{k: v for k, v in part.items() if k.startswith(READ_EARLY)} for part in (before, environment)]
-    if early[0] != early[1] or arguments[0].startswith(("-X", "-W", "-I")):
+    if _differ(before, environment, READ_EARLY) or arguments[0].startswith(("-X", "-W", "-I")):
         os.execv(sys.executable, [sys.executable, *arguments])
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(path)
+        server.connect(path if _differ(before, environment, READ_BY_TRANSFORMERS) else path + SECOND)
         told = {"arguments": arguments, "folder": os.getcwd(), "environment": environment}
         message = json.dumps(told).encode() + b"\n"
         sent = socket.send_fds(server, [message], [0, 1, 2])
@@ -174,26 +195,39 @@ def ask(path: str, before: dict[str, str], arguments: list[str]) -> NoReturn:
     os._exit(status)
 
 
+def _differ(one: Mapping[str, str], other: Mapping[str, str], prefixes: tuple[str, ...]) -> bool:
+    return any(one.get(name) != other.get(name) for name in one.keys() | other.keys() if name.startswith(prefixes))
+
+
 # --- for tests
 
 
+def python(*, with_transformers: bool = True) -> list[str]:
+    """What to run: the servers are started with the first call, and end with this process.
+
+    Args:
+        with_transformers: false for a process that has not imported transformers in any case.
+    """
+    path, before = _servers()
+    return [sys.executable, "-IS", __file__, "ask", path, json.dumps(before if with_transformers else before | NO_SECOND)]
+
+
 @cache
-def python() -> list[str]:
-    """What to run: the server is started with the first call, and ends with this process."""
+def _servers() -> tuple[str, dict[str, str]]:
+    """The address of the first, and what was in the environment that matters."""
     path = os.path.join(tempfile.mkdtemp(prefix="hf-flash-tests-"), "python")
     server = subprocess.Popen([sys.executable, __file__, "serve", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     atexit.register(_stop, server, path)
     assert server.stdout is not None
-    if server.stdout.readline() != b"ready\n":
+    if [server.stdout.readline() for _ in "12"] != [b"ready\n"] * 2:
         raise RuntimeError("the Python that starts fast did not start")
-    early = {name: value for name, value in os.environ.items() if name.startswith(READ_EARLY)}
-    return [sys.executable, "-IS", __file__, "ask", path, json.dumps(early)]
+    prefixes = READ_EARLY + READ_BY_TRANSFORMERS
+    return path, {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
 
 
 def _stop(server: subprocess.Popen[bytes], path: str) -> None:
     server.communicate()
-    os.unlink(path)
-    os.rmdir(os.path.dirname(path))
+    shutil.rmtree(os.path.dirname(path))
 
 
 if __name__ == "__main__":

@@ -164,9 +164,10 @@ print("loaded", flush=True)
 """
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(hf_flash.__file__).parent.parent)}
 
+    # A process that stops and goes on: a real one, whose pid is the one that is known.
     def start(how: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*python(), "-c", script, str(opt()), how], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, "-c", script, str(opt()), how], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
     with start("pause") as first:

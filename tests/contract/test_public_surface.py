@@ -31,6 +31,7 @@ from hf_flash import FlashOffloadConfig, errors
 from hf_flash.commands.main import COMMANDS
 from hf_flash.config_arguments import ARGUMENTS
 from tests.conftest import ROOT
+from tests.preloaded_python import python
 
 PACKAGE = Path(hf_flash.__file__).parent
 MODULES = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py"))
@@ -134,12 +135,19 @@ def test_a_budget_error_carries_the_minimum_as_a_number() -> None:
 # --- imports -------------------------------------------------------------------------------------------------------
 
 
-def in_a_fresh_process(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+def in_a_fresh_process(script: str, *, with_torch: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a script.
+
+    Args:
+        with_torch: in a process that has imported torch and what else transformers uses, though not transformers.
+    """
+    interpreter = python(with_transformers=False) if with_torch else [sys.executable]
+    return subprocess.run([*interpreter, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
 
 
 def test_importing_prints_nothing_and_adds_one_entry_to_what_transformers_has() -> None:
-    done = in_a_fresh_process("""
+    done = in_a_fresh_process(
+        """
 import logging, sys
 import transformers.quantizers.auto as auto
 types, quantizers, configs = (
@@ -156,12 +164,15 @@ assert logging.getLogger().handlers == loggers and not logging.getLogger("hf_fla
 unneeded = {"hf_flash.commands.main", "hf_flash.calibration.job", "matplotlib", "datasets", "rich", "transformers.pipelines",
             "transformers.models.opt.modeling_opt"}
 assert not unneeded & set(sys.modules), unneeded & set(sys.modules)
-""")
+""",
+        with_torch=True,
+    )
     assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_importing_again_changes_nothing() -> None:
-    done = in_a_fresh_process("""
+    done = in_a_fresh_process(
+        """
 import importlib, sys
 import transformers.quantizers.auto as auto
 import hf_flash
@@ -174,7 +185,9 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "hf_flash
 import hf_flash
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["flash"] is hf_flash.FlashOffloadConfig
 assert hf_flash.FlashOffloadConfig in auto.LOADING_ATTRIBUTES_CONFIG_TYPES
-""")
+""",
+        with_torch=True,
+    )
     assert (done.stdout, done.stderr) == ("", "")
 
 
@@ -242,7 +255,7 @@ ORDERS = {
     "between transformers and a model": "import transformers, hf_flash; transformers.AutoModelForCausalLM",
     "after the quantizers": "import transformers.quantizers, hf_flash",
     "in many threads": """
-import hf_flash, threading
+import hf_flash, threading, transformers  # whose own first import is not made for threads
 threads = [threading.Thread(target=__import__, args=(name,)) for name in ("transformers.quantizers", "hf_flash.config") * 4]
 for step in (threading.Thread.start, threading.Thread.join):
     for thread in threads:
@@ -253,24 +266,28 @@ for step in (threading.Thread.start, threading.Thread.join):
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_the_method_is_registered_whatever_is_imported_first(order: str) -> None:
-    done = in_a_fresh_process(f"{order}\n{REGISTERED}")
+    done = in_a_fresh_process(f"{order}\n{REGISTERED}", with_torch=True)
     assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_registering_imports_the_config_and_the_quantizer_alone() -> None:
     """It runs inside of an import of transformers: what it imports may not need the rest of it (see registration.py)."""
-    done = in_a_fresh_process("""
+    done = in_a_fresh_process(
+        """
 import sys
 import transformers.quantizers, hf_flash
 print(sorted(name.removeprefix("hf_flash.") for name in sys.modules if name.startswith("hf_flash.")))
-""")
+""",
+        with_torch=True,
+    )
     light = {"_version", "base", "base.sizes", "config", "config_arguments", "errors", "quantizer", "registration"}
     assert set(ast.literal_eval(done.stdout)) == light
 
 
 def test_until_transformers_is_imported_one_finder_waits_for_it() -> None:
     """It waits through reloading, importing hf_flash again, looking for the module, and a registration that fails."""
-    done = in_a_fresh_process(f"""
+    done = in_a_fresh_process(
+        f"""
 import importlib, importlib.util, pickle, sys
 import hf_flash
 importlib.reload(hf_flash)
@@ -297,7 +314,9 @@ else:
     raise AssertionError("it was swallowed")
 registration.register = register
 assert len(waiting()) == 1 and "transformers.quantizers" not in sys.modules
-{REGISTERED}""")
+{REGISTERED}""",
+        with_torch=True,
+    )
     assert (done.stdout, done.stderr) == ("", "")
 
 

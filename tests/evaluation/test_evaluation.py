@@ -45,19 +45,29 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def calibrated(tiny_opt: Path, halves: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibrated on little."""
     folder = hf_flash.repack(tiny_opt, tmp_path_factory.mktemp("calibrated") / "model")
+    hf_flash.calibrate(folder, halves["train"], samples=8, epochs=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_opt: Path, halves: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibrated on all there is."""
+    folder = hf_flash.repack(tiny_opt, tmp_path_factory.mktemp("trained") / "model")
     report = hf_flash.calibrate(folder, halves["train"], samples=64, epochs=3)
     print(calibration_table.describe(report))
     return folder
 
 
-@pytest.fixture(scope="module", params=["bible", pytest.param("sotu", marks=pytest.mark.slow)])
-def report(request: pytest.FixtureRequest, calibrated: Path, halves: dict[str, Path]) -> dict[str, Any]:
-    found = evaluate(calibrated, halves[request.param], tokens=TOKENS, new_tokens=4, dtype=torch.float32)
+@pytest.fixture(scope="module", params=["bible", "sotu"])
+def report(request: pytest.FixtureRequest, trained: Path, halves: dict[str, Path]) -> dict[str, Any]:
+    found = evaluate(trained, halves[request.param], tokens=TOKENS, new_tokens=4, dtype=torch.float32)
     print(compare.describe(found))
     return found
 
 
+@pytest.mark.slow
 def test_the_low_rank_predictor_keeps_what_the_paper_promises(report: dict[str, Any]) -> None:
     found = report["predictors"]["lowrank"]
     assert found["missed"] <= 0.065  # trained on 14 336 tokens; with more text it is below 5 %, see docs/predictors.md
@@ -67,6 +77,7 @@ def test_the_low_rank_predictor_keeps_what_the_paper_promises(report: dict[str, 
     assert found["bytes"] < 0.8 * report["predictors"]["int4-g64, margin 1.5"]["bytes"]
 
 
+@pytest.mark.slow
 def test_a_measured_margin_reads_less_and_misses_less_than_an_assumed_one(report: dict[str, Any]) -> None:
     assumed, measured = (report["predictors"][f"int4-g64, {kind}"] for kind in ("margin 1.5", "measured margin"))
     assert measured["selected"] < 0.95 * assumed["selected"]
@@ -76,25 +87,20 @@ def test_a_measured_margin_reads_less_and_misses_less_than_an_assumed_one(report
     assert assumed["bytes"] == measured["bytes"]
 
 
-def test_the_dense_row_is_the_stock_model(
-    report: dict[str, Any], halves: dict[str, Path], tiny_opt: Path, request: pytest.FixtureRequest
-) -> None:
-    name = request.node.callspec.params["report"]
-    tokens = token_windows(tiny_opt, halves[name], 256, 4096, most=TOKENS // 256)
+def test_the_dense_row_is_the_stock_model(calibrated: Path, halves: dict[str, Path], tiny_opt: Path) -> None:
+    report = evaluate(calibrated, halves["bible"], tokens=1024, new_tokens=1, dtype=torch.float32)
+    tokens = token_windows(tiny_opt, halves["bible"], 256, 4096, most=4)
     stock = AutoModelForCausalLM.from_pretrained(tiny_opt, dtype=torch.float32)
     with torch.no_grad():
         loss = sum(stock(ids[None], labels=ids[None]).loss.double() for ids in tokens) / len(tokens)
     dense = report["predictors"]["none"]
     assert report["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
     assert (dense["missed"], dense["lost"], dense["change"], dense["extra"]) == (0, 0, 0, 1)
-
-
-def test_the_evaluated_text_was_not_trained_on(report: dict[str, Any]) -> None:
     assert report["text"]["seen_in_calibration"] < 0.01
 
 
 def test_text_that_was_trained_on_is_recognised(calibrated: Path, halves: dict[str, Path]) -> None:
-    again = token_windows(calibrated, halves["train"], 256, 4096, most=64, seed=0)
+    again = token_windows(calibrated, halves["train"], 256, 4096, most=8, seed=0)
     quoted = load_file(FlashStore.open_folder(calibrated).calibration or "")["calibration.text"]
     assert seen_share(again, quoted) == 1.0
     found = evaluate(calibrated, again[:4].reshape(-1), new_tokens=1)
@@ -151,7 +157,7 @@ def test_verify_repacks_calibrates_and_compares_on_text_and_tasks(
     folder, figures, plots = tmp_path / "packed", tmp_path / "figures.json", tmp_path / "plots"
     arguments = [
         "verify", tiny_opt, folder, "--calibration-text", halves["train"], "--samples", 8, "--text", halves["sotu"],
-        "--tokens", 1024, "--tasks", "next_words", "--include-path", TASKS, "--limit", 6, "--with-stock",
+        "--tokens", 512, "--tasks", "next_words", "--include-path", TASKS, "--limit", 2, "--with-stock",
         "--json", figures, "--plots", plots,
     ]  # fmt: skip
     assert run(*arguments) == 0
@@ -160,13 +166,13 @@ def test_verify_repacks_calibrates_and_compares_on_text_and_tasks(
     assert set(report["predictors"]) == names
     assert set(report["tasks"]) == names | {"stock"}
     assert report["tasks"]["stock"] == report["tasks"]["none"]
-    assert report["tasks"]["stock"]["next_words"]["acc"] in {n / 6 for n in range(7)}
+    assert report["tasks"]["stock"]["next_words"]["acc"] in {0, 0.5, 1}
     assert {path.name for path in plots.iterdir()} == {"sparsity.svg", "preactivations.svg", "aggregated-use.svg"}
     assert all(path.read_text().startswith("<?xml") for path in plots.iterdir())
     said = capsys.readouterr().out
     assert all(word in said for word in (*names, "next_words acc", "rounding errors are at most", "untrained"))
     before = (folder / "flash-predictor-lowrank.safetensors").stat().st_mtime_ns
-    assert run(*arguments[:9], "--tokens", 512, "--tasks", "") == 0  # what is there is used again
+    assert run(*arguments[:9], "--tokens", 256, "--tasks", "") == 0  # what is there is used again
     assert (folder / "flash-predictor-lowrank.safetensors").stat().st_mtime_ns == before
 
 

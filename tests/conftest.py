@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,12 @@ def interrupting(after_s: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         gc.callbacks[:] = callbacks
+
+
+def slow_but(quick: Iterable[Any], all_of_them: Iterable[Any]) -> list[Any]:
+    """Values of a parameter, of which only some are tried in every run; the others are slow tests."""
+    kept = set(quick)
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in all_of_them]
 
 
 def make_opt(folder: Path, *, dtype: torch.dtype = torch.float32, shards: str = "1GB", seed: int = 0, **config: Any) -> Path:

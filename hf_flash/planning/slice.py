@@ -21,7 +21,7 @@ from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.planning.model import PlannedModel
 from hf_flash.predictors.base import NoPredictor, Predictor
 from hf_flash.runtime.engine import Engine
-from hf_flash.runtime.swap import decoder_layers
+from hf_flash.runtime.transformers_model import decoder_layers
 from hf_flash.runtime.window import ResidentWindow
 
 WINDOW_BYTES: Final = 64 << 20  # of a slice's layer

@@ -10,7 +10,7 @@ from hf_flash.errors import UnsupportedModelError
 from hf_flash.families.base import Family
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.sites import BlockFFN, InlineFFN, LastProjection, PassingActivation, empty_bias
-from hf_flash.runtime.transformers_model import decoder_layers as decoder_layers  # importable from here, too
+from hf_flash.runtime.transformers_model import decoder_layers
 
 
 def replace_feed_forwards(model: nn.Module, family: Family) -> list[FlashFFN]:

@@ -43,7 +43,7 @@ from hf_flash.runtime.model import find_runtime
 from hf_flash.runtime.observing import observed
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.writer import write_safetensors
-from tests.conftest import ROOT, TINY_OPT, make_opt, torch_threads
+from tests.conftest import ROOT, TINY_OPT, make_opt, slow_but, torch_threads
 from tests.preloaded_python import python
 
 INDEX = "model.safetensors.index.json"
@@ -54,7 +54,7 @@ PROMPT = torch.tensor([[2, 11, 7, 30, 45, 7]])
 QUICK: dict[str, Any] = {"samples": 64, "context": 32, "rank": 8, "epochs": 1}
 BATCHES: dict[str, Any] = {"samples": 100, "context": 48, "rank": 8, "epochs": 1}
 WRITES = 3 * -(-100 // (BATCH_TOKENS // 48))  # of rows in a layer: inputs, active neurons and hidden states of each batch
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 MIB = 1 << 20
 
 
@@ -382,6 +382,14 @@ DEATHS: dict[str, tuple[tuple[str, int, str], int, bool]] = {
 }
 
 
+Killed = Callable[[str, Path], Path]
+OFTEN = {
+    "forward through a later layer", "before training", "a layer's result half written", "between layers", "the last layer",
+    "a placed layer half written", "the predictor half written", "before the index", "after the index",
+    "half of the work thrown away",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repacked model of four small layers with a tokenizer, in whose layers pairs of neurons are active together."""
@@ -404,17 +412,19 @@ def undisturbed(spoken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed(spoken: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder for each death, with what the killed calibration left."""
+def killed(spoken: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    """What the calibration that was killed by a death left, as a folder of the caller's own."""
     top = tmp_path_factory.mktemp("killed")
-    folders = {name: Path(shutil.copytree(spoken, top / str(number) / "flash")) for number, name in enumerate(DEATHS)}
-    jobs = [
-        {"folder": str(folders[name]), "text": str(TEXT), "arguments": BATCHES, "death": death[0]}
-        for name, death in DEATHS.items()
-    ]
-    ends = dict(zip(DEATHS, run_jobs(jobs), strict=True))
-    assert ends == dict.fromkeys(DEATHS, -signal.SIGKILL)
-    return folders
+    found: dict[str, Path] = {}
+
+    def get(name: str, target: Path) -> Path:
+        if name not in found:
+            found[name] = Path(shutil.copytree(spoken, top / str(len(found)) / "flash"))
+            job = {"folder": str(found[name]), "text": str(TEXT), "arguments": BATCHES, "death": DEATHS[name][0]}
+            assert run_jobs([job]) == [-signal.SIGKILL]
+        return Path(shutil.copytree(found[name], target))
+
+    return get
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -447,12 +457,17 @@ def go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return watched
 
 
-@pytest.mark.parametrize("name", DEATHS)
+@pytest.mark.parametrize("name", slow_but(OFTEN, DEATHS))
 def test_a_killed_run_leaves_the_folder_as_it_was_and_goes_on_to_the_same_bytes(
-    spoken: Path, undisturbed: Path, killed: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spoken: Path,
+    undisturbed: Path,
+    killed: Killed,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, finished, unchanged = DEATHS[name]
-    folder = Path(shutil.copytree(killed[name], tmp_path / "flash"))
+    folder = killed(name, tmp_path / "flash")
     assert len(stamps(folder)) == finished
     if unchanged:
         for file in (INDEX, "config.json"):
@@ -478,10 +493,11 @@ def test_a_killed_run_leaves_the_folder_as_it_was_and_goes_on_to_the_same_bytes(
 
 
 def test_a_layer_that_another_process_finished_first_is_not_trained_again(
-    undisturbed: Path, killed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Path, killed: Killed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, done = Path(shutil.copytree(killed["before training"], tmp_path / "flash")), "layer-00002.safetensors"
-    shutil.copyfile(killed["the last layer"] / ".calibration" / done, folder / ".calibration" / done)
+    folder, other = killed("before training", tmp_path / "flash"), killed("the last layer", tmp_path / "other")
+    done = ".calibration/layer-00002.safetensors"
+    shutil.copyfile(other / done, folder / done)
     before = stamps(folder)
     watched = go_on(folder, monkeypatch)
     assert (watched.forwards, watched.trained) == ([0, 1, 2, 3], [0, 1, 3])
@@ -516,11 +532,11 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("other", slow_but({"seed", "samples", "rank"}, OTHERS))
 def test_work_for_other_arguments_is_thrown_away(
-    packed: Path, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+    packed: Path, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
-    arguments = QUICK | other
+    arguments = QUICK | OTHERS[other]
     fresh = calibrate_a_copy(packed, tmp_path / "fresh", tokens, **arguments)
     folder = Path(shutil.copytree(packed, tmp_path / "other"))
     interrupt(folder, tokens, monkeypatch, **QUICK)
@@ -561,11 +577,11 @@ raise SystemExit(main())
 
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def crew(
-    request: pytest.FixtureRequest, spoken: Path, killed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, spoken: Path, killed: Killed, tmp_path_factory: pytest.TempPathFactory
 ) -> SimpleNamespace:
     """A calibration by several processes; three of them go on with what one left that was killed."""
     top, count = tmp_path_factory.mktemp("crew"), request.param
-    folder = Path(shutil.copytree(spoken if count == 2 else killed["between layers"], top / "flash"))
+    folder = Path(shutil.copytree(spoken, top / "flash")) if count == 2 else killed("between layers", top / "flash")
     (top / "notes").mkdir()
     (top / "noting.py").write_text(NOTING)
     with socket.socket() as free:
@@ -1106,7 +1122,7 @@ EXTREMES: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("samples", [64, 8])
+@pytest.mark.parametrize("samples", slow_but({64}, [64, 8]))
 @pytest.mark.parametrize("change", EXTREMES.values(), ids=EXTREMES)
 def test_extreme_layers_get_a_predictor_too(
     tokens: torch.Tensor, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], Any], samples: int

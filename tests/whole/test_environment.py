@@ -22,6 +22,7 @@ from hf_flash.commands import main as cli
 from hf_flash.packing import flash_cache
 from hf_flash.packing.flash_cache import cache_folder
 from tests.conftest import ROOT, TINY_OPT, in_a_fork, torch_threads
+from tests.preloaded_python import python
 
 RUN = """
 import json, os, sys
@@ -47,8 +48,9 @@ def run(
     """Commands one after the other, in an environment that has nothing but what is needed and given."""
     least = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     names = json.dumps([[str(word) for word in command] for command in commands])
+    interpreter = python() if shell == '"$@"' else [sys.executable]
     return subprocess.run(
-        ["/bin/sh", "-c", shell, "sh", sys.executable, "-c", RUN, before, names], env=least | dict(given or {}),
+        ["/bin/sh", "-c", shell, "sh", *interpreter, "-c", RUN, before, names], env=least | dict(given or {}),
         capture_output=True, text=True, check=False, timeout=300, errors="surrogateescape",
     )  # fmt: skip
 

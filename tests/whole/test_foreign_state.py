@@ -24,7 +24,7 @@ from hf_flash import FlashOffloadConfig, StoreReadError, UnsupportedModelError
 from hf_flash.compute import library as native
 from hf_flash.reading.compiled_queue import CompiledQueue
 from hf_flash.store.layout import FlashStore
-from tests.conftest import ROOT, TINY_OPT, in_a_fork, interrupting, torch_threads
+from tests.conftest import ROOT, TINY_OPT, in_a_fork, interrupting, slow_but, torch_threads
 from tests.seccomp import forbid_ring
 
 MIB = 1 << 20
@@ -85,7 +85,7 @@ def reads_with(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return found
 
 
-@pytest.mark.parametrize("reader", ["direct", "mmap"])
+@pytest.mark.parametrize("reader", slow_but({"direct"}, ["direct", "mmap"]))
 def test_prompts_that_are_interrupted_anywhere_leave_a_model_as_good_as_new(load: Load, reads_with: str, reader: str) -> None:
     """Real signals at random moments, several in a row without a whole call between them."""
     model, generator, interrupted = load(reader=reader, lookahead=1), random.Random(7), 0

@@ -11,10 +11,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from optimum.quanto.library.extensions.cpp import ext
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -30,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
-from tests.conftest import TINY_OPT, torch_threads
+from tests.conftest import TINY_OPT, slow_but, torch_threads
 
 NEW = 8
 
@@ -121,6 +123,16 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _quanto_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It unpacks in C++, which takes a compiler, and a minute in every new environment."""
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([packed >> at & 2**bits - 1 for at in range(0, 8, bits)])
+
+    monkeypatch.setattr(ext, "_lib", SimpleNamespace(unpack=unpack))
+
+
 @pytest.fixture(scope="module")
 def load(opt: Callable[..., Path]) -> Callable[..., Any]:
     """`load("pre_ln")` or `load("pre_ln in float16")`: stock; with arguments of FlashOffloadConfig: flash."""
@@ -149,7 +161,7 @@ def test_without_a_predictor_it_is_the_stock_model(load: Callable[..., Any], sou
     assert same(MODES[mode](load(source, predictor="none")), MODES[mode](load(source)))
 
 
-@pytest.mark.parametrize("source", MODELS + HALF)
+@pytest.mark.parametrize("source", slow_but({"tiny_opt", "pre_ln", *HALF}, MODELS + HALF))
 @pytest.mark.parametrize("mode", MODES)
 def test_with_a_predictor_memory_changes_no_token(load: Callable[..., Any], source: str, mode: str) -> None:
     roomy = load(source, predictor="quantized", reader="mmap")

@@ -384,9 +384,8 @@ DEATHS: dict[str, tuple[tuple[str, int, str], int, bool]] = {
 
 Killed = Callable[[str, Path], Path]
 OFTEN = {
-    "forward through a later layer", "before training", "a layer's result half written", "between layers", "the last layer",
-    "a placed layer half written", "the predictor half written", "before the index", "after the index",
-    "half of the work thrown away",
+    "forward through a later layer", "a layer's result half written", "between layers", "the predictor half written",
+    "before the index", "half of the work thrown away",
 }  # fmt: skip
 
 

@@ -88,8 +88,8 @@ def test_a_measured_margin_reads_less_and_misses_less_than_an_assumed_one(report
 
 
 def test_the_dense_row_is_the_stock_model(calibrated: Path, halves: dict[str, Path], tiny_opt: Path) -> None:
-    report = evaluate(calibrated, halves["bible"], tokens=1024, new_tokens=1, dtype=torch.float32)
-    tokens = token_windows(tiny_opt, halves["bible"], 256, 4096, most=4)
+    report = evaluate(calibrated, halves["bible"], tokens=512, new_tokens=1, dtype=torch.float32)
+    tokens = token_windows(tiny_opt, halves["bible"], 256, 4096, most=2)
     stock = AutoModelForCausalLM.from_pretrained(tiny_opt, dtype=torch.float32)
     with torch.no_grad():
         loss = sum(stock(ids[None], labels=ids[None]).loss.double() for ids in tokens) / len(tokens)
@@ -103,7 +103,7 @@ def test_text_that_was_trained_on_is_recognised(calibrated: Path, halves: dict[s
     again = token_windows(calibrated, halves["train"], 256, 4096, most=8, seed=0)
     quoted = load_file(FlashStore.open_folder(calibrated).calibration or "")["calibration.text"]
     assert seen_share(again, quoted) == 1.0
-    found = evaluate(calibrated, again[:4].reshape(-1), new_tokens=1)
+    found = evaluate(calibrated, again[:2].reshape(-1), new_tokens=1)
     assert found["text"]["seen_in_calibration"] == 1.0
     assert "WARNING: the predictors were trained on 100% of this text" in compare.describe(found)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_flash import FlashOffloadConfig
-from tests.conftest import ROOT
+from tests.conftest import ROOT, slow_but
 
 CONTEXT, TOKENS = 256, 16 * 256
 
@@ -28,7 +28,7 @@ class Selection:
     missed: int = 0
 
 
-@pytest.fixture(scope="module", params=["bible", "sotu"])
+@pytest.fixture(scope="module", params=slow_but({"bible"}, ["bible", "sotu"]))
 def tokens(request: pytest.FixtureRequest, tokenizer: Any) -> torch.Tensor:
     """[windows, CONTEXT] held-out token ids."""
     text = (ROOT / "examples" / "text" / f"{request.param}.valid.txt").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
-from tests.conftest import torch_threads
+from tests.conftest import slow_but, torch_threads
 
 
 class Model(NamedTuple):
@@ -177,7 +177,7 @@ def run(model: Any, call: Call) -> torch.Tensor:
 # --- the same call: the same bits -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", MEMORIES, ids=str)
+@pytest.mark.parametrize("memory", slow_but(MEMORIES[::2], MEMORIES), ids=str)
 @pytest.mark.parametrize("model", MODELS, ids=str)
 @few_examples
 @given(calls=some_calls)

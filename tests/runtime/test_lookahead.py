@@ -20,7 +20,7 @@ from hf_flash.reading.compiled_queue import CompiledQueue
 from hf_flash.reading.reader import BundleReader
 from hf_flash.runtime.model import find_runtime
 from hf_flash.store.layout import FlashStore
-from tests.conftest import TINY_OPT, in_a_fork
+from tests.conftest import TINY_OPT, in_a_fork, slow_but
 
 MIB = 1 << 20
 Load = Callable[..., Any]
@@ -238,7 +238,7 @@ def test_a_prompt_on_a_disk_that_fails_is_an_error_of_its_layer(load: Load, tmp_
     assert torch.equal(logits(model), wanted)
 
 
-@pytest.mark.parametrize("reader", ["direct", "mmap"])
+@pytest.mark.parametrize("reader", slow_but({"direct"}, ["direct", "mmap"]))
 def test_a_compiled_model_says_the_same(load: Load, reader: str) -> None:
     model = load(lookahead=1, reader=reader)
     compiled = torch.compile(model, backend="eager")

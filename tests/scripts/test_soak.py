@@ -13,8 +13,8 @@ from tests.conftest import ROOT
 from tests.docs import tables
 from tests.preloaded_python import python
 
-QUICK = ("fuzz", "interrupt", "reload", "threads", "changing-source")
-SLOW = ("kill", "decode", "fork")
+QUICK = ("fuzz", "reload", "changing-source")
+SLOW = ("kill", "interrupt", "decode", "threads", "fork")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, forks")
 

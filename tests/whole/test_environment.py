@@ -63,7 +63,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("given", [
     pytest.param({"LC_ALL": "C"}, marks=pytest.mark.slow, id="locale"),
-    pytest.param({"PYTHONIOENCODING": "ascii:strict"}, id="stdout"),
+    pytest.param({"PYTHONIOENCODING": "ascii:strict"}, marks=pytest.mark.slow, id="stdout"),
 ])  # fmt: skip
 def test_every_command_takes_paths_that_are_not_ascii(model: Path, tmp_path: Path, given: dict[str, str]) -> None:
     flash, plain = tmp_path / "flash-ü", tmp_path / "plain-ü"
@@ -116,7 +116,14 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch)
     assert flash_cache.scan() == []
 
 
-@pytest.mark.parametrize(("shell", "code"), [('"$@" >&-', 0), ('"$@" <&- >&- 2>&-', 0), ('"$@" >/dev/full', 1)])
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [
+        pytest.param('"$@" >&-', 0, marks=pytest.mark.slow),
+        ('"$@" <&- >&- 2>&-', 0),
+        ('"$@" >/dev/full', 1),
+    ],
+)
 def test_closed_and_full_streams(tmp_path: Path, shell: str, code: int) -> None:
     target = tmp_path / "flash"
     done = run([("repack", TINY_OPT, target), ("inspect", target)], {"HF_HOME": str(tmp_path)}, shell=shell)

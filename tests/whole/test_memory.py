@@ -100,7 +100,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure anonymous memory")
 @pytest.mark.parametrize(("dtype", "predictor", "budget", "reader"), [
-    ("float16", "none", 50 * MIB, "mmap"),
+    pytest.param("float16", "none", 50 * MIB, "mmap", marks=pytest.mark.slow),
     ("float16", "quantized", 60 * MIB, "direct"),
     ("float32", "none", 100 * MIB, "direct"),
     pytest.param("float16", "none", 50 * MIB, "direct", marks=pytest.mark.slow),

@@ -161,7 +161,7 @@ def test_without_a_predictor_it_is_the_stock_model(load: Callable[..., Any], sou
     assert same(MODES[mode](load(source, predictor="none")), MODES[mode](load(source)))
 
 
-@pytest.mark.parametrize("source", slow_but({"tiny_opt", "pre_ln", *HALF}, MODELS + HALF))
+@pytest.mark.parametrize("source", slow_but({"tiny_opt", *HALF}, MODELS + HALF))
 @pytest.mark.parametrize("mode", MODES)
 def test_with_a_predictor_memory_changes_no_token(load: Callable[..., Any], source: str, mode: str) -> None:
     roomy = load(source, predictor="quantized", reader="mmap")

@@ -49,7 +49,6 @@ READ_EARLY = (
 )  # fmt: skip
 READ_BY_TRANSFORMERS = ("ACCELERATE_", "DISABLE_", "HF_E", "HF_H", "HF_T", "HOME", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")
 SECOND = "-transformers"  # behind the address of the first server
-NO_SECOND = {"HF_HOME": "another"}
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -176,13 +175,14 @@ def _run(arguments: list[str]) -> None:
 # --- the client
 
 
-def ask(path: str, before: dict[str, str], arguments: list[str]) -> NoReturn:
-    """Run a process by the server, or become one."""
+def ask(path: str, before: dict[str, str], with_transformers: bool, arguments: list[str]) -> NoReturn:
+    """Run a process by one of the servers, or become one."""
     environment = dict(os.environ)
     if _differ(before, environment, READ_EARLY) or arguments[0].startswith(("-X", "-W", "-I")):
         os.execv(sys.executable, [sys.executable, *arguments])
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(path if _differ(before, environment, READ_BY_TRANSFORMERS) else path + SECOND)
+        second = with_transformers and not _differ(before, environment, READ_BY_TRANSFORMERS)
+        server.connect(path + SECOND * second)
         told = {"arguments": arguments, "folder": os.getcwd(), "environment": environment}
         message = json.dumps(told).encode() + b"\n"
         sent = socket.send_fds(server, [message], [0, 1, 2])
@@ -209,7 +209,7 @@ def python(*, with_transformers: bool = True) -> list[str]:
         with_transformers: false for a process that has not imported transformers in any case.
     """
     path, before = _servers()
-    return [sys.executable, "-IS", __file__, "ask", path, json.dumps(before if with_transformers else before | NO_SECOND)]
+    return [sys.executable, "-IS", __file__, "ask", path, json.dumps([before, with_transformers])]
 
 
 @cache
@@ -234,4 +234,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(sys.argv[2])
     else:
-        ask(sys.argv[2], json.loads(sys.argv[3]), sys.argv[4:])
+        ask(sys.argv[2], *json.loads(sys.argv[3]), sys.argv[4:])

@@ -9,13 +9,16 @@ Neither depends on where the rows of a block lie, so that results are bit-identi
     compiled, several tokens, each with few neurons of its own
              The compiled part multiplies rows with the tokens that use them: up a share of the rows at a time, which stays in a
              core's cache while the tokens go by; down a tile of columns at a time. A token gets the same bits as alone.
+    compiled, several tokens that use all neurons
+             Up is the fastest product of whole matrices (dense.py), rounded as the stock layer's. Down is as above, over the
+             hidden values that are not zero: where these are few, that is several times faster than the whole product.
     torch, one token
              Up: gather rows in id order, `F.linear` in the dtype of compute. Down: `embedding_bag`, which reads only the rows
              of neurons that are really non-zero and accumulates in fp32. Each row is viewed as two half rows in two bags, so
              that two threads share the work while every output element is one sum in id order, rounded once. A call of
              several blocks in 16 bits would be rounded once a block: there the rows of non-zero neurons are widened and the
              sum over all blocks is kept in fp32.
-    torch, several tokens; also where tokens use (nearly) all neurons
+    torch, several tokens; also down where most hidden values are not zero
              Rows are widened to fp32 and both products are fp32 GEMMs that accumulate over blocks; the hidden activations are
              rounded to the dtype of compute in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
              on CPUs, and bf16 would round every partial sum.)
@@ -36,9 +39,10 @@ import torch.nn.functional as F
 
 from hf_flash.base.arrays import Ids
 from hf_flash.base.buffers import aligned_empty
+from hf_flash.compute import dense
 from hf_flash.compute import library as native
 from hf_flash.compute.activation import RELU, Activation, Elementwise
-from hf_flash.compute.kernels import TokenKernel, TokensKernel, addresses, copy_rows, supports
+from hf_flash.compute.kernels import TokenKernel, TokenRoom, TokensKernel, addresses, copy_rows, gather, supports
 from hf_flash.store.unit import Role, UnitLayout
 
 _BAGS: Final = 2
@@ -93,7 +97,7 @@ class SeveralTokens(Protocol):
         """
         ...
 
-    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
+    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor | None:
         """Only if `scattered`: the same for bundles at addresses `places` (`kernels.addresses`)."""
         ...
 
@@ -112,7 +116,7 @@ class Arithmetic:
         activation: of all layers.
     """
 
-    step_kernel: TokenKernel | None = None  # of the compiled part, where it can take a token through a layer in one call
+    step_kernel: TokenKernel | None = None  # of the compiled part, where it can take tokens through a layer in one call
 
     def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:
         self.unit, self.activation = unit, activation
@@ -132,7 +136,7 @@ class Arithmetic:
         """What the buffers for layers of this shape take, in bytes, with any arithmetic."""
         wide = 0 if unit.dtype == torch.float32 else 4 * unit.numbers
         rows = block_rows(d_ff, 1) * unit.row_bytes + block_rows(d_ff, 2) * (unit.row_bytes + wide)
-        return rows + TokenKernel.nbytes(block_rows(d_ff, 1), unit.width)
+        return rows + TokenKernel.nbytes(d_ff, unit.width)
 
     def matrix(self, rows: int) -> torch.Tensor:
         """Memory for the bundles of so many neurons, [rows, unit.numbers]: what a window keeps them in."""
@@ -174,7 +178,7 @@ class CompiledArithmetic(Arithmetic):
 
     def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:
         super().__init__(d_ff, unit, activation)
-        self._kernel, self._relu = TokenKernel(block_rows(d_ff, 1), unit), activation.code == RELU
+        self._kernel, self._relu = TokenKernel(d_ff, unit), activation.code == RELU
         self.step_kernel = self._kernel if self._relu else None
 
     @classmethod
@@ -188,10 +192,13 @@ class CompiledArithmetic(Arithmetic):
         return _CompiledToken(self._kernel, x.dtype, None if self._relu else self.activation.function)
 
     def several_tokens(self, x: torch.Tensor, selected: torch.Tensor | None, union: int, biases: Biases) -> SeveralTokens:
-        if not self._relu or selected is None or np.count_nonzero(selected.numpy()) > _DENSE * len(x) * union:
+        if not self._relu:
             return super().several_tokens(x, selected, union, biases)
-        kernel = TokensKernel(self.unit, x, selected.contiguous(), biases["up"], min(union, len(self.gathered)))
-        return _CompiledTokens(kernel)
+        if selected is None:
+            return _CompiledAll(self, x, biases)
+        if len(x) > TokenRoom.tokens and np.count_nonzero(selected.numpy()) > _DENSE * len(x) * union:
+            return super().several_tokens(x, selected, union, biases)
+        return _CompiledTokens(self, x, selected, biases, union)
 
     def copy_rows(self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids) -> None:
         copy_rows(source, chosen, target, places)
@@ -231,14 +238,52 @@ class _CompiledTokens:
 
     scattered = True
 
-    def __init__(self, kernel: TokensKernel) -> None:
-        self._kernel = kernel
+    def __init__(self, arithmetic: Arithmetic, x: torch.Tensor, selected: torch.Tensor, biases: Biases, union: int) -> None:
+        self._x, self._selected, self._bias = x, selected.contiguous(), biases["up"]
+        self._kernel = TokensKernel(arithmetic.unit, len(x), min(union, len(arithmetic.gathered)))
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
-        self._kernel.add(addresses(matrix, rows), ids, out)
+        self.add_scattered(addresses(matrix, rows), ids, out)
 
     def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
-        self._kernel.add(places, ids, out)
+        self._kernel.down(self._kernel.up(self._x, self._selected, self._bias, places, ids), places, out)
+
+
+class _CompiledAll:
+    """Several tokens that use all neurons of a layer with a ReLU: up as a whole product, down over what is not zero."""
+
+    scattered = True
+
+    def __init__(self, arithmetic: Arithmetic, x: torch.Tensor, biases: Biases) -> None:
+        self._arithmetic, self._x, self._bias = arithmetic, x, biases["up"]
+        self._kernel = TokensKernel(arithmetic.unit, len(x), len(arithmetic.gathered))
+
+    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+        return self.add_scattered(addresses(matrix, rows), ids, out)
+
+    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+        before = self._up(places, ids)
+        left = self._kernel.down(before, places, out, at_most=_DENSE)
+        if left is not None:
+            self._add_down(left.relu(), places, out[-len(left) :])
+        return before
+
+    def _up(self, places: Ids, ids: Ids) -> torch.Tensor:
+        """Pre-activations, [tokens, n] in the dtype of compute."""
+        if dense.few(len(self._x), self._x.dtype):
+            return self._kernel.up(self._x, None, self._bias, places, ids)
+        buffers = self._arithmetic
+        weight = gather(places, buffers.unit, "up", buffers.gathered)
+        bias = None if self._bias is None else torch.index_select(self._bias, 0, torch.from_numpy(ids))
+        return dense.multiply(self._x, weight, bias, buffers.wide)
+
+    def _add_down(self, hidden: torch.Tensor, places: Ids, out: torch.Tensor) -> None:
+        """The whole product, in fp32."""
+        buffers = self._arithmetic
+        weight = gather(places, buffers.unit, "down", buffers.gathered)
+        if weight.dtype != torch.float32:
+            weight = buffers.wide.view(-1)[: weight.numel()].view(weight.shape).copy_(weight)
+        out.addmm_(hidden.float(), weight)
 
 
 class _TorchToken:

@@ -2,10 +2,10 @@
 
     TokenKernel      one token and the rows of some neurons, multiplied where they lie; runtime/token_step.py does the same with
                      window and reads in one call
-    TokensKernel     the same for tokens that each use neurons of their own
+    TokensKernel     the same for several tokens, each with neurons of its own
     Product          a quantized matrix, to be multiplied with tokens
     linear           a matrix that stays in memory times a few tokens
-    copy_rows        scattered rows to scattered places
+    copy_rows        scattered rows to scattered places; gather: a part of scattered units to one place
 
 [`supports`] says whether it knows a layout of units.
 """
@@ -21,13 +21,12 @@ import torch
 from hf_flash.base.arrays import Ids
 from hf_flash.compute import library as native
 from hf_flash.compute.library import DTYPES, CopyJob, LinearJob, ProductJob, RowLayout, TokenJob, TokensJob
-from hf_flash.store.unit import UnitLayout
+from hf_flash.store.unit import Role, UnitLayout
 
 _ROLES: Final = ("up", "down")  # of the parts of a unit, in their order
 _SHARED: Final = 1 << 18  # products that waking another thread is worth
 _WORTH_COPYING: Final = 1 << 18  # bytes that waking another thread is worth
 _TOKENS: Final = 1024  # that `TokensKernel` takes at a time: for more, its room would grow
-_LEAST_SHARE: Final = 16  # neurons, at least, that are counted together (UP_ROWS of native.h)
 _TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of native.h)
 
 
@@ -46,26 +45,49 @@ def row_layout(layout: UnitLayout) -> RowLayout:
 
 
 class TokenRoom:
-    """What one token needs beside its neurons; all layers of a model share it.
+    """What a few tokens need beside their neurons; all layers of a model share it.
 
     Args:
-        neurons: the most that it uses.
+        neurons: the most that they use: those of the widest layer.
         d_model: width.
     """
 
+    tokens: Final = 16  # at most, in one call (MOST_TOKENS of step.c)
     reads: Final = 1024  # missing neurons, at most, that the compiled part reads by itself
 
     def __init__(self, neurons: int, d_model: int) -> None:
         self.neurons = neurons
-        self.hidden, self.x_f32 = torch.empty(neurons, dtype=torch.float32, device="cpu"), np.empty(d_model, dtype=np.float32)
+        self.hidden = torch.empty(neurons, dtype=torch.float32, device="cpu")
+        self.hidden_of_several = torch.empty(self.tokens, neurons, dtype=torch.float32, device="cpu")  # or 16 bits
+        self.x_f32 = np.empty(d_model, dtype=np.float32)
         self.active, self.ids, self.rows = (np.empty(neurons, dtype=np.int64) for _ in range(3))
         self.resident_at, self.missing_at = (np.empty(neurons, dtype=np.int64) for _ in range(2))
         self.incoming, self.pieces = (np.empty(2 * self.reads, dtype=np.int64) for _ in range(2))
         self.offsets, self.first = (np.empty(self.reads + 1, dtype=np.int64) for _ in range(2))
+        self.used_by_any, self.places = np.empty(neurons, dtype=np.uint8), np.empty(neurons, dtype=np.int64)
+        self.several = TokensRoom(self.tokens, neurons)
 
     @classmethod
     def nbytes(cls, neurons: int, d_model: int) -> int:
-        return 44 * neurons + 4 * d_model + 48 * cls.reads + 16
+        return (53 + 4 * cls.tokens) * neurons + 4 * d_model + 48 * cls.reads + 16 + TokensRoom.nbytes(cls.tokens, neurons)
+
+
+class TokensRoom:
+    """Room for those hidden values of several tokens that are not zero.
+
+    Args:
+        tokens: the most in a call.
+        neurons: the most that they use.
+    """
+
+    def __init__(self, tokens: int, neurons: int) -> None:
+        sizes = (4 * tokens * neurons, 2 * tokens * neurons, 4 * tokens)
+        self._keep = [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes]
+        self.values, self.row_of, self.count = (part.data_ptr() for part in self._keep)
+
+    @staticmethod
+    def nbytes(tokens: int, neurons: int) -> int:
+        return 6 * tokens * neurons + 4 * tokens
 
 
 class TokenKernel:
@@ -132,55 +154,72 @@ class TokenKernel:
 
 
 class TokensKernel:
-    """The arithmetic of several tokens that each use neurons of their own.
+    """The arithmetic of several tokens, each of which has hidden values of its own that are not zero.
 
     The sums are those of [`TokenKernel`], in the same order: beside others or alone, on any number of threads, with AVX-512 and
     without, a token gets the same bits.
 
     Args:
         layout: of the rows, one that is supported.
-        x: [tokens, width] in the dtype of compute, contiguous.
-        used: bool [tokens, d_ff], contiguous: which neurons each token uses.
-        bias: [d_ff] of the up projection. Hidden values below zero become zero.
+        tokens: how many.
         neurons: the most in one call.
         avx512: whether AVX-512 may be used.
     """
 
-    def __init__(
-        self,
-        layout: UnitLayout,
-        x: torch.Tensor,
-        used: torch.Tensor,
-        bias: torch.Tensor | None,
-        neurons: int,
-        *,
-        avx512: bool = True,
-    ) -> None:
-        self._x, self._used, self._bias, self._avx512 = x, used, bias, avx512
-        self._row_layout = row_layout(layout)
-        self._threads, self._most = native.threads(), min(len(x), _TOKENS)
-        room = (4 * neurons, 2 * neurons, 4 * -(-neurons // _LEAST_SHARE))  # a token's: hidden values, whose they are, how many
-        self._room = [torch.empty(self._most * size, dtype=torch.uint8, device="cpu") for size in room]
+    def __init__(self, layout: UnitLayout, tokens: int, neurons: int, *, avx512: bool = True) -> None:
+        self._row_layout, self._avx512 = row_layout(layout), avx512
+        self._threads, self._most = native.threads(), min(tokens, _TOKENS)
+        self._room, self._every = TokensRoom(self._most, neurons), np.arange(neurons)
         self._packed = torch.empty(self._threads * neurons * _TILE_BYTES, dtype=torch.uint8, device="cpu")
 
-    def add(self, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
-        """Add to each token's `out` what the neurons give that it uses.
+    def up(self, x: torch.Tensor, used: torch.Tensor | None, bias: torch.Tensor | None, rows: Ids, ids: Ids) -> torch.Tensor:
+        """Hidden values before the activation, [tokens, n] in the dtype of compute; zero for neurons that a token does not use.
 
         Args:
+            x: [tokens, width] in the dtype of compute, contiguous.
+            used: bool [tokens, d_ff], contiguous: which neurons each token uses; `None`: all.
+            bias: [d_ff] of the up projection.
             rows, ids: [n] addresses of units, in the dtype of compute, and the neurons that they are of.
-            out: float32 [tokens, width], contiguous.
         """
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
-        hidden, row_of, count = (part.data_ptr() for part in self._room)
-        for at in range(0, len(self._x), self._most):
-            x, used = self._x[at : at + self._most], self._used[at : at + self._most]
-            job = TokensJob(
-                layout=self._row_layout, x=x.data_ptr(), bias=None if self._bias is None else self._bias.data_ptr(),
-                rows=rows.ctypes.data, ids=ids.ctypes.data, used=used.data_ptr(), hidden=hidden, out=out[at:].data_ptr(),
-                row_of=row_of, count=count, packed=self._packed.data_ptr(), n=len(rows), d_ff=used.shape[1], tokens=len(x),
-                dtype=DTYPES[x.dtype], threads=self._threads, no_avx512=not self._avx512,
-            )  # fmt: skip
-            native.loaded().hf_several(ctypes.byref(job))  # type: ignore[union-attr]
+        hidden = torch.empty(len(x), len(rows), dtype=x.dtype, device="cpu")
+        for at in range(0, len(x), self._most):
+            job = self._job(hidden[at : at + self._most], rows)
+            job.x, job.ids, job.positions, job.todo = x[at:].data_ptr(), ids.ctypes.data, self._every.ctypes.data, len(rows)
+            job.bias = None if bias is None else bias.data_ptr()
+            if used is not None:
+                job.used, job.d_ff = used[at:].data_ptr(), used.shape[1]
+            native.loaded().hf_several_up(ctypes.byref(job))  # type: ignore[union-attr]
+        return hidden
+
+    def down(self, hidden: torch.Tensor, rows: Ids, out: torch.Tensor, *, at_most: float = 1.0) -> torch.Tensor | None:
+        """Add relu(hidden) times the down projections to each token's `out`, neuron by neuron.
+
+        Args:
+            hidden: [tokens, n] in the dtype of compute, contiguous.
+            rows: [n] addresses of units.
+            out: float32 [tokens, width], contiguous.
+            at_most: share of the hidden values that may be positive.
+
+        Returns:
+            The tokens that are left to be done, since more of their values are positive: a slice of `hidden`. `None`: none are.
+        """
+        rows = np.ascontiguousarray(rows)
+        for at in range(0, len(hidden), self._most):
+            job = self._job(hidden[at : at + self._most], rows)
+            job.out = out[at:].data_ptr()
+            if native.loaded().hf_several_nonzero(ctypes.byref(job)) > at_most * job.tokens * job.n:  # type: ignore[union-attr]
+                return hidden[at:]
+            native.loaded().hf_several_down(ctypes.byref(job))  # type: ignore[union-attr]
+        return None
+
+    def _job(self, hidden: torch.Tensor, rows: Ids) -> TokensJob:
+        room = self._room
+        return TokensJob(
+            layout=self._row_layout, rows=rows.ctypes.data, hidden=hidden.data_ptr(),
+            values=room.values, row_of=room.row_of, count=room.count, packed=self._packed.data_ptr(),
+            n=len(rows), tokens=len(hidden), dtype=DTYPES[hidden.dtype], threads=self._threads, no_avx512=not self._avx512,
+        )  # fmt: skip
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, avx512: bool = True) -> torch.Tensor:
@@ -212,9 +251,20 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
 
 def copy_rows(source: torch.Tensor, rows: Ids, target: torch.Tensor, places: Ids) -> None:
     """`target[places] = source[rows]`, of contiguous matrices as wide."""
-    from_, to, size = addresses(source, rows), addresses(target, places), source.shape[1] * source.element_size()
-    count = native.threads() if len(from_) * size >= _WORTH_COPYING else 1
-    job = CopyJob(from_.ctypes.data, to.ctypes.data, len(from_), size, count)
+    _copy(addresses(source, rows), addresses(target, places), source.shape[1] * source.element_size())
+
+
+def gather(rows: Ids, layout: UnitLayout, role: Role, target: torch.Tensor) -> torch.Tensor:
+    """A part of units at addresses `rows` [n], one after the other: [n, width] at the beginning of `target`, contiguous."""
+    gathered = target.view(-1)[: len(rows) * layout.width].view(len(rows), layout.width)
+    _copy(rows + layout.offset(role), addresses(gathered, np.arange(len(rows))), layout.width * target.element_size())
+    return gathered
+
+
+def _copy(source: Ids, target: Ids, size: int) -> None:
+    """Copy `size` bytes from each address to another."""
+    count = native.threads() if len(source) * size >= _WORTH_COPYING else 1
+    job = CopyJob(source.ctypes.data, target.ctypes.data, len(source), size, count)
     native.loaded().hf_copy(ctypes.byref(job))  # type: ignore[union-attr]
 
 
@@ -229,17 +279,18 @@ class Product:
     Args:
         codes: int8 [rows, columns], or uint8 [rows, columns / 2] with `zeros`.
         scales, zeros: bfloat16 [rows, groups], in 8 bits one group; 32 columns or a multiple in a group of 4 bits.
+        avx512: whether AVX-512 may be used.
     """
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, *, avx512: bool = True) -> None:
         self._keep, self._library = (codes, scales, zeros), native.loaded()
         self._rows, columns, groups = len(codes), codes.shape[1], 1
         if zeros is not None:
             columns, groups = 2 * columns, scales.shape[1]
-        self._columns, self._groups, self._room = columns, groups, 8 * groups + 2 * (columns + 15 & ~15)  # bytes a token
+        self._columns, self._groups, self._room = columns, groups, 2 * (columns + 31 & ~31) + 4 + 4 * groups  # bytes a token
         self._job = ProductJob(
             codes=codes.data_ptr(), scales=scales.data_ptr(), zeros=None if zeros is None else zeros.data_ptr(),
-            rows=self._rows, columns=columns, group=columns // groups, bits=8 if zeros is None else 4,
+            rows=self._rows, columns=columns, group=columns // groups, bits=8 if zeros is None else 4, no_avx512=not avx512,
         )  # fmt: skip
 
     def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
@@ -301,5 +352,6 @@ class Product:
         job, tokens = self._job, len(x)
         job.x, job.dtype, job.tokens = x.data_ptr(), DTYPES[x.dtype], tokens
         job.out = None if out is None else out.data_ptr()
-        job.x_step, job.x_sum = room, room + 4 * tokens * self._groups
-        job.x_codes = room + 8 * tokens * self._groups
+        job.x_codes = room  # first: vectors of it lie within cache lines
+        job.x_step = room + 2 * tokens * (self._columns + 31 & ~31)
+        job.x_sum = job.x_step + 4 * tokens

@@ -31,7 +31,7 @@ from hf_flash.base import dtypes
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 11  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
+ABI: Final = 13  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final[Mapping[torch.dtype, int]] = {getattr(torch, name): number for number, name in enumerate(dtypes.DTYPES)}
 """Those of compute, as numbered in native.h."""
@@ -49,14 +49,20 @@ class RowLayout(ctypes.Structure):
     _fields_ = tuple((name, _long) for name in ("row_bytes", "up_offset", "down_offset", "width"))
 
 
+class Meanwhile(ctypes.Structure):
+    """Something that the calling thread does while others compute: the compiled part alone sets it."""
+
+    _fields_ = (*((name, _pointer) for name in ("begin", "end", "data")), ("waited_s", _double), ("ended", _int))
+
+
 class TokenJob(ctypes.Structure):
     """One token and some neurons."""
 
     _fields_ = (
         ("layout", RowLayout),
         *((name, _pointer) for name in ("x", "matrix", "bias", "rows", "ids", "positions", "hidden", "out", "x_f32", "active")),
-        *((name, _long) for name in ("n", "todo", "share")), ("meanwhile", _pointer), ("waited_s", _double),
-        *((name, _int) for name in ("dtype", "threads", "relu", "next", "meanwhile_ended")),
+        *((name, _long) for name in ("n", "todo", "share")), ("meanwhile", Meanwhile),
+        *((name, _int) for name in ("dtype", "threads", "relu", "next")),
     )  # fmt: skip
 
 
@@ -65,8 +71,9 @@ class TokensJob(ctypes.Structure):
 
     _fields_ = (
         ("layout", RowLayout),
-        *((name, _pointer) for name in ("x", "bias", "rows", "ids", "used", "hidden", "out", "row_of", "count", "packed")),
-        *((name, _long) for name in ("n", "d_ff", "tokens", "share")),
+        *((name, _pointer) for name in ("x", "bias", "rows", "ids", "used", "positions", "hidden", "values", "row_of")),
+        *((name, _pointer) for name in ("count", "out", "packed")),
+        *((name, _long) for name in ("n", "d_ff", "tokens", "todo", "share")), ("meanwhile", Meanwhile),
         *((name, _int) for name in ("dtype", "threads", "no_avx512", "pack", "next")),
     )  # fmt: skip
 
@@ -78,7 +85,7 @@ class ProductJob(ctypes.Structure):
         *((name, _pointer) for name in ("codes", "scales", "zeros", "shift", "shift_scale", "bias", "x")),
         *((name, _pointer) for name in ("x_codes", "x_step", "x_sum", "out", "active", "first")),
         *((name, _long) for name in ("rows", "columns", "group", "tokens")),
-        *((name, _int) for name in ("bits", "dtype", "bias_dtype", "threads", "next", "done", "x_ready")),
+        *((name, _int) for name in ("bits", "dtype", "bias_dtype", "threads", "no_avx512", "next", "done", "x_ready")),
     )
 
 
@@ -131,14 +138,15 @@ class Window(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """One token through one layer."""
+    """A few tokens through one layer."""
 
     _fields_ = (
-        ("job", TokenJob), ("window", Window),
-        *((name, _pointer) for name in ("reader", "file", "selected", "place_of", "ids", "rows", "resident_at", "missing_at")),
-        *((name, _pointer) for name in ("incoming", "offsets", "first", "pieces")),
-        *((name, _long) for name in ("max_used", "max_missing", "file_offset", "max_run", "block_bytes", "ticket", "failed")),
-        *((name, _long) for name in ("used", "missing", "read_bytes", "chunks")), ("managed_s", _double),
+        ("job", TokenJob), ("several", TokensJob), ("window", Window),
+        *((name, _pointer) for name in ("reader", "file", "selected", "used_by_any", "places", "place_of", "ids", "rows")),
+        *((name, _pointer) for name in ("resident_at", "missing_at", "incoming", "offsets", "first", "pieces")),
+        *((name, _long) for name in ("tokens", "max_used", "max_missing", "file_offset", "max_run", "block_bytes", "ticket")),
+        *((name, _long) for name in ("failed", "used", "missing", "read_bytes", "chunks")),
+        ("managed_s", _double), ("waited_s", _double),
     )  # fmt: skip
 
 
@@ -173,7 +181,8 @@ def load() -> ctypes.CDLL:
 def _declare(found: ctypes.CDLL) -> None:
     """Say what its functions take and return."""
     found.hf_up.argtypes = found.hf_down.argtypes = [ctypes.POINTER(TokenJob)]
-    found.hf_several.argtypes = [ctypes.POINTER(TokensJob)]
+    found.hf_several_up.argtypes = found.hf_several_down.argtypes = [ctypes.POINTER(TokensJob)]
+    found.hf_several_nonzero.argtypes, found.hf_several_nonzero.restype = [ctypes.POINTER(TokensJob)], _long
     found.hf_multiply.argtypes = [ctypes.POINTER(ProductJob)]
     found.hf_linear.argtypes = [ctypes.POINTER(LinearJob)]
     found.hf_copy.argtypes = [ctypes.POINTER(CopyJob)]

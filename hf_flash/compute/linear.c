@@ -5,7 +5,6 @@
 #ifdef HF_NATIVE
 
 #include <stdlib.h>
-#include <string.h>
 
 #include "numbers.h"
 #include "parallel.h"
@@ -14,20 +13,8 @@ enum { TILE_ROWS = 4, TILE_TOKENS = 4 }; /* sums that registers have room for */
 enum { LINEAR_ROWS = 32 };               /* that a thread takes at a time */
 
 /* One output: bias added, rounded once. */
-INLINE void put(const LinearJob *job, int64_t row, int64_t token, float sum, int dtype) {
-    const int64_t at = token * job->rows + row;
-    if (job->bias)
-        sum += one(job->bias, row, dtype);
-    if (dtype == F32) {
-        ((float *)job->out)[at] = sum;
-    } else if (dtype == F16) {
-        ((uint16_t *)job->out)[at] = _cvtss_sh(sum, _MM_FROUND_TO_NEAREST_INT);
-    } else {
-        uint32_t bits;
-        sum = rounded(sum, dtype);
-        memcpy(&bits, &sum, 4);
-        ((uint16_t *)job->out)[at] = (uint16_t)(bits >> 16);
-    }
+INLINE void put_sum(const LinearJob *job, int64_t row, int64_t token, float sum, int dtype) {
+    put(job->out, token * job->rows + row, job->bias ? sum + one(job->bias, row, dtype) : sum, dtype);
 }
 
 #define LANES 8

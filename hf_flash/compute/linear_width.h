@@ -38,7 +38,7 @@ OF_WIDTH(void) NAME(tile)(const LinearJob *job, int64_t row, int64_t token, int 
             float rest = 0.0f;
             for (int64_t k = i; k < job->columns; k++)
                 rest = __builtin_fmaf(one(weight + r * stride, k, dtype), x[t * job->columns + k], rest);
-            put(job, row + r, token + t, SUM_16(sums[r][t]) + rest, dtype);
+            put_sum(job, row + r, token + t, SUM_16(sums[r][t]) + rest, dtype);
         }
 }
 

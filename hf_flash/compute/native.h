@@ -13,7 +13,7 @@
  *     linear.c            a matrix in the dtype of compute times a few tokens
  *     copy.c              scattered rows to scattered places
  *     read_queue.c        reads of a file into scattered memory; read_plain.c and read_ring.c do them
- *     step.c              one token through one layer: window, reads and neurons in one call
+ *     step.c              a few tokens through one layer: window, reads and neurons in one call
  *     about.c             what this library is; parallel.c: its threads; numbers.h: its arithmetic
  *
  * torch gathers rows into a buffer before it multiplies, and starts a parallel region for each step. Here rows are multiplied
@@ -39,7 +39,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-enum { HF_ABI = 11 };
+enum { HF_ABI = 13 };
 
 /* Dtypes: library.py: DTYPES. */
 enum { F32, BF16, F16 };
@@ -73,9 +73,11 @@ typedef struct {
 
 /* Something that the calling thread does while the others compute. */
 typedef struct {
-    void (*begin)(void *data); /* before it computes */
+    void (*begin)(void *data); /* before it computes; null: there is nothing to do */
     void (*end)(void *data);   /* when it has nothing more to compute; the others wait for that */
     void *data;
+    double waited_s;           /* out: seconds that the calling thread spent on it are added */
+    atomic_int ended;
 } Meanwhile;
 
 typedef struct {
@@ -86,10 +88,9 @@ typedef struct {
     float *hidden, *out, *x_f32;    /* [n], [width], and room for x in fp32, [width] */
     int64_t *active;                /* [n] room: positions of the neurons that are not zero */
     int64_t n, todo, share;         /* share: columns that a thread takes */
-    const Meanwhile *meanwhile;     /* or null */
-    double waited_s;                /* out: seconds that the calling thread spent on `meanwhile` are added */
+    Meanwhile meanwhile;            /* of `hf_up` */
     int32_t dtype, threads, relu;   /* relu: whether hidden values below zero become zero */
-    atomic_int next, meanwhile_ended;
+    atomic_int next;
 } TokenJob;
 
 /* hidden[k] = up row of neuron k . x + bias, for every k of `positions`; then the activation, if it is a ReLU. */
@@ -100,27 +101,37 @@ void hf_down(TokenJob *job);
 
 /* --- several.c: several tokens, each with neurons of its own */
 
-enum { UP_ROWS = 16 };     /* neurons that a thread takes at a time, at least: kernels.py: _LEAST_SHARE */
 enum { TILE_BYTES = 512 }; /* of a row that are copied together: kernels.py: _TILE_BYTES */
 
 typedef struct {
-    RowLayout layout;        /* `row_bytes` is not needed: rows are given by address */
-    const void *x, *bias;    /* [tokens, width], [d_ff] or null; of `dtype` */
-    const char *const *rows; /* [n] addresses of the units; at most 65536 */
-    const int64_t *ids;      /* [n] which they are */
-    const uint8_t *used;     /* [tokens, d_ff] whether a token uses a neuron */
-    float *hidden, *out;     /* [tokens, n] room, for values that are not zero; [tokens, width] */
-    uint16_t *row_of;        /* [tokens, n] room: the index in `rows` of each hidden value */
-    int32_t *count;          /* [tokens, shares] room: how many hidden values, of each `share` neurons */
-    char *packed;            /* [threads, n, TILE_BYTES] room */
-    int64_t n, d_ff, tokens, share;
+    RowLayout layout;         /* `row_bytes` is not needed: rows are given by address */
+    const void *x, *bias;     /* [tokens, width], [d_ff] or null; of `dtype` */
+    const char *const *rows;  /* [n] addresses of the units; at most 65536 */
+    const int64_t *ids;       /* [n] which they are */
+    const uint8_t *used;      /* [tokens, d_ff] whether a token uses a neuron; or null: it uses all */
+    const int64_t *positions; /* [todo] positions in `rows` and `ids`, for `hf_several_up` */
+    void *hidden;             /* [tokens, n] of `dtype`: what `hf_several_up` fills in and `hf_several_down` takes */
+    float *values;            /* [tokens, n] room, for those hidden values that are not zero */
+    uint16_t *row_of;         /* [tokens, n] room: the index in `rows` of each value */
+    int32_t *count;           /* [tokens] room: how many values */
+    float *out;               /* [tokens, width] */
+    char *packed;             /* [threads, n, TILE_BYTES] room for copies of columns; or null: they are not copied */
+    int64_t n, d_ff, tokens, todo, share;
+    Meanwhile meanwhile;               /* of `hf_several_up` */
     int32_t dtype, threads, no_avx512; /* no_avx512: compute without it */
     int32_t pack;                      /* whether it pays to copy columns together */
     atomic_int next;
 } TokensJob;
 
-/* out[t] += relu(x[t] @ up + bias) @ down, over the neurons that token t uses. The bits are those of `hf_up` and `hf_down`. */
-void hf_several(TokensJob *job);
+/* hidden[t, k] = x[t] . up row of neuron k + bias, rounded, for every k of `positions`; zero if token t does not use it. The
+ * bits are those of `hf_up`, without an activation. */
+void hf_several_up(TokensJob *job);
+
+/* Find the values of relu(hidden) that are not zero. Returns how many there are. */
+int64_t hf_several_nonzero(TokensJob *job);
+
+/* out[t] += relu(hidden[t]) @ down, over the values that `hf_several_nonzero` found. The bits are those of `hf_down`. */
+void hf_several_down(TokensJob *job);
 
 /* --- product.c: a quantized matrix and some tokens (hf_flash/predictors/low_bit.py) */
 
@@ -131,13 +142,13 @@ typedef struct ProductJob {
     const float *shift_scale;       /* [tokens] what `shift` is multiplied with first, or null: 1 */
     const void *bias;               /* [rows] of `bias_dtype`, added after that, or null */
     const void *x;                  /* [tokens, columns] of `dtype` */
-    int16_t *x_codes;               /* room for x as multiples of a step, [tokens, columns rounded up to 16], */
-    float *x_step, *x_sum;          /* and for the step and the sum of each group of x, [tokens, columns / group] */
+    int16_t *x_codes;               /* room for x as multiples of a step, [tokens, columns rounded up to 32], */
+    float *x_step, *x_sum;          /* for the step, [tokens], and for the sum of each group of x, [tokens, columns / group] */
     float *out;                     /* [tokens, rows], or null: then `active` is filled in */
     uint8_t *active;                /* [tokens, rows] 0 where the sum is at or below zero, 1 elsewhere */
     struct ProductJob *first;       /* or null; else x is what comes out of this one */
     int64_t rows, columns, group, tokens;
-    int32_t bits, dtype, bias_dtype, threads;
+    int32_t bits, dtype, bias_dtype, threads, no_avx512;
     atomic_int next, done, x_ready;
 } ProductJob;
 
@@ -218,7 +229,7 @@ void hf_read_settle(Reader *reader, int32_t forget);
 /* Whether this process may use io_uring: 0, or the error that says why not. */
 int32_t hf_try_ring(void);
 
-/* --- step.c: one token through one layer (hf_flash/runtime/token_step.py) */
+/* --- step.c: a few tokens through one layer (hf_flash/runtime/token_step.py) */
 
 /* The arrays and numbers of hf_flash/runtime/window.py: ResidentWindow. A slot is a row of the window's matrix. */
 typedef struct {
@@ -230,7 +241,7 @@ typedef struct {
     int64_t d_ff, capacity;
     int64_t kept_tokens;                      /* what so many last tokens used goes last */
     int64_t clock, free;                      /* tokens seen; slots that are free */
-    double use_score, growth, rescale_beyond; /* what a use adds to a score; its growth per token, and its limit */
+    double use_score, growth, rescale_beyond; /* what a use adds to a score; its growth in this call, and its limit */
 } Window;
 
 typedef struct {
@@ -238,28 +249,31 @@ typedef struct {
 } Incoming;
 
 typedef struct {
-    TokenJob job; /* its matrix is the window's; units on flash have the bytes that they have in memory */
+    TokenJob job; /* of one token. Its matrix is the window's; units on flash have the bytes that they have in memory */
+    TokensJob several;
     Window window;
     Reader *reader; /* null: nothing can be read here */
     File *file;
-    const uint8_t *selected;           /* [d_ff] */
+    const uint8_t *selected;           /* [tokens, d_ff] */
+    uint8_t *used_by_any;              /* [d_ff] room for several tokens */
+    const char **places;               /* [max_used] room for several tokens: where their neurons lie */
     const int32_t *place_of;           /* [d_ff] a neuron's place on flash; or null: its id */
     int64_t *ids, *rows;               /* [max_used] room: the neurons that are used, and their slots */
     int64_t *resident_at, *missing_at; /* [max_used] room: positions of those that are in the window, and that are not */
     Incoming *incoming;                /* [max_missing] room, first for what has to go */
     int64_t *offsets, *first;          /* [max_missing], [max_missing + 1] room for an `Order`, */
     struct iovec *pieces;              /* and [max_missing] */
-    int64_t max_used, max_missing;     /* neurons that there is room for */
+    int64_t tokens, max_used, max_missing; /* tokens; neurons that there is room for */
     int64_t file_offset, max_run;      /* where units begin in the file; the most that are one read */
     int64_t block_bytes;               /* a power of two: so many bytes are read at once, and counted so */
     int64_t ticket, failed;            /* failed, out: a read did not bring what it should have */
     int64_t used, missing;             /* out: neurons; those of them that were not in the window */
     int64_t read_bytes, chunks;        /* out: what was read for them, in so many reads */
-    double managed_s;                  /* out: seconds that the window took; `job.waited_s`: that reading took this thread */
+    double managed_s, waited_s;        /* out: seconds that the window took, and that reading took this thread */
 } Step;
 
-/* One token through one layer: makes room, reads what is missing, and computes `job.out` [width] in fp32. Returns whether it is
- * done. If not, nothing was changed; or (`failed`) the window lacks what it lacked before, and some more. */
+/* Some tokens through one layer: makes room, reads what is missing, and computes `out` [tokens, width] of `job` or `several`.
+ * Returns whether it is done. If not, nothing was changed; or (`failed`) the window lacks what it lacked before, and some more. */
 int hf_step(Step *step);
 
 #endif

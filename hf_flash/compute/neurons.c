@@ -4,14 +4,12 @@
 
 #ifdef HF_NATIVE
 
-#include <linux/futex.h>
 #include <stddef.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "numbers.h"
 #include "parallel.h"
 
+enum { UP_ROWS = 16 }; /* neurons that a thread takes at a time */
 enum { COLUMNS = 64 }; /* a thread's share of the output is a multiple of this */
 
 /* --- up */
@@ -58,37 +56,21 @@ static FAST void up_share(const TokenJob *job, int64_t begin, int64_t end) {
 static void up_body(void *data) {
     TokenJob *job = data;
     const int caller = thread_index(job->threads) == 0;
-    const Meanwhile *meanwhile = job->meanwhile;
-    if (caller && meanwhile) {
-        const double start = now_s();
-        meanwhile->begin(meanwhile->data);
-        job->waited_s += now_s() - start;
-    }
+    begin_meanwhile(&job->meanwhile, caller);
     for (;;) {
         int64_t begin = (int64_t)atomic_fetch_add(&job->next, UP_ROWS);
         if (begin >= job->todo)
             break;
         up_share(job, begin, begin + UP_ROWS < job->todo ? begin + UP_ROWS : job->todo);
     }
-    if (!meanwhile)
-        return;
-    if (caller) {
-        const double start = now_s();
-        meanwhile->end(meanwhile->data);
-        job->waited_s += now_s() - start;
-        atomic_store(&job->meanwhile_ended, 1);
-        syscall(SYS_futex, &job->meanwhile_ended, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
-    } else {
-        while (!atomic_load(&job->meanwhile_ended)) /* asleep, not spinning: the kernel needs the core for the reads */
-            syscall(SYS_futex, &job->meanwhile_ended, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
-    }
+    end_meanwhile(&job->meanwhile, caller);
 }
 
 void FAST hf_up(TokenJob *job) {
     for (int64_t i = 0; i < job->layout.width; i++)
         job->x_f32[i] = one(job->x, i, job->dtype);
     atomic_store(&job->next, 0);
-    atomic_store(&job->meanwhile_ended, 0);
+    atomic_store(&job->meanwhile.ended, 0);
     run_on_threads(up_body, job, job->threads);
 }
 

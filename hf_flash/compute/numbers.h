@@ -63,6 +63,20 @@ INLINE float rounded(float value, int dtype) {
     return value;
 }
 
+/* Put a number at index `i`, rounded to even. */
+INLINE void put(void *row, int64_t i, float value, int dtype) {
+    if (dtype == F32) {
+        ((float *)row)[i] = value;
+    } else if (dtype == F16) {
+        ((uint16_t *)row)[i] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+        uint32_t bits;
+        value = rounded(value, dtype);
+        memcpy(&bits, &value, 4);
+        ((uint16_t *)row)[i] = (uint16_t)(bits >> 16);
+    }
+}
+
 /* The sum of sixteen numbers. */
 INLINE float total(__m256 a, __m256 b) {
     __m256 sum = _mm256_add_ps(a, b);

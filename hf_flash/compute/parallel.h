@@ -13,6 +13,10 @@ void run_on_threads(Body body, void *job, int threads);
 /* Which of these threads runs this: 0 is the one that called `run_on_threads`. */
 int thread_index(int threads);
 
+/* What a thread calls before it computes, and when it has nothing more to compute. */
+void begin_meanwhile(Meanwhile *meanwhile, int caller);
+void end_meanwhile(Meanwhile *meanwhile, int caller);
+
 /* Seconds since some moment. */
 double now_s(void);
 

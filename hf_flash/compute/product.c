@@ -1,7 +1,7 @@
 /* A quantized matrix times a few tokens.
  *
- * x becomes whole multiples of a step, 16 bits each, so that products with codes are exact and twice as many to an instruction
- * as in fp32. In 4 bits every group of columns has a step, in 8 bits every token. */
+ * Every token becomes whole multiples of a step, 16 bits each, so that products with codes are exact and twice as many to an
+ * instruction as in fp32. */
 
 #include "native.h"
 
@@ -14,39 +14,21 @@
 #include "parallel.h"
 
 enum { MATRIX_ROWS = 64, FEW_ROWS = 8 }; /* that a thread takes at a time, of a matrix with many and with few */
+enum { TOKENS = 4 };                     /* that a row is multiplied with at once */
 enum { FEW_COLUMNS = 512 };              /* up to here eight rows are worked on at once: their sums fit in 32 bits */
 
-/* From token to token of `x_codes`. */
-static int64_t stride(const ProductJob *job) { return (job->columns + 15) / 16 * 16; }
+/* From token to token of `x_codes`: whole cache lines. */
+static int64_t stride(const ProductJob *job) { return (job->columns + 31) / 32 * 32; }
 
-/* --- one row, or eight, times one token */
+#define LANES 8
+#include "product_width.h"
+#undef LANES
 
-INLINE float int8_row(const ProductJob *job, int64_t row, int64_t token) {
-    const int8_t *codes = (const int8_t *)job->codes + row * job->columns;
-    const int16_t *x = job->x_codes + token * stride(job);
-    __m256 all = _mm256_setzero_ps();
-    int64_t i = 0;
-    while (i + 32 <= job->columns) {
-        int64_t end = i + 4096 < job->columns ? i + 4096 : job->columns; /* more might not fit in 32 bits */
-        __m256i a = _mm256_setzero_si256(), b = a;
-        for (; i + 32 <= end; i += 32) {
-            __m256i first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + i)));
-            __m256i second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + i + 16)));
-            a = _mm256_add_epi32(a, _mm256_madd_epi16(first, _mm256_loadu_si256((const __m256i *)(x + i))));
-            b = _mm256_add_epi32(b, _mm256_madd_epi16(second, _mm256_loadu_si256((const __m256i *)(x + i + 16))));
-        }
-        all = _mm256_add_ps(all, _mm256_add_ps(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)));
-    }
-    if (i + 16 <= job->columns) {
-        __m256i last = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + i)));
-        all = _mm256_add_ps(all, _mm256_cvtepi32_ps(_mm256_madd_epi16(last, _mm256_loadu_si256((const __m256i *)(x + i)))));
-        i += 16;
-    }
-    int32_t rest = 0;
-    for (; i < job->columns; i++)
-        rest += codes[i] * x[i];
-    return (total(all, _mm256_setzero_ps()) + (float)rest) * (one(job->scales, row, BF16) * job->x_step[token]);
-}
+#define LANES 16
+#include "product_width.h"
+#undef LANES
+
+/* --- eight rows times one token */
 
 /* Eight rows of few columns. What a row's last step reads beyond it is multiplied by zero. */
 INLINE __m256 int8_rows(const ProductJob *job, int64_t row, int64_t token) {
@@ -69,79 +51,42 @@ INLINE __m256 int8_rows(const ProductJob *job, int64_t row, int64_t token) {
     return _mm256_mul_ps(_mm256_cvtepi32_ps(all), scales);
 }
 
-/* The sum over the groups of scale * (codes . x) + (zero - 8 scale) * (sum of x). A group has 32 columns or a multiple. */
-INLINE float int4_row(const ProductJob *job, int64_t row, int64_t token) {
-    const int64_t groups = job->columns / job->group;
-    const uint8_t *codes = job->codes + row * job->columns / 2;
-    const int16_t *x = job->x_codes + token * stride(job);
-    const float *x_step = job->x_step + token * groups, *x_sum = job->x_sum + token * groups;
-    const uint16_t *scales = job->scales + row * groups, *zeros = job->zeros + row * groups;
-    const __m128i low = _mm_set1_epi8(15);
-    __m256 all = _mm256_setzero_ps();
-    float rest = 0.0f;
-    for (int64_t g = 0; g < groups; g++) {
-        __m256i a = _mm256_setzero_si256(), b = a;
-        for (int64_t i = 0; i < job->group; i += 32, codes += 16, x += 32) {
-            __m128i both = _mm_loadu_si128((const __m128i *)codes);
-            __m256i even = _mm256_cvtepu8_epi16(_mm_and_si128(both, low));
-            __m256i odd = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), low));
-            a = _mm256_add_epi32(a, _mm256_madd_epi16(even, _mm256_loadu_si256((const __m256i *)x)));
-            b = _mm256_add_epi32(b, _mm256_madd_epi16(odd, _mm256_loadu_si256((const __m256i *)(x + 16))));
-        }
-        float scale = one(scales, g, BF16);
-        all = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), _mm256_set1_ps(scale * x_step[g]), all);
-        rest += (one(zeros, g, BF16) - 8.0f * scale) * x_sum[g];
-    }
-    return total(all, _mm256_setzero_ps()) + rest;
-}
-
 /* --- x as multiples of a step */
 
-/* One group of x; for 4 bits 16 even columns before 16 odd ones. What is not finite stays so: in `x_sum`, or in `x_step`. */
-INLINE void quantize_group(const ProductJob *job, int64_t group, int dtype) {
-    const int64_t begin = group * job->group, end = begin + job->group;
-    int16_t *x_codes = job->x_codes + begin + begin / job->columns * (stride(job) - job->columns);
+/* One token of x; for 4 bits 16 even columns before 16 odd ones. What is not finite stays so, in `x_step`. */
+INLINE void quantize_token(const ProductJob *job, int64_t token, int dtype) {
+    const int64_t columns = job->columns, groups = columns / job->group, begin = token * columns;
+    int16_t *x_codes = job->x_codes + token * stride(job);
     float most = 0.0f, all = 0.0f;
-    for (int64_t i = begin; i < end; i++) {
-        float value = one(job->x, i, dtype), size = value < 0.0f ? -value : value;
-        most = size > most ? size : most;
-        all += value;
+    for (int64_t g = 0; g < groups; g++) {
+        float sum = 0.0f;
+        for (int64_t i = begin + g * job->group; i < begin + (g + 1) * job->group; i++) {
+            float value = one(job->x, i, dtype), size = value < 0.0f ? -value : value;
+            most = size > most ? size : most;
+            sum += value;
+        }
+        job->x_sum[token * groups + g] = sum;
+        all += sum;
     }
     const float step = most / 32767.0f, inverse = step > 0.0f ? 1.0f / step : 0.0f;
-    job->x_step[group] = all - all == 0.0f ? step : all - all; /* infinite or no number: so is every sum */
-    job->x_sum[group] = all;
-    for (int64_t i = begin; i < end; i++) {
-        int64_t k = i - begin, place = job->bits == 4 ? k / 32 * 32 + k % 2 * 16 + k % 32 / 2 : k;
-        int32_t whole = _mm_cvtss_si32(_mm_set_ss(one(job->x, i, dtype) * inverse));
+    job->x_step[token] = all - all == 0.0f ? step : all - all; /* infinite or no number: so is every sum */
+    for (int64_t k = 0; k < columns; k++) {
+        int64_t place = job->bits == 4 ? k / 32 * 32 + k % 2 * 16 + k % 32 / 2 : k;
+        int32_t whole = _mm_cvtss_si32(_mm_set_ss(one(job->x, begin + k, dtype) * inverse));
         x_codes[place] = (int16_t)(whole > 32767 ? 32767 : whole < -32767 ? -32767 : whole);
     }
-    if (end % job->columns == 0)
-        memset(x_codes + job->group, 0, (size_t)(stride(job) - job->columns) * sizeof(int16_t));
+    memset(x_codes + columns, 0, (size_t)(stride(job) - columns) * sizeof(int16_t));
 }
 
 static FAST void quantize_x(const ProductJob *job) {
-    for (int64_t group = 0; group < job->tokens * job->columns / job->group; group++)
+    for (int64_t token = 0; token < job->tokens; token++)
         if (job->dtype == F32)
-            quantize_group(job, group, F32);
+            quantize_token(job, token, F32);
         else
-            quantize_group(job, group, BF16);
+            quantize_token(job, token, BF16);
 }
 
 /* --- all rows */
-
-INLINE void multiply_row(const ProductJob *job, int64_t row) {
-    for (int64_t token = 0; token < job->tokens; token++) {
-        float sum = job->bits == 4 ? int4_row(job, row, token) : int8_row(job, row, token);
-        if (job->shift)
-            sum += job->shift_scale ? job->shift_scale[token] * job->shift[row] : job->shift[row];
-        if (job->bias)
-            sum += one(job->bias, row, job->bias_dtype);
-        if (job->out)
-            job->out[token * job->rows + row] = sum;
-        else
-            job->active[token * job->rows + row] = !(sum <= 0.0f);
-    }
-}
 
 INLINE void multiply_eight_rows(const ProductJob *job, int64_t row, int bias_dtype) {
     for (int64_t token = 0; token < job->tokens; token++) {
@@ -168,6 +113,8 @@ static FAST int multiply_share(ProductJob *job) {
     /* rows that may be worked on by eights: their sums fit in 32 bits, and no read goes beyond the matrix */
     const int by_eights = job->bits == 8 && job->columns <= FEW_COLUMNS;
     const int64_t eights = by_eights ? (job->rows * job->columns - stride(job)) / job->columns + 1 : 0;
+    void (*rows_times_tokens)(const ProductJob *, int64_t, int64_t) =
+        job->no_avx512 || !has_avx512() ? multiply_rows_of_8 : multiply_rows_of_16;
     int last = 0;
     for (;;) {
         int64_t begin = (int64_t)atomic_fetch_add(&job->next, (int)step);
@@ -177,8 +124,8 @@ static FAST int multiply_share(ProductJob *job) {
         int64_t row = begin;
         for (; row + 8 <= end && row + 8 <= eights; row += 8)
             BY_DTYPE(job->bias_dtype, multiply_eight_rows, job, row);
-        for (; row < end; row++)
-            multiply_row(job, row);
+        if (row < end)
+            rows_times_tokens(job, row, end);
         last = atomic_fetch_add(&job->done, (int)(end - begin)) + (end - begin) == job->rows;
     }
 }

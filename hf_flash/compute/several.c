@@ -1,5 +1,5 @@
 /* Several tokens, each with neurons of its own. Up: a thread takes a share of the neurons, which stays in its core's cache
- * while the tokens go by. Down: a thread takes a tile of columns. */
+ * while the tokens go by. Down: a thread takes a tile of columns, for the hidden values that are not zero. */
 
 #include "native.h"
 
@@ -11,32 +11,65 @@
 #include "numbers.h"
 #include "parallel.h"
 
-enum { SHARE = 256, GROUP = 128 }; /* neurons that stay in a cache, and tokens that go by */
+enum { SHARE = 256, LEAST = 16 };  /* neurons that a thread takes at a time: they stay in a cache */
+enum { GROUP = 128 };              /* tokens that go by */
+enum { FEW = 16 };                 /* tokens whose values one thread finds */
 enum { TILE_PARTS = 8 };           /* vectors of a token's output that registers have room for */
 enum { AHEAD = 4 };                /* neurons that are fetched ahead */
 enum { PACKED_USES = 4 };          /* uses of a neuron that copying its columns together is worth */
 
 _Static_assert(TILE_PARTS * 16 * sizeof(float) <= TILE_BYTES, "a tile fits into the room for it");
 
-static int64_t shares_of(const TokensJob *job) { return (job->n + job->share - 1) / job->share; }
+static int64_t shares_of(const TokensJob *job) { return (job->todo + job->share - 1) / job->share; }
 
-/* What `up` left in shares becomes one list for each token. Returns how long they are in all. */
-static int64_t join(const TokensJob *job) {
-    const int64_t shares = shares_of(job);
-    int64_t all = 0;
-    for (int64_t t = 0; t < job->tokens; t++) {
-        float *hidden = job->hidden + t * job->n;
-        uint16_t *row_of = job->row_of + t * job->n;
-        int32_t *count = job->count + t * shares;
-        for (int64_t share = 1; share < shares; share++) {
-            memmove(hidden + count[0], hidden + share * job->share, (size_t)count[share] * sizeof *hidden);
-            memmove(row_of + count[0], row_of + share * job->share, (size_t)count[share] * sizeof *row_of);
-            count[0] += count[share];
+/* --- the values that are not zero */
+
+/* Sixteen hidden values from position `k` on: a bit for each that a ReLU leaves. What is no number is left. */
+INLINE unsigned left_of_16(const void *hidden, int64_t k, int dtype) {
+    const __m256 zero = _mm256_setzero_ps();
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(load(hidden, k, dtype), zero, _CMP_NLE_UQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(load(hidden, k + 8, dtype), zero, _CMP_NLE_UQ));
+    return (unsigned)low | (unsigned)high << 8;
+}
+
+INLINE void nonzero_of_token(const TokensJob *job, int64_t t, int dtype) {
+    const char *hidden = (const char *)job->hidden + t * job->n * size_of(dtype);
+    float *values = job->values + t * job->n;
+    uint16_t *row_of = job->row_of + t * job->n;
+    int32_t count = 0;
+    int64_t k = 0;
+    for (; k + 16 <= job->n; k += 16)
+        for (unsigned left = left_of_16(hidden, k, dtype); left; left &= left - 1) {
+            const int64_t at = k + __builtin_ctz(left);
+            row_of[count] = (uint16_t)at;
+            values[count++] = one(hidden, at, dtype);
         }
-        all += count[0];
+    for (; k < job->n; k++) {
+        const float value = one(hidden, k, dtype);
+        row_of[count] = (uint16_t)k;
+        values[count] = value;
+        count += !(value <= 0.0f);
     }
+    job->count[t] = count;
+}
+
+static FAST void nonzero_body(void *data) {
+    TokensJob *job = data;
+    for (int64_t t; (t = atomic_fetch_add(&job->next, 1)) < job->tokens;)
+        BY_DTYPE(job->dtype, nonzero_of_token, job, t);
+}
+
+int64_t FAST hf_several_nonzero(TokensJob *job) {
+    int64_t all = 0;
+    atomic_store(&job->next, 0);
+    run_on_threads(nonzero_body, job, job->tokens > FEW ? job->threads : 1);
+    for (int64_t t = 0; t < job->tokens; t++)
+        all += job->count[t];
+    job->pack = job->packed && all >= PACKED_USES * job->n;
     return all;
 }
+
+/* --- products */
 
 #define LANES 8
 #include "several_width.h"
@@ -46,17 +79,19 @@ static int64_t join(const TokensJob *job) {
 #include "several_width.h"
 #undef LANES
 
-void FAST hf_several(TokensJob *job) {
-    if (!job->n)
-        return;
-    const int avx512 = !job->no_avx512 && has_avx512();
-    const int64_t fair = job->n / (4 * job->threads); /* with few tokens, all threads should have something to do */
-    job->share = job->tokens > GROUP || fair > SHARE ? SHARE : fair < UP_ROWS ? UP_ROWS : fair;
+static int avx512(const TokensJob *job) { return !job->no_avx512 && has_avx512(); }
+
+void FAST hf_several_up(TokensJob *job) {
+    const int64_t fair = job->todo / (4 * job->threads); /* with few tokens, all threads should have something to do */
+    job->share = job->tokens > GROUP || fair > SHARE ? SHARE : fair < LEAST ? LEAST : fair;
     atomic_store(&job->next, 0);
-    run_on_threads(avx512 ? several_up_of_16 : several_up_of_8, job, job->threads);
-    job->pack = join(job) >= PACKED_USES * job->n;
+    atomic_store(&job->meanwhile.ended, 0);
+    run_on_threads(avx512(job) ? several_up_of_16 : several_up_of_8, job, job->threads);
+}
+
+void FAST hf_several_down(TokensJob *job) {
     atomic_store(&job->next, 0);
-    run_on_threads(avx512 ? several_down_of_16 : several_down_of_8, job, job->threads);
+    run_on_threads(avx512(job) ? several_down_of_16 : several_down_of_8, job, job->threads);
 }
 
 #endif

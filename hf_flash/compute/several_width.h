@@ -34,11 +34,10 @@ NAME(dots)(const char **row, const char **ahead, int rows, const float *x, int64
     }
 }
 
-/* Hidden values of the first `named` neurons in `row_of`, for one token. Those that are not zero stay there. Returns how many. */
-OF_WIDTH(int32_t)
-NAME(up_token)(const TokensJob *job, const float *x, uint16_t *row_of, int64_t named, float *hidden, int dtype) {
+/* Hidden values of the first `named` neurons in `row_of`, for one token. */
+OF_WIDTH(void)
+NAME(up_token)(const TokensJob *job, const float *x, int64_t t, const uint16_t *row_of, int64_t named, int dtype) {
     const int64_t up = job->layout.up_offset;
-    int32_t kept = 0;
     for (int64_t j = 0; j < named; j += 2) {
         const int64_t last = named - 1, second = j + 1 < named ? j + 1 : j;
         const int64_t third = j + 2 < last ? j + 2 : last, fourth = j + 3 < last ? j + 3 : last;
@@ -50,20 +49,16 @@ NAME(up_token)(const TokensJob *job, const float *x, uint16_t *row_of, int64_t n
         else
             NAME(dots)(row, ahead, 1, x, job->layout.width, dtype, sums);
         for (int64_t i = j; i <= second; i++) {
-            float sum = job->bias ? sums[i - j] + one(job->bias, job->ids[row_of[i]], dtype) : sums[i - j];
-            sum = rounded(sum, dtype);
-            hidden[kept] = sum < 0.0f ? 0.0f : sum;
-            row_of[kept] = row_of[i];
-            kept += hidden[kept] != 0.0f;
+            const float bias = job->bias ? one(job->bias, job->ids[row_of[i]], dtype) : 0.0f;
+            put(job->hidden, t * job->n + row_of[i], job->bias ? sums[i - j] + bias : sums[i - j], dtype);
         }
     }
-    return kept;
 }
 
 /* The neurons of a share stay in a core's cache while a group of tokens goes by. */
 OF_WIDTH(void) NAME(up_share)(TokensJob *job, int64_t share, int64_t first, int64_t last, int dtype) {
     const int64_t size = size_of(dtype), width = job->layout.width, begin = share * job->share;
-    const int64_t end = begin + job->share < job->n ? begin + job->share : job->n;
+    const int64_t end = begin + job->share < job->todo ? begin + job->share : job->todo;
     float wide[dtype == F32 ? 1 : width];
     for (int64_t t = first; t < last; t++) {
         const uint8_t *used = job->used + t * job->d_ff;
@@ -71,8 +66,10 @@ OF_WIDTH(void) NAME(up_share)(TokensJob *job, int64_t share, int64_t first, int6
         uint16_t *row_of = job->row_of + t * job->n + begin;
         int64_t named = 0, i = 0;
         for (int64_t k = begin; k < end; k++) {
-            row_of[named] = (uint16_t)k;
-            named += used[job->ids[k]] != 0;
+            const int64_t position = job->positions[k];
+            row_of[named] = (uint16_t)position;
+            named += !job->used || used[job->ids[position]];
+            put(job->hidden, t * job->n + position, 0.0f, dtype);
         }
         if (t + 1 < last)
             for (int64_t at = 0; at < width * size; at += 64)
@@ -83,8 +80,7 @@ OF_WIDTH(void) NAME(up_share)(TokensJob *job, int64_t share, int64_t first, int6
             for (; i < width; i++)
                 wide[i] = one(x, i, dtype);
         }
-        job->count[t * shares_of(job) + share] =
-            NAME(up_token)(job, dtype == F32 ? (const float *)x : wide, row_of, named, job->hidden + t * job->n + begin, dtype);
+        NAME(up_token)(job, dtype == F32 ? (const float *)x : wide, t, row_of, named, dtype);
     }
 }
 
@@ -98,7 +94,10 @@ OF_WIDTH(void) NAME(up_shares)(TokensJob *job, int dtype) {
 
 BODY NAME(several_up)(void *data) {
     TokensJob *job = data;
+    const int caller = thread_index(job->threads) == 0;
+    begin_meanwhile(&job->meanwhile, caller);
     BY_DTYPE(job->dtype, NAME(up_shares), job);
+    end_meanwhile(&job->meanwhile, caller);
 }
 
 /* --- down */
@@ -106,16 +105,16 @@ BODY NAME(several_up)(void *data) {
 /* `parts` vectors of a token's output are kept in registers while its neurons go by. `packed`: the columns, if copied. */
 OF_WIDTH(void) NAME(down_parts)(const TokensJob *job, const char *packed, int64_t t, int64_t column, int parts, int dtype) {
     const int64_t size = size_of(dtype), offset = job->layout.down_offset + column * size;
-    const int64_t count = job->count[t * shares_of(job)];
+    const int64_t count = job->count[t];
     const uint16_t *row_of = job->row_of + t * job->n;
-    const float *hidden = job->hidden + t * job->n;
+    const float *values = job->values + t * job->n;
     float *out = job->out + t * job->layout.width + column;
     VECTOR sums[TILE_PARTS];
     UNROLLED(int p = 0; p < parts; p++)
         sums[p] = LOAD(out + p * LANES);
     for (int64_t j = 0; j < count; j++) {
         const char *row = packed ? packed + row_of[j] * TILE_PARTS * LANES * size : job->rows[row_of[j]] + offset;
-        const VECTOR weight = FILL(hidden[j]);
+        const VECTOR weight = FILL(values[j]);
         if (!packed) {
             const char *ahead = job->rows[row_of[j + AHEAD < count ? j + AHEAD : j]] + offset;
             UNROLLED(int p = 0; p < parts; p++)
@@ -132,10 +131,10 @@ OF_WIDTH(void) NAME(down_parts)(const TokensJob *job, const char *packed, int64_
 /* The columns that are left after all whole vectors. */
 OF_WIDTH(void) NAME(down_rest)(const TokensJob *job, int64_t t, int64_t column, int dtype) {
     const int64_t width = job->layout.width;
-    for (int64_t j = 0; j < job->count[t * shares_of(job)]; j++) {
+    for (int64_t j = 0; j < job->count[t]; j++) {
         const char *row = job->rows[job->row_of[t * job->n + j]] + job->layout.down_offset;
         for (int64_t i = column; i < width; i++)
-            job->out[t * width + i] = __builtin_fmaf(one(row, i, dtype), job->hidden[t * job->n + j], job->out[t * width + i]);
+            job->out[t * width + i] = __builtin_fmaf(one(row, i, dtype), job->values[t * job->n + j], job->out[t * width + i]);
     }
 }
 

@@ -1,7 +1,7 @@
-/* One token through one layer in one call: window, reads and neurons.
+/* A few tokens through one layer in one call: window, reads and neurons.
  *
- * runtime/layer.py does the same step by step for any call. This is for the call that decoding consists of: one token whose
- * neurons fit into the window. In Python that takes ten times as long, because attention has emptied the caches each time. The
+ * runtime/layer.py does the same step by step for any call. This is for the calls that decoding consists of: one token, a small
+ * batch or a draft, whose neurons fit into the window. In Python that takes ten times as long, because attention has emptied the caches each time. The
  * rules are those of runtime/window.py (who goes when room is needed) and reading/chunks.py (neighbours on flash are one read);
  * tests hold both against the same model. Every other call is refused before anything is changed, and done there. */
 
@@ -15,19 +15,34 @@
 #include "numbers.h"
 #include "parallel.h"
 
+enum { MOST_TOKENS = 16 }; /* in a call: runtime/token_step.py: MOST_TOKENS */
+
 /* --- the window */
 
-static void note_use(Window *w, const int64_t *ids, int64_t n) {
-    w->clock++;
+/* A call's tokens use some neurons, each its own. */
+static void note_use(Step *s, int64_t n) {
+    Window *w = &s->window;
+    const int64_t start = w->clock, earlier = s->tokens > w->kept_tokens ? s->tokens - w->kept_tokens : 0;
+    double score_of[MOST_TOKENS + 1]; /* of so many uses */
+    w->clock += s->tokens;
     w->use_score *= w->growth;
     if (w->use_score > w->rescale_beyond) {
         for (int64_t i = 0; i < w->d_ff; i++)
             w->score[i] /= w->use_score;
         w->use_score = 1.0;
     }
+    for (int64_t uses = 0; uses <= s->tokens; uses++)
+        score_of[uses] = w->use_score * (double)uses;
     for (int64_t k = 0; k < n; k++) {
-        w->last_used[ids[k]] = w->clock;
-        w->score[ids[k]] += w->use_score;
+        const int64_t id = s->ids[k];
+        int64_t uses = 0, last = start + earlier; /* used, but before the window */
+        for (int64_t t = 0; t < s->tokens; t++)
+            if (s->selected[t * w->d_ff + id]) {
+                uses++;
+                last = start + t + 1 > last ? start + t + 1 : last;
+            }
+        w->last_used[id] = last;
+        w->score[id] += score_of[uses];
     }
 }
 
@@ -41,12 +56,12 @@ _Static_assert(sizeof(Idle) == sizeof(Incoming), "they share their room");
 
 static int goes_before(Idle a, Idle b) { return a.rank < b.rank || (a.rank == b.rank && a.id > b.id); }
 
-/* Free `excess` slots of those that the token does not use. `heap` holds the neurons to go, the last of them on top. */
-static void evict(Window *w, const uint8_t *selected, int64_t excess, Idle *heap) {
+/* Free `excess` slots of those that no token uses. `heap` holds the neurons to go, the last of them on top. */
+static void evict(Window *w, const uint8_t *used, int64_t excess, Idle *heap) {
     int64_t size = 0;
     for (int64_t slot = 0; slot < w->capacity; slot++) {
         const int64_t id = w->neuron_in[slot];
-        if (id < 0 || selected[id])
+        if (id < 0 || used[id])
             continue;
         const int64_t last = w->last_used[id];
         const Idle idle = {last > w->clock - w->kept_tokens ? 1e30 * (double)last : w->score[id], id};
@@ -120,12 +135,25 @@ static void end_reads(void *step) {
 
 /* --- the whole */
 
+/* [d_ff] whether any token uses a neuron. */
+static const uint8_t *used_by_any(Step *s) {
+    const int64_t d_ff = s->window.d_ff;
+    if (s->tokens == 1)
+        return s->selected;
+    memcpy(s->used_by_any, s->selected, (size_t)d_ff);
+    for (int64_t t = 1; t < s->tokens; t++)
+        for (int64_t id = 0; id < d_ff; id++)
+            s->used_by_any[id] |= s->selected[t * d_ff + id];
+    return s->used_by_any;
+}
+
 /* Find the neurons, and those that are missing, and make room for these. Returns 0, with nothing changed, if it cannot. */
 static int make_room(Step *s) {
     Window *w = &s->window;
+    const uint8_t *used = used_by_any(s);
     int64_t n = 0, resident = 0, missing = 0;
     for (int64_t id = 0; id < w->d_ff; id++)
-        if (s->selected[id]) {
+        if (used[id]) {
             if (n == s->max_used)
                 return 0;
             const int64_t slot = w->slot_of[id];
@@ -138,11 +166,11 @@ static int make_room(Step *s) {
         }
     if (n > w->capacity || (missing && (!s->reader || missing > s->max_missing)))
         return 0;
-    s->used = s->job.n = n;
+    s->used = n;
     s->missing = missing;
-    note_use(w, s->ids, n);
+    note_use(s, n);
     if (missing > w->free)
-        evict(w, s->selected, missing - w->free, (Idle *)s->incoming);
+        evict(w, used, missing - w->free, (Idle *)s->incoming);
     w->free -= missing;
     for (int64_t k = 0; k < missing; k++)
         s->incoming[k].slot = w->free_slots[w->free + k];
@@ -171,35 +199,79 @@ static void take_in(Step *s) {
     }
 }
 
-int FAST hf_step(Step *s) {
+/* --- computing */
+
+typedef void (*Multiply)(Step *s, const int64_t *positions, int64_t todo, const Meanwhile *meanwhile);
+
+static void up_of_one(Step *s, const int64_t *positions, int64_t todo, const Meanwhile *meanwhile) {
     TokenJob *job = &s->job;
-    const Meanwhile reads = {begin_reads, end_reads, s};
-    const double start = now_s();
-    s->failed = 0;
-    s->chunks = s->read_bytes = 0;
-    job->waited_s = 0.0;
-    if (!make_room(s))
-        return 0;
-    s->managed_s = now_s() - start;
-    job->rows = s->rows;
-    job->ids = s->ids;
-    job->positions = s->resident_at;
-    job->todo = job->n - s->missing;
-    job->meanwhile = s->missing ? &reads : NULL;
+    job->positions = positions;
+    job->todo = todo;
+    job->meanwhile = *meanwhile;
     hf_up(job);
-    job->meanwhile = NULL;
-    if (s->missing)
-        take_in(s);
+    s->waited_s += job->meanwhile.waited_s;
+}
+
+static void up_of_several(Step *s, const int64_t *positions, int64_t todo, const Meanwhile *meanwhile) {
+    TokensJob *job = &s->several;
+    job->positions = positions;
+    job->todo = todo;
+    job->meanwhile = *meanwhile;
+    hf_several_up(job);
+    s->waited_s += job->meanwhile.waited_s;
+}
+
+/* The products with the rows that are there, while the others are read; then with these. Returns whether they were read. */
+static int multiply(Step *s, Multiply up) {
+    const Meanwhile nothing = {0}, reads = {.begin = begin_reads, .end = end_reads, .data = s};
+    up(s, s->resident_at, s->used - s->missing, s->missing ? &reads : &nothing);
+    if (!s->missing)
+        return 1;
+    take_in(s);
     if (s->failed)
         return 0;
-    if (s->missing) {
-        job->positions = s->missing_at;
-        job->todo = s->missing;
-        hf_up(job);
-    }
+    up(s, s->missing_at, s->missing, &nothing);
+    return 1;
+}
+
+static int one_token(Step *s) {
+    TokenJob *job = &s->job;
+    job->n = s->used;
+    job->rows = s->rows;
+    job->ids = s->ids;
+    if (!multiply(s, up_of_one))
+        return 0;
     memset(job->out, 0, (size_t)job->layout.width * sizeof(float));
     hf_down(job);
     return 1;
+}
+
+static int several_tokens(Step *s) {
+    TokensJob *job = &s->several;
+    for (int64_t k = 0; k < s->used; k++)
+        s->places[k] = (const char *)s->job.matrix + s->rows[k] * s->job.layout.row_bytes;
+    job->n = s->used;
+    job->rows = s->places;
+    job->ids = s->ids;
+    job->used = s->selected;
+    job->tokens = s->tokens;
+    if (!multiply(s, up_of_several))
+        return 0;
+    memset(job->out, 0, (size_t)(s->tokens * job->layout.width) * sizeof(float));
+    hf_several_nonzero(job);
+    hf_several_down(job);
+    return 1;
+}
+
+int hf_step(Step *s) {
+    const double start = now_s();
+    s->failed = 0;
+    s->chunks = s->read_bytes = 0;
+    s->waited_s = 0.0;
+    if (s->tokens > MOST_TOKENS || !make_room(s))
+        return 0;
+    s->managed_s = now_s() - start;
+    return s->tokens == 1 ? one_token(s) : several_tokens(s);
 }
 
 #endif

@@ -12,10 +12,10 @@ What is computed depends on the weights, the predictor and the tokens alone (con
 arrive, never the arithmetic. To keep results bit-identical whatever is resident, a call's neurons are worked off in *blocks*
 that follow from the call alone (stream.py), and in the order of their ids.
 
-One token whose neurons fit into the window is the rule in decoding: steps 2 to 4 are one call of the compiled part then, where
-there is one (token_step.py). All others go step by step.
+A few tokens whose neurons fit into the window are the rule in decoding: steps 2 to 4 are one call of the compiled part then,
+where there is one (token_step.py). All others go step by step.
 
-When a call's neurons do not all fit into the window (prefill, a tight budget), or several tokens miss more than a block of
+When a call's neurons do not all fit into the window (prefill, a tight budget), or many tokens miss more than a block of
 them, blocks are *streamed* through two buffers (stream.py). So after prefill the window holds what the prompt's last tokens
 used, without a second read. After the last block the empty slots of the next layer's window begin to be filled, so that
 the disk has something to do during attention.
@@ -44,7 +44,7 @@ from hf_flash.reading.reader import Reading
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.flash_weights import OnFlash, is_plain, refuse_dtype, refuse_tracing, stand_in
 from hf_flash.runtime.stream import Call, Observer, stream
-from hf_flash.runtime.token_step import TokenStep, token_step
+from hf_flash.runtime.token_step import MOST_TOKENS, TokenStep, token_step
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.runtime.window_reads import WindowReads
 from hf_flash.store.unit import Role
@@ -135,7 +135,7 @@ class FlashFFN(nn.Module):
     def _run(self, engine: Engine, x: torch.Tensor, biases: Biases) -> torch.Tensor:
         """The sum before the last bias, float32 [tokens, d_model], for `x` [tokens, d_model] in the dtype of compute."""
         selected = self._choose(engine, x, biases)
-        if len(x) == 1 and selected is not None and (out := self._in_one_call(engine, x, biases, selected)) is not None:
+        if selected is not None and (out := self._in_one_call(engine, x, biases, selected)) is not None:
             return out
         work = self._make_room(engine, x, biases, selected)
         reading = self._read(engine, work)
@@ -153,15 +153,15 @@ class FlashFFN(nn.Module):
         return selected
 
     def _in_one_call(self, engine: Engine, x: torch.Tensor, biases: Biases, selected: torch.Tensor) -> torch.Tensor | None:
-        """Steps 2 to 5 of one token, of which 2 to 4 are one call of the compiled part. `None`: step by step, then."""
-        if self.step is None:
+        """Steps 2 to 5 of a few tokens, of which 2 to 4 are one call of the compiled part. `None`: step by step, then."""
+        if self.step is None or len(x) > MOST_TOKENS:
             return None
         start = perf_counter()
         out = self.step.run(x, selected.contiguous(), biases["up"], engine.reader.step_file(self.index))
         if out is None:
             return None
         self.step.count(engine.counters, perf_counter() - start)
-        self._count(engine, 1, self.step.used, self.step.missing)
+        self._count(engine, len(x), self.step.used, self.step.missing)
         return out
 
     def _make_room(self, engine: Engine, x: torch.Tensor, biases: Biases, selected: torch.Tensor | None) -> _Work:
@@ -170,7 +170,8 @@ class FlashFFN(nn.Module):
         ids = self._all_ids if selected is None else _used_by_any(selected)
         window.note_use(None if selected is None else selected.numpy(), tokens, ids)
         missing = window.missing(ids)
-        streamed = len(ids) > window.capacity or (tokens > 1 and len(missing) >= block_rows(self.d_ff, tokens))
+        few = tokens == 1 or (selected is not None and tokens <= MOST_TOKENS)
+        streamed = len(ids) > window.capacity or (not few and len(missing) >= block_rows(self.d_ff, tokens))
         call = Call(
             engine.arithmetic, x, biases, selected, ids, self.d_ff, streamed=streamed, observer=self.observer
         )  # fmt: skip

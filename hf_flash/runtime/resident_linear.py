@@ -4,31 +4,23 @@ With the FFN on flash most of a token's time is these: 1.9 GB of OPT-2.7B. torch
 speed of DRAM on some processors, with eight rows at a fraction of it, and with many rows in 16 bits six times slower than in
 32 where the processor has no instructions for them. So a flash model's `nn.Linear` become [`ResidentLinear`]:
 
-    few tokens    the compiled part fetches every weight once; a token gets the same bits beside others and alone
-    many tokens   where 16 bits are slow: rows are widened to fp32, a buffer of them at a time, for an fp32 GEMM
-    otherwise     torch, as stock: training, autocast, compiling, tracing, other devices, weights that something has replaced
-
-Sums are made in fp32 and rounded once, as torch's are, up to the order.
+    few tokens, or 16 bits that are slow    compute/dense.py
+    otherwise                               torch, as stock: training, autocast, compiling, tracing, other devices, weights that
+                                            something has replaced
 """
 
 from __future__ import annotations
 
-import platform
-from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from hf_flash.compute import library as native
-from hf_flash.compute.kernels import linear
+from hf_flash.compute import dense
 from hf_flash.compute.library import DTYPES
 from hf_flash.runtime.engine import Engine
 
 _WORTH_BYTES: Final = 1 << 19  # of a matrix; below, calling the compiled part takes as long as torch's product
-_FEW: Final = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 8}  # tokens that the compiled part is faster for
-_MANY: Final = 96  # tokens that widening is worth where 16 bits are only slower, not slow
 
 
 class ResidentLinear(nn.Linear):
@@ -39,35 +31,23 @@ class ResidentLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return super().forward(x)
-        tokens, dtype = x.numel() // self.in_features, x.dtype
-        few = tokens <= _FEW.get(dtype, 0) and native.library() is not None
-        if not (few or tokens >= _widened_from(dtype)):
+        few = dense.few(x.numel() // self.in_features, x.dtype)
+        if not few and not dense.widens(x.numel() // self.in_features, x.dtype):
             return super().forward(x)
         parameter = self._parameters.get  # a step of Python less than an attribute: caches are cold here
         weight, bias = parameter("weight"), parameter("bias")
         if weight is None or not _plain(x, weight, bias):
             return super().forward(x)
-        return linear(x.contiguous(), weight, bias) if few else self._widened(x)
+        if few:  # and nothing that others use
+            return dense.multiply(x.contiguous(), weight, bias, None)
+        with self.engine.lock:
+            return dense.multiply(x.detach().contiguous(), weight, bias, self.engine.arithmetic.wide)
 
     def __prepare_scriptable__(self) -> nn.Linear:
         """What TorchScript is to compile: the module it was."""
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         plain._parameters = self._parameters
         return plain.train(self.training)
-
-    def _widened(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., columns] times the matrix, in fp32."""
-        rows, columns = self.weight.shape
-        out, wide = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device="cpu"), x.detach().float()
-        with self.engine.lock:
-            room = self.engine.arithmetic.wide.view(-1)
-            step = len(room) // columns
-            for at in range(0, rows, step):
-                part = slice(at, at + step)
-                weight = self.weight[part]
-                buffer = room[: weight.numel()].view(weight.shape).copy_(weight)
-                out[..., part] = F.linear(wide, buffer, None if self.bias is None else self.bias[part].float())
-        return out
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -84,22 +64,6 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-@lru_cache
-def _widened_from(dtype: torch.dtype) -> float:
-    """Tokens from which on an fp32 GEMM of widened rows is faster than torch's own product on this processor."""
-    if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
-        return float("inf")
-    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    matrix, vector = ("amx_bf16", "avx512_bf16") if dtype == torch.bfloat16 else ("amx_fp16", "avx512_fp16")
-    if not can or can.get(matrix):
-        return float("inf")
-    if not can.get(vector):
-        return _FEW[dtype] + 1
-    if dtype == torch.bfloat16 and "AMD" not in str(can.get("cpu_name")):  # Intel's multiply no more at a time than fp32 does
-        return _MANY
-    return float("inf")
 
 
 def make_linears_resident(model: nn.Module, engine: Engine) -> None:

@@ -79,14 +79,16 @@ class Call:
             token = self._arithmetic.one_token(self._x, self._biases, matrix, rows, ids, one_block=self.one_block)
             token.finish(out)
             return
-        before = self._several.add(matrix, rows, ids, out)
-        if self._observer is not None and before is not None:
-            self._observer(self._x.float(), ids, before)
+        self._observe(ids, self._several.add(matrix, rows, ids, out))
 
     def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
         """Only if `scattered`: the same for neurons at addresses `places`."""
         assert self._several is not None
-        self._several.add_scattered(places, ids, out)
+        self._observe(ids, self._several.add_scattered(places, ids, out))
+
+    def _observe(self, ids: Ids, before: torch.Tensor | None) -> None:
+        if self._observer is not None and before is not None:
+            self._observer(self._x.float(), ids, before)
 
 
 def stream(

@@ -1,14 +1,15 @@
-"""One token through one layer in one call of the compiled part: most of decoding.
+"""A few tokens through one layer in one call of the compiled part: decoding, small batches, drafts.
 
 [`FlashFFN`] does the same step by step for any call. Its Python takes ten times as long within a model as in a loop, because
-attention has emptied the caches in between: half a millisecond a layer. So where a token's neurons fit into the window,
-window, reads and products are one call (compute/step.c), which follows the rules of runtime/window.py and reading/chunks.py. It
-refuses every other case before it changes anything.
+attention has emptied the caches in between: half a millisecond a layer. So where the neurons of a few tokens fit into the
+window, window, reads and products are one call (compute/step.c), which follows the rules of runtime/window.py and
+reading/chunks.py. It refuses every other case before it changes anything.
 """
 
 from __future__ import annotations
 
 import ctypes
+from typing import Final
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch
 from hf_flash.compute import library as native
 from hf_flash.compute.arithmetic import Arithmetic
 from hf_flash.compute.kernels import TokenRoom, row_layout
-from hf_flash.compute.library import DTYPES, Step, TokenJob, Window
+from hf_flash.compute.library import DTYPES, Step, TokenJob, TokensJob, Window
 from hf_flash.reading.chunks import longest_chunk
 from hf_flash.reading.layer_files import StepFile
 from hf_flash.runtime.counters import Counters
@@ -24,9 +25,12 @@ from hf_flash.runtime.window import GROWTH, RESCALE_BEYOND, ResidentWindow
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.unit import UnitLayout
 
+MOST_TOKENS: Final = TokenRoom.tokens
+_GROWTH: Final = tuple(GROWTH**tokens for tokens in range(MOST_TOKENS + 1))  # as the window has it
+
 
 def token_step(arithmetic: Arithmetic, window: ResidentWindow, store: LayerStore) -> TokenStep | None:
-    """The step of a layer, if the arithmetic can take a token through it in one call."""
+    """The step of a layer, if the arithmetic can take tokens through it in one call."""
     if arithmetic.step_kernel is None:
         return None
     return TokenStep(arithmetic.step_kernel.room, arithmetic.unit, window, store)
@@ -45,13 +49,19 @@ class TokenStep:
     def __init__(self, room: TokenRoom, unit: UnitLayout, window: ResidentWindow, store: LayerStore) -> None:
         self._library, self._room, self._window = native.loaded(), room, window
         self._place_of = None if store.place is None else np.ascontiguousarray(store.place)
-        job = TokenJob(
-            layout=row_layout(unit), matrix=window.matrix.data_ptr(), dtype=DTYPES[unit.dtype], relu=True,
+        layout, dtype, several = row_layout(unit), DTYPES[unit.dtype], room.several
+        one_token = TokenJob(
+            layout=layout, matrix=window.matrix.data_ptr(), dtype=dtype, relu=True,
             hidden=room.hidden.data_ptr(), x_f32=room.x_f32.ctypes.data, active=room.active.ctypes.data,
         )  # fmt: skip
+        tokens = TokensJob(
+            layout=layout, hidden=room.hidden_of_several.data_ptr(), d_ff=store.d_ff, dtype=dtype,
+            values=several.values, row_of=several.row_of, count=several.count,
+        )  # fmt: skip
         self._step = Step(
-            job=job, window=self._window_arrays(store.d_ff),
+            job=one_token, several=tokens, window=self._window_arrays(store.d_ff),
             place_of=None if self._place_of is None else self._place_of.ctypes.data,
+            used_by_any=room.used_by_any.ctypes.data, places=room.places.ctypes.data,
             ids=room.ids.ctypes.data, rows=room.rows.ctypes.data,
             resident_at=room.resident_at.ctypes.data, missing_at=room.missing_at.ctypes.data,
             incoming=room.incoming.ctypes.data, pieces=room.pieces.ctypes.data,
@@ -64,27 +74,29 @@ class TokenStep:
         return Window(
             slot_of, neuron_in, last_used, free_slots, score,
             d_ff=d_ff, capacity=self._window.capacity, kept_tokens=self._window.window,
-            growth=GROWTH, rescale_beyond=RESCALE_BEYOND,
+            rescale_beyond=RESCALE_BEYOND,
         )  # fmt: skip
 
     def run(
         self, x: torch.Tensor, selected: torch.Tensor, bias: torch.Tensor | None, file: StepFile | None
     ) -> torch.Tensor | None:
-        """float32 [1, width]: the sum before bias and rounding. `None`: the call does not fit here, or a read failed.
+        """float32 [tokens, width]: the sum before bias and rounding. `None`: the call does not fit here, or a read failed.
 
         After a failed read the window holds what it held and some less; who reads again is told what is wrong.
 
         Args:
-            x: [1, width] in the dtype of compute, contiguous.
-            selected: bool [1, d_ff], contiguous: the neurons that are used. Their hidden values below zero become zero.
+            x: [tokens, width] in the dtype of compute, contiguous; `MOST_TOKENS` at most.
+            selected: bool [tokens, d_ff], contiguous: the neurons that each uses. Their hidden values below zero become zero.
             bias: [d_ff] of the up projection.
             file: what is missing is read with it. `None`: nothing can be read, as where numbers are converted.
         """
-        step, job, window, resident = self._step, self._step.job, self._step.window, self._window
-        out = torch.empty(1, x.shape[1], dtype=torch.float32, device="cpu")
+        step, window, resident, tokens = self._step, self._step.window, self._window, len(x)
+        job = step.job if tokens == 1 else step.several
+        out = torch.empty(tokens, x.shape[1], dtype=torch.float32, device="cpu")
         job.x, job.out, job.bias = x.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
-        job.threads, step.selected = native.threads(), selected.data_ptr()
+        job.threads, step.selected, step.tokens = native.threads(), selected.data_ptr(), tokens
         window.clock, window.free, window.use_score = resident.clock, resident.free, resident.use_score
+        window.growth = _GROWTH[tokens]
         step.reader, step.file, step.block_bytes = file or (None, None, 1)
         done = self._library.hf_step(ctypes.byref(step))  # type: ignore[union-attr]
         resident.clock, resident.free, resident.use_score = window.clock, window.free, window.use_score
@@ -102,7 +114,7 @@ class TokenStep:
 
     def count(self, counters: Counters, seconds: float) -> None:
         """Count what the last call, which took so long, read and spent its time on."""
-        step, waited_s = self._step, self._step.job.waited_s
+        step, waited_s = self._step, self._step.waited_s
         counters.read_bytes += step.read_bytes
         counters.reads += step.chunks
         counters.manage_s += step.managed_s

@@ -19,7 +19,7 @@ from hf_flash.compute import kernels, library
 from hf_flash.compute.activation import RELU, Activation
 from hf_flash.compute.arithmetic import Arithmetic, CompiledArithmetic, arithmetic_for
 from hf_flash.compute.library import ABI
-from hf_flash.predictors.low_bit import Int8Matrix, Scores
+from hf_flash.predictors.low_bit import Int8Matrix, Scores, widen
 from hf_flash.store.unit import TWO_MATRICES, Part, UnitLayout
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -120,9 +120,10 @@ def test_several_tokens_get_the_bits_that_each_gets_alone(
             kernel.up()
             kernel.down(alone[token : token + 1])
         for avx512, together in ((True, torch.zeros(tokens, d)), (False, torch.zeros(tokens, d))):
-            several = kernels.TokensKernel(unit, x, used, b, d_ff, avx512=avx512)
+            several = kernels.TokensKernel(unit, tokens, d_ff, avx512=avx512)
             for part in np.array_split(np.flatnonzero(used.any(0).numpy()), blocks):
-                several.add(kernels.addresses(matrix, rows[part]), part, together)
+                places = kernels.addresses(matrix, rows[part])
+                assert several.down(several.up(x, used, b, places, part), places, together) is None
             assert torch.equal(together, alone)
 
 
@@ -189,8 +190,8 @@ def test_where_the_parts_lie_in_a_row_changes_no_bit(
             kernel.up()
             kernel.down(alone)
             together = torch.zeros(tokens, d)
-            several = kernels.TokensKernel(layout, x, used, None, d_ff)
-            several.add(kernels.addresses(matrix, rows), rows, together)
+            several, places = kernels.TokensKernel(layout, tokens, d_ff), kernels.addresses(matrix, rows)
+            several.down(several.up(x, used, None, places, rows), places, together)
             found.append(torch.cat([alone, together]))
     assert found[0].isfinite().all()
     assert torch.equal(*found)
@@ -280,23 +281,52 @@ def test_block_sizes_follow_from_the_shape_alone() -> None:
 @needs_library
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(1, 90),
-    columns=st.integers(1, 100) | st.integers(500, 520),
-    tokens=st.integers(1, 4),
-    seed=st.integers(0, 999),
-)
-def test_a_token_is_multiplied_alike_whoever_is_beside_it(rows: int, columns: int, tokens: int, seed: int) -> None:
+    rows=st.integers(1, 90), columns=st.integers(1, 100) | st.integers(500, 520), tokens=st.integers(1, 9),
+    threads=st.integers(1, 3), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_a_token_is_multiplied_alike_whoever_is_beside_it(
+    rows: int, columns: int, tokens: int, threads: int, seed: int
+) -> None:
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(-127, 128, (rows, columns), generator=random, dtype=torch.int8)
     scales, plus = torch.rand(rows, generator=random).bfloat16(), torch.randn(rows, generator=random)
     x = torch.randn(tokens, columns, generator=random).bfloat16()
-    product = kernels.Product(codes, scales, None)
-    found = product(x, plus)
+    found = multiplied_alike(x, codes, scales, None, plus, threads)
     exact = x.double() @ (codes.double() * scales.double()[:, None]).T + plus
     size = x.double().abs() @ (codes.double().abs() * scales.double()[:, None]).T
     assert ((found - exact).abs() <= 1e-4 * (size + x.double().abs().amax(1, keepdim=True) * 127 + 1)).all()
-    for token in range(tokens):
-        assert torch.equal(product(x[token : token + 1], plus)[0], found[token])
+
+
+@needs_library
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 90), groups=st.integers(1, 5), group=st.sampled_from([32, 64, 96]), tokens=st.integers(1, 9),
+    threads=st.integers(1, 3), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_so_it_is_in_4_bits(rows: int, groups: int, group: int, tokens: int, threads: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, groups * group // 2), generator=random, dtype=torch.uint8)
+    scales, zeros = (torch.randn(rows, groups, generator=random).bfloat16() for _ in range(2))
+    x, plus = torch.randn(tokens, groups * group, generator=random).bfloat16(), torch.randn(rows, generator=random)
+    found, weights = multiplied_alike(x, codes, scales, zeros, plus, threads), widen(codes, scales, zeros).double()
+    size = (
+        x.double().abs() @ weights.abs().T + x.double().abs().amax(1, keepdim=True) * scales.double().abs().sum(1) * 8 * group
+    )
+    assert ((found - (x.double() @ weights.T + plus)).abs() <= 1e-4 * (size + 1)).all()
+
+
+def multiplied_alike(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, plus: torch.Tensor, threads: int
+) -> torch.Tensor:
+    """What a quantized matrix makes of tokens: the same bits alone and beside others, with any width of vectors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "threads", lambda: threads)
+        found, narrow = (kernels.Product(codes, scales, zeros, avx512=avx512)(x, plus) for avx512 in (True, False))
+        assert torch.equal(found, narrow)
+        product = kernels.Product(codes, scales, zeros)
+        for token in range(len(x)):
+            assert torch.equal(product(x[token : token + 1], plus)[0], found[token])
+    return found
 
 
 @needs_library

@@ -17,10 +17,10 @@ from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM
 
 from hf_flash import FlashOffloadConfig
-from hf_flash.compute import kernels
+from hf_flash.compute import dense, kernels
 from hf_flash.compute import library as native
-from hf_flash.runtime import resident_linear as linear
-from hf_flash.runtime.resident_linear import ResidentLinear
+from hf_flash.runtime import resident_linear
+from hf_flash.runtime.resident_linear import ResidentLinear, make_linears_resident
 
 ONE_ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half of a last place, and more
 DTYPES = list(ONE_ROUNDING)
@@ -44,9 +44,9 @@ def module(weight: torch.Tensor, bias: torch.Tensor | None, room: int = 1 << 12)
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
     made.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "_WORTH_BYTES", 0)
+        patch.setattr(resident_linear, "_WORTH_BYTES", 0)
         engine: Any = SimpleNamespace(lock=_Lock(), arithmetic=SimpleNamespace(wide=torch.empty(1, room)))
-        linear.make_linears_resident(made, engine)
+        make_linears_resident(made, engine)
     assert type(made) is ResidentLinear
     return made
 
@@ -104,8 +104,8 @@ def test_rows_are_widened_as_many_as_fit_at_a_time(
     x, weight, b = matrices(rows, columns, tokens, bias, dtype, seed)
     ours = module(weight, b, room)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(linear, "_FEW", {})
-        patch.setattr(linear, "_widened_from", lambda dtype: 1)
+        patch.setattr(dense, "_FEW", {})
+        patch.setattr(dense, "_widened_from", lambda dtype: 1)
         found = ours(x[None])
     assert close(found[0], x, weight, b)
     assert ours.engine.lock.taken == 1  # type: ignore[attr-defined]
@@ -119,14 +119,14 @@ def calls(patch: pytest.MonkeyPatch) -> list[str]:
         seen.append("few")
         return kernels.linear(*args)
 
-    def many(self: ResidentLinear, x: torch.Tensor) -> torch.Tensor:
+    def many(*args: Any) -> torch.Tensor:
         seen.append("many")
-        return widened(self, x)
+        return widened(*args)
 
-    widened = ResidentLinear._widened
-    patch.setattr(linear, "linear", few)
-    patch.setattr(ResidentLinear, "_widened", many)
-    patch.setattr(linear, "_widened_from", lambda dtype: float("inf") if dtype == torch.float32 else 17)
+    widened = dense._widened
+    patch.setattr(dense, "linear", few)
+    patch.setattr(dense, "_widened", many)
+    patch.setattr(dense, "_widened_from", lambda dtype: float("inf") if dtype == torch.float32 else 17)
     return seen
 
 
@@ -159,11 +159,11 @@ def test_from_where_on_widening_pays(
 ) -> None:
     """As measured on processors that can do this; docs/experiments.md has the figures."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
-    monkeypatch.setattr(linear.platform, "machine", lambda: "x86_64")
-    found = [linear._widened_from.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    monkeypatch.setattr(dense.platform, "machine", lambda: "x86_64")
+    found = [dense._widened_from.__wrapped__(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     assert found == [float("inf") if name == "never" else name for name in (bf16, fp16, "never")]
-    monkeypatch.setattr(linear.platform, "machine", lambda: "aarch64")
-    assert linear._widened_from.__wrapped__(torch.float16) == float("inf")
+    monkeypatch.setattr(dense.platform, "machine", lambda: "aarch64")
+    assert dense._widened_from.__wrapped__(torch.float16) == float("inf")
 
 
 class Marked(torch.Tensor):
@@ -225,7 +225,7 @@ def test_small_matrices_and_others_classes_are_left_alone() -> None:
 
     long = nn.Linear(1 << 18, 1)  # a row that the buffer does not hold
     model = nn.Sequential(nn.Linear(8, 8), Own(1024, 1024), nn.Linear(1024, 1024), nn.Linear(1024, 1024).double(), long)
-    linear.make_linears_resident(model, SimpleNamespace(arithmetic=SimpleNamespace(wide=torch.empty(4, 1024))))  # type: ignore[arg-type]
+    make_linears_resident(model, SimpleNamespace(arithmetic=SimpleNamespace(wide=torch.empty(4, 1024))))  # type: ignore[arg-type]
     assert [type(part) for part in model] == [nn.Linear, Own, ResidentLinear, nn.Linear, nn.Linear]
 
 
@@ -235,7 +235,7 @@ def test_a_model_says_what_the_stock_model_says(
     dtype: torch.dtype, opt: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every way of calling it that takes few tokens, many, or both; also where one model has both kinds of layers."""
-    monkeypatch.setattr(linear, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(resident_linear, "_WORTH_BYTES", 0)
     folder, seen = opt("pre_ln"), calls(monkeypatch)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     flash = AutoModelForCausalLM.from_pretrained(

@@ -38,6 +38,7 @@ from hf_flash.reading.layer_files import PAGE, direct_alignment
 from hf_flash.reading.reader import open_reader
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.sites import InlineFFN, LastProjection
+from hf_flash.runtime.token_step import MOST_TOKENS
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.unit import TWO_MATRICES
@@ -62,7 +63,7 @@ class PlainWindow:
     last_use: dict[int, int] = field(default_factory=dict)
     score: Counter[int] = field(default_factory=Counter)
 
-    def call(self, uses: list[set[int]], after: set[int]) -> list[list[int]]:
+    def call(self, uses: list[set[int]], after: set[int], *, predicted: bool) -> list[list[int]]:
         """Take one call, the neurons of each of its tokens, and check what was in DRAM after it; the groups that it reads."""
         for n in self.score:
             self.score[n] *= 0.99 ** len(uses)
@@ -71,7 +72,8 @@ class PlainWindow:
             self.last_use |= dict.fromkeys(use, self.clock)
             self.score.update(dict.fromkeys(use, 1))
         needed = set().union(*uses)
-        fits = len(needed) <= self.capacity and (len(uses) == 1 or len(needed - self.resident) < block_rows(D_FF, len(uses)))
+        few = len(uses) == 1 or (predicted and len(uses) <= MOST_TOKENS)
+        fits = len(needed) <= self.capacity and (few or len(needed - self.resident) < block_rows(D_FF, len(uses)))
         groups = [self._fit(needed, after)] if fits else self._stream(needed, len(uses))
         assert self.resident == after
         return groups
@@ -292,7 +294,7 @@ def test_the_window_holds_what_its_rules_say_and_every_byte_is_counted(
             uses = [set(range(D_FF))] * tokens if mask is None else [set(row.nonzero()[:, 0].tolist()) for row in mask]
             rig.call(mask, tokens)
 
-            groups = plain.call(uses, rig.resident())
+            groups = plain.call(uses, rig.resident(), predicted=mask is not None)
             if layout.stored != layout.dtype:
                 groups = [group[at : at + STAGED] for group in groups for at in range(0, len(group), STAGED)]
             if rig.store.place is not None:

@@ -1,0 +1,79 @@
+"""The product of tokens with a whole matrix, the fastest way that this processor has: for the matrices that stay in memory, and
+for blocks of neurons that a prompt computes all of.
+
+    few tokens    the compiled part fetches every weight once; a token gets the same bits beside others and alone
+    many tokens   where 16 bits are slow: rows are widened to fp32, a buffer of them at a time, for an fp32 GEMM
+    otherwise     torch
+
+Sums are made in fp32 and rounded once, as torch's are, up to the order.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+
+from hf_flash.compute import library as native
+from hf_flash.compute.kernels import linear
+
+_FEW: Final = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 8}  # tokens that the compiled part is faster for
+_MANY: Final = 96  # tokens that widening is worth where 16 bits are only slower, not slow
+
+
+def few(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether the compiled part multiplies so many tokens with a matrix."""
+    return tokens <= _FEW.get(dtype, 0) and native.library() is not None
+
+
+def widens(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether an fp32 GEMM of widened rows is faster than torch's own product."""
+    return tokens >= _widened_from(dtype)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: torch.Tensor | None) -> torch.Tensor:
+    """`x @ weight.T + bias` in the dtype of `x`, the fastest way.
+
+    Args:
+        x: [..., columns], contiguous, on the CPU, as the others are. All in one dtype of `DTYPES`.
+        weight: [rows, columns], contiguous. bias: [rows].
+        wide: float32, contiguous, room for one row at least; `None`, if these are [`few`]. Many tokens of 16 bits use it.
+
+    Returns:
+        [..., rows].
+    """
+    tokens = x.numel() // x.shape[-1]
+    if few(tokens, x.dtype):
+        return linear(x, weight, bias)
+    return _widened(x, weight, bias, wide) if wide is not None and widens(tokens, x.dtype) else F.linear(x, weight, bias)
+
+
+def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: torch.Tensor) -> torch.Tensor:
+    """The product in fp32, as many rows at a time as `wide` has room for."""
+    rows, columns = weight.shape
+    out, x_f32, room = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device="cpu"), x.float(), wide.view(-1)
+    step = len(room) // columns
+    for at in range(0, rows, step):
+        part = weight[at : at + step]
+        buffer = room[: part.numel()].view(part.shape).copy_(part)
+        out[..., at : at + step] = F.linear(x_f32, buffer, None if bias is None else bias[at : at + step].float())
+    return out
+
+
+@lru_cache
+def _widened_from(dtype: torch.dtype) -> float:
+    """Tokens from which on an fp32 GEMM of widened rows is faster than torch's own product on this processor."""
+    if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
+        return float("inf")
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    matrix, vector = ("amx_bf16", "avx512_bf16") if dtype == torch.bfloat16 else ("amx_fp16", "avx512_fp16")
+    if not can or can.get(matrix):
+        return float("inf")
+    if not can.get(vector):
+        return _FEW[dtype] + 1
+    if dtype == torch.bfloat16 and "AMD" not in str(can.get("cpu_name")):  # Intel's multiply no more at a time than fp32 does
+        return _MANY
+    return float("inf")

@@ -42,7 +42,7 @@ def read(active: np.ndarray, capacity: int) -> float:
         ids = np.flatnonzero(mask)
         window.note_use(None, 1, ids)
         missed.append(len(window.missing(ids)))
-        keep = window.worth_keeping(ids)
+        keep = np.flatnonzero(window.worth_keeping(ids))
         window.evict(np.setdiff1d(window.resident, keep))
         new = window.missing(keep)
         window.commit(new, window.reserve(len(new)))

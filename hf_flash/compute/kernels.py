@@ -279,18 +279,17 @@ class Product:
     Args:
         codes: int8 [rows, columns], or uint8 [rows, columns / 2] with `zeros`.
         scales, zeros: bfloat16 [rows, groups], in 8 bits one group; 32 columns or a multiple in a group of 4 bits.
-        avx512: whether AVX-512 may be used.
     """
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, *, avx512: bool = True) -> None:
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
         self._keep, self._library = (codes, scales, zeros), native.loaded()
         self._rows, columns, groups = len(codes), codes.shape[1], 1
         if zeros is not None:
             columns, groups = 2 * columns, scales.shape[1]
-        self._columns, self._groups, self._room = columns, groups, 2 * (columns + 31 & ~31) + 4 + 4 * groups  # bytes a token
+        self._columns, self._groups, self._room = columns, groups, 2 * (64 + (columns + 63 & ~63)) + 8 * groups  # bytes a token
         self._job = ProductJob(
             codes=codes.data_ptr(), scales=scales.data_ptr(), zeros=None if zeros is None else zeros.data_ptr(),
-            rows=self._rows, columns=columns, group=columns // groups, bits=8 if zeros is None else 4, no_avx512=not avx512,
+            rows=self._rows, columns=columns, group=columns // groups, bits=8 if zeros is None else 4,
         )  # fmt: skip
 
     def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
@@ -353,5 +352,5 @@ class Product:
         job.x, job.dtype, job.tokens = x.data_ptr(), DTYPES[x.dtype], tokens
         job.out = None if out is None else out.data_ptr()
         job.x_codes = room  # first: vectors of it lie within cache lines
-        job.x_step = room + 2 * tokens * (self._columns + 31 & ~31)
-        job.x_sum = job.x_step + 4 * tokens
+        job.x_step = room + 2 * tokens * (64 + (self._columns + 63 & ~63))
+        job.x_sum = job.x_step + 4 * tokens * self._groups

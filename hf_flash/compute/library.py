@@ -85,7 +85,7 @@ class ProductJob(ctypes.Structure):
         *((name, _pointer) for name in ("codes", "scales", "zeros", "shift", "shift_scale", "bias", "x")),
         *((name, _pointer) for name in ("x_codes", "x_step", "x_sum", "out", "active", "first")),
         *((name, _long) for name in ("rows", "columns", "group", "tokens")),
-        *((name, _int) for name in ("bits", "dtype", "bias_dtype", "threads", "no_avx512", "next", "done", "x_ready")),
+        *((name, _int) for name in ("bits", "dtype", "bias_dtype", "threads", "next", "done", "x_ready")),
     )
 
 

@@ -142,13 +142,13 @@ typedef struct ProductJob {
     const float *shift_scale;       /* [tokens] what `shift` is multiplied with first, or null: 1 */
     const void *bias;               /* [rows] of `bias_dtype`, added after that, or null */
     const void *x;                  /* [tokens, columns] of `dtype` */
-    int16_t *x_codes;               /* room for x as multiples of a step, [tokens, columns rounded up to 32], */
-    float *x_step, *x_sum;          /* for the step, [tokens], and for the sum of each group of x, [tokens, columns / group] */
+    void *x_codes;                  /* room for x as multiples of a step, 16 bits [tokens, columns rounded up to 32], */
+    float *x_step, *x_sum;          /* and for the step and the sum of each group of x, [tokens, columns / group] */
     float *out;                     /* [tokens, rows], or null: then `active` is filled in */
     uint8_t *active;                /* [tokens, rows] 0 where the sum is at or below zero, 1 elsewhere */
     struct ProductJob *first;       /* or null; else x is what comes out of this one */
     int64_t rows, columns, group, tokens;
-    int32_t bits, dtype, bias_dtype, threads, no_avx512;
+    int32_t bits, dtype, bias_dtype, threads;
     atomic_int next, done, x_ready;
 } ProductJob;
 

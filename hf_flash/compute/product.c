@@ -1,7 +1,8 @@
 /* A quantized matrix times a few tokens.
  *
- * Every token becomes whole multiples of a step, 16 bits each, so that products with codes are exact and twice as many to an
- * instruction as in fp32. */
+ * x becomes whole multiples of a step, so that products with codes are exact and several times as many to an instruction as in
+ * fp32. A token has one step and 16 bits where the matrix has 8. Where it has 4, every group of columns has a step and x has 8
+ * bits: their rounding is a tenth of that of the matrix. */
 
 #include "native.h"
 
@@ -15,18 +16,123 @@
 
 enum { MATRIX_ROWS = 64, FEW_ROWS = 8 }; /* that a thread takes at a time, of a matrix with many and with few */
 enum { TOKENS = 4 };                     /* that a row is multiplied with at once */
+enum { SUMS_IN_16_BITS = 8 };            /* 2 * 15 * 127 each */
 enum { FEW_COLUMNS = 512 };              /* up to here eight rows are worked on at once: their sums fit in 32 bits */
 
-/* From token to token of `x_codes`: whole cache lines. */
-static int64_t stride(const ProductJob *job) { return (job->columns + 31) / 32 * 32; }
+/* From token to token of `x_codes`: whole cache lines, and no power of two, so that tokens do not share lines of a cache. */
+static int64_t stride(const ProductJob *job) { return (job->columns + 63) / 64 * 64 + 64; }
 
-#define LANES 8
-#include "product_width.h"
-#undef LANES
+/* --- one row times some tokens
+ *
+ * A row is unpacked once for all of these tokens. A token's sum is made in one order, however many are beside it: where the
+ * compiler might fuse a product and a sum, or not, the code says which. */
 
-#define LANES 16
-#include "product_width.h"
-#undef LANES
+/* 8 bits: scale * (codes . x) * step. */
+INLINE void int8_row(const ProductJob *job, int64_t row, int64_t token, int tokens, float *sums) {
+    const int8_t *codes = (const int8_t *)job->codes + row * job->columns;
+    const int16_t *x = (const int16_t *)job->x_codes + token * stride(job);
+    const int64_t next = stride(job);
+    __m256 all[TOKENS];
+    UNROLLED(int t = 0; t < tokens; t++)
+        all[t] = _mm256_setzero_ps();
+    int64_t i = 0;
+    while (i + 32 <= job->columns) {
+        int64_t end = i + 4096 < job->columns ? i + 4096 : job->columns; /* more might not fit in 32 bits */
+        __m256i some[TOKENS];
+        UNROLLED(int t = 0; t < tokens; t++)
+            some[t] = _mm256_setzero_si256();
+        for (; i + 32 <= end; i += 32) {
+            __m256i first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + i)));
+            __m256i second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + i + 16)));
+            UNROLLED(int t = 0; t < tokens; t++) {
+                const __m256i *part = (const __m256i *)(x + t * next + i);
+                some[t] = _mm256_add_epi32(some[t], _mm256_madd_epi16(first, _mm256_loadu_si256(part)));
+                some[t] = _mm256_add_epi32(some[t], _mm256_madd_epi16(second, _mm256_loadu_si256(part + 1)));
+            }
+        }
+        UNROLLED(int t = 0; t < tokens; t++)
+            all[t] = _mm256_add_ps(all[t], _mm256_cvtepi32_ps(some[t]));
+    }
+    const float scale = one(job->scales, row, BF16);
+    UNROLLED(int t = 0; t < tokens; t++) {
+        int32_t rest = 0;
+        for (int64_t k = i; k < job->columns; k++)
+            rest += codes[k] * x[t * next + k];
+        sums[t] = (total(all[t], _mm256_setzero_ps()) + (float)rest) * (scale * job->x_step[token + t]);
+    }
+}
+
+/* 4 bits: the sum over the groups of scale * (codes . x) * step + (zero - 8 scale) * (sum of x).
+ *
+ * First scale * step of every group and token, and the sum of the second terms; `rest` is of the groups that no vector takes. */
+INLINE void int4_scales(const ProductJob *job, int64_t row, int64_t token, int tokens, float *steps, __m256 *all, float *rest) {
+    const int64_t groups = job->columns / job->group;
+    const uint16_t *scales = job->scales + row * groups, *zeros = job->zeros + row * groups;
+    const float *x_step = job->x_step + token * groups, *x_sum = job->x_sum + token * groups;
+    int64_t g = 0;
+    UNROLLED(int t = 0; t < tokens; t++) {
+        all[t] = _mm256_setzero_ps();
+        rest[t] = 0.0f;
+    }
+    for (; g + 8 <= groups; g += 8) {
+        const __m256 scale = load(scales, g, BF16), offset = _mm256_fmadd_ps(_mm256_set1_ps(-8.0f), scale, load(zeros, g, BF16));
+        UNROLLED(int t = 0; t < tokens; t++) {
+            _mm256_storeu_ps(steps + t * groups + g, _mm256_mul_ps(scale, _mm256_loadu_ps(x_step + t * groups + g)));
+            all[t] = _mm256_fmadd_ps(offset, _mm256_loadu_ps(x_sum + t * groups + g), all[t]);
+        }
+    }
+    for (; g < groups; g++) {
+        const float scale = one(scales, g, BF16), offset = __builtin_fmaf(-8.0f, scale, one(zeros, g, BF16));
+        UNROLLED(int t = 0; t < tokens; t++) {
+            steps[t * groups + g] = scale * x_step[t * groups + g];
+            rest[t] = __builtin_fmaf(offset, x_sum[t * groups + g], rest[t]);
+        }
+    }
+}
+
+/* A group has `chunk` columns, 32 or 64, or a multiple. Products of 32 columns are 16 sums in 16 bits; so many of these fit that
+ * they are added up there first. */
+INLINE void int4_row(const ProductJob *job, int64_t row, int64_t token, int tokens, int chunk, float *sums) {
+    const int64_t groups = job->columns / job->group, next = stride(job);
+    const uint8_t *codes = job->codes + row * job->columns / 2;
+    const int8_t *x = (const int8_t *)job->x_codes + token * next;
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256 all[TOKENS];
+    float rest[TOKENS], steps[TOKENS * groups];
+    int4_scales(job, row, token, tokens, steps, all, rest);
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t left = job->group; left;) {
+            int64_t some_columns = left < 32 * SUMS_IN_16_BITS ? left : 32 * SUMS_IN_16_BITS;
+            __m256i some[TOKENS];
+            left -= some_columns;
+            UNROLLED(int t = 0; t < tokens; t++)
+                some[t] = _mm256_setzero_si256();
+            for (; some_columns; some_columns -= chunk, codes += chunk / 2, x += chunk) {
+                __m256i even, odd = low;
+                if (chunk == 64) {
+                    const __m256i both = _mm256_loadu_si256((const __m256i *)codes);
+                    even = _mm256_and_si256(both, low);
+                    odd = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+                } else {
+                    const __m128i both = _mm_loadu_si128((const __m128i *)codes);
+                    even = _mm256_inserti128_si256(_mm256_castsi128_si256(both), _mm_srli_epi16(both, 4), 1);
+                    even = _mm256_and_si256(even, low); /* the odd ones behind them */
+                }
+                UNROLLED(int t = 0; t < tokens; t++) {
+                    const __m256i *part = (const __m256i *)(x + t * next);
+                    some[t] = _mm256_add_epi16(some[t], _mm256_maddubs_epi16(even, _mm256_loadu_si256(part)));
+                    if (chunk == 64)
+                        some[t] = _mm256_add_epi16(some[t], _mm256_maddubs_epi16(odd, _mm256_loadu_si256(part + 1)));
+                }
+            }
+            UNROLLED(int t = 0; t < tokens; t++) {
+                const __m256 whole = _mm256_cvtepi32_ps(_mm256_madd_epi16(some[t], ones));
+                all[t] = _mm256_fmadd_ps(whole, _mm256_broadcast_ss(&steps[t * groups + g]), all[t]);
+            }
+        }
+    UNROLLED(int t = 0; t < tokens; t++)
+        sums[t] = total(all[t], _mm256_setzero_ps()) + rest[t];
+}
 
 /* --- eight rows times one token */
 
@@ -34,7 +140,7 @@ static int64_t stride(const ProductJob *job) { return (job->columns + 31) / 32 *
 INLINE __m256 int8_rows(const ProductJob *job, int64_t row, int64_t token) {
     const int64_t columns = job->columns;
     const int8_t *codes = (const int8_t *)job->codes + row * columns;
-    const int16_t *x = job->x_codes + token * stride(job);
+    const int16_t *x = (const int16_t *)job->x_codes + token * stride(job);
     __m256i sums[8] = {0};
     for (int64_t i = 0; i < columns; i += 16) {
         const __m256i some = _mm256_loadu_si256((const __m256i *)(x + i));
@@ -53,29 +159,44 @@ INLINE __m256 int8_rows(const ProductJob *job, int64_t row, int64_t token) {
 
 /* --- x as multiples of a step */
 
-/* One token of x; for 4 bits 16 even columns before 16 odd ones. What is not finite stays so, in `x_step`. */
-INLINE void quantize_token(const ProductJob *job, int64_t token, int dtype) {
-    const int64_t columns = job->columns, groups = columns / job->group, begin = token * columns;
-    int16_t *x_codes = job->x_codes + token * stride(job);
+/* The numbers of x from `begin` to before `end`, of token `token`, as multiples of a step, which is returned; and their sum. For
+ * 4 bits the even columns of a chunk come before the odd ones. What is not finite stays so: the step is no number then. */
+INLINE float quantize_part(const ProductJob *job, int64_t token, int64_t begin, int64_t end, float *sum, int dtype) {
+    const int64_t first = token * job->columns, most_code = job->bits == 4 ? 127 : 32767;
+    const int64_t chunk = job->group % 64 == 0 ? 64 : 32;
+    int16_t *wide = (int16_t *)job->x_codes + token * stride(job);
+    int8_t *narrow = (int8_t *)job->x_codes + token * stride(job);
     float most = 0.0f, all = 0.0f;
-    for (int64_t g = 0; g < groups; g++) {
-        float sum = 0.0f;
-        for (int64_t i = begin + g * job->group; i < begin + (g + 1) * job->group; i++) {
-            float value = one(job->x, i, dtype), size = value < 0.0f ? -value : value;
-            most = size > most ? size : most;
-            sum += value;
-        }
-        job->x_sum[token * groups + g] = sum;
-        all += sum;
+    for (int64_t i = begin; i < end; i++) {
+        float value = one(job->x, first + i, dtype), size = value < 0.0f ? -value : value;
+        most = size > most ? size : most;
+        all += value;
     }
-    const float step = most / 32767.0f, inverse = step > 0.0f ? 1.0f / step : 0.0f;
-    job->x_step[token] = all - all == 0.0f ? step : all - all; /* infinite or no number: so is every sum */
-    for (int64_t k = 0; k < columns; k++) {
-        int64_t place = job->bits == 4 ? k / 32 * 32 + k % 2 * 16 + k % 32 / 2 : k;
-        int32_t whole = _mm_cvtss_si32(_mm_set_ss(one(job->x, begin + k, dtype) * inverse));
-        x_codes[place] = (int16_t)(whole > 32767 ? 32767 : whole < -32767 ? -32767 : whole);
+    const float step = most / (float)most_code, inverse = step > 0.0f ? 1.0f / step : 0.0f;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t whole = _mm_cvtss_si32(_mm_set_ss(one(job->x, first + i, dtype) * inverse));
+        whole = whole > most_code ? most_code : whole < -most_code ? -most_code : whole;
+        if (job->bits == 4)
+            narrow[i / chunk * chunk + i % 2 * chunk / 2 + i % chunk / 2] = (int8_t)whole;
+        else
+            wide[i] = (int16_t)whole;
     }
-    memset(x_codes + columns, 0, (size_t)(stride(job) - columns) * sizeof(int16_t));
+    *sum = all;
+    return all - all == 0.0f ? step : all - all;
+}
+
+INLINE void quantize_token(const ProductJob *job, int64_t token, int dtype) {
+    const int64_t columns = job->columns, groups = columns / job->group;
+    float sum;
+    if (job->bits == 4) {
+        for (int64_t g = 0; g < groups; g++)
+            job->x_step[token * groups + g] =
+                quantize_part(job, token, g * job->group, (g + 1) * job->group, &job->x_sum[token * groups + g], dtype);
+        return;
+    }
+    job->x_step[token] = quantize_part(job, token, 0, columns, &sum, dtype);
+    int16_t *codes = (int16_t *)job->x_codes + token * stride(job);
+    memset(codes + columns, 0, (size_t)(stride(job) - columns) * sizeof *codes);
 }
 
 static FAST void quantize_x(const ProductJob *job) {
@@ -87,6 +208,39 @@ static FAST void quantize_x(const ProductJob *job) {
 }
 
 /* --- all rows */
+
+INLINE void multiply_row(const ProductJob *job, int64_t row, int64_t first, int tokens, int chunk) {
+    float sums[TOKENS];
+    if (chunk)
+        int4_row(job, row, first, tokens, chunk, sums);
+    else
+        int8_row(job, row, first, tokens, sums);
+    for (int t = 0; t < tokens; t++) {
+        const int64_t token = first + t;
+        float sum = sums[t];
+        if (job->shift)
+            sum = __builtin_fmaf(job->shift_scale ? job->shift_scale[token] : 1.0f, job->shift[row], sum);
+        if (job->bias)
+            sum += one(job->bias, row, job->bias_dtype);
+        if (job->out)
+            job->out[token * job->rows + row] = sum;
+        else
+            job->active[token * job->rows + row] = !(sum <= 0.0f);
+    }
+}
+
+/* `chunk`: as in `int4_row`; 0 in 8 bits. These rows stay in a core's cache while the tokens go by, and these tokens while the rows do. */
+INLINE void multiply_rows(const ProductJob *job, int64_t begin, int64_t end, int chunk) {
+    int64_t token = 0;
+    for (; token + TOKENS <= job->tokens; token += TOKENS)
+        for (int64_t row = begin; row < end; row++)
+            multiply_row(job, row, token, TOKENS, chunk);
+    for (; token + 2 <= job->tokens; token += 2)
+        for (int64_t row = begin; row < end; row++)
+            multiply_row(job, row, token, 2, chunk);
+    for (int64_t row = begin; token < job->tokens && row < end; row++)
+        multiply_row(job, row, token, 1, chunk);
+}
 
 INLINE void multiply_eight_rows(const ProductJob *job, int64_t row, int bias_dtype) {
     for (int64_t token = 0; token < job->tokens; token++) {
@@ -113,8 +267,6 @@ static FAST int multiply_share(ProductJob *job) {
     /* rows that may be worked on by eights: their sums fit in 32 bits, and no read goes beyond the matrix */
     const int by_eights = job->bits == 8 && job->columns <= FEW_COLUMNS;
     const int64_t eights = by_eights ? (job->rows * job->columns - stride(job)) / job->columns + 1 : 0;
-    void (*rows_times_tokens)(const ProductJob *, int64_t, int64_t) =
-        job->no_avx512 || !has_avx512() ? multiply_rows_of_8 : multiply_rows_of_16;
     int last = 0;
     for (;;) {
         int64_t begin = (int64_t)atomic_fetch_add(&job->next, (int)step);
@@ -124,8 +276,12 @@ static FAST int multiply_share(ProductJob *job) {
         int64_t row = begin;
         for (; row + 8 <= end && row + 8 <= eights; row += 8)
             BY_DTYPE(job->bias_dtype, multiply_eight_rows, job, row);
-        if (row < end)
-            rows_times_tokens(job, row, end);
+        if (job->bits == 8)
+            multiply_rows(job, row, end, 0);
+        else if (job->group % 64 == 0)
+            multiply_rows(job, row, end, 64);
+        else
+            multiply_rows(job, row, end, 32);
         last = atomic_fetch_add(&job->done, (int)(end - begin)) + (end - begin) == job->rows;
     }
 }

@@ -72,7 +72,9 @@ def load_for(
     formats = {c.fmt.variant: c.fmt for c in every if c.fmt is not None}
     room = sum(fmt.dram_bytes(shape) for fmt in formats.values())
     quantization = FlashOffloadConfig(predictor="none", memory_budget=max(1, ceiling_bytes(memory_budget) - room))
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype).eval()
+    find_runtime(model).engine.sequences.predict_always = True  # every token of a text stands for one that is decoded
+    return model
 
 
 def install(candidate: Candidate, model: Any, store: FlashStore) -> int:

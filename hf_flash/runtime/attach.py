@@ -65,6 +65,8 @@ def attach(
         if isinstance(module, OnFlash):
             module.matrix = Matrix(store.layers[module.index], module.role, in_memory.dtype)
     make_linears_resident(model, engine)
+    if fmt is not None:
+        engine.sequences.watch(model.get_decoder())  # type: ignore[operator]
     runtime = FlashRuntime(config, plan, store, checkpoint, fmt, shape, engine, ffns)
     model.flash_runtime = runtime  # type: ignore[assignment]
     engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle

@@ -16,10 +16,11 @@ from hf_flash.compute.arithmetic import Arithmetic
 from hf_flash.errors import UsageError
 from hf_flash.reading.reader import BundleReader
 from hf_flash.runtime.counters import Counters
+from hf_flash.runtime.prompts import Sequences
 
 
 class Engine:
-    """The reader, the arithmetic with its buffers, the counters, and the lock around them.
+    """The reader, the arithmetic with its buffers, the counters, how long sequences are, and the lock around them.
 
     Args:
         fills_next: whether a call that uses most of a layer begins to fill the next layer's window.
@@ -28,7 +29,7 @@ class Engine:
     def __init__(self, reader: BundleReader, arithmetic: Arithmetic, *, fills_next: bool = True) -> None:
         self.reader, self.arithmetic, self.fills_next = reader, arithmetic, fills_next
         self.dtype = arithmetic.unit.dtype  # of compute
-        self.counters, self.heap = Counters(), Heap()
+        self.counters, self.heap, self.sequences = Counters(), Heap(), Sequences()
         self.lock = threading.RLock()
         self.closed = False
         self.runtime: Callable[[], Any] = lambda: None  # weak reference to the `FlashRuntime`, for `hf_flash.stats(model)`

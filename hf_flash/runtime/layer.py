@@ -2,7 +2,8 @@
 
 How a token flows through it (paper: section 3; the stock layer is `down(act(up(x) + b))`), in `_run`:
 
-    1. choose     the predictor names the neurons this token uses; with several tokens in a call, each its own
+    1. choose     the predictor names the neurons this token uses; with several tokens in a call, each its own; in a prompt
+                  all of them are used (prompts.py)
     2. make room  if room is needed: what was used least, outside the window of the last tokens, goes
     3. read       named neurons that are not in DRAM are read from flash into the window's free slots
     4. compute    up, activation and down over exactly the named neurons, in the order of their ids
@@ -35,11 +36,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_flash.base.arrays import Ids, Mask, count_uses
+from hf_flash.base.arrays import Ids, count_uses
 from hf_flash.compute.activation import Activation
 from hf_flash.compute.arithmetic import Biases, block_rows
 from hf_flash.errors import UsageError
-from hf_flash.predictors.base import Predictor
+from hf_flash.predictors.base import NoPredictor, Predictor
 from hf_flash.reading.reader import Reading
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.flash_weights import OnFlash, is_plain, refuse_dtype, refuse_tracing, stand_in
@@ -59,14 +60,12 @@ class _Work:
     Attributes:
         ids: neurons that the call uses. missing: those of them that are not in the window.
         slots: where in the window `missing` go; `None`: the call is streamed past it.
-        keep: [d_ff] which neurons should be in the window after a streamed call.
     """
 
     call: Call
     ids: Ids
     missing: Ids
     slots: Ids | None
-    keep: Mask | None
 
 
 class FlashFFN(nn.Module):
@@ -119,7 +118,7 @@ class FlashFFN(nn.Module):
             rows = x.detach().reshape(-1, self.d_model).to(engine.dtype).contiguous()
             with self.reads.changing():
                 engine.heap.prepare(x.nbytes)
-                total = self._run(engine, rows, biases)
+                total = self._run(engine, rows, biases, is_prompt=engine.sequences.is_prompt(x))
                 if self.index == len(engine.reader.layers) - 1:
                     engine.heap.prepare(0)
             down = biases["down"]
@@ -132,9 +131,9 @@ class FlashFFN(nn.Module):
 
     # --- the main path
 
-    def _run(self, engine: Engine, x: torch.Tensor, biases: Biases) -> torch.Tensor:
+    def _run(self, engine: Engine, x: torch.Tensor, biases: Biases, *, is_prompt: bool) -> torch.Tensor:
         """The sum before the last bias, float32 [tokens, d_model], for `x` [tokens, d_model] in the dtype of compute."""
-        selected = self._choose(engine, x, biases)
+        selected = self._choose(engine, x, biases, is_prompt=is_prompt)
         if selected is not None and (out := self._in_one_call(engine, x, biases, selected)) is not None:
             return out
         work = self._make_room(engine, x, biases, selected)
@@ -143,11 +142,11 @@ class FlashFFN(nn.Module):
         self._count(engine, len(x), len(work.ids), len(work.missing))
         return out
 
-    def _choose(self, engine: Engine, x: torch.Tensor, biases: Biases) -> torch.Tensor | None:
+    def _choose(self, engine: Engine, x: torch.Tensor, biases: Biases, *, is_prompt: bool) -> torch.Tensor | None:
         """Which neurons each token uses, bool [tokens, d_ff]; `None`: all. What was read ahead for them is taken in."""
         start = perf_counter()
         self.predictor.bias = biases[engine.arithmetic.unit.deciding]
-        selected = self.predictor.select(x)
+        selected = None if is_prompt else self.predictor.select(x)
         engine.counters.predict_s += perf_counter() - start
         engine.counters.io_s += self.reads.arrive(selected)
         return selected
@@ -168,24 +167,21 @@ class FlashFFN(nn.Module):
         """Note what is used, decide where it is computed, and make room for what is missing."""
         start, window, tokens = perf_counter(), self.window, len(x)
         ids = self._all_ids if selected is None else _used_by_any(selected)
-        window.note_use(None if selected is None else selected.numpy(), tokens, ids)
+        learns = selected is None and not isinstance(self.predictor, NoPredictor)
+        if learns:  # from what is active
+            window.advance(tokens)
+        else:
+            window.note_use(None if selected is None else selected.numpy(), tokens, ids)
         missing = window.missing(ids)
         few = tokens == 1 or (selected is not None and tokens <= MOST_TOKENS)
         streamed = len(ids) > window.capacity or (not few and len(missing) >= block_rows(self.d_ff, tokens))
         call = Call(
-            engine.arithmetic, x, biases, selected, ids, self.d_ff, streamed=streamed, observer=self.observer
+            engine.arithmetic, x, biases, selected, ids, self.d_ff,
+            streamed=streamed, observer=self.observer, learner=window if learns else None,
         )  # fmt: skip
-        work = _Work(call, ids, missing, None, None)
-        if streamed:
-            work.keep = np.zeros(self.d_ff, dtype=np.bool_)
-            work.keep[window.worth_keeping(ids)] = True
-            unused = (window.slot_of >= 0) & ~work.keep
-            unused[ids] = False
-            window.evict(np.flatnonzero(unused))
-        else:
-            work.slots = self.reads.reserve(missing, ids)
+        slots = None if streamed else self.reads.reserve(missing, ids)
         engine.counters.manage_s += perf_counter() - start
-        return work
+        return _Work(call, ids, missing, slots)
 
     def _read(self, engine: Engine, work: _Work) -> Reading | None:
         """Start to read what is missing, unless it is streamed."""
@@ -201,8 +197,7 @@ class FlashFFN(nn.Module):
         start, window, waited = perf_counter(), self.window, 0.0
         out = torch.zeros(len(x), self.d_model, dtype=torch.float32, device="cpu")
         if work.slots is None:
-            assert work.keep is not None
-            waited = stream(engine, self.index, window, work.call, work.keep, out, self._fill_next_layer)
+            waited = stream(engine, self.index, window, work.call, out, self._fill_next_layer)
         elif work.call.one_block:
             rows = window.slot_of[work.ids]
             absent = rows < 0

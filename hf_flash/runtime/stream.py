@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from hf_flash.base.arrays import Ids, Mask
+from hf_flash.base.arrays import Ids
 from hf_flash.compute.arithmetic import Arithmetic, Biases, block_rows
 from hf_flash.compute.kernels import addresses
 from hf_flash.reading.reader import Reading
@@ -27,6 +27,7 @@ Observer = Callable[[torch.Tensor, Ids, torch.Tensor], None]
 """Called with a layer's input x, float32 [tokens, d_model], the ids of a block and their pre-activations [tokens, ids]."""
 
 
+LEARNT_TOKENS: Final = 64  # at the end of a prompt: which neurons they used decides what stays in the window
 _BUFFERS: Final = 2  # one is filled while the other is computed
 
 
@@ -38,6 +39,8 @@ class Call:
         selected: bool [tokens, d_ff], which neurons each token uses; `None`: all.
         ids: neurons that any of them uses, sorted.
         streamed: whether they are read past the window.
+        observer: sees pre-activations, where all tokens use all neurons.
+        learner: the layer's window, if it is to learn from these which neurons are in use.
 
     Attributes:
         step: neurons in a block at most.
@@ -59,8 +62,10 @@ class Call:
         *,
         streamed: bool,
         observer: Observer | None = None,
+        learner: ResidentWindow | None = None,
     ) -> None:
-        self._arithmetic, self._x, self._biases, self._observer = arithmetic, x, biases, observer
+        self._arithmetic, self._x, self._biases = arithmetic, x, biases
+        self._observer, self._learner = observer, learner
         self.d_ff, self.step = d_ff, block_rows(d_ff, len(x))
         self.one_block = len(x) == 1 and len(ids) <= self.step
         self.uses_most = 2 * len(ids) > d_ff
@@ -87,17 +92,20 @@ class Call:
         self._observe(ids, self._several.add_scattered(places, ids, out))
 
     def _observe(self, ids: Ids, before: torch.Tensor | None) -> None:
-        if self._observer is not None and before is not None:
+        if before is None:
+            return
+        if self._observer is not None:
             self._observer(self._x.float(), ids, before)
+        if self._learner is not None:
+            self._learner.note_active(self._arithmetic.activation.active(before[-LEARNT_TOKENS:]).numpy(), ids)
 
 
 def stream(
-    engine: Engine, layer: int, window: ResidentWindow, call: Call, keep: Mask, out: torch.Tensor, at_end: Callable[[], None]
+    engine: Engine, layer: int, window: ResidentWindow, call: Call, out: torch.Tensor, at_end: Callable[[], None]
 ) -> float:
     """Work off what does not fit into the window, the next block on its way while one is computed.
 
     Args:
-        keep: [d_ff] which neurons should be in the window afterwards.
         out: float32 [tokens, d_model], to which the sum is added.
         at_end: called when everything that the call needs is read.
 
@@ -118,7 +126,7 @@ def stream(
                 at_end()
             waited += perf_counter() - start
             block.compute(engine, call, out)
-            block.keep(engine, keep)
+            block.keep(engine)
             if not block.complete:
                 free.append(block.buffer)
     except BaseException:
@@ -171,13 +179,15 @@ class _Block:
             engine.arithmetic.copy_rows(matrix, slots, self.buffer, self._rows[present])
             call.add(self.buffer, self._rows, self.ids, out)
 
-    def keep(self, engine: Engine, keep: Mask) -> None:
-        """Leave in the window, or take into it, what is worth keeping."""
+    def keep(self, engine: Engine) -> None:
+        """Leave in the window, or take into it, what is worth keeping of this block and those before it."""
         window, ids = self._window, self.ids
-        present = ids[self._present]
-        window.evict(present[~keep[present]])
-        staying = self._missing[keep[ids[self._missing]]][: window.free]
+        if not window.capacity:
+            return
+        keep = window.worth_keeping(ids, until=int(ids[-1]) + 1)
+        staying = np.flatnonzero(keep[ids[self._missing]])
+        window.evict(np.flatnonzero((window.slot_of[: len(keep)] >= 0) & ~keep))
         if len(staying):
-            slots = window.reserve(len(staying))
-            engine.arithmetic.copy_rows(self.buffer, self._rows[staying], window.matrix, slots)
-            window.commit(ids[staying], slots)
+            rows, slots = self._missing[staying], window.reserve(len(staying))
+            engine.arithmetic.copy_rows(self.buffer, self._rows[rows], window.matrix, slots)
+            window.commit(ids[rows], slots)

@@ -7,6 +7,7 @@ a test in `tests/contract/test_transformers_seam.py` that names it and asks tran
     _hf_peft_config_loaded                   has_adapter
     _keys_to_ignore_on_load_unexpected       ignore_on_load
     get_decoder, the list of layers in it    decoder_layers
+    how the model calls its decoder          sequence_length
     how the model calls a decoder layer      hidden_of, first_layer_call
     how a decoder layer answers              run_layer
 
@@ -69,6 +70,16 @@ def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """
     hidden: torch.Tensor = args[0] if args else kwargs[_HIDDEN]
     return hidden
+
+
+def sequence_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Tokens of each sequence among what a decoder is called with.
+
+    Causal language models of transformers hand over `input_ids` [sequences, tokens] or `inputs_embeds` [sequences, tokens,
+    d_model] by name. A decoder that is called alone may get token ids as its first positional argument.
+    """
+    ids = args[0] if args else kwargs.get("input_ids")
+    return int(ids.shape[-1] if ids is not None else kwargs["inputs_embeds"].shape[-2])
 
 
 class _Entered(Exception):

@@ -15,8 +15,8 @@ a token are computed (contract C3), wherever they lie; so a new row goes into an
 of the size of a row is allocated after construction.
 
 One forward is `note_use` -> `make_room` -> `reserve` -> (the caller reads) -> `commit`, or `give_back` when reading fails. A
-caller that is interrupted anywhere in between calls `forget`. The window knows neither the reader nor the predictor, and never
-decides what is computed.
+prompt is `advance` instead, and `note_active` once its neurons are computed. A caller that is interrupted anywhere in between
+calls `forget`. The window knows neither the reader nor the predictor, and never decides what is computed.
 """
 
 from __future__ import annotations
@@ -74,11 +74,8 @@ class ResidentWindow:
             tokens: how many.
             union: sorted ids used by any of them.
         """
-        start, self.clock = self.clock, self.clock + tokens
-        self.use_score *= GROWTH ** min(tokens, _FORGOTTEN)
-        if self.use_score > RESCALE_BEYOND:
-            self.score /= self.use_score
-            self.use_score = 1.0
+        start = self.clock
+        self.advance(tokens)
         if selected is None or tokens == 1:
             self.last_used[union] = self.clock
             self.score[union] += self.use_score * tokens
@@ -88,6 +85,27 @@ class ResidentWindow:
         self.last_used[union] = np.maximum(self.last_used[union], start + recent)  # used, but before the window
         for token in range(recent, tokens):
             self.last_used[selected[token]] = start + token + 1
+
+    def advance(self, tokens: int) -> None:
+        """Advance the clock by a call's tokens."""
+        self.clock += tokens
+        self.use_score *= GROWTH ** min(tokens, _FORGOTTEN)
+        if self.use_score > RESCALE_BEYOND:
+            self.score /= self.use_score
+            self.use_score = 1.0
+
+    def note_active(self, active: Mask, ids: Ids) -> None:
+        """Mark which neurons the last tokens of a call used, once they are computed; after [`advance`].
+
+        Args:
+            active: bool [tokens, n].
+            ids: [n] the neurons.
+        """
+        counts, tokens = count_uses(active), len(active)
+        used = np.flatnonzero(counts)
+        last = self.clock - np.argmax(active[::-1, used], axis=0)
+        self.score[ids[used]] += self.use_score * counts[used]
+        self.last_used[ids[used]] = np.maximum(last, self.clock - min(tokens, self.window))  # or before the window
 
     def missing(self, ids: Ids) -> Ids:
         """Those of `ids` that are not in DRAM, in the same order."""
@@ -120,22 +138,29 @@ class ResidentWindow:
         last = self.last_used[ids]
         return np.where(last > self.clock - self.window, 1e30 * last, self.score[ids])
 
-    def worth_keeping(self, union: Ids) -> Ids:
-        """Of the residents and `union`: what should stay when not all of it can, sorted.
+    def worth_keeping(self, union: Ids, until: int | None = None) -> Mask:
+        """Of the residents and `union`: what should stay when not all of it can, bool [until].
 
         Among equals what is in DRAM already, then the lower id.
+
+        Args:
+            until: the first id that is not to be judged yet. Residents from there on stay. `None`: all are judged.
         """
-        wanted = self.slot_of >= 0
+        wanted, judged = self.slot_of >= 0, len(self.slot_of) if until is None else until
+        room = self.capacity - int(np.count_nonzero(wanted[judged:]))
         wanted[union] = True
+        wanted = wanted[:judged]
         ids = np.flatnonzero(wanted)
-        excess = len(ids) - self.capacity
-        if excess <= 0 or not self.capacity:
-            return ids[: self.capacity]
+        excess = len(ids) - room
+        if excess <= 0:
+            return wanted
         rank = self._rank(ids)
-        least = np.partition(rank, excess)[excess]
-        better, equal = ids[rank > least], ids[rank == least]
+        least = np.partition(rank, excess - 1)[excess - 1]  # of those that go, the best
+        worse, equal = ids[rank < least], ids[rank == least]
         present_first = equal[np.argsort(self.slot_of[equal] < 0, kind="stable")]
-        return np.sort(np.append(better, present_first[: self.capacity - len(better)]))
+        wanted[worse] = False
+        wanted[present_first[len(equal) - (excess - len(worse)) :]] = False
+        return wanted
 
     def evict(self, ids: Ids) -> None:
         """Free the slots of these neurons."""

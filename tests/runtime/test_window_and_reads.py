@@ -96,17 +96,16 @@ class PlainWindow:
 
     def _stream(self, needed: set[int], tokens: int) -> list[list[int]]:
         step = block_rows(D_FF, tokens)
-        best = sorted(self.resident | needed, key=lambda n: (*(-r for r in self._rank(n)), n not in self.resident, n))
-        keep = set(best[: self.capacity])
-        self.resident &= keep | needed
         order, reads = sorted(needed), []
         for at in range(0, len(order), step) if tokens == 1 else range(0, D_FF, step):
             block = order[at : at + step] if tokens == 1 else [n for n in order if at <= n < at + step]
             away = [n for n in block if n not in self.resident]
             reads.append(away)
-            self.resident -= set(block) - keep
-            room = self.capacity - len(self.resident)
-            self.resident |= set([n for n in away if n in keep][:room])
+            if block and self.capacity:
+                later = {n for n in self.resident if n > block[-1]}
+                judged = (self.resident | set(block)) - later
+                best = sorted(judged, key=lambda n: (*(-r for r in self._rank(n)), n not in self.resident, n))
+                self.resident = set(best[: self.capacity - len(later)]) | later
         return reads
 
 

@@ -123,7 +123,7 @@ class Order(ctypes.Structure):
 
     _fields_ = (
         *((name, _pointer) for name in ("offsets", "first", "pieces")),
-        *((name, _long) for name in ("n", "background")),
+        *((name, _long) for name in ("n", "background", "threads")),
     )
 
 

@@ -202,6 +202,7 @@ typedef struct {
     const int64_t *first;       /* [n + 1] the pieces of read i are first[i] to before first[i + 1] */
     const struct iovec *pieces; /* where the bytes go; they are copied by `hf_read_start` */
     int64_t n, background;      /* background: the caller has something else to do before it waits */
+    int64_t threads;            /* that may copy what the page cache has, the caller among them */
 } Order;
 
 typedef struct Reader Reader;

@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "parallel.h"
 #include "reading.h"
 
 enum { HELPED_BYTES = 1 << 20 }; /* what the page cache has is copied by one more thread from here on */
@@ -73,6 +74,13 @@ static Batch *new_batch(Reader *reader, File *file, const Order *order) {
     return batch;
 }
 
+static int64_t bytes_left(const Batch *batch) {
+    int64_t nbytes = 0;
+    for (int64_t i = batch->untouched; i < batch->n; i++)
+        nbytes += batch->reads[i].length;
+    return nbytes;
+}
+
 /* Whether io_uring reads this batch. It does not, if the kernel could begin none of its reads at once: as many threads of the
  * kernel as reads would come of that. */
 static int is_for_the_ring(const Reader *reader, const Batch *batch) {
@@ -84,32 +92,52 @@ static int is_for_the_ring(const Reader *reader, const Batch *batch) {
     return 1;
 }
 
-/* What the page cache has is read at once; what it lacks, it is asked for. With `lock` held. */
-static void read_from_page_cache(Reader *reader, Batch *batch, int at_once) {
-    File *file = batch->file;
-    for (int64_t i = 0; at_once && file->nowait && i < batch->n; i++) {
+/* Reads that the page cache may have, copied by several threads. */
+typedef struct {
+    Batch *batch;
+    atomic_int next, lacking;
+} CachedReads;
+
+enum { MOST_LACKING = 16 }; /* reads that the page cache lacks, after which it is asked for no more */
+
+static void copy_cached(void *data) {
+    CachedReads *all = data;
+    Batch *batch = all->batch;
+    for (int64_t i; atomic_load(&all->lacking) < MOST_LACKING && (i = atomic_fetch_add(&all->next, 1)) < batch->n;) {
+        Read *read = &batch->reads[i];
+        const ssize_t got = preadv2(batch->file->fd, read->pieces, read->count, read->offset, RWF_NOWAIT);
+        if (got == read->length)
+            read->state = COPIED;
+        else if (got < 0 && errno == EOPNOTSUPP)
+            batch->file->nowait = 0;
+        else
+            atomic_fetch_add(&all->lacking, 1);
+    }
+}
+
+/* What the page cache has is read at once. With `lock` held. */
+static void read_from_page_cache(Reader *reader, Batch *batch, int64_t threads) {
+    CachedReads all = {.batch = batch};
+    if (batch->file->nowait)
+        run_on_threads(copy_cached, &all, (int)threads);
+    for (int64_t i = 0; i < batch->n; i++) {
         Read read = batch->reads[i];
-        const ssize_t got = preadv2(file->fd, read.pieces, read.count, read.offset, RWF_NOWAIT);
-        if (got < 0 && errno == EOPNOTSUPP)
-            file->nowait = 0;
-        if (got != read.length)
+        if (read.state != COPIED)
             continue;
         batch->reads[i] = batch->reads[batch->untouched]; /* the done ones come first */
         batch->reads[batch->untouched] = read;
         mark_done(reader, &batch->reads[batch->untouched++], 0);
     }
-    for (int64_t i = batch->untouched; i < batch->n; i++)
-        (void)posix_fadvise(file->fd, batch->reads[i].offset, batch->reads[i].length, POSIX_FADV_WILLNEED);
 }
 
 /* Let threads read, beside the caller when it waits. With `lock` held. */
 static void start_threads(Reader *reader, Batch *batch, int background) {
-    if (!batch->file->align)
-        read_from_page_cache(reader, batch, !background);
+    if (!batch->file->align && !background)
+        read_from_page_cache(reader, batch, 1);
     batch->threaded = 1;
-    int64_t left = batch->n - batch->untouched, nbytes = 0;
-    for (int64_t i = batch->untouched; i < batch->n; i++)
-        nbytes += batch->reads[i].length;
+    const int64_t left = batch->n - batch->untouched, nbytes = bytes_left(batch);
+    for (int64_t i = batch->untouched; !batch->file->align && i < batch->n; i++) /* what the page cache lacks, it is asked for */
+        (void)posix_fadvise(batch->file->fd, batch->reads[i].offset, batch->reads[i].length, POSIX_FADV_WILLNEED);
     if (batch->file->align)
         wake_threads(reader, background ? left : left - 1); /* each waits for the disk */
     else if (background || nbytes >= HELPED_BYTES)
@@ -178,6 +206,8 @@ int64_t hf_read_start(Reader *reader, File *file, const Order *order) {
         while (*last)
             last = &(*last)->next;
         *last = batch;
+        if (!file->align && order->threads > 1 && bytes_left(batch) >= HELPED_BYTES)
+            read_from_page_cache(reader, batch, order->threads);
         if (is_for_the_ring(reader, batch))
             submit_to_ring(reader, batch, (int)order->background);
         if (batch->untouched < batch->n && !is_for_the_ring(reader, batch))

@@ -3,7 +3,8 @@
  * `hf_read_start` hands reads to the kernel's io_uring, or to a few threads of our own where there is none; `hf_read_wait` brings
  * them to an end. Whatever has to agree is changed in here, where no signal handler of the caller can interrupt it:
  *
- *     A read is NEW, UNDER_WAY or DONE. It is done once, whoever brings it to its end.
+ *     A read is NEW, UNDER_WAY or DONE; COPIED in between, where the page cache had it. It is done once, whoever brings it to
+ *     its end.
  *     What is under way is what was taken and is not done: nothing is counted beside that.
  *     A read that io_uring failed, cut short or refused is read again with preadv, which says why.
  *     A ring that refuses to work, at any time, is given up: what it did not take goes to the threads.
@@ -22,7 +23,7 @@
 #include "native.h"
 
 enum { MOST_READERS = 256, PAGE_BYTES = 4096 };
-enum { NEW, UNDER_WAY, DONE };
+enum { NEW, COPIED, UNDER_WAY, DONE };
 
 struct Batch;
 

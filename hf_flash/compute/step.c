@@ -123,7 +123,7 @@ static void begin_reads(void *step) {
         s->read_bytes += ((stop + s->block_bytes - 1) & -s->block_bytes) - (begin & -s->block_bytes);
     }
     s->first[s->chunks] = piece - s->pieces;
-    s->ticket = hf_read_start(s->reader, s->file, &(Order){s->offsets, s->first, s->pieces, s->chunks, 0});
+    s->ticket = hf_read_start(s->reader, s->file, &(Order){s->offsets, s->first, s->pieces, s->chunks, 0, 1});
     s->failed = !s->ticket;
 }
 

@@ -64,7 +64,9 @@ class CompiledQueue:
         lengths = np.diff(parts, append=len(chunks.rows)) * chunks.size
         pieces = np.stack([base + chunks.rows[parts] * chunks.size, lengths], axis=1)
         first, offsets = np.searchsorted(parts, chunks.first), np.ascontiguousarray(chunks.offset, dtype=np.int64)
-        order = native.Order(offsets.ctypes.data, first.ctypes.data, pieces.ctypes.data, len(offsets), background)
+        order = native.Order(
+            offsets.ctypes.data, first.ctypes.data, pieces.ctypes.data, len(offsets), background, native.threads()
+        )  # fmt: skip
         self._targets[id(out)] = out
         ticket: int = self._library.hf_read_start(self.reader, file.address, ctypes.byref(order))
         if not ticket:

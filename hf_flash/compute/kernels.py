@@ -5,6 +5,7 @@
     TokensKernel     the same for several tokens, each with neurons of its own
     Product          a quantized matrix, to be multiplied with tokens
     linear           a matrix that stays in memory times a few tokens
+    quantize         a matrix becomes a quantized one
     copy_rows        scattered rows to scattered places; gather: a part of scattered units to one place
 
 [`supports`] says whether it knows a layout of units.
@@ -20,11 +21,12 @@ import torch
 
 from hf_flash.base.arrays import Ids
 from hf_flash.compute import library as native
-from hf_flash.compute.library import DTYPES, CopyJob, LinearJob, ProductJob, RowLayout, TokenJob, TokensJob
+from hf_flash.compute.library import DTYPES, CopyJob, LinearJob, ProductJob, QuantizeJob, RowLayout, TokenJob, TokensJob
 from hf_flash.store.unit import Role, UnitLayout
 
 _ROLES: Final = ("up", "down")  # of the parts of a unit, in their order
 _SHARED: Final = 1 << 18  # products that waking another thread is worth
+_WORTH_QUANTIZING: Final = 1 << 14  # weights that waking another thread is worth
 _WORTH_COPYING: Final = 1 << 18  # bytes that waking another thread is worth
 _TOKENS: Final = 1024  # that `TokensKernel` takes at a time: for more, its room would grow
 _TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of native.h)
@@ -246,6 +248,30 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
     )  # fmt: skip
     if not native.loaded().hf_linear(ctypes.byref(job)):  # type: ignore[union-attr]
         raise MemoryError(f"no memory for {x.numel()} numbers")
+    return out
+
+
+def quantize(w: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
+    """Quantize the rows of a matrix; predictors/low_bit.py: `quantize_rows` says how, and has torch's way to the same bits.
+
+    Args:
+        w: [rows, columns] in a dtype of `DTYPES`, the numbers of a row side by side, and rows as far apart as they are.
+
+    Returns:
+        As `quantize_rows` does.
+    """
+    (rows, columns), groups = w.shape, w.shape[1] // group
+    codes: Any = ((rows, columns // 2), torch.uint8) if bits == 4 else ((rows, columns), torch.int8)
+    names = ("scales", "zeros") if bits == 4 else ("scales",)
+    out = {"codes": torch.empty(codes[0], dtype=codes[1], device="cpu")}
+    out |= {name: torch.empty(rows, groups, dtype=torch.bfloat16, device="cpu") for name in names}
+    out |= {"error": torch.empty(rows, dtype=torch.float32, device="cpu")}
+    job = QuantizeJob(
+        weights=w.data_ptr(), rows=rows, columns=columns, group=group, row_bytes=w.stride(0) * w.element_size(), bits=bits,
+        dtype=DTYPES[w.dtype], threads=native.threads() if w.numel() >= _WORTH_QUANTIZING else 1,
+        **{name: part.data_ptr() for name, part in out.items()},
+    )  # fmt: skip
+    native.loaded().hf_quantize(ctypes.byref(job))  # type: ignore[union-attr]
     return out
 
 

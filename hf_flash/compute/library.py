@@ -31,7 +31,7 @@ from hf_flash.base import dtypes
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 13  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
+ABI: Final = 14  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final[Mapping[torch.dtype, int]] = {getattr(torch, name): number for number, name in enumerate(dtypes.DTYPES)}
 """Those of compute, as numbered in native.h."""
@@ -99,6 +99,16 @@ class LinearJob(ctypes.Structure):
     )
 
 
+class QuantizeJob(ctypes.Structure):
+    """A matrix that is quantized."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("weights", "codes", "scales", "zeros", "error")),
+        *((name, _long) for name in ("rows", "columns", "group", "row_bytes")),
+        *((name, _int) for name in ("bits", "dtype", "threads", "next")),
+    )
+
+
 class CopyJob(ctypes.Structure):
     """Rows of equal size to be copied."""
 
@@ -151,7 +161,7 @@ class Step(ctypes.Structure):
 
 
 STRUCTURES: Final = (  # in the order of `hf_sizes`
-    RowLayout, TokenJob, TokensJob, ProductJob, LinearJob, CopyJob, File, Order, Window, Step,
+    RowLayout, TokenJob, TokensJob, ProductJob, LinearJob, CopyJob, File, Order, Window, Step, QuantizeJob,
 )  # fmt: skip
 
 
@@ -185,6 +195,7 @@ def _declare(found: ctypes.CDLL) -> None:
     found.hf_several_nonzero.argtypes, found.hf_several_nonzero.restype = [ctypes.POINTER(TokensJob)], _long
     found.hf_multiply.argtypes = [ctypes.POINTER(ProductJob)]
     found.hf_linear.argtypes = [ctypes.POINTER(LinearJob)]
+    found.hf_quantize.argtypes = [ctypes.POINTER(QuantizeJob)]
     found.hf_copy.argtypes = [ctypes.POINTER(CopyJob)]
     found.hf_step.argtypes = [ctypes.POINTER(Step)]
     found.hf_reader_open.argtypes, found.hf_reader_open.restype = [_int, _int, _pointer], _pointer

@@ -11,6 +11,7 @@
  *     several.c           several tokens, each with neurons of its own
  *     product.c           a quantized matrix times a few tokens
  *     linear.c            a matrix in the dtype of compute times a few tokens
+ *     quantize.c          a matrix in the dtype of compute to one in 8 or 4 bits
  *     copy.c              scattered rows to scattered places
  *     read_queue.c        reads of a file into scattered memory; read_plain.c and read_ring.c do them
  *     step.c              a few tokens through one layer: window, reads and neurons in one call
@@ -39,7 +40,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-enum { HF_ABI = 13 };
+enum { HF_ABI = 14 };
 
 /* Dtypes: library.py: DTYPES. */
 enum { F32, BF16, F16 };
@@ -168,6 +169,21 @@ typedef struct {
 
 /* out = x @ weight.T + bias, each token on its own: accumulated in fp32, rounded once. Returns whether there was memory. */
 int hf_linear(LinearJob *job);
+
+/* --- quantize.c: a matrix in 8 or 4 bits (hf_flash/predictors/low_bit.py) */
+
+typedef struct {
+    const void *weights;      /* [rows, columns] of `dtype` */
+    uint8_t *codes;           /* out: int8 [rows, columns], or nibbles [rows, columns / 2] with the even column low */
+    uint16_t *scales, *zeros; /* out: bfloat16 [rows, columns / group]; no zeros in 8 bits */
+    float *error;             /* out: [rows] the norm of what rounding changed in a row */
+    int64_t rows, columns, group, row_bytes; /* row_bytes: from one row of `weights` to the next */
+    int32_t bits, dtype, threads;
+    atomic_int next;
+} QuantizeJob;
+
+/* The same bits as torch's way. Weights that are no number get the lowest code, and their rows an error that is none. */
+void hf_quantize(QuantizeJob *job);
 
 /* --- copy.c */
 

@@ -121,7 +121,7 @@ class CopyFormat(PredictorFormat, Protocol):
         ...
 
     def tensors(self, layer: LayerStore) -> Iterator[torch.Tensor]:
-        """The same tensors, made from the layer's bundles."""
+        """The same tensors one after the other, in any pieces, made from the layer's bundles."""
         ...
 
 

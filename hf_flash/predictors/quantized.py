@@ -97,13 +97,12 @@ class QuantizedFormat:
         }
 
     def tensors(self, layer: LayerStore) -> Iterator[torch.Tensor]:
-        """The tensors of one layer, made from its bundles."""
-        copied, rows = layer.part(layer.unit.deciding), max(1, WEIGHTS_AT_A_TIME // layer.d_model)
-        parts = [
-            quantize_rows(copied[at : at + rows], self.bits, self.group(layer.d_model)) for at in range(0, layer.d_ff, rows)
-        ]
+        """The tensors of one layer, made from its bundles, in pieces."""
+        copied, group = layer.part(layer.unit.deciding), self.group(layer.d_model)
+        rows = max(1, WEIGHTS_AT_A_TIME // layer.d_model)
+        parts = [quantize_rows(piece, self.bits, group) for piece in copied.pieces(rows)]
         for name in parts[0]:
-            yield torch.cat([part[name] for part in parts])
+            yield from (part[name] for part in parts)
 
     def dram_bytes(self, shape: Shape) -> int:
         groups = shape.d_model // self.group(shape.d_model)

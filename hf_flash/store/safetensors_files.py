@@ -240,6 +240,17 @@ class Rows:
                 part.copy_(self._rows(at, at + len(part))[:, self._columns.start : self._columns.stop])
         return out
 
+    def pieces(self, rows: int) -> Iterator[torch.Tensor]:
+        """All of it, so many rows at a time. A piece is a view into a buffer that the next one overwrites."""
+        buffer = new_tensor((min(rows, self._count), self._width), self.dtype)
+        for at in range(0, self._count, rows):
+            part = buffer[: self._count - at]
+            if self._place is None:
+                self._read(at, part)
+            else:
+                part = self.gather(self._place[at : at + rows], part)
+            yield part[:, self._columns.start : self._columns.stop]
+
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         buffer = new_tensor((stop - start, self._width), self.dtype)
         if self._place is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zlib
@@ -132,13 +133,12 @@ def _bundle(
     """Rows of bundles, some MiB at a time. The same buffer is yielded again and again."""
     rows = min(d_ff, max(1, PIECE_BYTES // unit.row_bytes))
     buffer = aligned_empty((rows, unit.numbers), unit.dtype)
-    for start in range(0, d_ff, rows):
-        stop = min(start + rows, d_ff)
-        block = buffer[: stop - start]
-        for part, matrix in zip(unit.parts, matrices, strict=True):
-            neurons = matrix[start:stop] if part.stored == ROW else matrix[:, start:stop].T  # type: ignore[index]
-            block[:, unit.columns(part.role)] = neurons
-        if not torch.isfinite(block).all():
+    sources = [_neurons(part, matrix, rows) for part, matrix in zip(unit.parts, matrices, strict=True)]
+    for neurons in zip(*sources, strict=True):
+        block = buffer[: len(neurons[0])]
+        for role, rows_of_part in zip(unit.roles, neurons, strict=True):
+            block[:, unit.columns(role)] = rows_of_part
+        if not all(math.isfinite(value) for value in torch.aminmax(block)):  # of a NaN both are one
             finite = [bool(torch.isfinite(block[:, unit.columns(role)]).all()) for role in unit.roles]
             raise InvalidWeightsError(
                 "the source weights contain NaN or infinite values",
@@ -146,6 +146,21 @@ def _bundle(
                 hint="the source is damaged: download it again",
             )
         yield block
+
+
+def _neurons(part: Part, matrix: Rows | torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
+    """One part of every neuron, [up to `rows`, width], so many neurons at a time. What is yielded may be overwritten."""
+    if isinstance(matrix, Rows):
+        yield from matrix.pieces(rows)
+    elif part.stored == ROW:
+        yield from (matrix[at : at + rows] for at in range(0, matrix.shape[0], rows))
+    else:
+        yield from (_transposed(matrix[:, at : at + rows]) for at in range(0, matrix.shape[1], rows))
+
+
+def _transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """A copy of some MiB, contiguous. torch is eight times faster where what it transposes is contiguous too."""
+    return matrix.contiguous().T.contiguous()
 
 
 def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
@@ -158,7 +173,7 @@ def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
         matrix = new_tensor((layer.d_model, layer.d_ff), layer.dtype)
         step = max(1, PIECE_BYTES // layer.bundle_bytes)
         for at in range(0, layer.d_ff, step):
-            matrix[:, at : at + step] = rows[at : at + step].T
+            matrix[:, at : at + step] = _transposed(rows[at : at + step])
         yield matrix
 
 

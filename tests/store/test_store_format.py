@@ -131,6 +131,23 @@ def test_both_read_a_file_with_a_list_of_parts(tmp_path: Path, placed: bool) -> 
     assert all(torch.equal(plain[name], matrix) for name, matrix in zip(names, matrices, strict=True))
 
 
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 40, 1000])
+def test_a_matrix_in_a_file_comes_whole_in_pieces(tmp_path: Path, placed: bool, rows: int) -> None:
+    d_ff, d_model, path = 41, 24, tmp_path / "flash-layer-00000.safetensors"
+    up, down = torch.randn(2, d_ff, d_model, generator=torch.Generator().manual_seed(1)).unbind()
+    origin = {"source": "s", "revision": "", "fingerprint": "f"}
+    write_layer(path, 0, 1, "0.fc1.bundles", (Part("up", "row"), Part("down", "column")), ("up", "down"), (up, down.T), origin)
+    if placed:
+        place_layer(FlashStore.open([path]).layers[0], torch.arange(d_ff).flip(0).int().numpy())
+    (layer,) = FlashStore.open([path]).layers
+    for part, wanted in ((layer.part("up"), up), (layer.part("down"), down), (layer.rows(), torch.cat([up, down], dim=1))):
+        pieces = [piece.clone() for piece in part.pieces(rows)]
+        assert all(len(piece) == rows for piece in pieces[:-1])
+        assert torch.equal(torch.cat(pieces), wanted)
+        assert torch.equal(part[:], wanted)
+
+
 def test_a_newer_format_is_refused_by_both(fresh: Path, tmp_path: Path) -> None:
     for path in copied(fresh, tmp_path).glob("*.safetensors"):
         path.write_bytes(path.read_bytes().replace(b'"hf_flash.format_version":"1"', b'"hf_flash.format_version":"9"'))

@@ -46,12 +46,14 @@ def test_a_store_is_whole_and_gives_its_checkpoint_back(tmp_path: Path, name: st
 
 
 def test_the_same_files_are_written_today(tmp_path: Path) -> None:
-    """Byte for byte, but for where the source lay: the name of its folder and the time are in the fingerprint."""
+    """Byte for byte, but for where the source lay (the name of its folder and the time are in the fingerprint), and the last
+    bit of a predictor's `error`: 0.1 added squares in torch's order, which is not the same on every machine."""
     hf_flash.repack(OLD / "plain", tmp_path / "packed")
     for path in sorted((OLD / "packed").glob("flash-*")):
         before, now = load_file(path), load_file(tmp_path / "packed" / path.name)
         assert before.keys() == now.keys()
-        assert all(torch.equal(before[key], now[key]) for key in before)
+        for key in before:
+            torch.testing.assert_close(now[key], before[key], rtol=5e-7 if key.endswith(".error") else 0, atol=0)
         assert path.stat().st_size == (tmp_path / "packed" / path.name).stat().st_size
 
 

@@ -21,6 +21,7 @@ from hf_flash.runtime.flash_weights import Matrix, OnFlash
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.model import FlashRuntime
 from hf_flash.runtime.resident_linear import make_linears_resident
+from hf_flash.runtime.transformers_model import decoder_of
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
@@ -66,7 +67,7 @@ def attach(
             module.matrix = Matrix(store.layers[module.index], module.role, in_memory.dtype)
     make_linears_resident(model, engine)
     if fmt is not None:
-        engine.sequences.watch(model.get_decoder())  # type: ignore[operator]
+        engine.sequences.watch(decoder_of(model))
     runtime = FlashRuntime(config, plan, store, checkpoint, fmt, shape, engine, ffns)
     model.flash_runtime = runtime  # type: ignore[assignment]
     engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle

@@ -118,7 +118,7 @@ class FlashFFN(nn.Module):
             rows = x.detach().reshape(-1, self.d_model).to(engine.dtype).contiguous()
             with self.reads.changing():
                 engine.heap.prepare(x.nbytes)
-                total = self._run(engine, rows, biases, is_prompt=engine.sequences.is_prompt(x))
+                total = self._run(engine, rows, biases, is_prompt=self._is_prompt(engine, x))
                 if self.index == len(engine.reader.layers) - 1:
                     engine.heap.prepare(0)
             down = biases["down"]
@@ -136,11 +136,15 @@ class FlashFFN(nn.Module):
         selected = self._choose(engine, x, biases, is_prompt=is_prompt)
         if selected is not None and (out := self._in_one_call(engine, x, biases, selected)) is not None:
             return out
-        work = self._make_room(engine, x, biases, selected)
+        work = self._make_room(engine, x, biases, selected, is_prompt=is_prompt)
         reading = self._read(engine, work)
         out = self._compute(engine, x, biases, work, reading)
         self._count(engine, len(x), len(work.ids), len(work.missing))
         return out
+
+    def _is_prompt(self, engine: Engine, x: torch.Tensor) -> bool:
+        """Whether these tokens are computed whole although there is a predictor."""
+        return not isinstance(self.predictor, NoPredictor) and engine.sequences.is_prompt(x)
 
     def _choose(self, engine: Engine, x: torch.Tensor, biases: Biases, *, is_prompt: bool) -> torch.Tensor | None:
         """Which neurons each token uses, bool [tokens, d_ff]; `None`: all. What was read ahead for them is taken in."""
@@ -163,12 +167,13 @@ class FlashFFN(nn.Module):
         self._count(engine, len(x), self.step.used, self.step.missing)
         return out
 
-    def _make_room(self, engine: Engine, x: torch.Tensor, biases: Biases, selected: torch.Tensor | None) -> _Work:
+    def _make_room(
+        self, engine: Engine, x: torch.Tensor, biases: Biases, selected: torch.Tensor | None, *, is_prompt: bool
+    ) -> _Work:
         """Note what is used, decide where it is computed, and make room for what is missing."""
         start, window, tokens = perf_counter(), self.window, len(x)
         ids = self._all_ids if selected is None else _used_by_any(selected)
-        learns = selected is None and not isinstance(self.predictor, NoPredictor)
-        if learns:  # from what is active
+        if is_prompt:  # what is used will be known when it is computed
             window.advance(tokens)
         else:
             window.note_use(None if selected is None else selected.numpy(), tokens, ids)
@@ -177,7 +182,7 @@ class FlashFFN(nn.Module):
         streamed = len(ids) > window.capacity or (not few and len(missing) >= block_rows(self.d_ff, tokens))
         call = Call(
             engine.arithmetic, x, biases, selected, ids, self.d_ff,
-            streamed=streamed, observer=self.observer, learner=window if learns else None,
+            streamed=streamed, observer=self.observer, learner=window if is_prompt else None,
         )  # fmt: skip
         slots = None if streamed else self.reads.reserve(missing, ids)
         engine.counters.manage_s += perf_counter() - start

@@ -6,7 +6,7 @@ a test in `tests/contract/test_transformers_seam.py` that names it and asks tran
     all_tied_weights_keys                    tied_names
     _hf_peft_config_loaded                   has_adapter
     _keys_to_ignore_on_load_unexpected       ignore_on_load
-    get_decoder, the list of layers in it    decoder_layers
+    get_decoder, the list of layers in it    decoder_of, decoder_layers
     how the model calls its decoder          sequence_length
     how the model calls a decoder layer      hidden_of, first_layer_call
     how a decoder layer answers              run_layer
@@ -55,12 +55,17 @@ def ignore_on_load(model: Any, patterns: Iterable[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
 
 
+def decoder_of(model: Any) -> Any:
+    """The part of a causal language model that runs its decoder layers."""
+    return model.get_decoder()
+
+
 def decoder_layers(model: Any, family: Family) -> Any:
     """The decoder layers of a causal language model, in order.
 
     `get_decoder` is public; that the layers are all in one list of what it returns is not said anywhere. The family names it.
     """
-    return getattr(model.get_decoder(), family.layers)
+    return getattr(decoder_of(model), family.layers)
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

@@ -104,7 +104,7 @@ def test_rows_are_widened_as_many_as_fit_at_a_time(
     x, weight, b = matrices(rows, columns, tokens, bias, dtype, seed)
     ours = module(weight, b, room)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(dense, "_FEW", {})
+        patch.setattr(dense, "_few_of", lambda dtype: 0)
         patch.setattr(dense, "_widened_from", lambda dtype: 1)
         found = ours(x[None])
     assert close(found[0], x, weight, b)
@@ -126,6 +126,7 @@ def calls(patch: pytest.MonkeyPatch) -> list[str]:
     widened = dense._widened
     patch.setattr(dense, "linear", few)
     patch.setattr(dense, "_widened", many)
+    patch.setattr(dense, "_few_of", lambda dtype: 8 if dtype == torch.float32 else 16)
     patch.setattr(dense, "_widened_from", lambda dtype: float("inf") if dtype == torch.float32 else 17)
     return seen
 

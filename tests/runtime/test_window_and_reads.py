@@ -559,7 +559,8 @@ def test_the_fast_path_scores_as_the_plain_one_up_to_rounding(fmt: QuantizedForm
     weights = dequantized(parts, fmt)
     exact = x.double() @ weights.T
     rounding = 2**-7 * (x.double().abs() @ weights.abs().T)
-    for way, share in zip(WAYS, (1e-2, 1, 1e-3), strict=True):  # 16-bit steps, bfloat16, 128 roundings to float32
+    steps = 1e-2 if fmt.bits == 8 else 1  # of x, in 16 bits or 8
+    for way, share in zip(WAYS, (steps, 1, 1e-3), strict=True):  # steps, bfloat16, 128 roundings to float32
         assert ((ways[way]._scores.matrix(x) - exact).abs() <= share * rounding).all()
     slack = 1.5 / 128**0.5 * x.double().norm(dim=1, keepdim=True) * parts["error"].double()
     clear = (exact + bias.double() + slack).abs() > rounding

@@ -197,7 +197,7 @@ def test_continuous_batching_gives_the_same_answers(continued: Callable[..., str
 
 def test_a_disk_that_fails_is_said_and_the_server_goes_on(packed_tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(packed_tiny, tmp_path / "flash"))
-    hf_flash.configure(reader="direct", memory_budget="9MB")
+    hf_flash.configure(reader="direct", memory_budget="9200KB")
     try:
         with serving(folder, dtype="auto") as server, client(server.url) as talk:
             os.truncate(next(iter(sorted(folder.glob("flash-layer-*.safetensors")))), 8192)

@@ -277,7 +277,7 @@ def test_the_formulas_name_the_neurons_that_the_product_names(plain: Path, fresh
         bias = opened(plain)[layer.name("up").replace("weight", "bias")]
         scores = formulas(store, fmt, layer.index, x.float(), bias.float())
         named = fmt.load(store, layer, bias).select(x)
-        clear = scores.abs() > 0.02 * scores.abs().mean()  # nearer to zero rounding may decide
+        clear = scores.abs() > 0.05 * scores.abs().mean()  # nearer to zero rounding may decide
         assert named is not None
         assert clear.float().mean() > 0.9
         assert torch.equal(named[clear], scores[clear] > 0)
@@ -294,7 +294,7 @@ def test_int4_without_a_calibration_takes_the_assumed_margin(fresh: Path, plain:
     up = opened(plain)[layer.name("up")].float()
     torch.testing.assert_close((q - up).norm(dim=1), own["error"], rtol=1e-2, atol=1e-4)
     scores = x.float() @ q.T + bias.float() + 1.5 * own["error"] * length / layer.d_model**0.5
-    clear = scores.abs() > 0.02 * scores.abs().mean()
+    clear = scores.abs() > 0.05 * scores.abs().mean()
     named = fmt.load(store, layer, bias).select(x)
     assert torch.equal(named[clear], scores[clear] > 0)
 

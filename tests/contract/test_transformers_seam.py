@@ -53,11 +53,13 @@ from hf_flash.runtime.devices import METHODS
 from hf_flash.runtime.model_class import add_methods, stock_class, stock_methods
 from hf_flash.runtime.transformers_model import (
     decoder_layers,
+    decoder_of,
     first_layer_call,
     has_adapter,
     hidden_of,
     ignore_on_load,
     run_layer,
+    sequence_length,
     tied_names,
 )
 from hf_flash.serving import fields, transformers_serving
@@ -719,6 +721,25 @@ def layer_calls(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any], Any]]
 def test_get_decoder_has_all_decoder_layers_in_layers(stock: Any) -> None:
     assert isinstance(decoder_layers(stock, OPT), torch.nn.ModuleList)
     assert len(decoder_layers(stock, OPT)) == stock.config.num_hidden_layers == len(layer_calls(stock))
+
+
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_a_decoder_is_told_the_tokens_or_their_embeddings(stock: Any, given: str) -> None:
+    seen: list[int] = []
+
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(sequence_length(args, kwargs))
+
+    handle = decoder_of(stock).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            stock(**{given: WINDOWS if given == "input_ids" else stock.get_input_embeddings()(WINDOWS)})
+            stock.generate(WINDOWS, attention_mask=torch.ones_like(WINDOWS), max_new_tokens=2, min_new_tokens=2)
+            decoder_of(stock)(WINDOWS)
+    finally:
+        handle.remove()
+    length = WINDOWS.shape[1]
+    assert seen == [length, length, 1, length]
 
 
 def test_a_decoder_layer_is_given_hidden_states_and_all_else_by_name(stock: Any) -> None:

@@ -26,7 +26,7 @@ from hf_flash.base.buffers import aligned_empty
 from hf_flash.compute.library import library
 from hf_flash.reading.compiled_queue import CompiledQueue
 from hf_flash.reading.reader import open_reader
-from hf_flash.runtime.token_step import token_step
+from hf_flash.runtime.token_step import MOST_TOKENS, token_step
 from hf_flash.store.layout import FlashStore
 from tests.conftest import in_a_fork
 
@@ -60,8 +60,8 @@ def rig(stores: dict[Layout, FlashStore], request: pytest.FixtureRequest) -> Ite
         yield rig
 
 
-def some(share: float, seed: int) -> torch.Tensor:
-    return torch.rand(1, D_FF, generator=torch.Generator().manual_seed(seed)) < share
+def some(share: float, seed: int, tokens: int = 1) -> torch.Tensor:
+    return torch.rand(tokens, D_FF, generator=torch.Generator().manual_seed(seed)) < share
 
 
 def ask(rig: Rig, mask: torch.Tensor) -> Any:
@@ -94,13 +94,15 @@ def state(rig: Rig) -> tuple[Any, ...]:
 @given(
     layout=st.sampled_from(LAYOUTS), reader=st.sampled_from(READERS),
     capacity=st.integers(0, D_FF), window=st.integers(1, 4), threads=st.integers(1, 2), longest=st.sampled_from([3, 256]),
-    calls=st.lists(st.tuples(st.floats(0, 0.5), st.integers(0, 9)), min_size=1, max_size=8),
+    calls=st.lists(
+        st.tuples(st.floats(0, 0.5), st.integers(0, 9), st.just(1) | st.integers(1, MOST_TOKENS)), min_size=1, max_size=8
+    ),
 )  # fmt: skip
 def test_it_gives_the_bits_the_reads_and_the_window_of_the_long_way(
     stores: dict[Layout, FlashStore], layout: Layout, reader: str, capacity: int, window: int, threads: int,
-    longest: int, calls: list[tuple[float, int]],
+    longest: int, calls: list[tuple[float, int, int]],
 ) -> None:  # fmt: skip
-    x, found, before = torch.randn(1, layout.d_model).to(layout.dtype), [], torch.get_num_threads()
+    x, found, before = torch.randn(MOST_TOKENS, layout.d_model).to(layout.dtype), [], torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for whole in (True, False):
@@ -109,11 +111,11 @@ def test_it_gives_the_bits_the_reads_and_the_window_of_the_long_way(
                     patch.setattr(f"hf_flash.{module}.longest_chunk", lambda size: longest)
                 rig.ffn.step = token_step(rig.engine.arithmetic, rig.window, rig.store) if whole else None
                 answers, done = [], runs(rig, patch)
-                for share, seed in calls:
-                    rig.predictor.next = some(share, seed)
-                    answers.append(rig.ffn(x))
+                for share, seed, tokens in calls:
+                    rig.predictor.next = some(share, seed, tokens)
+                    answers.append(rig.ffn(x[:tokens]))
                     assert len(rig.resident()) <= capacity
-                    assert not whole or done[-1] is (int(rig.predictor.next.sum()) <= capacity)
+                    assert not whole or done[-1] is (int(rig.predictor.next.any(0).sum()) <= capacity)
                 counted = {name: value for name, value in asdict(rig.engine.counters).items() if not name.endswith("_s")}
                 slot_of, _, last_used, _, score = (part.tolist() for part in rig.window.arrays)
                 there = [slot >= 0 for slot in slot_of]

@@ -26,6 +26,7 @@ from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.unit import UnitLayout
 
 MOST_TOKENS: Final = TokenRoom.tokens
+MOST_NEURONS: Final = 1 << 16  # whose places among a call's are 16 bits: `row_of` of native.h
 _GROWTH: Final = tuple(GROWTH**tokens for tokens in range(MOST_TOKENS + 1))  # as the window has it
 
 
@@ -66,7 +67,8 @@ class TokenStep:
             resident_at=room.resident_at.ctypes.data, missing_at=room.missing_at.ctypes.data,
             incoming=room.incoming.ctypes.data, pieces=room.pieces.ctypes.data,
             offsets=room.offsets.ctypes.data, first=room.first.ctypes.data,
-            max_used=room.neurons, max_missing=room.reads, file_offset=store.offset, max_run=longest_chunk(store.bundle_bytes),
+            max_used=min(room.neurons, MOST_NEURONS), max_missing=room.reads, file_offset=store.offset,
+            max_run=longest_chunk(store.bundle_bytes),
         )  # fmt: skip
 
     def _window_arrays(self, d_ff: int) -> Window:

@@ -159,7 +159,7 @@ INLINE __m256 int8_rows(const ProductJob *job, int64_t row, int64_t token) {
 
 /* --- x as multiples of a step */
 
-/* The numbers of x from `begin` to before `end`, of token `token`, as multiples of a step, which is returned; and their sum. For
+/* The numbers of x from `begin` to before `end`, of token `token`, as multiples of a step, which is returned; and the sum of these. For
  * 4 bits the even columns of a chunk come before the odd ones. What is not finite stays so: the step is no number then. */
 INLINE float quantize_part(const ProductJob *job, int64_t token, int64_t begin, int64_t end, float *sum, int dtype) {
     const int64_t first = token * job->columns, most_code = job->bits == 4 ? 127 : 32767;
@@ -167,6 +167,7 @@ INLINE float quantize_part(const ProductJob *job, int64_t token, int64_t begin, 
     int16_t *wide = (int16_t *)job->x_codes + token * stride(job);
     int8_t *narrow = (int8_t *)job->x_codes + token * stride(job);
     float most = 0.0f, all = 0.0f;
+    int64_t codes = 0;
     for (int64_t i = begin; i < end; i++) {
         float value = one(job->x, first + i, dtype), size = value < 0.0f ? -value : value;
         most = size > most ? size : most;
@@ -180,8 +181,9 @@ INLINE float quantize_part(const ProductJob *job, int64_t token, int64_t begin, 
             narrow[i / chunk * chunk + i % 2 * chunk / 2 + i % chunk / 2] = (int8_t)whole;
         else
             wide[i] = (int16_t)whole;
+        codes += whole;
     }
-    *sum = all;
+    *sum = step * (float)codes; /* of the multiples: what rounding took from x is then missing from all terms alike */
     return all - all == 0.0f ? step : all - all;
 }
 

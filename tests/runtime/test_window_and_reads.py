@@ -559,9 +559,11 @@ def test_the_fast_path_scores_as_the_plain_one_up_to_rounding(fmt: QuantizedForm
     weights = dequantized(parts, fmt)
     exact = x.double() @ weights.T
     rounding = 2**-7 * (x.double().abs() @ weights.abs().T)
-    steps = 1e-2 if fmt.bits == 8 else 1  # of x, in 16 bits or 8
-    for way, share in zip(WAYS, (steps, 1, 1e-3), strict=True):  # steps, bfloat16, 128 roundings to float32
-        assert ((ways[way]._scores.matrix(x) - exact).abs() <= share * rounding).all()
+    group = fmt.group(up.shape[1])
+    steps = x.double().abs().view(tokens, -1, group).amax(2) / (127 if fmt.bits == 4 else 32767)
+    half_steps = steps / 2 @ weights.abs().view(len(up), -1, group).sum(2).T  # what x in multiples of a step may lose
+    for way, most in zip(WAYS, (half_steps + 1e-3 * rounding, rounding, 1e-3 * rounding), strict=True):
+        assert ((ways[way]._scores.matrix(x) - exact).abs() <= most).all()
     slack = 1.5 / 128**0.5 * x.double().norm(dim=1, keepdim=True) * parts["error"].double()
     clear = (exact + bias.double() + slack).abs() > rounding
     assert clear.float().mean() > 0.8

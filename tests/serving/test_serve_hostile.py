@@ -345,7 +345,7 @@ def test_more_requests_than_the_bound_are_put_off(server: Server, root: str, mon
 
 def test_the_model_is_not_unloaded_under_an_answer(server: Server, root: str) -> None:
     """Else the next request would load a second one beside it."""
-    line = begun(server, stream=False, count=120)
+    line = begun(server, stream=False)
     assert "under way" in refused(post(root, "/reset", ""), 409)
     assert line.getresponse().status == 200
     line.close()

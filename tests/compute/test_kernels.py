@@ -309,8 +309,8 @@ def test_so_it_is_in_4_bits(rows: int, groups: int, group: int, tokens: int, thr
     scales, zeros = (torch.randn(rows, groups, generator=random).bfloat16() for _ in range(2))
     x, plus = torch.randn(tokens, groups * group, generator=random).bfloat16(), torch.randn(rows, generator=random)
     found, weights = multiplied_alike(x, codes, scales, zeros, plus, threads), widen(codes, scales, zeros).double()
-    step = x.double().abs().amax(1, keepdim=True) / 127  # of x, at most, and half of it the error
-    rounding = step / 2 * scales.double().abs().sum(1) * 15 * group
+    steps = x.double().abs().view(tokens, groups, group).amax(2) / 127  # of x
+    rounding = steps / 2 @ weights.abs().view(rows, groups, group).sum(2).T
     size = x.double().abs() @ weights.abs().T + plus.abs()
     assert ((found - (x.double() @ weights.T + plus)).abs() <= rounding + 1e-4 * (size + 1)).all()
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_flash.compute import library as native
-from hf_flash.compute.kernels import linear
+from hf_flash.compute.kernels import linear as linear  # of few tokens, for those who know that they are
 
 _FEW: Final = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 8}  # tokens that the compiled part is faster for,
 _FEW_OF_FAST: Final = 12  # and where the processor multiplies 16 bits twice as fast as 32
@@ -35,13 +35,13 @@ def widens(tokens: int, dtype: torch.dtype) -> bool:
     return tokens >= _widened_from(dtype)
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: torch.Tensor | None) -> torch.Tensor:
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: torch.Tensor) -> torch.Tensor:
     """`x @ weight.T + bias` in the dtype of `x`, the fastest way.
 
     Args:
         x: [..., columns], contiguous, on the CPU, as the others are. All in one dtype of `DTYPES`.
         weight: [rows, columns], contiguous. bias: [rows].
-        wide: float32, contiguous, room for one row at least; `None`, if these are [`few`]. Many tokens of 16 bits use it.
+        wide: float32, contiguous, room for one row at least. Many tokens of 16 bits use it.
 
     Returns:
         [..., rows].
@@ -49,7 +49,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, w
     tokens = x.numel() // x.shape[-1]
     if few(tokens, x.dtype):
         return linear(x, weight, bias)
-    return _widened(x, weight, bias, wide) if wide is not None and widens(tokens, x.dtype) else F.linear(x, weight, bias)
+    return _widened(x, weight, bias, wide) if widens(tokens, x.dtype) else F.linear(x, weight, bias)
 
 
 def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: torch.Tensor) -> torch.Tensor:

@@ -183,13 +183,6 @@ INLINE void choose_4_bits(Group *group, int dtype) {
 
 /* --- rows */
 
-/* The upper half of a number that was rounded to bfloat16. */
-INLINE uint16_t bfloat16_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return (uint16_t)(bits >> 16);
-}
-
 INLINE void quantize_row(const QuantizeJob *job, int64_t row, int dtype) {
     const int64_t groups = job->columns / job->group;
     uint8_t *codes = job->codes + row * (job->bits == 4 ? job->columns / 2 : job->columns);
@@ -200,12 +193,12 @@ INLINE void quantize_row(const QuantizeJob *job, int64_t row, int dtype) {
         if (job->bits == 4) {
             choose_4_bits(&group, dtype);
             write_codes(&group, codes, 4, dtype);
-            job->zeros[row * groups + g] = bfloat16_bits(group.zero);
+            put(job->zeros, row * groups + g, group.zero, BF16);
         } else {
             choose_8_bits(&group, dtype);
             write_codes(&group, codes, 8, dtype);
         }
-        job->scales[row * groups + g] = bfloat16_bits(group.scale);
+        put(job->scales, row * groups + g, group.scale, BF16);
         losses[g % 8] += group.loss;
     }
     float loss = total(_mm256_loadu_ps(losses), _mm256_setzero_ps());

@@ -31,15 +31,16 @@ class ResidentLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return super().forward(x)
-        few = dense.few(x.numel() // self.in_features, x.dtype)
-        if not few and not dense.widens(x.numel() // self.in_features, x.dtype):
+        tokens = x.numel() // self.in_features
+        few = dense.few(tokens, x.dtype)
+        if not few and not dense.widens(tokens, x.dtype):
             return super().forward(x)
         parameter = self._parameters.get  # a step of Python less than an attribute: caches are cold here
         weight, bias = parameter("weight"), parameter("bias")
         if weight is None or not _plain(x, weight, bias):
             return super().forward(x)
         if few:  # and nothing that others use
-            return dense.multiply(x.contiguous(), weight, bias, None)
+            return dense.linear(x.contiguous(), weight, bias)
         with self.engine.lock:
             return dense.multiply(x.detach().contiguous(), weight, bias, self.engine.arithmetic.wide)
 

@@ -159,8 +159,8 @@ INLINE __m256 int8_rows(const ProductJob *job, int64_t row, int64_t token) {
 
 /* --- x as multiples of a step */
 
-/* The numbers of x from `begin` to before `end`, of token `token`, as multiples of a step, which is returned; and the sum of these. For
- * 4 bits the even columns of a chunk come before the odd ones. What is not finite stays so: the step is no number then. */
+/* The numbers of x from `begin` to before `end`, of token `token`, as multiples of a step, which is returned; and the sum of
+ * these. For 4 bits the even columns of a chunk come before the odd ones. What is not finite stays so: the step is no number then. */
 INLINE float quantize_part(const ProductJob *job, int64_t token, int64_t begin, int64_t end, float *sum, int dtype) {
     const int64_t first = token * job->columns, most_code = job->bits == 4 ? 127 : 32767;
     const int64_t chunk = job->group % 64 == 0 ? 64 : 32;
@@ -231,7 +231,8 @@ INLINE void multiply_row(const ProductJob *job, int64_t row, int64_t first, int 
     }
 }
 
-/* `chunk`: as in `int4_row`; 0 in 8 bits. These rows stay in a core's cache while the tokens go by, and these tokens while the rows do. */
+/* These rows stay in a core's cache while the tokens go by, and these tokens while the rows do. `chunk`: as in `int4_row`; 0 in
+ * 8 bits. */
 INLINE void multiply_rows(const ProductJob *job, int64_t begin, int64_t end, int chunk) {
     int64_t token = 0;
     for (; token + TOKENS <= job->tokens; token += TOKENS)

@@ -117,10 +117,10 @@ static void copy_cached(void *data) {
 
 /* What the page cache has is read at once. With `lock` held. */
 static void read_from_page_cache(Reader *reader, Batch *batch, int64_t threads) {
-    CachedReads all = {.batch = batch};
+    CachedReads all = {.batch = batch, .next = (int)batch->untouched};
     if (batch->file->nowait)
         run_on_threads(copy_cached, &all, (int)threads);
-    for (int64_t i = 0; i < batch->n; i++) {
+    for (int64_t i = batch->untouched; i < batch->n; i++) {
         Read read = batch->reads[i];
         if (read.state != COPIED)
             continue;
@@ -132,8 +132,6 @@ static void read_from_page_cache(Reader *reader, Batch *batch, int64_t threads) 
 
 /* Let threads read, beside the caller when it waits. With `lock` held. */
 static void start_threads(Reader *reader, Batch *batch, int background) {
-    if (!batch->file->align && !background)
-        read_from_page_cache(reader, batch, 1);
     batch->threaded = 1;
     const int64_t left = batch->n - batch->untouched, nbytes = bytes_left(batch);
     for (int64_t i = batch->untouched; !batch->file->align && i < batch->n; i++) /* what the page cache lacks, it is asked for */
@@ -206,8 +204,9 @@ int64_t hf_read_start(Reader *reader, File *file, const Order *order) {
         while (*last)
             last = &(*last)->next;
         *last = batch;
-        if (!file->align && order->threads > 1 && bytes_left(batch) >= HELPED_BYTES)
-            read_from_page_cache(reader, batch, order->threads);
+        const int64_t threads = bytes_left(batch) >= HELPED_BYTES ? order->threads : 1;
+        if (!file->align && (threads > 1 || !(order->background || is_for_the_ring(reader, batch))))
+            read_from_page_cache(reader, batch, threads);
         if (is_for_the_ring(reader, batch))
             submit_to_ring(reader, batch, (int)order->background);
         if (batch->untouched < batch->n && !is_for_the_ring(reader, batch))

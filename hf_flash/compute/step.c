@@ -1,7 +1,8 @@
 /* A few tokens through one layer in one call: window, reads and neurons.
  *
  * runtime/layer.py does the same step by step for any call. This is for the calls that decoding consists of: one token, a small
- * batch or a draft, whose neurons fit into the window. In Python that takes ten times as long, because attention has emptied the caches each time. The
+ * batch or a draft, whose neurons fit into the window. In Python that takes ten times as long, because attention has emptied the
+ * caches each time. The
  * rules are those of runtime/window.py (who goes when room is needed) and reading/chunks.py (neighbours on flash are one read);
  * tests hold both against the same model. Every other call is refused before anything is changed, and done there. */
 

@@ -340,3 +340,29 @@ def test_structures_are_as_the_compiled_part_has_them(monkeypatch: pytest.Monkey
         monkeypatch.setattr(native, "STRUCTURES", wrong)
         with pytest.raises(OSError, match="install hf_flash again"):
             native.load()
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("kind", ["io_uring", "threads"])
+def test_what_the_page_cache_has_only_half_of_comes_whole(
+    kind: str, background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that compute copy what is there, once; the rest is read."""
+    monkeypatch.setattr(native, "threads", lambda: 2)
+    path, size, count = tmp_path / "file", 16384, 256
+    content = np.random.default_rng(0).integers(0, 256, (count, size), dtype=np.uint8)
+    path.write_bytes(content.tobytes())
+    os.sync()
+    with opened(path, False, kind) as file:
+        queue = make(kind, file)
+        try:
+            for lacking in (0, 3, 100, 256):
+                fd = os.open(path, os.O_RDONLY)
+                os.pread(fd, count * size, 0)
+                os.posix_fadvise(fd, (count - lacking) * size, lacking * size or 1, os.POSIX_FADV_DONTNEED)
+                os.close(fd)
+                out, places = rows(count, size), [*range(0, count, 2), *range(1, count, 2)]
+                queue.wait(queue.start(file, chunks(places, [1] * count, places, size), out, background=background))
+                assert (out == content).all()
+        finally:
+            queue.close()

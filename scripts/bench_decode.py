@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`hf-flash bench` on the shapes of real models whose weights need not be downloaded: synthetic ones, made in --workdir.
 
-    scripts/bench_decode.py --preset 2.7b --workdir DIR [--profile paper] [--dtype float16] [any option of hf-flash bench]
+    scripts/bench_decode.py --preset 2.7b --workdir DIR [--dtype float16] [--predictor lowrank] [any option of hf-flash bench]
     scripts/bench_decode.py --preset 2.7b --workdir DIR/disk --standin DIR --class sata     as on a slower disk
 
 The model is made once (scripts/make_synthetic_opt.py: random weights, sparsity and overlap of tokens as in the paper) and takes
@@ -31,13 +31,13 @@ NOTE = "disk slowed down to class {}: {}, on average over a tenth of a second; s
 SCRIPTS = Path(__file__).resolve().parent
 
 
-def make(preset: str, profile: str, dtype: str, workdir: Path) -> tuple[Path, Path]:
+def make(preset: str, profile: str, dtype: str, predictor: str, workdir: Path) -> tuple[Path, Path]:
     """The synthetic model, plain and repacked, made if it is not there."""
     name = f"opt-{preset}-{profile}" + ("" if dtype == "bfloat16" else f"-{dtype}")
-    plain, packed = workdir / name, workdir / f"{name}-flash"
+    plain, packed = workdir / name, workdir / f"{name}-{predictor}"
     if not (packed / "config.json").exists():
         command = [sys.executable, str(SCRIPTS / "make_synthetic_opt.py"), str(plain), "--shape", preset, "--profile", profile]
-        subprocess.run([*command, "--dtype", dtype, "--packed", str(packed), "--predictor", "lowrank"], check=True)
+        subprocess.run([*command, "--dtype", dtype, "--packed", str(packed), "--predictor", predictor], check=True)
     return plain, packed
 
 
@@ -98,6 +98,8 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="where the models are made, on the disk to measure")
     parser.add_argument("--profile", default="paper", help="of make_synthetic_opt.py (default paper)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the model (default bfloat16)")
+    parser.add_argument("--predictor", choices=["quantized", "lowrank", "none"], default="quantized",
+        help="of the model (default quantized: what a model has that was not calibrated)")  # fmt: skip
     parser.add_argument("--standin", type=Path, metavar="DIR", help="a stand-in disk that is up (scripts/standin_ssd)")
     parser.add_argument("--class", dest="disk_class", choices=["nvme", "sata"], help="what the stand-in is slowed down to")
     args, rest = parser.parse_known_args()
@@ -112,7 +114,7 @@ def main() -> int:
             parser.error(f"--preset {args.preset} needs --workdir")
         if args.standin and not args.workdir.resolve().is_relative_to((args.standin / "disk").resolve()):
             parser.error(f"--workdir is not on the stand-in: name a folder in {args.standin / 'disk'}")
-        plain, packed = make(args.preset, args.profile, args.dtype, args.workdir)
+        plain, packed = make(args.preset, args.profile, args.dtype, args.predictor, args.workdir)
         rest = [str(packed), "--plain", str(plain), *rest]
     if not args.disk_class:
         return hf_flash_main(["bench", *rest])

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_OFF_HEAP_BYTES, _LARGEST_ON_HEAP = 1 << 20, 32 << 20  # the second is what glibc itself goes up to
+_OFF_HEAP_BYTES, _LARGEST_ON_HEAP = 2 << 20, 32 << 20  # the second is what glibc itself goes up to
 _MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
 
 

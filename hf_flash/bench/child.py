@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Job:
     headroom: int  # what the cap allows beyond it
     cap: bool
     timeout: float
+    calls: Sequence[tuple[int, int]] = ()  # rows and tokens
 
     def budget(self, system: System) -> int:
         """Bytes for weights in DRAM; the cap follows it."""
@@ -39,7 +41,8 @@ class Job:
         """What the child is told."""
         return {
             "kind": system.kind, "folder": str(self.folder if system.kind == "flash" else self.plain), "prompts": self.prompts,
-            "tokens": self.tokens, "in_memory": system.in_memory, "window_off": system.window_off, "torn": system.torn,
+            "tokens": self.tokens, "calls": self.calls,
+            "in_memory": system.in_memory, "window_off": system.window_off, "torn": system.torn,
             "arguments": {"memory_budget": self.budget(system)} | system.arguments,
         }  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 from hf_flash._version import __version__
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.plots import bench_drawings
-from hf_flash.bench.report import COLUMNS, cells, check_lines, disk_table, generated, step_name
+from hf_flash.bench.report import COLUMNS, call_names, cells, check_lines, conditions, disk_table, generated, step_name
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfd; --card: #fff; --text: #1c2130; --soft: #667085; --lines: #d9dde5;
@@ -55,6 +55,7 @@ def page(report: dict[str, Any]) -> str:
         f"<h1>{title}</h1>", *_about(report), *_cards(report),
         *(f"<h2>{title}</h2><figure>{drawing}</figure>" for title, drawing in bench_drawings(report)),
         "<h2>All figures</h2>", *_table(report["rows"], step_name(report["settings"])),
+        *_calls(report["rows"], call_names(report["settings"])),
         *_lines("What hf_flash is held against", check_lines(report["rows"])),
         *_lines("The disk's curve", disk_table(report["disk"])),
         f"<p>hf_flash {__version__}. Every system ran in a process of its own, in turn, from a cold page cache, greedy.</p>",
@@ -103,14 +104,28 @@ def _cards(report: dict[str, Any]) -> Iterator[str]:
 
 def _table(rows: list[dict[str, Any]], one: str) -> Iterator[str]:
     yield f'<div class="table"><table><tr><th>a {one}</th>'
-    yield "".join(f"<th>{heading}</th>" for heading, *_ in COLUMNS) + "<th>cap</th></tr>"
+    yield "".join(f"<th>{heading}</th>" for heading, *_ in COLUMNS) + "<th>with</th></tr>"
     for row in rows:
         name, ours = escape(row["system"]), ' class="ours"' if row["system"] == "flash" else ""
         if "failed" in row:
             reason = f'<td class="failed" colspan="{len(COLUMNS)}">failed: {escape(textwrap.shorten(row["failed"], 400))}</td>'
-            yield f"<tr><td>{name}</td>{reason}<td>{row['cap']}</td></tr>"
+            yield f"<tr><td>{name}</td>{reason}<td>{conditions(row)}</td></tr>"
             continue
-        yield f"<tr{ours}><td>{name}</td>" + "".join(f"<td>{cell}</td>" for cell in cells(row)) + f"<td>{row['cap']}</td></tr>"
+        found = "".join(f"<td>{cell}</td>" for cell in cells(row))
+        yield f"<tr{ours}><td>{name}</td>{found}<td>{conditions(row)}</td></tr>"
+    yield "</table></div>"
+
+
+def _calls(rows: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
+    """Calls of several tokens."""
+    if not names:
+        return
+    yield '<h2>Calls of several tokens, rows x tokens: ms</h2><div class="table"><table><tr><th>a call</th>'
+    yield "".join(f"<th>{name}</th>" for name in names) + "</tr>"
+    for row in rows:
+        if "calls_ms" in row:
+            found = "".join(f"<td>{row['calls_ms'][name]:.1f}</td>" for name in names)
+            yield f"<tr><td>{escape(row['system'])}</td>{found}</tr>"
     yield "</table></div>"
 
 

@@ -47,6 +47,7 @@ def describe(report: dict[str, Any]) -> str:
         *report["notes"],
         "",
         *_speed_table(report["rows"], step_name(settings)),
+        *_calls_table(report["rows"], call_names(settings)),
         *check_lines(report["rows"]),
         "",
         *disk_table(report["disk"]),
@@ -91,13 +92,34 @@ def step_name(settings: dict[str, Any]) -> str:
 def _speed_table(rows: list[dict[str, Any]], one: str) -> Iterator[str]:
     """One system a line; all but the last columns are per token or step. MB: asked of the reader, or else of the disk."""
     wide = max(len(row["system"]) for row in rows) + 2
-    yield f"{f'a {one}:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in COLUMNS) + "  cap"
+    yield f"{f'a {one}:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in COLUMNS) + "  with"
     for row in rows:
         if "failed" in row:
-            yield f"{row['system']:<{wide}}  failed ({row['cap']}): {row['failed'][:200]}"
+            yield f"{row['system']:<{wide}}  failed ({conditions(row)}): {row['failed'][:200]}"
             continue
         found = "".join(f"{cell:>{width}}" for cell, (_, width, *_) in zip(cells(row), COLUMNS, strict=True))
-        yield f"{row['system']:<{wide}}{found}  {row['cap']}{_spread(row)}"
+        yield f"{row['system']:<{wide}}{found}  {conditions(row)}{_spread(row)}"
+
+
+def conditions(row: dict[str, Any]) -> str:
+    """The predictor of a row of hf_flash, and the cap."""
+    return f"{row['stats']['predictor']}, {row['cap']}" if "stats" in row else str(row["cap"])
+
+
+def call_names(settings: dict[str, Any]) -> list[str]:
+    """The calls that were timed, rows x tokens, in their order."""
+    return [f"{rows}x{tokens}" for rows, tokens in settings.get("calls", ())]
+
+
+def _calls_table(rows: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
+    """What calls take in ms, one system a line."""
+    if not names:
+        return
+    wide = max(len(row["system"]) for row in rows) + 2
+    yield from ("", f"{'a call, ms:':<{wide}}" + "".join(f"{name:>9}" for name in names))
+    for row in rows:
+        if "calls_ms" in row:
+            yield f"{row['system']:<{wide}}" + "".join(f"{_number(row['calls_ms'].get(name), 1):>9}" for name in names)
 
 
 def cells(row: dict[str, Any]) -> Iterator[str]:

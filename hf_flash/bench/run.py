@@ -52,6 +52,7 @@ def bench(
     tokens: int = 64,
     prompt_tokens: int = 16,
     batch_size: int = 1,
+    calls: Sequence[tuple[int, int]] = (),
     memory: int | str = "50%",
     headroom: int | str = "0.6GB",
     repeats: int = 1,
@@ -74,6 +75,7 @@ def bench(
         prompt_tokens: of each prompt, random ids.
         batch_size: sequences that are generated at once. With more than one, figures are per step, which makes a token of each,
             tokens per second count all of them, and the window law, which is one of single tokens, is left out.
+        calls: rows and tokens of single calls to be timed after that (calls.py).
         memory: budget for weights in DRAM, a size or a share of the dense model such as `"50%"`.
         headroom: what the cap allows beyond it.
         repeats: rounds through all systems; a row shows its median run, and the median time to the first token.
@@ -97,13 +99,15 @@ def bench(
     wanted = resolve_systems(systems or default_systems(plain), arguments or {}, check, plain)
     dense = _dense_bytes(folder, store)
     budget, extra = parse_share(memory, dense), parse_bytes(headroom)
-    job = Job(folder, plain, _prompts(folder, (batch_size, prompt_tokens), seed), tokens, dense, budget, extra, cap, timeout)
+    prompts = _prompts(folder, (batch_size, prompt_tokens), seed)
+    job = Job(folder, plain, prompts, tokens, dense, budget, extra, cap, timeout, calls)
     about_machine = machine(folder)
     rows, curve = _run_in_turn(job, wanted, repeats, disk_seconds, about_machine["dram_gb_per_s"])
     report: dict[str, Any] = {
         "machine": about_machine,
         "model": _about_model(store, folder, dense),
-        "settings": {"tokens": tokens, "prompt_tokens": prompt_tokens, "batch_size": batch_size, "memory_bytes": budget,
+        "settings": {"tokens": tokens, "prompt_tokens": prompt_tokens, "batch_size": batch_size, "calls": list(calls),
+                     "memory_bytes": budget,
                      "cap_bytes": budget + extra, "repeats": repeats, "seed": seed},
         "notes": list(notes),
         "disk": [vars(point) | {"gb_per_s": point.gb_per_s} for point in curve],

@@ -72,6 +72,15 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return found
 
 
+def parse_calls(text: str) -> list[tuple[int, int]]:
+    """`"2x1, 1x4, 1x256"` as rows and tokens of calls, in this order; what `--calls` takes."""
+    found = [re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", item) for item in filter(None, map(str.strip, text.split(",")))]
+    calls = [(int(match[1]), int(match[2])) for match in found if match]
+    if not calls or len(calls) < len(found):
+        raise ConfigError("not calls", expected='rows and tokens, such as "8x1,1x4,1x256"', got=repr(text))
+    return list(dict.fromkeys(calls))
+
+
 def parse_system(text: str) -> System:
     """`"label: name=value, ..."`, a row of hf_flash with arguments of its own; what `--system` takes."""
     label, colon, rest = text.partition(":")

@@ -4,8 +4,8 @@
 
 Times are taken where a token is chosen, by a stopping criterion, so that generate() itself runs unchanged (clock.py). The
 first token ends the prefill: counters start again there, and what follows is decoding alone. A system that turns out slow is
-stopped early; what it took per token is known by then. Rows of hf_flash then run again without a clock, to record what was
-selected (expected_reads.py).
+stopped early; what it took per token is known by then. Calls of several tokens follow (calls.py); and rows of hf_flash run
+again without a clock, to record what was selected (expected_reads.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from hf_flash.base.buffers import load_into_memory
+from hf_flash.bench.calls import time_calls
 from hf_flash.bench.clock import MemorySampler, StepClock
 from hf_flash.bench.expected_reads import expected_reads
 from hf_flash.config import FlashOffloadConfig
@@ -41,9 +42,9 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     """Load, generate, measure.
 
     Args:
-        spec: `kind` ("stock", "accelerate" or "flash"), `folder`, `prompts` (token ids), `tokens`; stock: `in_memory`; flash:
-            `arguments` of FlashOffloadConfig, `window_off` (the least memory the model runs in), `torn` ("bundles" or
-            "parts", what is a read of its own; `None`: as hf_flash reads).
+        spec: `kind` ("stock", "accelerate" or "flash"), `folder`, `prompts` (token ids), `tokens`, `calls` (calls.py); stock:
+            `in_memory`; flash: `arguments` of FlashOffloadConfig, `window_off` (the least memory the model runs in), `torn`
+            ("bundles" or "parts", what is a read of its own; `None`: as hf_flash reads).
     """
     memory = MemorySampler()
     start = perf_counter()
@@ -61,9 +62,10 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "cgroup_peak_bytes": memory_peak(),
         } | clock.summary() | memory.stop()  # fmt: skip
+        prompts = spec["prompts"]
+        found["calls_ms"] = time_calls(model, spec["calls"], len(prompts[0]))
         if spec["kind"] != "flash":
             return found
-        prompts = spec["prompts"]
         return found | expected_reads(model, prompts, tokens, lambda: _generate(model, prompts, len(tokens), []))
 
 

@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_flash.bench.systems import GROUPS, SYSTEMS, TINY, default_systems, parse_arguments, parse_sweep, parse_system
+from hf_flash.bench.systems import (
+    GROUPS,
+    SYSTEMS,
+    TINY,
+    default_systems,
+    parse_arguments,
+    parse_calls,
+    parse_sweep,
+    parse_system,
+)
 from hf_flash.commands.arguments import add_json, argument_type, at_least_two, file_target, finish, positive, size, tell
 from hf_flash.errors import ConfigError
 
@@ -28,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=at_least_two, metavar="N", help="to generate; slow systems stop at 8 (default 64)")
     add("--prompt-tokens", type=positive, metavar="N", help="of each random prompt (default 16)")
     add("--batch-size", type=positive, metavar="N", help="sequences at once (default 1)")
+    add("--calls", default=[], type=argument_type(parse_calls), metavar="8x1,1x4,1x256",
+        help="time calls, too: rows x tokens, of batches, drafts and prompts")  # fmt: skip
     add("--memory", metavar="SIZE", help='weights in DRAM: a size, or a share of the model (default "50%%")')
     add("--headroom", type=size, metavar="SIZE", help='what the cap allows beyond it (default "0.6GB")')
     add("--repeats", type=positive, metavar="N", help="rounds; a row shows its median one (default 1)")
@@ -68,7 +79,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of [`bench`] that the command line names. What it leaves out has defaults there."""
     named = "tokens", "prompt_tokens", "batch_size", "memory", "headroom", "repeats", "timeout"
     settings = {name: value for name in named if (value := getattr(args, name)) is not None}
-    settings |= {"cap": args.cap, "check": args.check, "notes": args.note}
+    settings |= {"calls": args.calls, "cap": args.cap, "check": args.check, "notes": args.note}
     settings["arguments"] = {name: value for group in args.flash_arg for name, value in group.items()}
     names = args.systems and [name.strip() for name in args.systems.split(",") if name.strip()]
     usual = [] if args.sweep else TINY if args.preset else default_systems(args.plain)

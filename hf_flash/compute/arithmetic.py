@@ -37,15 +37,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_flash.base.arrays import Ids
+from hf_flash.base.arrays import Ids, count_uses
 from hf_flash.base.buffers import aligned_empty
 from hf_flash.compute import dense
 from hf_flash.compute import library as native
 from hf_flash.compute.activation import RELU, Activation, Elementwise
 from hf_flash.compute.kernels import TokenKernel, TokenRoom, TokensKernel, addresses, copy_rows, gather, supports
+from hf_flash.compute.kernels import count_uses as count_uses_of_relu
 from hf_flash.store.unit import Role, UnitLayout
 
 _BAGS: Final = 2
+_EVERY_COLUMN, _NO_COLUMN = slice(None), slice(0)
 _DENSE: Final = 0.5  # share of the products of tokens and neurons from which on making all of them in a GEMM is faster
 
 Biases = Mapping[Role, torch.Tensor | None]
@@ -80,11 +82,12 @@ class SeveralTokens(Protocol):
     """The tokens of a call.
 
     Attributes:
-        scattered: whether rows are multiplied wherever they lie (`add_scattered`), each with the tokens that use it. Otherwise
-            a block's rows have to be in one matrix.
+        scattered: whether a block may be of any neurons, since each is multiplied with the tokens that use it.
+        together: columns of a bundle which, when a block is streamed, have to be in one matrix for all its neurons.
     """
 
     scattered: bool
+    together: slice
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor | None:
         """Add what a block of neurons gives to `out`, float32 [tokens, d].
@@ -97,8 +100,9 @@ class SeveralTokens(Protocol):
         """
         ...
 
-    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor | None:
-        """Only if `scattered`: the same for bundles at addresses `places` (`kernels.addresses`)."""
+    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor | None:
+        """The same for bundles at addresses `places` (`kernels.addresses`), of which `rows` of `matrix`, ascending, have the
+        columns `together`."""
         ...
 
 
@@ -164,13 +168,27 @@ class Arithmetic:
         """
         return _TorchTokens(self, x, selected, biases)
 
-    def copy_rows(self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids) -> None:
-        """`target[places] = source[chosen]`, some rows at a time through a buffer."""
-        step = len(self.gathered)
+    def copy_rows(
+        self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids, columns: slice = _EVERY_COLUMN
+    ) -> None:
+        """`target[places, columns] = source[chosen, columns]`, some rows at a time through a buffer."""
+        source, target = source[:, columns], target[:, columns]
+        step, room = len(self.gathered), self.gathered.view(-1)
         for at in range(0, len(chosen), step):
             part = torch.from_numpy(chosen[at : at + step])
-            picked = torch.index_select(source, 0, part, out=self.gathered[: len(part)])
+            buffer = room[: len(part) * source.shape[1]].view(len(part), source.shape[1])
+            picked = torch.index_select(source, 0, part, out=buffer)
             target.index_copy_(0, torch.from_numpy(places[at : at + step]), picked)
+
+    def count_uses(self, before: torch.Tensor) -> tuple[Ids, Ids]:
+        """How many tokens use each neuron, and the number of the last that does, from 1 on; 0: none does. int64 [n] each.
+
+        Args:
+            before: pre-activations, [tokens, n] in the dtype of compute.
+        """
+        active = self.activation.active(before).numpy()
+        uses = count_uses(active)
+        return uses, np.where(uses > 0, len(active) - np.argmax(active[::-1], axis=0), 0)
 
 
 class CompiledArithmetic(Arithmetic):
@@ -200,8 +218,14 @@ class CompiledArithmetic(Arithmetic):
             return super().several_tokens(x, selected, union, biases)
         return _CompiledTokens(self, x, selected, biases, union)
 
-    def copy_rows(self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids) -> None:
-        copy_rows(source, chosen, target, places)
+    def copy_rows(
+        self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids, columns: slice = _EVERY_COLUMN
+    ) -> None:
+        if len(chosen):
+            copy_rows(source, chosen, target, places, columns)
+
+    def count_uses(self, before: torch.Tensor) -> tuple[Ids, Ids]:
+        return count_uses_of_relu(before) if self._relu else super().count_uses(before)
 
 
 ARITHMETICS: Final[tuple[type[Arithmetic], ...]] = (CompiledArithmetic, Arithmetic)
@@ -236,16 +260,16 @@ class _CompiledToken:
 class _CompiledTokens:
     """Several tokens by the compiled part, each with its own neurons alone."""
 
-    scattered = True
+    scattered, together = True, _NO_COLUMN
 
     def __init__(self, arithmetic: Arithmetic, x: torch.Tensor, selected: torch.Tensor, biases: Biases, union: int) -> None:
         self._x, self._selected, self._bias = x, selected.contiguous(), biases["up"]
         self._kernel = TokensKernel(arithmetic.unit, len(x), min(union, len(arithmetic.gathered)))
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
-        self.add_scattered(addresses(matrix, rows), ids, out)
+        self.add_streamed(matrix, rows, addresses(matrix, rows), ids, out)
 
-    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
+    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> None:
         self._kernel.down(self._kernel.up(self._x, self._selected, self._bias, places, ids), places, out)
 
 
@@ -257,25 +281,31 @@ class _CompiledAll:
     def __init__(self, arithmetic: Arithmetic, x: torch.Tensor, biases: Biases) -> None:
         self._arithmetic, self._x, self._bias = arithmetic, x, biases["up"]
         self._kernel = TokensKernel(arithmetic.unit, len(x), len(arithmetic.gathered))
+        self._few = dense.few(len(x), x.dtype)
+        self.together = _NO_COLUMN if self._few else arithmetic.unit.columns("up")
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
-        return self.add_scattered(addresses(matrix, rows), ids, out)
+        buffers, places = self._arithmetic, addresses(matrix, rows)
+        weight = matrix[:0] if self._few else gather(places, buffers.unit, "up", buffers.gathered)
+        return self._add(weight, places, ids, out)
 
-    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
-        before = self._up(places, ids)
+    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+        return self._add(matrix[int(rows[0]) : int(rows[-1]) + 1, self.together], places, ids, out)
+
+    def _add(self, up: torch.Tensor, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+        """`up`: the up parts, [n, d], unless tokens are few."""
+        before = self._up(up, places, ids)
         left = self._kernel.down(before, places, out, at_most=_DENSE)
         if left is not None:
             self._add_down(left.relu(), places, out[-len(left) :])
         return before
 
-    def _up(self, places: Ids, ids: Ids) -> torch.Tensor:
+    def _up(self, weight: torch.Tensor, places: Ids, ids: Ids) -> torch.Tensor:
         """Pre-activations, [tokens, n] in the dtype of compute."""
-        if dense.few(len(self._x), self._x.dtype):
+        if self._few:
             return self._kernel.up(self._x, None, self._bias, places, ids)
-        buffers = self._arithmetic
-        weight = gather(places, buffers.unit, "up", buffers.gathered)
         bias = None if self._bias is None else torch.index_select(self._bias, 0, torch.from_numpy(ids))
-        return dense.multiply(self._x, weight, bias, buffers.wide)
+        return dense.multiply(self._x, weight, bias, self._arithmetic.wide)
 
     def _add_down(self, hidden: torch.Tensor, places: Ids, out: torch.Tensor) -> None:
         """The whole product, in fp32."""
@@ -348,7 +378,7 @@ class _TorchToken:
 class _TorchTokens:
     """Several tokens by torch, all of them with all neurons of a block."""
 
-    scattered = False
+    scattered, together = False, _EVERY_COLUMN
 
     def __init__(self, arithmetic: Arithmetic, x: torch.Tensor, selected: torch.Tensor | None, biases: Biases) -> None:
         self._arithmetic, self._selected, self._biases = arithmetic, selected, biases
@@ -375,5 +405,5 @@ class _TorchTokens:
         out.addmm_(hidden, wide[:, unit.columns("down")])
         return before
 
-    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
-        raise AssertionError("not scattered")
+    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+        return self.add(matrix, rows, ids, out)

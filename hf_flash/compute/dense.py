@@ -40,7 +40,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, w
 
     Args:
         x: [..., columns], contiguous, on the CPU, as the others are. All in one dtype of `DTYPES`.
-        weight: [rows, columns], contiguous. bias: [rows].
+        weight: [rows, columns], the numbers of a row side by side; contiguous if tokens are [`few`]. bias: [rows].
         wide: float32, contiguous, room for one row at least. Many tokens of 16 bits use it.
 
     Returns:

@@ -6,7 +6,8 @@
     Product          a quantized matrix, to be multiplied with tokens
     linear           a matrix that stays in memory times a few tokens
     quantize         a matrix becomes a quantized one
-    copy_rows        scattered rows to scattered places; gather: a part of scattered units to one place
+    copy_rows        scattered rows, or a part of them, to scattered places; gather: a part of scattered units to one place
+    count_uses       which neurons some tokens use
 
 [`supports`] says whether it knows a layout of units.
 """
@@ -29,6 +30,7 @@ _SHARED: Final = 1 << 18  # products that waking another thread is worth
 _WORTH_QUANTIZING: Final = 1 << 14  # weights that waking another thread is worth
 _WORTH_COPYING: Final = 1 << 18  # bytes that waking another thread is worth
 _TOKENS: Final = 1024  # that `TokensKernel` takes at a time: for more, its room would grow
+_ALL: Final = slice(None)
 _TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of native.h)
 
 
@@ -275,9 +277,28 @@ def quantize(w: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
     return out
 
 
-def copy_rows(source: torch.Tensor, rows: Ids, target: torch.Tensor, places: Ids) -> None:
-    """`target[places] = source[rows]`, of contiguous matrices as wide."""
-    _copy(addresses(source, rows), addresses(target, places), source.shape[1] * source.element_size())
+def copy_rows(source: torch.Tensor, rows: Ids, target: torch.Tensor, places: Ids, columns: slice = _ALL) -> None:
+    """`target[places, columns] = source[rows, columns]`, of contiguous matrices as wide."""
+    first, last, _ = columns.indices(source.shape[1])
+    size = source.element_size()
+    _copy(addresses(source, rows) + first * size, addresses(target, places) + first * size, (last - first) * size)
+
+
+def count_uses(hidden: torch.Tensor) -> tuple[Ids, Ids]:
+    """Count, for each neuron, the tokens whose hidden value a ReLU leaves.
+
+    Args:
+        hidden: [tokens, n] in a dtype of `DTYPES`, contiguous.
+
+    Returns:
+        int64 [n] how many, and int64 [n] the number of the last of them, from 1 on; 0: none.
+    """
+    tokens, neurons = hidden.shape
+    uses, last = np.zeros(neurons, dtype=np.int64), np.zeros(neurons, dtype=np.int64)
+    native.loaded().hf_count_uses(  # type: ignore[union-attr]
+        hidden.data_ptr(), tokens, neurons, DTYPES[hidden.dtype], uses.ctypes.data, last.ctypes.data
+    )
+    return uses, last
 
 
 def gather(rows: Ids, layout: UnitLayout, role: Role, target: torch.Tensor) -> torch.Tensor:
@@ -305,9 +326,10 @@ class Product:
     Args:
         codes: int8 [rows, columns], or uint8 [rows, columns / 2] with `zeros`.
         scales, zeros: bfloat16 [rows, groups], in 8 bits one group; 32 columns or a multiple in a group of 4 bits.
+        vnni: whether AVX-512 VNNI may be used.
     """
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, *, vnni: bool = True) -> None:
         self._keep, self._library = (codes, scales, zeros), native.loaded()
         self._rows, columns, groups = len(codes), codes.shape[1], 1
         if zeros is not None:
@@ -316,6 +338,7 @@ class Product:
         self._job = ProductJob(
             codes=codes.data_ptr(), scales=scales.data_ptr(), zeros=None if zeros is None else zeros.data_ptr(),
             rows=self._rows, columns=columns, group=columns // groups, bits=8 if zeros is None else 4,
+            no_vnni=not vnni,
         )  # fmt: skip
 
     def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:

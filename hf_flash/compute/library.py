@@ -31,7 +31,7 @@ from hf_flash.base import dtypes
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 14  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
+ABI: Final = 15  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final[Mapping[torch.dtype, int]] = {getattr(torch, name): number for number, name in enumerate(dtypes.DTYPES)}
 """Those of compute, as numbered in native.h."""
@@ -85,7 +85,7 @@ class ProductJob(ctypes.Structure):
         *((name, _pointer) for name in ("codes", "scales", "zeros", "shift", "shift_scale", "bias", "x")),
         *((name, _pointer) for name in ("x_codes", "x_step", "x_sum", "out", "active", "first")),
         *((name, _long) for name in ("rows", "columns", "group", "tokens")),
-        *((name, _int) for name in ("bits", "dtype", "bias_dtype", "threads", "next", "done", "x_ready")),
+        *((name, _int) for name in ("bits", "dtype", "bias_dtype", "threads", "no_vnni", "next", "done", "x_ready")),
     )
 
 
@@ -193,6 +193,7 @@ def _declare(found: ctypes.CDLL) -> None:
     found.hf_up.argtypes = found.hf_down.argtypes = [ctypes.POINTER(TokenJob)]
     found.hf_several_up.argtypes = found.hf_several_down.argtypes = [ctypes.POINTER(TokensJob)]
     found.hf_several_nonzero.argtypes, found.hf_several_nonzero.restype = [ctypes.POINTER(TokensJob)], _long
+    found.hf_count_uses.argtypes = [_pointer, _long, _long, _int, _pointer, _pointer]
     found.hf_multiply.argtypes = [ctypes.POINTER(ProductJob)]
     found.hf_linear.argtypes = [ctypes.POINTER(LinearJob)]
     found.hf_quantize.argtypes = [ctypes.POINTER(QuantizeJob)]

@@ -40,7 +40,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-enum { HF_ABI = 14 };
+enum { HF_ABI = 15 };
 
 /* Dtypes: library.py: DTYPES. */
 enum { F32, BF16, F16 };
@@ -134,6 +134,10 @@ int64_t hf_several_nonzero(TokensJob *job);
 /* out[t] += relu(hidden[t]) @ down, over the values that `hf_several_nonzero` found. The bits are those of `hf_down`. */
 void hf_several_down(TokensJob *job);
 
+/* How many of `tokens` use each of `n` neurons, and the number of the last that does, from 1 on: added to, and put into,
+ * [n] zeros. `hidden` is [tokens, n] of `dtype`. */
+void hf_count_uses(const void *hidden, int64_t tokens, int64_t n, int32_t dtype, int64_t *uses, int64_t *last);
+
 /* --- product.c: a quantized matrix and some tokens (hf_flash/predictors/low_bit.py) */
 
 typedef struct ProductJob {
@@ -149,7 +153,7 @@ typedef struct ProductJob {
     uint8_t *active;                /* [tokens, rows] 0 where the sum is at or below zero, 1 elsewhere */
     struct ProductJob *first;       /* or null; else x is what comes out of this one */
     int64_t rows, columns, group, tokens;
-    int32_t bits, dtype, bias_dtype, threads;
+    int32_t bits, dtype, bias_dtype, threads, no_vnni;
     atomic_int next, done, x_ready;
 } ProductJob;
 

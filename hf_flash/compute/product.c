@@ -22,45 +22,7 @@ enum { FEW_COLUMNS = 512 };              /* up to here eight rows are worked on 
 /* From token to token of `x_codes`: whole cache lines, and no power of two, so that tokens do not share lines of a cache. */
 static int64_t stride(const ProductJob *job) { return (job->columns + 63) / 64 * 64 + 64; }
 
-/* --- one row times some tokens
- *
- * A row is unpacked once for all of these tokens. A token's sum is made in one order, however many are beside it: where the
- * compiler might fuse a product and a sum, or not, the code says which. */
-
-/* 8 bits: scale * (codes . x) * step. */
-INLINE void int8_row(const ProductJob *job, int64_t row, int64_t token, int tokens, float *sums) {
-    const int8_t *codes = (const int8_t *)job->codes + row * job->columns;
-    const int16_t *x = (const int16_t *)job->x_codes + token * stride(job);
-    const int64_t next = stride(job);
-    __m256 all[TOKENS];
-    UNROLLED(int t = 0; t < tokens; t++)
-        all[t] = _mm256_setzero_ps();
-    int64_t i = 0;
-    while (i + 32 <= job->columns) {
-        int64_t end = i + 4096 < job->columns ? i + 4096 : job->columns; /* more might not fit in 32 bits */
-        __m256i some[TOKENS];
-        UNROLLED(int t = 0; t < tokens; t++)
-            some[t] = _mm256_setzero_si256();
-        for (; i + 32 <= end; i += 32) {
-            __m256i first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + i)));
-            __m256i second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + i + 16)));
-            UNROLLED(int t = 0; t < tokens; t++) {
-                const __m256i *part = (const __m256i *)(x + t * next + i);
-                some[t] = _mm256_add_epi32(some[t], _mm256_madd_epi16(first, _mm256_loadu_si256(part)));
-                some[t] = _mm256_add_epi32(some[t], _mm256_madd_epi16(second, _mm256_loadu_si256(part + 1)));
-            }
-        }
-        UNROLLED(int t = 0; t < tokens; t++)
-            all[t] = _mm256_add_ps(all[t], _mm256_cvtepi32_ps(some[t]));
-    }
-    const float scale = one(job->scales, row, BF16);
-    UNROLLED(int t = 0; t < tokens; t++) {
-        int32_t rest = 0;
-        for (int64_t k = i; k < job->columns; k++)
-            rest += codes[k] * x[t * next + k];
-        sums[t] = (total(all[t], _mm256_setzero_ps()) + (float)rest) * (scale * job->x_step[token + t]);
-    }
-}
+/* --- some rows times some tokens */
 
 /* 4 bits: the sum over the groups of scale * (codes . x) * step + (zero - 8 scale) * (sum of x).
  *
@@ -90,49 +52,15 @@ INLINE void int4_scales(const ProductJob *job, int64_t row, int64_t token, int t
     }
 }
 
-/* A group has `chunk` columns, 32 or 64, or a multiple. Products of 32 columns are 16 sums in 16 bits; so many of these fit that
- * they are added up there first. */
-INLINE void int4_row(const ProductJob *job, int64_t row, int64_t token, int tokens, int chunk, float *sums) {
-    const int64_t groups = job->columns / job->group, next = stride(job);
-    const uint8_t *codes = job->codes + row * job->columns / 2;
-    const int8_t *x = (const int8_t *)job->x_codes + token * next;
-    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256 all[TOKENS];
-    float rest[TOKENS], steps[TOKENS * groups];
-    int4_scales(job, row, token, tokens, steps, all, rest);
-    for (int64_t g = 0; g < groups; g++)
-        for (int64_t left = job->group; left;) {
-            int64_t some_columns = left < 32 * SUMS_IN_16_BITS ? left : 32 * SUMS_IN_16_BITS;
-            __m256i some[TOKENS];
-            left -= some_columns;
-            UNROLLED(int t = 0; t < tokens; t++)
-                some[t] = _mm256_setzero_si256();
-            for (; some_columns; some_columns -= chunk, codes += chunk / 2, x += chunk) {
-                __m256i even, odd = low;
-                if (chunk == 64) {
-                    const __m256i both = _mm256_loadu_si256((const __m256i *)codes);
-                    even = _mm256_and_si256(both, low);
-                    odd = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-                } else {
-                    const __m128i both = _mm_loadu_si128((const __m128i *)codes);
-                    even = _mm256_inserti128_si256(_mm256_castsi128_si256(both), _mm_srli_epi16(both, 4), 1);
-                    even = _mm256_and_si256(even, low); /* the odd ones behind them */
-                }
-                UNROLLED(int t = 0; t < tokens; t++) {
-                    const __m256i *part = (const __m256i *)(x + t * next);
-                    some[t] = _mm256_add_epi16(some[t], _mm256_maddubs_epi16(even, _mm256_loadu_si256(part)));
-                    if (chunk == 64)
-                        some[t] = _mm256_add_epi16(some[t], _mm256_maddubs_epi16(odd, _mm256_loadu_si256(part + 1)));
-                }
-            }
-            UNROLLED(int t = 0; t < tokens; t++) {
-                const __m256 whole = _mm256_cvtepi32_ps(_mm256_madd_epi16(some[t], ones));
-                all[t] = _mm256_fmadd_ps(whole, _mm256_broadcast_ss(&steps[t * groups + g]), all[t]);
-            }
-        }
-    UNROLLED(int t = 0; t < tokens; t++)
-        sums[t] = total(all[t], _mm256_setzero_ps()) + rest[t];
-}
+#define VNNI 0
+#include "product_rows.h"
+#undef VNNI
+
+#define VNNI 1
+#include "product_rows.h"
+#undef VNNI
+
+static int has_vnni(void) { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl"); }
 
 /* --- eight rows times one token */
 
@@ -211,40 +139,6 @@ static FAST void quantize_x(const ProductJob *job) {
 
 /* --- all rows */
 
-INLINE void multiply_row(const ProductJob *job, int64_t row, int64_t first, int tokens, int chunk) {
-    float sums[TOKENS];
-    if (chunk)
-        int4_row(job, row, first, tokens, chunk, sums);
-    else
-        int8_row(job, row, first, tokens, sums);
-    for (int t = 0; t < tokens; t++) {
-        const int64_t token = first + t;
-        float sum = sums[t];
-        if (job->shift)
-            sum = __builtin_fmaf(job->shift_scale ? job->shift_scale[token] : 1.0f, job->shift[row], sum);
-        if (job->bias)
-            sum += one(job->bias, row, job->bias_dtype);
-        if (job->out)
-            job->out[token * job->rows + row] = sum;
-        else
-            job->active[token * job->rows + row] = !(sum <= 0.0f);
-    }
-}
-
-/* These rows stay in a core's cache while the tokens go by, and these tokens while the rows do. `chunk`: as in `int4_row`; 0 in
- * 8 bits. */
-INLINE void multiply_rows(const ProductJob *job, int64_t begin, int64_t end, int chunk) {
-    int64_t token = 0;
-    for (; token + TOKENS <= job->tokens; token += TOKENS)
-        for (int64_t row = begin; row < end; row++)
-            multiply_row(job, row, token, TOKENS, chunk);
-    for (; token + 2 <= job->tokens; token += 2)
-        for (int64_t row = begin; row < end; row++)
-            multiply_row(job, row, token, 2, chunk);
-    for (int64_t row = begin; token < job->tokens && row < end; row++)
-        multiply_row(job, row, token, 1, chunk);
-}
-
 INLINE void multiply_eight_rows(const ProductJob *job, int64_t row, int bias_dtype) {
     for (int64_t token = 0; token < job->tokens; token++) {
         __m256 sum = int8_rows(job, row, token);
@@ -270,6 +164,7 @@ static FAST int multiply_share(ProductJob *job) {
     /* rows that may be worked on by eights: their sums fit in 32 bits, and no read goes beyond the matrix */
     const int by_eights = job->bits == 8 && job->columns <= FEW_COLUMNS;
     const int64_t eights = by_eights ? (job->rows * job->columns - stride(job)) / job->columns + 1 : 0;
+    const int vnni = has_vnni() && !job->no_vnni;
     int last = 0;
     for (;;) {
         int64_t begin = (int64_t)atomic_fetch_add(&job->next, (int)step);
@@ -279,12 +174,7 @@ static FAST int multiply_share(ProductJob *job) {
         int64_t row = begin;
         for (; row + 8 <= end && row + 8 <= eights; row += 8)
             BY_DTYPE(job->bias_dtype, multiply_eight_rows, job, row);
-        if (job->bits == 8)
-            multiply_rows(job, row, end, 0);
-        else if (job->group % 64 == 0)
-            multiply_rows(job, row, end, 64);
-        else
-            multiply_rows(job, row, end, 32);
+        (vnni ? multiply_rows_vnni : multiply_rows_avx2)(job, row, end);
         last = atomic_fetch_add(&job->done, (int)(end - begin)) + (end - begin) == job->rows;
     }
 }

@@ -69,6 +69,28 @@ int64_t FAST hf_several_nonzero(TokensJob *job) {
     return all;
 }
 
+INLINE void count_uses(const void *hidden, int64_t tokens, int64_t n, int64_t *uses, int64_t *last, int dtype) {
+    for (int64_t t = 0; t < tokens; t++) {
+        const char *of_token = (const char *)hidden + t * n * size_of(dtype);
+        int64_t k = 0;
+        for (; k + 16 <= n; k += 16)
+            for (unsigned left = left_of_16(of_token, k, dtype); left; left &= left - 1) {
+                const int64_t at = k + __builtin_ctz(left);
+                uses[at]++;
+                last[at] = t + 1;
+            }
+        for (; k < n; k++)
+            if (!(one(of_token, k, dtype) <= 0.0f)) {
+                uses[k]++;
+                last[k] = t + 1;
+            }
+    }
+}
+
+void FAST hf_count_uses(const void *hidden, int64_t tokens, int64_t n, int32_t dtype, int64_t *uses, int64_t *last) {
+    BY_DTYPE(dtype, count_uses, hidden, tokens, n, uses, last);
+}
+
 /* --- products */
 
 #define LANES 8

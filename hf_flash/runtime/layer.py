@@ -122,7 +122,7 @@ class FlashFFN(nn.Module):
                 if self.index == len(engine.reader.layers) - 1:
                     engine.heap.prepare(0)
             down = biases["down"]
-            out = (total if down is None else total + down.float()).to(engine.dtype).view(x.shape)
+            out = (total if down is None else total.add_(down)).to(engine.dtype).view(x.shape)
         found = [bias for bias in biases.values() if bias is not None]
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *found))):
             return out

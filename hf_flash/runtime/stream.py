@@ -48,6 +48,7 @@ class Call:
             together on flash; in the window, where that matters to nobody, `step` used ones if every token is on its own.
         one_block: whether one token is done with a single one.
         of_neighbours: whether blocks are of neighbours.
+        together: columns of the neurons of a streamed block that have to be in one matrix.
         uses_most: whether these are most of the layer's neurons.
     """
 
@@ -70,8 +71,8 @@ class Call:
         self.one_block = len(x) == 1 and len(ids) <= self.step
         self.uses_most = 2 * len(ids) > d_ff
         self._several = arithmetic.several_tokens(x, selected, len(ids), biases) if len(x) > 1 else None
-        self.scattered = self._several is not None and self._several.scattered
-        self.of_neighbours = self._several is not None and (streamed or not self.scattered)
+        self.together = slice(None) if self._several is None else self._several.together
+        self.of_neighbours = self._several is not None and (streamed or not self._several.scattered)
         if self.of_neighbours:
             ends = np.searchsorted(ids, np.arange(0, d_ff + self.step, self.step)).tolist()
             self.blocks = [ids[start:end] for start, end in itertools.pairwise(ends) if end > start]
@@ -86,10 +87,10 @@ class Call:
             return
         self._observe(ids, self._several.add(matrix, rows, ids, out))
 
-    def add_scattered(self, places: Ids, ids: Ids, out: torch.Tensor) -> None:
-        """Only if `scattered`: the same for neurons at addresses `places`."""
+    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> None:
+        """Of several tokens, the same for neurons at addresses `places`, of which `rows` have the columns `together`."""
         assert self._several is not None
-        self._observe(ids, self._several.add_scattered(places, ids, out))
+        self._observe(ids, self._several.add_streamed(matrix, rows, places, ids, out))
 
     def _observe(self, ids: Ids, before: torch.Tensor | None) -> None:
         if before is None:
@@ -97,7 +98,8 @@ class Call:
         if self._observer is not None:
             self._observer(self._x.float(), ids, before)
         if self._learner is not None:
-            self._learner.note_active(self._arithmetic.activation.active(before[-LEARNT_TOKENS:]).numpy(), ids)
+            last = before[-LEARNT_TOKENS:]
+            self._learner.note_active(*self._arithmetic.count_uses(last), len(last), ids)
 
 
 def stream(
@@ -171,12 +173,13 @@ class _Block:
         slots = self._window.slot_of[self.ids[present]]
         if self.complete:
             call.add(matrix, slots, self.ids, out)
-        elif call.scattered:
+            return
+        engine.arithmetic.copy_rows(matrix, slots, self.buffer, self._rows[present], call.together)
+        if call.of_neighbours:
             places = addresses(self.buffer, self._rows)
             places[present] = addresses(matrix, slots)
-            call.add_scattered(places, self.ids, out)
-        else:  # in id order in one matrix; over what was read through
-            engine.arithmetic.copy_rows(matrix, slots, self.buffer, self._rows[present])
+            call.add_streamed(self.buffer, self._rows, places, self.ids, out)
+        else:  # one token
             call.add(self.buffer, self._rows, self.ids, out)
 
     def keep(self, engine: Engine) -> None:

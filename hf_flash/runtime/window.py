@@ -94,18 +94,19 @@ class ResidentWindow:
             self.score /= self.use_score
             self.use_score = 1.0
 
-    def note_active(self, active: Mask, ids: Ids) -> None:
+    def note_active(self, uses: Ids, last: Ids, tokens: int, ids: Ids) -> None:
         """Mark which neurons the last tokens of a call used, once they are computed; after [`advance`].
 
         Args:
-            active: bool [tokens, n].
+            uses: int64 [n] by how many of those tokens.
+            last: int64 [n] the number of the last that did, from 1 on.
+            tokens: how many.
             ids: [n] the neurons.
         """
-        counts, tokens = count_uses(active), len(active)
-        used = np.flatnonzero(counts)
-        last = self.clock - np.argmax(active[::-1, used], axis=0)
-        self.score[ids[used]] += self.use_score * counts[used]
-        self.last_used[ids[used]] = np.maximum(last, self.clock - min(tokens, self.window))  # or before the window
+        used = np.flatnonzero(uses)
+        at = ids[used]
+        self.score[at] += self.use_score * uses[used]
+        self.last_used[at] = np.maximum(self.clock - tokens + last[used], self.clock - min(tokens, self.window))  # or before it
 
     def missing(self, ids: Ids) -> Ids:
         """Those of `ids` that are not in DRAM, in the same order."""

@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -26,9 +27,19 @@ from hf_flash.bench import clock
 from hf_flash.bench import report as bench_report
 from hf_flash.bench import run as bench
 from hf_flash.bench import worker as bench_worker
+from hf_flash.bench.calls import time_calls
 from hf_flash.bench.checks import add_checks, window_law
 from hf_flash.bench.report import describe
-from hf_flash.bench.systems import ABLATION, SYSTEMS, System, parse_arguments, parse_sweep, parse_system, resolve_systems
+from hf_flash.bench.systems import (
+    ABLATION,
+    SYSTEMS,
+    System,
+    parse_arguments,
+    parse_calls,
+    parse_sweep,
+    parse_system,
+    resolve_systems,
+)
 from hf_flash.commands.main import main
 from hf_flash.compute.dram_speed import dram_gb_per_s
 from hf_flash.errors import ConfigError, HfFlashError, StoreReadError
@@ -46,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any],
     folder = tmp_path_factory.mktemp("bench")
     code = main([
         "bench", "--preset", "tiny", "--tokens", "8", "--systems", "stock-ram,flash", "--check",
-        "--system", "too little: memory_budget=1000", "--note", "slow & <today>",
+        "--calls", "2x1,1x3,1x6", "--system", "too little: memory_budget=1000", "--note", "slow & <today>",
         "--json", str(folder / "out.json"), "--plot", str(folder / "out.svg"),
         "--html", str(folder / "out.html"),
     ])  # fmt: skip
@@ -78,6 +89,44 @@ def test_every_system_is_a_row_with_sane_counters(made: tuple[int, dict[str, Any
     assert flash["stats"]["budget_bytes"] == report["settings"]["memory_bytes"]
     assert sum(flash["parts_ms"].values()) == pytest.approx(flash["mean_ms"])
     assert row(report, "flash-uncapped")["cap"] == "no cap"
+
+
+def test_calls_of_several_tokens_are_timed(made: tuple[int, dict[str, Any], Path]) -> None:
+    _, report, folder = made
+    names = ["2x1", "1x3", "1x6"]
+    for name in ("stock-ram", "flash", "flash-uncapped"):
+        assert sorted(row(report, name)["calls_ms"]) == sorted(names)
+        assert all(ms > 0 for ms in row(report, name)["calls_ms"].values())
+    assert report["settings"]["calls"] == [[2, 1], [1, 3], [1, 6]]
+    text = describe(report)
+    assert re.search(r"\na call, ms: +2x1 +1x3 +1x6\nstock-ram +[\d.]+ +[\d.]+ +[\d.]+\nflash ", text)
+    assert f"{row(report, 'flash')['calls_ms']['1x3']:.1f}" in text
+    assert "<th>1x6</th>" in (folder / "out.html").read_text()
+
+
+def test_every_row_of_hf_flash_names_its_predictor(made: tuple[int, dict[str, Any], Path]) -> None:
+    _, report, folder = made
+    found = row(report, "flash")
+    assert found["stats"]["predictor"] == "int4-g64"
+    assert describe(report).count(f"  int4-g64, {found['cap']}\n") == 1
+    assert f"<td>int4-g64, {found['cap']}</td>" in (folder / "out.html").read_text()
+    assert f"  {row(report, 'stock-ram')['cap']}\n" in describe(report)
+
+
+def test_calls_go_on_with_their_rows_or_are_prompts() -> None:
+    seen: list[tuple[tuple[int, ...], Any, Any]] = []
+
+    class Model:
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=50))
+
+        def forward(self, ids: Any, past_key_values: Any = None, use_cache: bool = False, logits_to_keep: int = 0) -> Any:
+            seen.append((tuple(ids.shape), past_key_values, logits_to_keep))
+            return SimpleNamespace(past_key_values=len(seen))
+
+        __call__ = forward
+
+    assert list(time_calls(Model(), [(2, 1), (1, 9)], 8)) == ["2x1", "1x9"]
+    assert seen == [((2, 8), None, 1), *(((2, 1), past, 0) for past in range(1, 8)), *[((1, 9), None, 1)] * 7]
 
 
 def test_rows_of_hf_flash_are_held_against_law_disk_and_floor(made: tuple[int, dict[str, Any], Path]) -> None:
@@ -197,7 +246,8 @@ def test_the_page_is_whole_and_loads_nothing(made: tuple[int, dict[str, Any], Pa
         assert own <= set(re.findall(r'\bid="([^"]+)"', drawing))
         targets += own
     assert len(targets) == len(set(targets))
-    assert re.findall(r"<tr[^>]*><td>(.*?)</td>", text) == [row["system"] for row in report["rows"]]
+    systems = [row["system"] for row in report["rows"]]
+    assert re.findall(r"<tr[^>]*><td>(.*?)</td>", text) == [*systems, *(name for name in systems if name != "too little")]
     assert text.count('class="failed"') == 1
     assert f"<b>{row(report, 'flash')['tokens_per_s']:.3g}</b>" in text
 
@@ -262,7 +312,7 @@ def test_systems_and_a_sweep_are_two_plots_of_one_figure(packed: Path, tmp_path:
 @pytest.mark.parametrize("arguments", [
     *(["--sweep", text] for text in ("", "half", "40,-5", "1.2.3", "0", "40:oracle", "40:")),
     ["--preset", "large"], ["--tokens", "1"], ["--headroom", "much"], ["--preset", "tiny", "--repeats", "0"],
-    ["--batch-size", "0"],
+    ["--batch-size", "0"], *(["--calls", text] for text in ("", "8", "0x1", "8x", "2x1;1x4")),
     ["--system", "no arguments"], ["--system", "flash: window=3"], ["--system", "a: windw=3"], ["--flash-arg", "window"],
 ])  # fmt: skip
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,6 +336,7 @@ def test_what_cannot_be_measured(arguments: list[str], message: str, packed: Pat
 
 def test_arguments_are_parsed() -> None:
     assert parse_arguments("window=3, reader=direct") == {"window": 3, "reader": "direct"}
+    assert parse_calls(" 8x1, 1x4,8x1,") == [(8, 1), (1, 4)]
     assert parse_system(" mine : window=3") == System("mine", arguments={"window": 3})
     assert [s.label for s in resolve_systems(["ablation", "flash"], {"window": 3}, True, None)] == [
         "hybrid", "+predictor", "+window", "+bundling", "flash", "flash-uncapped",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hf_flash.compute import arithmetic as compute
 from hf_flash.compute import kernels, library
-from hf_flash.compute.activation import RELU, Activation
+from hf_flash.compute.activation import RELU, Activation, activation_named
 from hf_flash.compute.arithmetic import Arithmetic, CompiledArithmetic, arithmetic_for
 from hf_flash.compute.library import ABI
 from hf_flash.predictors.low_bit import Int8Matrix, Scores, widen
@@ -264,6 +264,39 @@ def test_rows_are_copied_whole_and_nothing_else(dtype: torch.dtype, n: int, widt
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@given(
+    n=st.integers(1, 99), rows=st.integers(0, 20), first=st.integers(0, 30), wide=st.integers(1, 30), seed=st.integers(0, 99)
+)
+def test_some_columns_are_copied_and_no_others(dtype: torch.dtype, n: int, rows: int, first: int, wide: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    source, target = (torch.randn(n + 20, 64, generator=random).to(dtype) for _ in range(2))
+    those, places = (torch.randperm(n + 20, generator=random)[:rows].numpy() for _ in range(2))
+    for way in (Arithmetic, CompiledArithmetic):
+        columns, copied, wanted = slice(first, first + wide), target.clone(), target.clone()
+        wanted[places, columns] = source[those, columns]
+        way(128, UnitLayout.of(TWO_MATRICES, 32, dtype), activation_named("relu")).copy_rows(
+            source, those, copied, places, columns
+        )
+        assert torch.equal(copied, wanted)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@given(tokens=st.integers(1, 70), n=st.integers(1, 70), share=st.sampled_from([0.0, 0.05, 0.5, 1.0]), seed=st.integers(0, 99))
+def test_uses_are_counted_as_torch_counts_them(dtype: torch.dtype, tokens: int, n: int, share: float, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    before = torch.randn(tokens, n, generator=random).abs().neg().to(dtype)
+    before[torch.rand(tokens, n, generator=random) < share] *= -1
+    before[0, 0] = 0.0
+    unit, relu = UnitLayout.of(TWO_MATRICES, 32, dtype), activation_named("relu")
+    found, wanted = (way(128, unit, relu).count_uses(before) for way in (CompiledArithmetic, Arithmetic))
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.dtype == theirs.dtype == np.int64
+        assert (mine == theirs).all()
+
+
+@needs_library
 def test_what_is_not_a_number_stays_so() -> None:
     matrix, bias = torch.ones(4, 64), torch.zeros(4)
     x = torch.ones(1, 32)
@@ -318,11 +351,12 @@ def test_so_it_is_in_4_bits(rows: int, groups: int, group: int, tokens: int, thr
 def multiplied_alike(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, plus: torch.Tensor, threads: int
 ) -> torch.Tensor:
-    """What a quantized matrix makes of tokens: the same bits alone and beside others."""
+    """What a quantized matrix makes of tokens: the same bits alone and beside others, with VNNI and without."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "threads", lambda: threads)
-        product = kernels.Product(codes, scales, zeros)
+        product, without = (kernels.Product(codes, scales, zeros, vnni=vnni) for vnni in (True, False))
         found = product(x, plus)
+        assert torch.equal(without(x, plus), found)
         for token in range(len(x)):
             assert torch.equal(product(x[token : token + 1], plus)[0], found[token])
     return found

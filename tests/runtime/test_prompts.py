@@ -165,6 +165,12 @@ def test_after_a_prompt_the_window_holds_what_its_last_tokens_used(tiny_opt: Pat
     assert torch.equal(logits(model, plain), logits(follow, plain))
 
 
+def counted(mask: Any) -> tuple[Any, Any]:
+    """As `Arithmetic.count_uses`."""
+    numbers = np.arange(1, len(mask) + 1)[:, None]
+    return mask.sum(0), (mask * numbers).max(0)
+
+
 def test_what_is_active_counts_as_used() -> None:
     """`advance` and `note_active` note what `note_use` does of tokens that are all known before."""
     random = np.random.default_rng(0)
@@ -174,7 +180,7 @@ def test_what_is_active_counts_as_used() -> None:
         one.note_use(mask, length, np.flatnonzero(mask.any(0)))
         other.advance(length)
         for ids in (np.arange(20), np.arange(20, 50)):
-            other.note_active(mask[:, ids], ids)
+            other.note_active(*counted(mask[:, ids]), len(mask), ids)
         assert np.allclose(one.score, other.score)
         assert (one.last_used == other.last_used).all()
         assert one.clock == other.clock

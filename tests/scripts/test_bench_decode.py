@@ -53,20 +53,29 @@ def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object
     return code
 
 
-@pytest.mark.parametrize(("dtype", "name"), [
-    ([], "opt-125m-paper"), (["--dtype", "bfloat16"], "opt-125m-paper"), (["--dtype", "float16"], "opt-125m-paper-float16"),
+@pytest.mark.parametrize(("dtype", "predictor", "name"), [
+    ([], [], "opt-125m-paper"), (["--dtype", "bfloat16"], [], "opt-125m-paper"),
+    (["--dtype", "float16"], ["--predictor", "lowrank"], "opt-125m-paper-float16"),
 ])  # fmt: skip
-def test_every_dtype_has_a_folder_of_its_own(
-    dtype: list[str], name: str, script: ModuleType, ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_every_dtype_and_predictor_has_a_folder_of_its_own(
+    dtype: list[str],
+    predictor: list[str],
+    name: str,
+    script: ModuleType,
+    ran: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    assert call(script, monkeypatch, "--preset", "125m", "--workdir", tmp_path, *dtype, "--tokens", 9) == 7
+    assert call(script, monkeypatch, "--preset", "125m", "--workdir", tmp_path, *dtype, *predictor, "--tokens", 9) == 7
     making, measuring = ran
-    assert measuring == ["bench", str(tmp_path / f"{name}-flash"), "--plain", str(tmp_path / name), "--tokens", "9"]
+    packed = tmp_path / f"{name}-{(predictor or ['quantized'])[-1]}"
+    assert measuring == ["bench", str(packed), "--plain", str(tmp_path / name), "--tokens", "9"]
     assert making[making.index("--dtype") + 1] == (dtype or ["bfloat16"])[-1]
+    assert making[-1] == (predictor or ["quantized"])[-1]
     assert making[2] == str(tmp_path / name)
-    (tmp_path / f"{name}-flash").mkdir()
-    (tmp_path / f"{name}-flash" / "config.json").write_text("{}")
-    call(script, monkeypatch, "--preset", "125m", "--workdir", tmp_path, *dtype)
+    packed.mkdir()
+    (packed / "config.json").write_text("{}")
+    call(script, monkeypatch, "--preset", "125m", "--workdir", tmp_path, *dtype, *predictor)
     assert len(ran) == 3  # made once
 
 

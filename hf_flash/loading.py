@@ -70,7 +70,7 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
     Raises:
         UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not so.
     """
-    family = family_of(model.config)
+    family = family_of(model.config, model)
     if model.config.dtype not in DTYPES:
         raise UnsupportedModelError("no such dtype of compute", where="dtype", expected=list(DTYPES), got=model.config.dtype)
     if not files:

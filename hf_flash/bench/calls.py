@@ -38,7 +38,7 @@ def _median_ms(model: Any, rows: int, tokens: int, prompt_tokens: int) -> float:
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def call(tokens: int, past: Any, **arguments: Any) -> Any:
-        ids = torch.randint(4, vocabulary, (rows, tokens), generator=random)
+        ids = torch.randint(4, vocabulary, (rows, tokens), generator=random, dtype=torch.int64, device="cpu")
         with torch.no_grad():
             return model(ids, past_key_values=past, use_cache=True, **arguments).past_key_values
 

@@ -22,9 +22,10 @@ from hf_flash.calibration.work_folder import WorkFolder
 from hf_flash.compute.activation import Activation
 from hf_flash.errors import CalibrationError
 from hf_flash.families import family_of
+from hf_flash.families.decoder import decoder_layers
 from hf_flash.runtime.model import find_runtime
 from hf_flash.runtime.observing import observed
-from hf_flash.runtime.transformers_model import decoder_layers, first_layer_call, run_layer
+from hf_flash.runtime.transformers_model import first_layer_call, run_layer
 
 BATCH_TOKENS: Final = 1024  # that go through a layer at a time
 

@@ -49,6 +49,7 @@ from hf_flash.compute.activation import WITH_ZEROS
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import BudgetError, UnsupportedModelError
 from hf_flash.families import family_of
+from hf_flash.families.base import longest_sequence
 from hf_flash.packing.checkpoint_folder import repacked_config
 from hf_flash.predictors.choice import check_predictors
 from hf_flash.runtime.model import close, find_runtime
@@ -109,7 +110,7 @@ def calibrate(
     if not family_of(config).activation_of(config).zeros:
         wanted = " or ".join(WITH_ZEROS)
         raise UnsupportedModelError("nothing to predict: the activation leaves no exact zeros", where=folder, expected=wanted)
-    targets, longest = Targets(recall, extra, rank, max_rank), model_config.max_position_embeddings
+    targets, longest = Targets(recall, extra, rank, max_rank), longest_sequence(model_config)
     context = min(256, longest) if context is None else context
     d_model = store.unit.width
     check_arguments(targets, samples, context, epochs, seed, placement, d_model=d_model, longest=longest)

@@ -19,6 +19,7 @@ from hf_flash.commands.live_view import LiveView, view
 from hf_flash.commands.store_facts import describe, facts
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError
+from hf_flash.families.base import longest_sequence
 from hf_flash.packing.repacking import repack
 from hf_flash.planning.planner import needs
 from hf_flash.runtime.model import stats
@@ -130,7 +131,7 @@ def _load(folder: Path, config: FlashOffloadConfig) -> Any:
 
 
 def _check_room(model: Any, prompt: int, tokens: int) -> None:
-    room = model.config.max_position_embeddings
+    room = longest_sequence(model.config)
     if prompt + tokens > room:
         raise ConfigError("more tokens than the model has room for", expected=f"at most {room - prompt} after this prompt",
                           got=tokens, hint="lower --max-new-tokens")  # fmt: skip

@@ -39,7 +39,9 @@ class Activation:
 
 
 RELU: Final = 1  # as in the compiled part
-_KNOWN: Final[Mapping[str, dict[str, Any]]] = {"relu": {"code": RELU, "zeros": True}}
+_KNOWN: Final[Mapping[str, dict[str, Any]]] = {
+    "relu": {"code": RELU, "zeros": True}, "relu6": {"zeros": True}, "relu2": {"zeros": True},
+}  # fmt: skip
 WITH_ZEROS: Final = tuple(name for name, known in _KNOWN.items() if known.get("zeros"))
 """Those that leave exact zeros, as a config names them."""
 
@@ -60,3 +62,27 @@ def activation_named(name: object, where: str = "activation") -> Activation:
             "unknown activation function", where=where, expected=f"one of {', '.join(ACT2FN)}", got=repr(name)
         )
     return Activation(str(name), ACT2FN[name], **_KNOWN.get(str(name), {}))
+
+
+def activation_like(function: Elementwise) -> Activation:
+    """An activation that a model has as a module or a function: under the name by which transformers knows it, if it does.
+
+    A name means the same function where it gives the same bits, over all magnitudes.
+    """
+    from transformers.activations import ACT2FN
+
+    grid = torch.cat([sign * torch.logspace(-6, 2, 400, dtype=torch.float32, device="cpu") for sign in (-1.0, 1.0)])
+    found = _answer(function, grid)
+    for name in ACT2FN:
+        if torch.equal(_answer(ACT2FN[name], grid), found):
+            return activation_named(name)
+    return Activation(getattr(function, "__name__", type(function).__name__), function)
+
+
+def _answer(function: Elementwise, x: torch.Tensor) -> torch.Tensor:
+    """What an activation gives; nothing if it cannot be called so."""
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            return function(x)
+    except (RuntimeError, TypeError, AttributeError):
+        return torch.empty(0, dtype=torch.float32, device="cpu")

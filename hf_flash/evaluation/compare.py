@@ -27,6 +27,7 @@ from hf_flash.calibration.text import Text, seen_share, token_windows
 from hf_flash.evaluation.candidates import candidates, install, load_for
 from hf_flash.evaluation.judging import BINS, Tally, judging, mean_use, total
 from hf_flash.evaluation.measuring import perplexity, time_tokens
+from hf_flash.families.base import longest_sequence
 from hf_flash.packing.checkpoint_folder import repacked_config
 from hf_flash.predictors.base import read_tensors
 from hf_flash.predictors.quantized import quantized_formats
@@ -69,7 +70,7 @@ def evaluate(
     repacked_config(folder)
     every = candidates(store)
     model = load_for(every, folder, store, memory_budget, dtype)
-    longest = model.config.max_position_embeddings
+    longest = longest_sequence(model.config)
     context = min(256, longest) if context is None else context
     windows = token_windows(folder, text, context, model.config.vocab_size, most=max(1, tokens // context))
     with judging(find_runtime(model).ffns, store, every, context) as judges:

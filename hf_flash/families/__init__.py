@@ -1,13 +1,13 @@
 """Families: how kinds of models name and shape their feed-forward layers. One file a family, one table by `model_type`.
 
-`family_of` finds the family of a model; `register_family` adds one.
+`family_of` finds the family of a model; `register_family` adds one. What is not in the table is recognised by the structure of
+the model's modules (recognise.py), and its arithmetic is tried (arithmetic_check.py).
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from hf_flash.errors import UnsupportedModelError
 from hf_flash.families.base import Family, check_family, get
 from hf_flash.families.opt import OPT
 
@@ -24,18 +24,20 @@ def register_family(family: Family) -> None:
     _FAMILIES[family.model_type] = family
 
 
-def family_of(config: Any) -> Family:
-    """The family of a model, from its config (an object or the dictionary in config.json).
+def family_of(config: Any, model: Any = None) -> Family:
+    """The family of a model.
+
+    Args:
+        config: an object, or the dictionary in config.json.
+        model: the model, where there is one already, on the meta device perhaps. Otherwise one is made of the config, without
+            memory, if no family of the table describes it.
 
     Raises:
-        UnsupportedModelError: no family is known for this architecture.
+        UnsupportedModelError: its feed-forward layers are not recognised, or compute something else.
     """
-    model_type = get(config, "model_type")
-    if model_type not in _FAMILIES:
-        raise UnsupportedModelError(
-            "this architecture is not supported",
-            where="model_type in config.json",
-            expected=f"one of {', '.join(sorted(_FAMILIES))}",
-            got=repr(model_type),
-        )
-    return _FAMILIES[model_type]
+    known = _FAMILIES.get(str(get(config, "model_type")))
+    if known is not None:
+        return known
+    from hf_flash.families.recognise import recognise, skeleton
+
+    return recognise(skeleton(config) if model is None else model)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 from hf_flash.compute.activation import Activation, activation_named
 from hf_flash.errors import StoreFormatError, UnsupportedModelError
@@ -78,6 +78,7 @@ class Family:
             are attributes of the decoder layer itself, and are replaced one by one.
         activation: the attribute of the decoder layer with the activation module, where `block` is `""`; of no use elsewhere.
         columns: the roles whose matrix has a neuron in a column.
+        adds_residual: whether the block is called with hidden states and the residual, to which it adds what it computes.
         activation_key, heads_key, kv_heads_key, head_dim_key: keys of the config.
         d_ff_key: the same; its value is a number of neurons for all layers, or a list of one for each.
         norm: the attribute of a decoder layer with the norm in front of the FFN; `""`: there is none that lookahead could use.
@@ -89,6 +90,7 @@ class Family:
     block: str = "mlp"
     activation: str = ""
     columns: frozenset[Role] = frozenset({"down"})
+    adds_residual: bool = False
     layers: str = "layers"
     activation_key: str = "hidden_act"
     d_ff_key: str = "intermediate_size"
@@ -216,3 +218,13 @@ def _size(config: Any, key: str) -> int:
 def get(config: Any, key: str) -> Any:
     """A value of a config, an object or the dictionary in config.json; `None` if it has none."""
     return config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+
+
+_LENGTH_KEYS: Final = ("max_position_embeddings", "max_seq_len", "seq_length", "n_ctx")
+_UNBOUNDED: Final = 1 << 17
+
+
+def longest_sequence(config: Any) -> int:
+    """The most tokens that a model is made for, from its config; 131 072 where nothing bounds them, as with ALiBi."""
+    found = (get(config.get_text_config(), key) for key in _LENGTH_KEYS)
+    return next((value for value in found if type(value) is int and value > 0), _UNBOUNDED)

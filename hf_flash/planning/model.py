@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from hf_flash.base.dtypes import DTYPES
 from hf_flash.base.files import read_json
@@ -17,6 +17,7 @@ from hf_flash.config_arguments import METHOD
 from hf_flash.errors import ConfigError
 from hf_flash.families import family_of
 from hf_flash.families.base import Family, Shape
+from hf_flash.families.recognise import config_object
 from hf_flash.predictors.base import PredictorFormat
 from hf_flash.predictors.choice import planned_format
 from hf_flash.runtime.layer import FlashFFN
@@ -84,7 +85,7 @@ def open_model(source: str | os.PathLike[str], predictor: str | None, dtype: str
     stored = plain.pop("quantization_config", None) or {}
     if stored and stored.get("quant_method") != METHOD:
         raise ConfigError("the model is quantized in another way", where=folder, got=stored.get("quant_method"))
-    config = AutoConfig.for_model(**plain)
+    config = config_object(plain)
     wish = FlashOffloadConfig.from_dict(stored)
     if predictor is not None:
         wish.predictor = predictor

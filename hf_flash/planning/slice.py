@@ -18,10 +18,11 @@ from transformers import StoppingCriteria
 
 from hf_flash.base.buffers import aligned_empty
 from hf_flash.config_arguments import ARGUMENTS
+from hf_flash.families.base import longest_sequence
+from hf_flash.families.decoder import decoder_layers
 from hf_flash.planning.model import PlannedModel
 from hf_flash.predictors.base import NoPredictor, Predictor
 from hf_flash.runtime.engine import Engine
-from hf_flash.runtime.transformers_model import decoder_layers
 from hf_flash.runtime.window import ResidentWindow
 
 WINDOW_BYTES: Final = 64 << 20  # of a slice's layer
@@ -75,7 +76,7 @@ class ModelSlice:
             `io`, `manage`, `predict`, `compute` and `rest` of a layer, `head` of a token.
         """
         clock = _TokenClock(self, missing)
-        tokens = min(_TOKENS + 1, self.model.config.max_position_embeddings - 1)  # and the first, which is not timed
+        tokens = min(_TOKENS + 1, longest_sequence(self.model.config) - 1)  # and the first, which is not timed
         with clock.watching(self.decoder_layers):
             start = torch.full((1, 1), 4, dtype=torch.int64, device="cpu")
             self.model.generate(

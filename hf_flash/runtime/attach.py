@@ -13,6 +13,7 @@ from hf_flash.budget.plan import MemoryPlan
 from hf_flash.compute.arithmetic import arithmetic_for
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.families.base import Family
+from hf_flash.families.decoder import decoder_of
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.predictors.base import NoPredictor, PredictorFormat
 from hf_flash.reading.reader import open_reader
@@ -21,7 +22,6 @@ from hf_flash.runtime.flash_weights import Matrix, OnFlash
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.model import FlashRuntime
 from hf_flash.runtime.resident_linear import make_linears_resident
-from hf_flash.runtime.transformers_model import decoder_of
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore

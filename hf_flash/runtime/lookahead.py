@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from hf_flash.families.base import Family
+from hf_flash.families.decoder import decoder_layers
 from hf_flash.runtime.flash_weights import stand_in
 from hf_flash.runtime.layer import FlashFFN
-from hf_flash.runtime.transformers_model import decoder_layers, hidden_of
+from hf_flash.runtime.transformers_model import hidden_of
 
 
 def add_lookahead(model: nn.Module, family: Family, ffns: Sequence[FlashFFN]) -> None:

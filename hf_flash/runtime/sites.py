@@ -1,6 +1,7 @@
 """How a `FlashFFN` stands in a model, so that names, parameters and state dicts stay those of the model's class.
 
-BlockFFN      replaces one feed-forward module, with modules under the names of its linear layers inside
+BlockFFN      replaces one feed-forward module, with modules under the names of its linear layers inside;
+              ResidualBlockFFN one that is also called with the residual
 InlineFFN     replaces the first of linear layers that are attributes of the decoder layer itself (OPT); the activation
               and the last linear layer are replaced by modules that pass on what it computed
 """
@@ -13,7 +14,7 @@ from typing import Any, Final, NoReturn
 import torch
 from torch import nn
 
-from hf_flash.compute.activation import Activation
+from hf_flash.compute.activation import Activation, Elementwise
 from hf_flash.errors import UsageError
 from hf_flash.runtime.flash_weights import OnFlash
 from hf_flash.runtime.layer import FlashFFN
@@ -77,6 +78,14 @@ class BlockFFN(FlashFFN):
         return f"layer={self.index}, d_model={self.d_model}, d_ff={self.d_ff}, {_ON_FLASH}"
 
 
+class ResidualBlockFFN(BlockFFN):
+    """A feed-forward module that adds what it computes to the residual."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = residual + super().forward(x)
+        return out
+
+
 class InlineFFN(FlashFFN, OnFlash):
     """Stands where the first linear layer stood, and keeps its parameter name `bias`.
 
@@ -107,7 +116,7 @@ class PassingActivation(nn.Module):
     If somebody has put a plain up projection in its place, what comes is as wide as that, and is activated here.
     """
 
-    def __init__(self, activation: nn.Module, d_model: int) -> None:
+    def __init__(self, activation: Elementwise, d_model: int) -> None:
         super().__init__()
         self.activation, self.d_model = activation, d_model
 

@@ -6,14 +6,14 @@ a test in `tests/contract/test_transformers_seam.py` that names it and asks tran
     all_tied_weights_keys                    tied_names
     _hf_peft_config_loaded                   has_adapter
     _keys_to_ignore_on_load_unexpected       ignore_on_load
-    get_decoder, the list of layers in it    decoder_of, decoder_layers
     how the model calls its decoder          sequence_length
     how the model calls a decoder layer      hidden_of, first_layer_call
     how a decoder layer answers              run_layer
 
-Other rooms have what only they use: runtime/model_class.py the class of a model, serving/transformers_serving.py the server,
-registration.py the tables of quantizers, quantizer.py the methods that transformers calls while it loads a model,
-runtime/devices.py what `load_adapter` reports and what `hf_device_map` does to a pipeline.
+Other rooms have what only they use: families/decoder.py where the decoder layers are, runtime/model_class.py the class of a
+model, serving/transformers_serving.py the server, registration.py the tables of quantizers, quantizer.py the methods that
+transformers calls while it loads a model, runtime/devices.py what `load_adapter` reports and what `hf_device_map` does to a
+pipeline.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any, Final
 import torch
 
 from hf_flash.errors import UnsupportedModelError
-from hf_flash.families.base import Family
 
 _HIDDEN: Final = "hidden_states"
 
@@ -53,19 +52,6 @@ def ignore_on_load(model: Any, patterns: Iterable[str]) -> None:
     class, which one of the model hides. The loader reads it after the quantizer has seen the model.
     """
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
-
-
-def decoder_of(model: Any) -> Any:
-    """The part of a causal language model that runs its decoder layers."""
-    return model.get_decoder()
-
-
-def decoder_layers(model: Any, family: Family) -> Any:
-    """The decoder layers of a causal language model, in order.
-
-    `get_decoder` is public; that the layers are all in one list of what it returns is not said anywhere. The family names it.
-    """
-    return getattr(decoder_of(model), family.layers)
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

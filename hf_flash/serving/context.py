@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from hf_flash.errors import ConfigError
+from hf_flash.families.base import longest_sequence
 
 
 def context_length(model: Any) -> int:
     """Return how many positions the model has, for the prompt and the answer together."""
-    return int(model.config.max_position_embeddings)
+    return longest_sequence(model.config)
 
 
 def count_tokens(processor: Any, texts: list[str]) -> int:

@@ -63,8 +63,8 @@ def test_every_room_has_a_folder_of_tests() -> None:
 USERS = {  # rooms, or files of them, that use a library; all others do without
     "safetensors": set[str](),
     "transformers": {
-        "config", "registration", "quantizer", "compute/activation", "runtime/observing", "calibration", "planning", "bench",
-        "evaluation", "serving", "commands/demo", "commands/doctor",
+        "config", "registration", "quantizer", "compute/activation", "families/recognise", "runtime/observing", "calibration",
+        "planning", "bench", "evaluation", "serving", "commands/demo", "commands/doctor",
     },
     "huggingface_hub": {"store/checkpoint", "packing", "calibration", "planning", "bench", "evaluation", "hub", "commands"},
 }  # fmt: skip
@@ -101,6 +101,7 @@ def test_the_window_knows_neither_reader_nor_predictor() -> None:
 
 
 PRIVATE = {  # names of libraries that begin with an underscore, or are as private: only in these files
+    "families/decoder.py": {"get_decoder"},
     "packing/readme.py": {"REGEX_YAML_BLOCK"},
     "predictors/low_bit.py": {"_weight_int8pack_mm", "_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu"},
     "registration.py": {"AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING", "LOADING_ATTRIBUTES_CONFIG_TYPES"},
@@ -112,7 +113,7 @@ PRIVATE = {  # names of libraries that begin with an underscore, or are as priva
         "_make_wrapper_subclass", "_metadata", "_nn", "_ops", "_parse_to", "_pytree", "_schema", "_typed_storage",
     },
     "runtime/transformers_model.py": {
-        "_hf_peft_config_loaded", "_keys_to_ignore_on_load_unexpected", "all_tied_weights_keys", "get_decoder", "hidden_states",
+        "_hf_peft_config_loaded", "_keys_to_ignore_on_load_unexpected", "all_tied_weights_keys", "hidden_states",
     },
     "serving/fields.py": {"_from_model_config"},
     "serving/transformers_serving.py": {"_GenerationCancelled", "_generate_managers", "_cb", "_model_locks"},

@@ -46,14 +46,13 @@ from transformers.utils import chat_template_utils
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, UnsupportedModelError, loading
+from hf_flash.families.decoder import decoder_layers, decoder_of
 from hf_flash.families.opt import OPT
 from hf_flash.hub import saving
 from hf_flash.quantizer import FlashHfQuantizer
 from hf_flash.runtime.devices import METHODS
 from hf_flash.runtime.model_class import add_methods, stock_class, stock_methods
 from hf_flash.runtime.transformers_model import (
-    decoder_layers,
-    decoder_of,
     first_layer_call,
     has_adapter,
     hidden_of,

@@ -345,7 +345,7 @@ def test_a_block_with_other_tensors_than_its_family_names_is_refused(
     monkeypatch.setattr(Thinking, "__init__", changed)
     with pytest.raises(UnsupportedModelError, match="does not hold what its family describes") as caught:
         AutoModelForCausalLM.from_pretrained(plain, quantization_config=FlashOffloadConfig())
-    assert "layer 0, thinking" in str(caught.value)
+    assert "thinking of floors.0" in str(caught.value)
     assert name in str(caught.value)
 
 

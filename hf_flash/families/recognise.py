@@ -1,0 +1,226 @@
+"""Recognise the feed-forward blocks of a model that no family describes, by the structure of its modules.
+
+A block is recognised where every decoder layer has one module, under one name, that holds linear layers under one of the known
+sets of names and nothing else, and whose arithmetic is that of a neuron: `down(act(up x))`, or `down(act(gate x) * up x)`. That
+is tried (arithmetic_check.py), so a model that loads is right (contract C9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from hf_flash.compute.activation import Activation
+from hf_flash.errors import UnsupportedModelError
+from hf_flash.families.arithmetic_check import arithmetic_of, inline_arithmetic_of, is_turned
+from hf_flash.families.base import Family, Shape, get
+from hf_flash.families.decoder import decoder_of
+from hf_flash.store.unit import Role
+
+_NAMES: Final[tuple[Mapping[Role, str], ...]] = (
+    {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+    {"gate": "w1", "up": "w3", "down": "w2"},
+    {"up": "up_proj", "down": "down_proj"},
+    {"up": "fc1", "down": "fc2"},
+    {"up": "dense_h_to_4h", "down": "dense_4h_to_h"},
+    {"up": "c_fc", "down": "c_proj"},
+    {"up": "fc_in", "down": "fc_out"},
+    {"up": "intermediate", "down": "output"},
+    {"up": "0", "down": "2"},
+)
+_INLINE: Final[tuple[Mapping[Role, str], ...]] = (  # of a decoder layer itself
+    {"up": "fc1", "down": "fc2"},
+    {"up": "intermediate.dense", "down": "output.dense"},
+)
+_NORMS: Final = (  # in front of the feed-forward block, the surest first
+    "pre_feedforward_layernorm", "pre_mlp_layernorm", "post_attention_layernorm", "ffn_norm", "ln_2", "norm_2", "ln_mlp",
+    "input_layernorm", "ln_1",
+)  # fmt: skip
+_WIDTH_KEYS: Final = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "inner_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognised(Family):
+    """A family that was found in a model's modules, with what its config does not say.
+
+    Attributes:
+        found_shape, found_activation: of the model.
+    """
+
+    found_shape: Shape
+    found_activation: Activation
+
+    def activation_of(self, config: Any) -> Activation:
+        return self.found_activation
+
+    def shape(self, config: Any) -> Shape:
+        return self.found_shape
+
+
+def skeleton(config: Any) -> Any:
+    """A causal language model of transformers without memory.
+
+    Args:
+        config: an object, or the dictionary in config.json.
+
+    Raises:
+        UnsupportedModelError: transformers has no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        made = config_object(config) if isinstance(config, dict) else config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(made)
+    except Exception as error:  # whatever a config makes a model's code raise
+        raise UnsupportedModelError(
+            "this architecture is not supported",
+            where="config.json",
+            expected="a causal language model that transformers can build",
+            got=f"{get(config, 'model_type')!r}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            hint="a model with code of its own: load it with from_pretrained(..., trust_remote_code=True), or describe its "
+            "feed-forward layers with hf_flash.families.register_family",
+        ) from error
+
+
+def config_object(values: dict[str, Any]) -> Any:
+    """The config of transformers that a config.json means."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**_decoded(values))
+
+
+def _decoded(value: Any) -> Any:
+    """A value of config.json, with the numbers that JSON has no words for: transformers writes `{"__float__": "NaN"}`."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def recognise(model: Any) -> Family:
+    """The family of a model.
+
+    Args:
+        model: a causal language model of transformers, on any device, the meta device too. It is not changed.
+
+    Raises:
+        UnsupportedModelError: with what is not as it should be.
+    """
+    if any(part == "experts" for path, _ in decoder_of(model).named_modules() for part in path.split(".")):
+        raise _not_recognised(model, "feed-forward blocks of neurons", "experts, which are not supported yet")
+    name, layers = _decoder_layers(model)
+    found = [dict(_blocks(layer)) for layer in layers]
+    paths = [path for path in found[0] if all(path in blocks for blocks in found)]
+    if len(paths) != 1:
+        raise _not_recognised(model, *_what_differs(name, layers, found, paths))
+    path = paths[0]
+    matrices = found[0][path]
+    blocks = [layer.get_submodule(path) for layer in layers]
+    columns = frozenset(role for role, linear in matrices.items() if _is_by_column(blocks[0].get_submodule(linear), role))
+    where = f"{name}.0{'.' * bool(path)}{path} of {type(model).__name__}"
+    arithmetic = arithmetic_of(blocks[0], matrices, where) if path else inline_arithmetic_of(blocks[0], matrices, where)
+    shape = _shape(model, blocks, matrices)
+    norms = [norm for norm in _NORMS if isinstance(getattr(layers[0], norm, None), nn.Module)]
+    return Recognised(
+        model_type=model.config.model_type, matrices=matrices, block=path, columns=columns, layers=name,
+        d_ff_key=_width_key(model.config, shape), norm=(norms or [""])[0], adds_residual=arithmetic.adds_residual,
+        activation=arithmetic.attribute if not path else "", found_shape=shape, found_activation=arithmetic.activation,
+    )  # fmt: skip
+
+
+def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers, and its name in the decoder."""
+    decoder = decoder_of(model)
+    lists = [
+        (name, module) for name, module in decoder.named_modules()
+        if name.count(".") < 2 and isinstance(module, nn.ModuleList) and len(module)
+    ]  # fmt: skip
+    with_blocks = [(name, layers) for name, layers in lists if dict(_blocks(layers[0]))]
+    if len(with_blocks) != 1:
+        raise _not_recognised(
+            model,
+            f"one list of decoder layers with feed-forward blocks in {type(decoder).__name__}",
+            f"lists {_listed(lists)}, with blocks {_listed(with_blocks)}",
+        )
+    return with_blocks[0]
+
+
+def _listed(lists: list[tuple[str, nn.ModuleList]]) -> str:
+    return ", ".join(name for name, _ in lists) or "none"
+
+
+def _blocks(layer: nn.Module) -> Iterator[tuple[str, Mapping[Role, str]]]:
+    """Modules in a decoder layer that hold linear layers under known names, and these names; `""` for the layer itself."""
+    inside = {path for path, module in layer.named_modules() if path.count(".") < 2 and _is_linear(module)}
+    yield from (("", names) for names in _INLINE if set(names.values()) <= inside)
+    for path, module in layer.named_modules():
+        if not path or path.count(".") > 1:
+            continue
+        held = {name for name, child in module.named_children() if _is_linear(child)}
+        matches = [names for names in _NAMES if set(names.values()) <= held]
+        if matches:
+            yield path, matches[0]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def _is_by_column(linear: nn.Module, role: Role) -> bool:
+    """Whether a unit is a column of the matrix: of down, or of a `Conv1D`, which has its inputs first, of the others."""
+    return (role == "down") != is_turned(linear)
+
+
+def _shape(model: Any, blocks: list[nn.Module], matrices: Mapping[Role, str]) -> Shape:
+    ups: list[Any] = [block.get_submodule(matrices["up"]) for block in blocks]
+    sizes = [tuple(up.weight.shape) for up in ups]
+    turned = is_turned(blocks[0].get_submodule(matrices["up"]))
+    widths, d_models = zip(*(size[::-1] if turned else size for size in sizes), strict=True)
+    if len(set(d_models)) > 1:
+        raise _not_recognised(model, "feed-forward blocks as wide as each other", f"inputs of {sorted(set(d_models))} numbers")
+    config = model.config.get_text_config()
+    heads = _number(config, "num_attention_heads") or 1
+    kv_heads = _number(config, "num_key_value_heads") or heads
+    return Shape(d_models[0], widths, heads, kv_heads, _number(config, "head_dim") or max(1, d_models[0] // heads))
+
+
+def _number(config: Any, key: str) -> int | None:
+    """A number of a config, if it has one that holds for all layers."""
+    try:
+        found = get(config, key)
+    except Exception:  # noqa: BLE001  # transformers' own, of configs whose layers differ
+        return None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _width_key(config: Any, shape: Shape) -> str:
+    """The key of the config that says how many neurons a layer has."""
+    text = config.get_text_config()
+    return next((key for key in _WIDTH_KEYS if _number(text, key) == shape.d_ff), _WIDTH_KEYS[0])
+
+
+def _what_differs(
+    name: str, layers: nn.ModuleList, found: list[dict[str, Mapping[Role, str]]], paths: list[str]
+) -> tuple[str, str]:
+    """What was expected of the decoder layers, and what they have instead."""
+    if paths:
+        return "one feed-forward block in a decoder layer", f"{', '.join(paths)} in {name}.0"
+    first, *_ = found[0]
+    without = next(index for index, blocks in enumerate(found) if first not in blocks)
+    inside = ", ".join(child for child, _ in layers[without].named_children())
+    return f"{first} in every decoder layer", f"layer {without} with {inside}"
+
+
+def _not_recognised(model: Any, expected: str, got: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "the feed-forward layers of this model are not recognised",
+        where=f"{type(model).__name__} ({model.config.model_type})",
+        expected=expected,
+        got=got,
+        hint="describe them with hf_flash.register_family, if they are of two or three matrices",
+    )

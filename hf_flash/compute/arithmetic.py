@@ -12,6 +12,7 @@ Neither depends on where the rows of a block lie, so that results are bit-identi
     compiled, several tokens that use all neurons
              Up is the fastest product of whole matrices (dense.py), rounded as the stock layer's. Down is as above, over the
              hidden values that are not zero: where these are few, that is several times faster than the whole product.
+             Activations without zeros have whole products for down, too.
     torch, one token
              Up: gather rows in id order, `F.linear` in the dtype of compute. Down: `embedding_bag`, which reads only the rows
              of neurons that are really non-zero and accumulates in fp32. Each row is viewed as two half rows in two bags, so
@@ -23,7 +24,8 @@ Neither depends on where the rows of a block lie, so that results are bit-identi
              rounded to the dtype of compute in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
              on CPUs, and bf16 would round every partial sum.)
 
-A layer with a gate has hidden = activation(gate x) * (up x); the compiled part does not know such layers, torch computes them.
+A layer with a gate has hidden = activation(gate x) * (up x). One token is multiplied with up only where the activation of the
+gate is not zero. Several tokens, each with few neurons of its own, are torch's, as with other activations than a ReLU.
 
 n = neurons in the block, d = d_model.
 """
@@ -41,7 +43,7 @@ from hf_flash.base.arrays import Ids, count_uses
 from hf_flash.base.buffers import aligned_empty
 from hf_flash.compute import dense
 from hf_flash.compute import library as native
-from hf_flash.compute.activation import RELU, Activation, Elementwise
+from hf_flash.compute.activation import RELU, Activation
 from hf_flash.compute.kernels import TokenKernel, TokenRoom, TokensKernel, addresses, copy_rows, gather, supports
 from hf_flash.compute.kernels import count_uses as count_uses_of_relu
 from hf_flash.store.unit import Role, UnitLayout
@@ -140,7 +142,7 @@ class Arithmetic:
         """What the buffers for layers of this shape take, in bytes, with any arithmetic."""
         wide = 0 if unit.dtype == torch.float32 else 4 * unit.numbers
         rows = block_rows(d_ff, 1) * unit.row_bytes + block_rows(d_ff, 2) * (unit.row_bytes + wide)
-        return rows + TokenKernel.nbytes(d_ff, unit.width)
+        return rows + TokenKernel.nbytes(d_ff, unit)
 
     def matrix(self, rows: int) -> torch.Tensor:
         """Memory for the bundles of so many neurons, [rows, unit.numbers]: what a window keeps them in."""
@@ -192,11 +194,12 @@ class Arithmetic:
 
 
 class CompiledArithmetic(Arithmetic):
-    """The compiled part, for what it knows: layers of two matrices; several tokens only with an activation of its own."""
+    """The compiled part, for what it knows: all layers for one token, those of two matrices and a ReLU for several."""
 
     def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:
         super().__init__(d_ff, unit, activation)
-        self._kernel, self._relu = TokenKernel(d_ff, unit), activation.code == RELU
+        self._kernel = TokenKernel(d_ff, unit)
+        self._relu = activation.code == RELU and unit.deciding == "up"  # what the compiled part does from end to end
         self.step_kernel = self._kernel if self._relu else None
 
     @classmethod
@@ -206,14 +209,14 @@ class CompiledArithmetic(Arithmetic):
     def one_token(
         self, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids, *, one_block: bool
     ) -> OneToken:
-        self._kernel.set(x, biases["up"], matrix, rows, ids, relu=self._relu)
-        return _CompiledToken(self._kernel, x.dtype, None if self._relu else self.activation.function)
+        self._kernel.set(x, biases[self.unit.deciding], matrix, rows, ids, relu=self._relu)
+        return _CompiledToken(self._kernel, x.dtype, biases, None if self._relu else self.activation)
 
     def several_tokens(self, x: torch.Tensor, selected: torch.Tensor | None, union: int, biases: Biases) -> SeveralTokens:
-        if not self._relu:
-            return super().several_tokens(x, selected, union, biases)
         if selected is None:
             return _CompiledAll(self, x, biases)
+        if not self._relu:
+            return super().several_tokens(x, selected, union, biases)
         if len(x) > TokenRoom.tokens and np.count_nonzero(selected.numpy()) > _DENSE * len(x) * union:
             return super().several_tokens(x, selected, union, biases)
         return _CompiledTokens(self, x, selected, biases, union)
@@ -238,10 +241,10 @@ def arithmetic_for(d_ff: int, unit: UnitLayout, activation: Activation) -> Arith
 
 
 class _CompiledToken:
-    """One token by the compiled part. `function`: the activation, where the compiled part does not know it."""
+    """One token by the compiled part. `activation`: where the compiled part does not know it."""
 
-    def __init__(self, kernel: TokenKernel, dtype: torch.dtype, function: Elementwise | None) -> None:
-        self._kernel, self._dtype, self._function = kernel, dtype, function
+    def __init__(self, kernel: TokenKernel, dtype: torch.dtype, biases: Biases, activation: Activation | None) -> None:
+        self._kernel, self._dtype, self._biases, self._activation = kernel, dtype, biases, activation
         self._left: Ids | None = None
 
     def multiply_present(self, present: Ids, missing: Ids) -> None:
@@ -252,9 +255,17 @@ class _CompiledToken:
         kernel = self._kernel
         if self._left is None or len(self._left):
             kernel.up(self._left)
-        if self._function is not None:
-            kernel.hidden.copy_(self._function(kernel.hidden.to(self._dtype)))
+        if self._activation is not None:
+            kernel.hidden.copy_(self._hidden(self._activation))
         kernel.down(out)
+
+    def _hidden(self, activation: Activation) -> torch.Tensor:
+        """Hidden values in the dtype of compute, [n], rounded where the stock layer rounds."""
+        deciding = activation.function(self._kernel.hidden.to(self._dtype))
+        if "gate" not in self._biases:
+            return deciding
+        positions = np.flatnonzero(deciding.float().numpy()) if activation.zeros else None
+        return deciding * self._kernel.gated_up(self._biases["up"], positions).to(self._dtype)
 
 
 class _CompiledTokens:
@@ -274,46 +285,52 @@ class _CompiledTokens:
 
 
 class _CompiledAll:
-    """Several tokens that use all neurons of a layer with a ReLU: up as a whole product, down over what is not zero."""
+    """Several tokens that use all neurons: whole products, and down over what is not zero, if that is not most of it."""
 
     scattered = True
 
     def __init__(self, arithmetic: Arithmetic, x: torch.Tensor, biases: Biases) -> None:
-        self._arithmetic, self._x, self._bias = arithmetic, x, biases["up"]
-        self._kernel = TokensKernel(arithmetic.unit, len(x), len(arithmetic.gathered))
+        self._arithmetic, self._x, self._biases = arithmetic, x, biases
+        unit, activation = arithmetic.unit, arithmetic.activation
+        self._function, self._is_gated = activation.function, unit.deciding == "gate"
+        self._kernel = TokensKernel(unit, len(x), len(arithmetic.gathered))
         self._few = dense.few(len(x), x.dtype)
-        self.together = _NO_COLUMN if self._few else arithmetic.unit.columns("up")
+        self._is_sparse = self._few or activation.zeros
+        multiplied = _NO_COLUMN if self._few else slice(0, unit.columns("down").start)
+        self.together = multiplied if self._is_sparse else _EVERY_COLUMN
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
-        buffers, places = self._arithmetic, addresses(matrix, rows)
-        weight = matrix[:0] if self._few else gather(places, buffers.unit, "up", buffers.gathered)
-        return self._add(weight, places, ids, out)
+        buffer = self._arithmetic.gathered[: len(rows)]
+        self._arithmetic.copy_rows(matrix, rows, buffer, np.arange(len(rows)), self.together)
+        return self._add(buffer, addresses(matrix, rows), ids, out)
 
     def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
-        return self._add(matrix[int(rows[0]) : int(rows[-1]) + 1, self.together], places, ids, out)
+        return self._add(matrix[int(rows[0]) : int(rows[-1]) + 1], places, ids, out)
 
-    def _add(self, up: torch.Tensor, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
-        """`up`: the up parts, [n, d], unless tokens are few."""
-        before = self._up(up, places, ids)
-        left = self._kernel.down(before, places, out, at_most=_DENSE)
+    def _add(self, bundles: torch.Tensor, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+        """`bundles`: [n, numbers of a unit], of which the columns `together` are there."""
+        unit = self._arithmetic.unit
+        before = self._product(unit.deciding, bundles, places, ids)
+        hidden = self._function(before)
+        if self._is_gated:
+            hidden = hidden * self._product("up", bundles, places, ids)
+        if not self._is_sparse:
+            dense.add_product(hidden, bundles[:, unit.columns("down")], out, self._arithmetic.wide)
+            return before
+        left = self._kernel.down(hidden, places, out, relu=False, at_most=1.0 if self._few else _DENSE)
         if left is not None:
-            self._add_down(left.relu(), places, out[-len(left) :])
+            weight = gather(places, unit, "down", self._arithmetic.gathered)
+            dense.add_product(left, weight, out[-len(left) :], self._arithmetic.wide)
         return before
 
-    def _up(self, weight: torch.Tensor, places: Ids, ids: Ids) -> torch.Tensor:
-        """Pre-activations, [tokens, n] in the dtype of compute."""
+    def _product(self, role: Role, bundles: torch.Tensor, places: Ids, ids: Ids) -> torch.Tensor:
+        """x times a part, and its bias, [tokens, n] in the dtype of compute."""
         if self._few:
-            return self._kernel.up(self._x, None, self._bias, places, ids)
-        bias = None if self._bias is None else torch.index_select(self._bias, 0, torch.from_numpy(ids))
+            return self._kernel.up(self._x, None, self._biases[role], places, ids, role)
+        bias = self._biases[role]
+        bias = None if bias is None else torch.index_select(bias, 0, torch.from_numpy(ids))
+        weight = bundles[:, self._arithmetic.unit.columns(role)]
         return dense.multiply(self._x, weight, bias, self._arithmetic.wide)
-
-    def _add_down(self, hidden: torch.Tensor, places: Ids, out: torch.Tensor) -> None:
-        """The whole product, in fp32."""
-        buffers = self._arithmetic
-        weight = gather(places, buffers.unit, "down", buffers.gathered)
-        if weight.dtype != torch.float32:
-            weight = buffers.wide.view(-1)[: weight.numel()].view(weight.shape).copy_(weight)
-        out.addmm_(hidden.float(), weight)
 
 
 class _TorchToken:

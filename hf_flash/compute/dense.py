@@ -52,6 +52,23 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, w
     return _widened(x, weight, bias, wide) if widens(tokens, x.dtype) else F.linear(x, weight, bias)
 
 
+def add_product(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, wide: torch.Tensor) -> None:
+    """`out += hidden @ weight`, the fastest way. Where 16 bits are fast, the product is rounded to them before it is added.
+
+    Args:
+        hidden: [tokens, rows], contiguous, on the CPU, as the others are; in a dtype of `DTYPES`.
+        weight: [rows, columns] in the same dtype, the numbers of a row side by side.
+        out: float32 [tokens, columns].
+        wide: float32, contiguous, room for all of `weight`.
+    """
+    if weight.dtype == torch.float32:
+        out.addmm_(hidden, weight)
+    elif _widened_from(weight.dtype) == float("inf") and _capabilities():
+        out.add_(torch.mm(hidden, weight))
+    else:
+        out.addmm_(hidden.float(), wide.view(-1)[: weight.numel()].view(weight.shape).copy_(weight))
+
+
 def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: torch.Tensor) -> torch.Tensor:
     """The product in fp32, as many rows at a time as `wide` has room for."""
     rows, columns = weight.shape

@@ -25,7 +25,7 @@ from hf_flash.compute import library as native
 from hf_flash.compute.library import DTYPES, CopyJob, LinearJob, ProductJob, QuantizeJob, RowLayout, TokenJob, TokensJob
 from hf_flash.store.unit import Role, UnitLayout
 
-_ROLES: Final = ("up", "down")  # of the parts of a unit, in their order
+_ROLES: Final = (("up", "down"), ("gate", "up", "down"))  # of the parts of a unit, in their order
 _SHARED: Final = 1 << 18  # products that waking another thread is worth
 _WORTH_QUANTIZING: Final = 1 << 14  # weights that waking another thread is worth
 _WORTH_COPYING: Final = 1 << 18  # bytes that waking another thread is worth
@@ -37,15 +37,15 @@ _TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of nat
 def supports(layout: UnitLayout) -> bool:
     """Whether the compiled part can compute with units of this layout, as they lie in memory.
 
-    It knows layers with two matrices and a ReLU between them. For one token it also does the two products alone, with another
-    activation in between.
+    Layers with two matrices and a ReLU between them it computes whole. With other activations, and with a gate, it does the
+    products of one token.
     """
-    return layout.roles == _ROLES and layout.dtype in DTYPES
+    return layout.roles in _ROLES and layout.dtype in DTYPES
 
 
-def row_layout(layout: UnitLayout) -> RowLayout:
-    """A layout as the compiled part wants it."""
-    return RowLayout(layout.row_bytes, layout.offset("up"), layout.offset("down"), layout.width)
+def row_layout(layout: UnitLayout, up: Role = "up") -> RowLayout:
+    """A layout as the compiled part wants it, which knows two parts: `up` is the one that is multiplied with x."""
+    return RowLayout(layout.row_bytes, layout.offset(up), layout.offset("down"), layout.width)
 
 
 class TokenRoom:
@@ -95,7 +95,10 @@ class TokensRoom:
 
 
 class TokenKernel:
-    """The arithmetic of one token over rows of a matrix, wherever they lie: `up`, as often as it takes, then `down`.
+    """The arithmetic of one token over rows of a matrix, wherever they lie.
+
+    `up`, as often as it takes: products with the part that decides (`UnitLayout.deciding`). With a gate, `gated_up` follows. At
+    the end `down`.
 
     Args:
         neurons: the most in one call.
@@ -107,18 +110,20 @@ class TokenKernel:
         self.room = TokenRoom(neurons, layout.width)
         self._all_positions: Ids = np.arange(neurons)
         self._job = TokenJob()
-        self._row_layout = row_layout(layout)
+        self._deciding = row_layout(layout, layout.deciding)
+        self._gated = row_layout(layout) if layout.deciding == "gate" else None
+        self._products = torch.zeros(0 if self._gated is None else neurons, dtype=torch.float32, device="cpu")
 
     @staticmethod
-    def nbytes(neurons: int, d_model: int) -> int:
-        return 8 * neurons + TokenRoom.nbytes(neurons, d_model)
+    def nbytes(neurons: int, layout: UnitLayout) -> int:
+        return (12 if layout.deciding == "gate" else 8) * neurons + TokenRoom.nbytes(neurons, layout.width)
 
     def set(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: torch.Tensor, rows: Ids, ids: Ids, *, relu: bool) -> None:
-        """Set the token and the neurons that the next calls of `up` and `down` work on.
+        """Set the token and the neurons that the next calls work on.
 
         Args:
             x: [1, width] in the dtype of compute, contiguous.
-            bias: [d_ff] of the up projection.
+            bias: [d_ff] of the part that decides.
             matrix: [any, numbers of a row], contiguous.
             rows, ids: [n] rows of `matrix`, and the neurons in them.
             relu: whether hidden values below zero become zero.
@@ -127,7 +132,7 @@ class TokenKernel:
         self._keep = x, bias, matrix, rows, ids
         room = self.room
         self._job = TokenJob(
-            layout=self._row_layout, x=x.data_ptr(), matrix=matrix.data_ptr(), bias=None if bias is None else bias.data_ptr(),
+            layout=self._deciding, x=x.data_ptr(), matrix=matrix.data_ptr(), bias=None if bias is None else bias.data_ptr(),
             rows=rows.ctypes.data, ids=ids.ctypes.data, hidden=room.hidden.data_ptr(), x_f32=room.x_f32.ctypes.data,
             active=room.active.ctypes.data,
             n=len(rows), dtype=DTYPES[x.dtype], relu=relu, threads=native.threads(),
@@ -142,6 +147,23 @@ class TokenKernel:
         positions = self._all_positions[: self._job.n] if positions is None else positions
         self._job.positions, self._job.todo = positions.ctypes.data, len(positions)
         self._call(self._library.hf_up)  # type: ignore[union-attr]
+
+    def gated_up(self, bias: torch.Tensor | None, positions: Ids | None = None) -> torch.Tensor:
+        """Products with the up part, float32 [n], beside those of `up` with the gate. Elsewhere than at `positions` zero.
+
+        Args:
+            bias: [d_ff] of the up part.
+            positions: as in `up`.
+        """
+        assert self._gated is not None
+        job, found = self._job, self._products[: self._job.n]
+        kept = job.layout, job.bias, job.hidden
+        if positions is not None:
+            found.zero_()
+        job.layout, job.bias, job.hidden = self._gated, None if bias is None else bias.data_ptr(), found.data_ptr()
+        self.up(positions)
+        job.layout, job.bias, job.hidden = kept
+        return found
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -171,12 +193,14 @@ class TokensKernel:
     """
 
     def __init__(self, layout: UnitLayout, tokens: int, neurons: int, *, avx512: bool = True) -> None:
-        self._row_layout, self._avx512 = row_layout(layout), avx512
+        self._layout, self._avx512 = layout, avx512
         self._threads, self._most = native.threads(), min(tokens, _TOKENS)
         self._room, self._every = TokensRoom(self._most, neurons), np.arange(neurons)
         self._packed = torch.empty(self._threads * neurons * _TILE_BYTES, dtype=torch.uint8, device="cpu")
 
-    def up(self, x: torch.Tensor, used: torch.Tensor | None, bias: torch.Tensor | None, rows: Ids, ids: Ids) -> torch.Tensor:
+    def up(
+        self, x: torch.Tensor, used: torch.Tensor | None, bias: torch.Tensor | None, rows: Ids, ids: Ids, role: Role = "up"
+    ) -> torch.Tensor:
         """Hidden values before the activation, [tokens, n] in the dtype of compute; zero for neurons that a token does not use.
 
         Args:
@@ -184,11 +208,13 @@ class TokensKernel:
             used: bool [tokens, d_ff], contiguous: which neurons each token uses; `None`: all.
             bias: [d_ff] of the up projection.
             rows, ids: [n] addresses of units, in the dtype of compute, and the neurons that they are of.
+            role: the part that is multiplied; `bias` is of it.
         """
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
         hidden = torch.empty(len(x), len(rows), dtype=x.dtype, device="cpu")
         for at in range(0, len(x), self._most):
             job = self._job(hidden[at : at + self._most], rows)
+            job.layout = row_layout(self._layout, role)
             job.x, job.ids, job.positions, job.todo = x[at:].data_ptr(), ids.ctypes.data, self._every.ctypes.data, len(rows)
             job.bias = None if bias is None else bias.data_ptr()
             if used is not None:
@@ -196,22 +222,25 @@ class TokensKernel:
             native.loaded().hf_several_up(ctypes.byref(job))  # type: ignore[union-attr]
         return hidden
 
-    def down(self, hidden: torch.Tensor, rows: Ids, out: torch.Tensor, *, at_most: float = 1.0) -> torch.Tensor | None:
+    def down(
+        self, hidden: torch.Tensor, rows: Ids, out: torch.Tensor, *, relu: bool = True, at_most: float = 1.0
+    ) -> torch.Tensor | None:
         """Add relu(hidden) times the down projections to each token's `out`, neuron by neuron.
 
         Args:
             hidden: [tokens, n] in the dtype of compute, contiguous.
             rows: [n] addresses of units.
             out: float32 [tokens, width], contiguous.
-            at_most: share of the hidden values that may be positive.
+            relu: whether hidden values below zero count as zero; if not, they are multiplied as they are.
+            at_most: share of the hidden values that may count.
 
         Returns:
-            The tokens that are left to be done, since more of their values are positive: a slice of `hidden`. `None`: none are.
+            The tokens that are left to be done, since more of their values count: a slice of `hidden`. `None`: none are.
         """
         rows = np.ascontiguousarray(rows)
         for at in range(0, len(hidden), self._most):
             job = self._job(hidden[at : at + self._most], rows)
-            job.out = out[at:].data_ptr()
+            job.out, job.any_sign = out[at:].data_ptr(), not relu
             if native.loaded().hf_several_nonzero(ctypes.byref(job)) > at_most * job.tokens * job.n:  # type: ignore[union-attr]
                 return hidden[at:]
             native.loaded().hf_several_down(ctypes.byref(job))  # type: ignore[union-attr]
@@ -220,7 +249,7 @@ class TokensKernel:
     def _job(self, hidden: torch.Tensor, rows: Ids) -> TokensJob:
         room = self._room
         return TokensJob(
-            layout=self._row_layout, rows=rows.ctypes.data, hidden=hidden.data_ptr(),
+            layout=row_layout(self._layout), rows=rows.ctypes.data, hidden=hidden.data_ptr(),
             values=room.values, row_of=room.row_of, count=room.count, packed=self._packed.data_ptr(),
             n=len(rows), tokens=len(hidden), dtype=DTYPES[hidden.dtype], threads=self._threads, no_avx512=not self._avx512,
         )  # fmt: skip

@@ -31,7 +31,7 @@ from hf_flash.base import dtypes
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 15  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
+ABI: Final = 16  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final[Mapping[torch.dtype, int]] = {getattr(torch, name): number for number, name in enumerate(dtypes.DTYPES)}
 """Those of compute, as numbered in native.h."""
@@ -74,7 +74,7 @@ class TokensJob(ctypes.Structure):
         *((name, _pointer) for name in ("x", "bias", "rows", "ids", "used", "positions", "hidden", "values", "row_of")),
         *((name, _pointer) for name in ("count", "out", "packed")),
         *((name, _long) for name in ("n", "d_ff", "tokens", "todo", "share")), ("meanwhile", Meanwhile),
-        *((name, _int) for name in ("dtype", "threads", "no_avx512", "pack", "next")),
+        *((name, _int) for name in ("dtype", "threads", "no_avx512", "any_sign", "pack", "next")),
     )  # fmt: skip
 
 

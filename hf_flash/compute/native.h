@@ -40,7 +40,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-enum { HF_ABI = 15 };
+enum { HF_ABI = 16 };
 
 /* Dtypes: library.py: DTYPES. */
 enum { F32, BF16, F16 };
@@ -120,6 +120,7 @@ typedef struct {
     int64_t n, d_ff, tokens, todo, share;
     Meanwhile meanwhile;               /* of `hf_several_up` */
     int32_t dtype, threads, no_avx512; /* no_avx512: compute without it */
+    int32_t any_sign;                  /* hidden values below zero count, too: there is no ReLU */
     int32_t pack;                      /* whether it pays to copy columns together */
     atomic_int next;
 } TokensJob;
@@ -128,10 +129,10 @@ typedef struct {
  * bits are those of `hf_up`, without an activation. */
 void hf_several_up(TokensJob *job);
 
-/* Find the values of relu(hidden) that are not zero. Returns how many there are. */
+/* Find the values of relu(hidden), or of hidden (`any_sign`), that are not zero. Returns how many there are. */
 int64_t hf_several_nonzero(TokensJob *job);
 
-/* out[t] += relu(hidden[t]) @ down, over the values that `hf_several_nonzero` found. The bits are those of `hf_down`. */
+/* out[t] += hidden[t] @ down, over the values that `hf_several_nonzero` found. The bits are those of `hf_down`. */
 void hf_several_down(TokensJob *job);
 
 /* How many of `tokens` use each of `n` neurons, and the number of the last that does, from 1 on: added to, and put into,

@@ -135,6 +135,7 @@ class LooseLayout:
     gaps: tuple[int, int, int]
     width: int
     dtype: torch.dtype
+    deciding = "up"
 
     @property
     def numbers(self) -> int:
@@ -201,7 +202,8 @@ def test_it_says_which_units_it_knows() -> None:
     gated = (Part("gate", "row"), *TWO_MATRICES)
     for dtype in ROUNDING:
         assert kernels.supports(UnitLayout.of(TWO_MATRICES, 64, dtype))
-        assert not kernels.supports(UnitLayout.of(gated, 64, dtype))
+        assert kernels.supports(UnitLayout.of(gated, 64, dtype))
+        assert not kernels.supports(UnitLayout.of(gated[1:] + gated[:1], 64, dtype))
         assert not kernels.supports(UnitLayout.of(TWO_MATRICES[::-1], 64, dtype))
 
 

@@ -242,8 +242,8 @@ def test_what_cannot_be_planned(arguments: dict[str, Any], kind: type[Exception]
 def test_models_that_are_none(tmp_path: Path, bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StoreMissingError, match=r"config\.json"):
         planner.plan(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(UnsupportedModelError, match="not supported"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(UnsupportedModelError, match="not recognised"):
         planner.plan(tmp_path)
     config = json.loads((bare / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))

@@ -16,6 +16,7 @@ from hf_flash.errors import StoreReadError, UsageError
 from hf_flash.predictors.base import NoPredictor, Predictor
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.layer import FlashFFN
+from hf_flash.runtime.prompts import MOST_PREDICTED
 from hf_flash.runtime.sites import BlockFFN
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.store.unit import TWO_MATRICES, Part, UnitLayout, parse_parts
@@ -90,6 +91,40 @@ def test_one_token_reads_what_is_named_and_not_there(kind: type[Arithmetic], dty
     count = ffn.engine.counters
     assert (count.calls, count.selected, count.hits, count.missing_bytes) == (2, 6, 2, 4 * reader.unit.row_bytes)
     assert count.read_bytes == count.missing_bytes
+
+
+LAYERS = [
+    (TWO_MATRICES, Activation("relu", F.relu, RELU, zeros=True)), (TWO_MATRICES, Activation("silu", F.silu)),
+    (TWO_MATRICES, Activation("relu2", lambda x: F.relu(x).square(), zeros=True)), (GATED, Activation("silu", F.silu)),
+    (GATED, Activation("relu", F.relu, RELU, zeros=True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARITHMETICS)
+@pytest.mark.parametrize(("parts", "activation"), LAYERS, ids=["relu", "silu", "relu2", "gated silu", "gated relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, 14, 40])
+def test_every_kind_of_layer_computes_the_same_whatever_is_in_memory(
+    kind: type[Arithmetic], parts: Any, activation: Activation, dtype: torch.dtype, tokens: int
+) -> None:
+    """With a predictor and without; rounded where the stock layer rounds."""
+    x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for ids in (list(range(D_FF)), list(range(1, D_FF, 3))):
+        if tokens > MOST_PREDICTED and len(ids) < D_FF:
+            continue  # a prompt uses all
+        outs = []
+        for capacity in (0, 10, 50, D_FF):
+            predictor = None if len(ids) == D_FF else Told(ids)
+            ffn, _, matrices = make(
+                parts, activation=activation, capacity=capacity, kind=kind, dtype=dtype, predictor=predictor
+            )
+            outs += [ffn(x), ffn(x)]
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        expected = wanted(x, matrices, ids, activation.function)
+        precise = wanted(x.double(), {role: part.double() for role, part in matrices.items()}, ids, activation.function)
+        scale = precise.abs().amax()
+        rounding = 2 * (expected.double() - precise).abs().amax() + 1e-5 * scale  # what stock loses in this dtype
+        assert (outs[0].double() - precise).abs().amax() <= rounding
 
 
 @pytest.mark.parametrize("step", ["on_start", "on_wait"])

@@ -32,6 +32,7 @@ class Engine:
         self.counters, self.heap, self.sequences = Counters(), Heap(), Sequences()
         self.lock = threading.RLock()
         self.closed = False
+        self.early: Any = None  # a block that is read before its layer's call begins (stream.py)
         self.runtime: Callable[[], Any] = lambda: None  # weak reference to the `FlashRuntime`, for `hf_flash.stats(model)`
         _engines[id(self)] = self
 

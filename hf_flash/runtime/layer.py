@@ -28,6 +28,7 @@ the disk has something to do during attention.
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Final
@@ -44,7 +45,7 @@ from hf_flash.predictors.base import NoPredictor, Predictor
 from hf_flash.reading.reader import Reading
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.flash_weights import OnFlash, is_plain, refuse_dtype, refuse_tracing, stand_in
-from hf_flash.runtime.stream import Call, Observer, stream
+from hf_flash.runtime.stream import Call, Observer, start_early, stream
 from hf_flash.runtime.token_step import MOST_TOKENS, TokenStep, token_step
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.runtime.window_reads import WindowReads
@@ -202,7 +203,7 @@ class FlashFFN(nn.Module):
         start, window, waited = perf_counter(), self.window, 0.0
         out = torch.zeros(len(x), self.d_model, dtype=torch.float32, device="cpu")
         if work.slots is None:
-            waited = stream(engine, self.index, window, work.call, out, self._fill_next_layer)
+            waited = stream(engine, self.index, window, work.call, out, functools.partial(self._begin_next_layer, work.call))
         elif work.call.one_block:
             rows = window.slot_of[work.ids]
             absent = rows < 0
@@ -257,16 +258,23 @@ class FlashFFN(nn.Module):
             self.reads.read_ahead(missing, ids)
             counters.manage_s += perf_counter() - predicted
 
-    def _fill_next_layer(self) -> None:
-        """Fill the next layer's empty slots during attention: a call that uses most of this layer will use most of that one."""
+    def _begin_next_layer(self, call: Call, free: list[torch.Tensor]) -> None:
+        """Read for the next layer during attention: a call that uses most of this layer will use most of that one.
+
+        Empty slots of its window are filled. If there are none, and the call uses all neurons, its first block is begun.
+        """
         engine = self.engine
         runtime = None if engine is None else engine.runtime()
         if engine is None or runtime is None or not engine.fills_next or engine.reader.converts:
             return
         after = runtime.ffns[self.index + 1 : self.index + 2]
-        if after and not after[0].reads.under_way:
-            window, every = after[0].window, after[0]._all_ids
+        if not after or after[0].reads.under_way:
+            return
+        window, every = after[0].window, after[0]._all_ids
+        if window.free:
             after[0].reads.read_ahead(window.missing(every)[: window.free], every)
+        elif call.uses_all and after[0].d_ff == self.d_ff:
+            start_early(engine, after[0].index, window, call.step, free)
 
     # --- what it refuses
 

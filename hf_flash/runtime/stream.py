@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter
 from typing import Final
 
@@ -19,6 +20,7 @@ import torch
 from hf_flash.base.arrays import Ids
 from hf_flash.compute.arithmetic import Arithmetic, Biases, block_rows
 from hf_flash.compute.kernels import addresses
+from hf_flash.errors import StoreReadError
 from hf_flash.reading.reader import Reading
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.window import ResidentWindow
@@ -44,6 +46,7 @@ class Call:
 
     Attributes:
         step: neurons in a block at most.
+        uses_all: whether every token uses every neuron.
         blocks: sorted ids. One token: `step` neurons of those it uses. Several: those used of `step` neighbours, which lie
             together on flash; in the window, where that matters to nobody, `step` used ones if every token is on its own.
         one_block: whether one token is done with a single one.
@@ -67,12 +70,14 @@ class Call:
     ) -> None:
         self._arithmetic, self._x, self._biases = arithmetic, x, biases
         self._observer, self._learner = observer, learner
-        self.d_ff, self.step = d_ff, block_rows(d_ff, len(x))
+        self.d_ff = d_ff
+        self.step = block_rows(d_ff, len(x) if selected is not None else 2)  # of all neurons as many as have two buffers
         self.one_block = len(x) == 1 and len(ids) <= self.step
-        self.uses_most = 2 * len(ids) > d_ff
+        self.uses_all, self.uses_most = selected is None, 2 * len(ids) > d_ff
         self._several = arithmetic.several_tokens(x, selected, len(ids), biases) if len(x) > 1 else None
+        self.has_several_tokens = self._several is not None
         self.together = slice(None) if self._several is None else self._several.together
-        self.of_neighbours = self._several is not None and (streamed or not self._several.scattered)
+        self.of_neighbours = self.uses_all if self._several is None else streamed or not self._several.scattered
         if self.of_neighbours:
             ends = np.searchsorted(ids, np.arange(0, d_ff + self.step, self.step)).tolist()
             self.blocks = [ids[start:end] for start, end in itertools.pairwise(ends) if end > start]
@@ -103,60 +108,125 @@ class Call:
 
 
 def stream(
-    engine: Engine, layer: int, window: ResidentWindow, call: Call, out: torch.Tensor, at_end: Callable[[], None]
+    engine: Engine,
+    layer: int,
+    window: ResidentWindow,
+    call: Call,
+    out: torch.Tensor,
+    at_end: Callable[[list[torch.Tensor]], None],
 ) -> float:
     """Work off what does not fit into the window, the next block on its way while one is computed.
 
     Args:
         out: float32 [tokens, d_model], to which the sum is added.
-        at_end: called when everything that the call needs is read.
+        at_end: called when everything that the call needs is read, with the buffers that are free.
 
     Returns:
         Seconds spent on reading and nothing else.
     """
     rows, waited = engine.arithmetic.rows, 0.0
     free = [rows[at : at + call.step] for at in range(0, len(rows) - call.step + 1, call.step)][:_BUFFERS]
-    blocks = [_Block(layer, window, call, ids) for ids in call.blocks]
-    waiting = deque(blocks)
+    blocks = [Block(layer, window, ids, call.step if call.of_neighbours else 0, call.d_ff) for ids in call.blocks]
     try:
+        _take_early(engine, blocks, free)
+        waiting = deque(blocks)
         for block in blocks:
             start = perf_counter()
-            while waiting and (free or waiting[0].complete):
+            while waiting and (free or waiting[0].is_started):
                 waiting.popleft().start(engine, free)
             block.wait(engine)
             if block is blocks[-1] and call.uses_most:
-                at_end()
+                at_end(free)
             waited += perf_counter() - start
             block.compute(engine, call, out)
             block.keep(engine)
             if not block.complete:
                 free.append(block.buffer)
     except BaseException:
+        engine.early = None
         engine.reader.forget()  # nothing may write to the buffers any more
         raise
     return waited
 
 
-class _Block:
-    """Some neurons of a call: resident ones, and others that are to be read into a buffer. It is `complete` without those."""
+def start_early(engine: Engine, layer: int, window: ResidentWindow, step: int, free: list[torch.Tensor]) -> None:
+    """Start to read the first block that a call of all neurons of the next layer will lack: the disk is not idle meanwhile.
+
+    Args:
+        layer, window: of that layer.
+        step: neurons in a block.
+        free: buffers of so many rows, which that layer's call will have, too.
+    """
+    d_ff = len(window.slot_of)
+    missing = np.flatnonzero(window.slot_of < 0)
+    if not len(missing) or not free:
+        return
+    first = int(missing[0]) // step * step
+    block = Block(layer, window, np.arange(first, min(first + step, d_ff)), step, d_ff)
+    with suppress(StoreReadError):  # the call reads it again, and says what is wrong
+        block.start(engine, free[:])
+        engine.early = block
+
+
+def _take_early(engine: Engine, blocks: list[Block], free: list[torch.Tensor]) -> None:
+    """Let what was started early stand for the block that it is, if that still lacks the same neurons."""
+    early, engine.early = engine.early, None
+    if early is None:
+        return
+    for number, block in enumerate(blocks):
+        if not block.complete and block.is_alike(early):
+            blocks[number], early.is_early = early, True
+            free[:] = [buffer for buffer in free if buffer.data_ptr() != early.buffer.data_ptr()]
+            return
+    with suppress(StoreReadError):
+        early.wait(engine)  # another call uses its buffer
+
+
+class Block:
+    """Some neurons of a call: resident ones, and others that are to be read into a buffer. It is `complete` without those.
+
+    Args:
+        ids: sorted.
+        step: of neurons that are neighbours in blocks of so many; else 0.
+        d_ff: neurons of the layer.
+    """
 
     buffer: torch.Tensor
+    is_early = False
 
-    def __init__(self, layer: int, window: ResidentWindow, call: Call, ids: Ids) -> None:
+    def __init__(self, layer: int, window: ResidentWindow, ids: Ids, step: int, d_ff: int) -> None:
         self._layer, self._window, self.ids = layer, window, ids
         slots = window.slot_of[ids]
         self._present, self._missing = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)  # positions in `ids`
         self.complete = len(self._missing) == 0
-        first = int(ids[0]) // call.step * call.step
-        self._range = (first, min(first + call.step, call.d_ff)) if call.of_neighbours else None
-        self._rows: Ids = ids - first if call.of_neighbours else np.arange(len(ids))
+        first = int(ids[0]) // step * step if step else 0
+        self._range = (first, min(first + step, d_ff)) if step else None
+        self._rows: Ids = ids - first if step else np.arange(len(ids))
         self._reading: Reading | None = None
+
+    @property
+    def is_started(self) -> bool:
+        """Whether nothing is left to be started."""
+        return self.complete or self._reading is not None
+
+    def is_alike(self, other: Block) -> bool:
+        """Whether it reads the same neurons of the same layer to the same rows of a buffer."""
+        return (
+            self._layer == other._layer
+            and np.array_equal(self.ids, other.ids)
+            and np.array_equal(self._rows, other._rows)
+            and np.array_equal(self._missing, other._missing)
+        )
 
     def start(self, engine: Engine, free: list[torch.Tensor]) -> None:
         """Start to read what is missing, if anything is, into a buffer taken from `free`."""
-        if self.complete:
+        if self.is_started:
             return
-        self.buffer, missing, rows = free.pop(0), self.ids[self._missing], self._rows[self._missing]
+        self.buffer = free.pop(0)
+        self._start(engine)
+
+    def _start(self, engine: Engine) -> None:
+        missing, rows = self.ids[self._missing], self._rows[self._missing]
         if self._range is not None:
             missing = engine.reader.through_gaps(self._layer, missing, *self._range, self.buffer)
             rows = missing - self._range[0]
@@ -164,8 +234,16 @@ class _Block:
 
     def wait(self, engine: Engine) -> None:
         """Wait until what is read is there, and count it."""
-        if self._reading is not None:
-            engine.counters.add_read(self._reading.wait())
+        if self._reading is None:
+            return
+        try:
+            read = self._reading.wait()
+        except StoreReadError:
+            if not self.is_early:
+                raise
+            self._start(engine)  # it may have been forgotten with the reads of another call
+            read = self._reading.wait()
+        engine.counters.add_read(read)
 
     def compute(self, engine: Engine, call: Call, out: torch.Tensor) -> None:
         """Add the share of these neurons to `out`."""
@@ -175,11 +253,11 @@ class _Block:
             call.add(matrix, slots, self.ids, out)
             return
         engine.arithmetic.copy_rows(matrix, slots, self.buffer, self._rows[present], call.together)
-        if call.of_neighbours:
+        if call.has_several_tokens:
             places = addresses(self.buffer, self._rows)
             places[present] = addresses(matrix, slots)
             call.add_streamed(self.buffer, self._rows, places, self.ids, out)
-        else:  # one token
+        else:
             call.add(self.buffer, self._rows, self.ids, out)
 
     def keep(self, engine: Engine) -> None:

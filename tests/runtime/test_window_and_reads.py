@@ -74,7 +74,9 @@ class PlainWindow:
         needed = set().union(*uses)
         few = len(uses) == 1 or (predicted and len(uses) <= MOST_TOKENS)
         fits = len(needed) <= self.capacity and (few or len(needed - self.resident) < block_rows(D_FF, len(uses)))
-        groups = [self._fit(needed, after)] if fits else self._stream(needed, len(uses))
+        groups = (
+            [self._fit(needed, after)] if fits else self._stream(needed, len(uses), one_by_one=predicted and len(uses) == 1)
+        )
         assert self.resident == after
         return groups
 
@@ -94,11 +96,11 @@ class PlainWindow:
         self.resident = after
         return missing
 
-    def _stream(self, needed: set[int], tokens: int) -> list[list[int]]:
-        step = block_rows(D_FF, tokens)
+    def _stream(self, needed: set[int], tokens: int, *, one_by_one: bool) -> list[list[int]]:
+        step = block_rows(D_FF, tokens if one_by_one else 2)
         order, reads = sorted(needed), []
-        for at in range(0, len(order), step) if tokens == 1 else range(0, D_FF, step):
-            block = order[at : at + step] if tokens == 1 else [n for n in order if at <= n < at + step]
+        for at in range(0, len(order), step) if one_by_one else range(0, D_FF, step):
+            block = order[at : at + step] if one_by_one else [n for n in order if at <= n < at + step]
             away = [n for n in block if n not in self.resident]
             reads.append(away)
             if block and self.capacity:

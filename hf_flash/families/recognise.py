@@ -62,7 +62,7 @@ class Recognised(Family):
 
 
 def skeleton(config: Any) -> Any:
-    """A causal language model of transformers without memory.
+    """A language model of transformers without memory: a causal one, or one that also looks at images.
 
     Args:
         config: an object, or the dictionary in config.json.
@@ -70,12 +70,15 @@ def skeleton(config: Any) -> Any:
     Raises:
         UnsupportedModelError: transformers has no such model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
         made = config_object(config) if isinstance(config, dict) else config
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(made)
+            try:
+                return AutoModelForCausalLM.from_config(made)
+            except ValueError:  # it is none
+                return AutoModelForImageTextToText.from_config(made)
     except Exception as error:  # whatever a config makes a model's code raise
         raise UnsupportedModelError(
             "this architecture is not supported",
@@ -222,5 +225,5 @@ def _not_recognised(model: Any, expected: str, got: str) -> UnsupportedModelErro
         where=f"{type(model).__name__} ({model.config.model_type})",
         expected=expected,
         got=got,
-        hint="describe them with hf_flash.register_family, if they are of two or three matrices",
+        hint="describe them with hf_flash.families.register_family, if they are of two or three matrices",
     )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import hf_flash
 from hf_flash import FlashOffloadConfig, UnsupportedModelError, families
@@ -74,6 +74,10 @@ def test_what_is_not_recognised_is_refused_with_the_reason(model_type: str, cove
     assert REFUSED[model_type] in why
 
 
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "xglm", "bert", "nemotron"])
 def test_repacked_it_is_the_same_and_restores_bit_for_bit(model_type: str, coverage: ModuleType, tmp_path: Path) -> None:
     stock, ids = coverage.stock_model(model_type, tmp_path / "plain")
@@ -92,10 +96,31 @@ def test_repacked_it_is_the_same_and_restores_bit_for_bit(model_type: str, cover
     )
     assert flash.state_dict().keys() == stock.state_dict().keys()
     hf_flash.restore(tmp_path / "packed", tmp_path / "restored")
-    plain, restored = (
-        {name: tensor for path in (tmp_path / folder).glob("*.safetensors") for name, tensor in load_file(path).items()}
-        for folder in ("plain", "restored")
-    )
+    plain, restored = (stored_tensors(tmp_path / folder) for folder in ("plain", "restored"))
+    assert plain.keys() == restored.keys()
+    assert all(torch.equal(plain[name], restored[name]) for name in plain)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl", "mistral3"])
+def test_of_a_model_that_looks_at_images_the_language_tower_is_on_flash(
+    model_type: str, coverage: ModuleType, tmp_path: Path
+) -> None:
+    """The other towers stay in memory; saving and restoring give the whole checkpoint."""
+    config = coverage.tiny_config(model_type)
+    config.update({key: 120 for key in ("image_token_id", "image_token_index", "video_token_id") if hasattr(config, key)})
+    torch.manual_seed(0)
+    stock, ids = AutoModelForImageTextToText.from_config(config).eval(), torch.randint(4, 100, (2, 12))
+    stock.save_pretrained(tmp_path / "plain")
+    hf_flash.repack(tmp_path / "plain", tmp_path / "packed")
+    flash = AutoModelForImageTextToText.from_pretrained(tmp_path / "packed")
+    flash.save_pretrained(tmp_path / "saved")
+    for model in (flash, AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")):
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+        assert len(find_runtime(model).ffns) == config.get_text_config().num_hidden_layers
+    assert flash.state_dict().keys() == stock.state_dict().keys()
+    hf_flash.restore(tmp_path / "packed", tmp_path / "restored")
+    plain, restored = (stored_tensors(tmp_path / folder) for folder in ("plain", "restored"))
     assert plain.keys() == restored.keys()
     assert all(torch.equal(plain[name], restored[name]) for name in plain)
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hf_flash.base.arrays import Ids
 from hf_flash.bench.checks import window_law
 from hf_flash.errors import HfFlashError
 from hf_flash.predictors.base import Predictor
@@ -50,7 +51,8 @@ def expected_reads(
 class SelectionRecorder(Predictor):
     """A predictor that passes on what the layer's own predictor says and records it, once for each forward.
 
-    Lookahead asks the predictor too, before a forward does; the forward's answer is the last, and the one that is kept. All
+    Lookahead asks the predictor too, before a forward does; the forward's answer is the last, and the one that is kept. A
+    prompt asks nobody (runtime/prompts.py): of its tokens what they really used is recorded, as the window learns it. All
     records go to one array that is allocated before: small pieces that stay, between large ones that go, would make the heap
     grow into the cap.
 
@@ -62,9 +64,11 @@ class SelectionRecorder(Predictor):
     def __init__(self, ffn: FlashFFN, tokens: int) -> None:
         self._predictor, self._d_ff, self.nbytes = ffn.predictor, ffn.d_ff, ffn.predictor.nbytes
         self._last: torch.Tensor | None = None
+        self._active = np.zeros((0, ffn.d_ff), dtype=np.bool_)  # of a prompt, block by block
+        self._is_active = ffn.activation.active
         self._bits = np.zeros((tokens, -(-ffn.d_ff // 8)), dtype=np.uint8)
         self._count = 0
-        ffn.predictor = self
+        ffn.predictor, ffn.observer = self, self._observe
         ffn.register_forward_hook(self._keep)
 
     def select(self, x: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -72,10 +76,15 @@ class SelectionRecorder(Predictor):
         self._last = self._predictor.select(x, allowed)
         return self._last
 
+    def _observe(self, x: torch.Tensor, ids: Ids, before: torch.Tensor) -> None:
+        if len(self._active) != len(x):
+            self._active = np.zeros((len(x), self._d_ff), dtype=np.bool_)
+        self._active[:, ids] = self._is_active(before).numpy()
+
     def _keep(self, *args: Any) -> None:
-        assert self._last is not None
-        end = self._count + len(self._last)
-        self._bits[self._count : end] = np.packbits(self._last.numpy(), axis=1)
+        used = self._active if self._last is None else self._last.numpy()
+        end = self._count + len(used)
+        self._bits[self._count : end] = np.packbits(used, axis=1)
         self._count, self._last = end, None
 
     def used(self) -> npt.NDArray[np.bool_]:

@@ -113,6 +113,18 @@ def test_every_row_of_hf_flash_names_its_predictor(made: tuple[int, dict[str, An
     assert f"  {row(report, 'stock-ram')['cap']}\n" in describe(report)
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_prompt_that_is_computed_whole_is_measured(packed: Path, tmp_path: Path) -> None:
+    """Its tokens count for the window law with what they really used."""
+    out = tmp_path / "out.json"
+    arguments = ["--tokens", "4", "--prompt-tokens", "40", "--systems", "flash", "--memory", "5MB", "--json", str(out)]
+    assert main(["bench", str(packed), *arguments]) == 0
+    found = row(json.loads(out.read_text()), "flash")
+    assert found.get("failed") is None
+    assert found["expected_bytes"] > 0
+    assert 0 < found["window_tokens"] <= 44
+
+
 def test_calls_go_on_with_their_rows_or_are_prompts() -> None:
     seen: list[tuple[tuple[int, ...], Any, Any]] = []
 

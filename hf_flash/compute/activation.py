@@ -42,6 +42,7 @@ RELU: Final = 1  # as in the compiled part
 _KNOWN: Final[Mapping[str, dict[str, Any]]] = {
     "relu": {"code": RELU, "zeros": True}, "relu6": {"zeros": True}, "relu2": {"zeros": True},
 }  # fmt: skip
+_LEARNT: Final = ("prelu", "xielu")  # have parameters of their own: no two are the same function
 WITH_ZEROS: Final = tuple(name for name, known in _KNOWN.items() if known.get("zeros"))
 """Those that leave exact zeros, as a config names them."""
 
@@ -74,7 +75,7 @@ def activation_like(function: Elementwise) -> Activation:
     grid = torch.cat([sign * torch.logspace(-6, 2, 400, dtype=torch.float32, device="cpu") for sign in (-1.0, 1.0)])
     found = _answer(function, grid)
     for name in ACT2FN:
-        if torch.equal(_answer(ACT2FN[name], grid), found):
+        if name not in _LEARNT and torch.equal(_answer(ACT2FN[name], grid), found):
             return activation_named(name)
     return Activation(getattr(function, "__name__", type(function).__name__), function)
 

@@ -44,12 +44,12 @@ from hf_flash.base.buffers import aligned_empty
 from hf_flash.compute import dense
 from hf_flash.compute import library as native
 from hf_flash.compute.activation import RELU, Activation
-from hf_flash.compute.kernels import TokenKernel, TokenRoom, TokensKernel, addresses, copy_rows, gather, supports
+from hf_flash.compute.kernels import EVERY_COLUMN, TokenKernel, TokenRoom, TokensKernel, addresses, copy_rows, gather, supports
 from hf_flash.compute.kernels import count_uses as count_uses_of_relu
 from hf_flash.store.unit import Role, UnitLayout
 
 _BAGS: Final = 2
-_EVERY_COLUMN, _NO_COLUMN = slice(None), slice(0)
+_NO_COLUMN: Final = slice(0)
 _DENSE: Final = 0.5  # share of the products of tokens and neurons from which on making all of them in a GEMM is faster
 
 Biases = Mapping[Role, torch.Tensor | None]
@@ -171,7 +171,7 @@ class Arithmetic:
         return _TorchTokens(self, x, selected, biases)
 
     def copy_rows(
-        self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids, columns: slice = _EVERY_COLUMN
+        self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids, columns: slice = EVERY_COLUMN
     ) -> None:
         """`target[places, columns] = source[chosen, columns]`, some rows at a time through a buffer."""
         source, target = source[:, columns], target[:, columns]
@@ -222,7 +222,7 @@ class CompiledArithmetic(Arithmetic):
         return _CompiledTokens(self, x, selected, biases, union)
 
     def copy_rows(
-        self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids, columns: slice = _EVERY_COLUMN
+        self, source: torch.Tensor, chosen: Ids, target: torch.Tensor, places: Ids, columns: slice = EVERY_COLUMN
     ) -> None:
         if len(chosen):
             copy_rows(source, chosen, target, places, columns)
@@ -297,7 +297,7 @@ class _CompiledAll:
         self._few = dense.few(len(x), x.dtype)
         self._is_sparse = self._few or activation.zeros
         multiplied = _NO_COLUMN if self._few else slice(0, unit.columns("down").start)
-        self.together = multiplied if self._is_sparse else _EVERY_COLUMN
+        self.together = multiplied if self._is_sparse else EVERY_COLUMN
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
         buffer = self._arithmetic.gathered[: len(rows)]
@@ -395,7 +395,7 @@ class _TorchToken:
 class _TorchTokens:
     """Several tokens by torch, all of them with all neurons of a block."""
 
-    scattered, together = False, _EVERY_COLUMN
+    scattered, together = False, EVERY_COLUMN
 
     def __init__(self, arithmetic: Arithmetic, x: torch.Tensor, selected: torch.Tensor | None, biases: Biases) -> None:
         self._arithmetic, self._selected, self._biases = arithmetic, selected, biases

@@ -63,7 +63,7 @@ def add_product(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, w
     """
     if weight.dtype == torch.float32:
         out.addmm_(hidden, weight)
-    elif _widened_from(weight.dtype) == float("inf") and _capabilities():
+    elif _is_fast(weight.dtype):
         out.add_(torch.mm(hidden, weight))
     else:
         out.addmm_(hidden.float(), wide.view(-1)[: weight.numel()].view(weight.shape).copy_(weight))
@@ -84,8 +84,12 @@ def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, w
 @lru_cache
 def _few_of(dtype: torch.dtype) -> int:
     """Tokens up to which the compiled part is faster than torch's own product on this processor."""
-    fast = dtype in (torch.bfloat16, torch.float16) and _widened_from(dtype) == float("inf") and _capabilities()
-    return _FEW_OF_FAST if fast else _FEW.get(dtype, 0)
+    return _FEW_OF_FAST if _is_fast(dtype) else _FEW.get(dtype, 0)
+
+
+def _is_fast(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies 16 bits of this dtype faster than 32, as far as torch says."""
+    return dtype in (torch.bfloat16, torch.float16) and _widened_from(dtype) == float("inf") and bool(_capabilities())
 
 
 def _capabilities() -> dict[str, Any]:

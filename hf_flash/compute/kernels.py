@@ -30,7 +30,7 @@ _SHARED: Final = 1 << 18  # products that waking another thread is worth
 _WORTH_QUANTIZING: Final = 1 << 14  # weights that waking another thread is worth
 _WORTH_COPYING: Final = 1 << 18  # bytes that waking another thread is worth
 _TOKENS: Final = 1024  # that `TokensKernel` takes at a time: for more, its room would grow
-_ALL: Final = slice(None)
+EVERY_COLUMN: Final = slice(None)
 _TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of native.h)
 
 
@@ -306,7 +306,7 @@ def quantize(w: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
     return out
 
 
-def copy_rows(source: torch.Tensor, rows: Ids, target: torch.Tensor, places: Ids, columns: slice = _ALL) -> None:
+def copy_rows(source: torch.Tensor, rows: Ids, target: torch.Tensor, places: Ids, columns: slice = EVERY_COLUMN) -> None:
     """`target[places, columns] = source[rows, columns]`, of contiguous matrices as wide."""
     first, last, _ = columns.indices(source.shape[1])
     size = source.element_size()

@@ -11,6 +11,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from torch import nn
 from hf_flash.compute.activation import Activation, activation_like
 from hf_flash.errors import UnsupportedModelError
 from hf_flash.families.base import Family
+from hf_flash.families.decoder import replace_module
 from hf_flash.store.unit import Role
 
 _D_MODEL, _NEURONS, _TOKENS = 24, 40, 7
@@ -85,7 +87,7 @@ def arithmetic_of(block: nn.Module, matrices: Mapping[Role, str], where: str) ->
             hint=_HINT,
         )
     inside = {name.partition(".")[0] for name in weights}
-    with torch.device("cpu"), torch.no_grad():  # the loader may have set another device
+    with _on_its_own():
         tried = _Trial(block, matrices)
         wanted = tried.of_block(where)
         for name, function in _functions(block):
@@ -101,7 +103,7 @@ def inline_arithmetic_of(layer: nn.Module, matrices: Mapping[Role, str], where: 
     The layer runs with few neurons, and with modules in place of its attention that pass on what they get.
     """
     parent = matrices["up"].rpartition(".")[0]
-    with torch.device("cpu"), torch.no_grad():
+    with _on_its_own():
         for name, function in _attributes(layer.get_submodule(parent)):
             path = ".".join(filter(None, (parent, name)))
             if _passes_through(layer, matrices, path, where):
@@ -121,7 +123,7 @@ def _passes_through(layer: nn.Module, matrices: Mapping[Role, str], activation: 
     try:
         trial(x)
     except Exception as error:  # whatever somebody's layer may raise
-        raise _differs(where, "a decoder layer that runs on hidden states alone", _in_a_line(error)) from error
+        raise _differs(where, "a decoder layer that runs on hidden states alone", in_a_line(error)) from error
     (_, up), (before, after), (hidden, _) = (
         seen.get(path, (None, None)) for path in (matrices["up"], activation, matrices["down"])
     )
@@ -172,12 +174,6 @@ class _Passing(nn.Module):
         return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None
 
 
-def replace_module(parent: nn.Module, path: str, new: nn.Module) -> None:
-    """Put a module in place of what is at a path of attributes, a module or a function."""
-    holder, _, name = path.rpartition(".")
-    setattr(parent.get_submodule(holder), name, new)
-
-
 class _Trial:
     """Small matrices and input, and what comes out."""
 
@@ -206,7 +202,7 @@ class _Trial:
             given = (self._x, self._residual) if self.adds_residual else (self._x,)
             found = torch.func.functional_call(self._block, self._tensors, given)
         except Exception as error:  # whatever somebody's module may raise
-            raise _differs(where, "a module that is called with hidden states alone", _in_a_line(error)) from error
+            raise _differs(where, "a module that is called with hidden states alone", in_a_line(error)) from error
         if not isinstance(found, torch.Tensor) or found.shape != self._x.shape:
             got = f"{type(found).__name__} {list(getattr(found, 'shape', []))}"
             raise _differs(where, "a tensor in the shape of its input", got)
@@ -227,8 +223,16 @@ class _Trial:
         return nn.functional.linear(x, weight, bias)
 
 
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+@contextmanager
+def _on_its_own() -> Iterator[None]:
+    """Without what the loader, or a user, has set for a while: device, gradients, autocast."""
+    with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def in_a_line(error: Exception) -> str:
+    """What somebody else's error says, without its line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def is_turned(linear: nn.Module) -> bool:

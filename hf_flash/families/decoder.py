@@ -22,3 +22,9 @@ def decoder_of(model: Any) -> Any:
 def decoder_layers(model: Any, family: Family) -> Any:
     """The decoder layers of a causal language model, in order."""
     return decoder_of(model).get_submodule(family.layers)
+
+
+def replace_module(parent: nn.Module, path: str, new: nn.Module) -> None:
+    """Put a module in place of what is at a path of attributes, a module or a function."""
+    holder, _, name = path.rpartition(".")
+    setattr(parent.get_submodule(holder), name, new)

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_flash.compute.activation import Activation
 from hf_flash.errors import UnsupportedModelError
-from hf_flash.families.arithmetic_check import arithmetic_of, inline_arithmetic_of, is_turned
+from hf_flash.families.arithmetic_check import arithmetic_of, in_a_line, inline_arithmetic_of, is_turned
 from hf_flash.families.base import Family, Shape, get
 from hf_flash.families.decoder import decoder_of
 from hf_flash.store.unit import Role
@@ -70,24 +70,31 @@ def skeleton(config: Any) -> Any:
     Raises:
         UnsupportedModelError: transformers has no such model.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     try:
-        made = config_object(config) if isinstance(config, dict) else config
         with torch.device("meta"):
-            try:
-                return AutoModelForCausalLM.from_config(made)
-            except ValueError:  # it is none
-                return AutoModelForImageTextToText.from_config(made)
+            return _built(config_object(config) if isinstance(config, dict) else config)
     except Exception as error:  # whatever a config makes a model's code raise
         raise UnsupportedModelError(
             "this architecture is not supported",
             where="config.json",
             expected="a causal language model that transformers can build",
-            got=f"{get(config, 'model_type')!r}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            got=f"{get(config, 'model_type')!r}: {in_a_line(error)}",
             hint="a model with code of its own: load it with from_pretrained(..., trust_remote_code=True), or describe its "
             "feed-forward layers with hf_flash.families.register_family",
         ) from error
+
+
+def _built(config: Any) -> Any:
+    """A model of the first class that has this kind of config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    errors = []
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            return auto.from_config(config)
+        except ValueError as error:  # it has none, or the config is wrong
+            errors.append(error)
+    raise errors[0]
 
 
 def config_object(values: dict[str, Any]) -> Any:

@@ -126,7 +126,7 @@ def stream(
     """
     rows, waited = engine.arithmetic.rows, 0.0
     free = [rows[at : at + call.step] for at in range(0, len(rows) - call.step + 1, call.step)][:_BUFFERS]
-    blocks = [Block(layer, window, ids, call.step if call.of_neighbours else 0, call.d_ff) for ids in call.blocks]
+    blocks = [_Block(layer, window, ids, call.step if call.of_neighbours else 0, call.d_ff) for ids in call.blocks]
     try:
         _take_early(engine, blocks, free)
         waiting = deque(blocks)
@@ -162,13 +162,13 @@ def start_early(engine: Engine, layer: int, window: ResidentWindow, step: int, f
     if not len(missing) or not free:
         return
     first = int(missing[0]) // step * step
-    block = Block(layer, window, np.arange(first, min(first + step, d_ff)), step, d_ff)
+    block = _Block(layer, window, np.arange(first, min(first + step, d_ff)), step, d_ff)
     with suppress(StoreReadError):  # the call reads it again, and says what is wrong
         block.start(engine, free[:])
         engine.early = block
 
 
-def _take_early(engine: Engine, blocks: list[Block], free: list[torch.Tensor]) -> None:
+def _take_early(engine: Engine, blocks: list[_Block], free: list[torch.Tensor]) -> None:
     """Let what was started early stand for the block that it is, if that still lacks the same neurons."""
     early, engine.early = engine.early, None
     if early is None:
@@ -182,7 +182,7 @@ def _take_early(engine: Engine, blocks: list[Block], free: list[torch.Tensor]) -
         early.wait(engine)  # another call uses its buffer
 
 
-class Block:
+class _Block:
     """Some neurons of a call: resident ones, and others that are to be read into a buffer. It is `complete` without those.
 
     Args:
@@ -209,7 +209,7 @@ class Block:
         """Whether nothing is left to be started."""
         return self.complete or self._reading is not None
 
-    def is_alike(self, other: Block) -> bool:
+    def is_alike(self, other: _Block) -> bool:
         """Whether it reads the same neurons of the same layer to the same rows of a buffer."""
         return (
             self._layer == other._layer

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from hf_flash.families.arithmetic_check import check_arithmetic, replace_module
+from hf_flash.families.arithmetic_check import check_arithmetic
 from hf_flash.families.base import Family
-from hf_flash.families.decoder import decoder_layers
+from hf_flash.families.decoder import decoder_layers, replace_module
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.sites import BlockFFN, InlineFFN, LastProjection, PassingActivation, ResidualBlockFFN, empty_bias
 

@@ -332,6 +332,26 @@ def test_how_long_a_sequence_may_be() -> None:
     assert longest_sequence(AutoConfig.for_model("bloom")) == 131072
 
 
+def test_a_config_that_is_wrong_is_said_to_be_so() -> None:
+    """In the words of the class that it is for."""
+    with pytest.raises(UnsupportedModelError) as caught:
+        families.family_of({"model_type": "llama", "hidden_size": 65, "num_attention_heads": 2})
+    assert "ImageTextToText" not in str(caught.value)
+    assert "num_attention_heads" in str(caught.value) or "attention heads" in str(caught.value)
+
+
+def test_autocast_where_a_model_is_loaded_changes_nothing() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert arithmetic_of(Block(), GATED, "here").activation.name == "silu"  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedModelError):
+            arithmetic_of(WithFactor(), GATED, "here")  # type: ignore[arg-type]
+
+
+def test_activations_with_parameters_are_not_asked(caplog: pytest.LogCaptureFixture) -> None:
+    assert activation_like(torch.cos).name == "cos"
+    assert caplog.records == []
+
+
 def test_code_of_its_own_has_to_be_described() -> None:
     with pytest.raises(UnsupportedModelError, match="this architecture is not supported") as caught:
         families.family_of({"model_type": "thinker", "hidden_size": 7})

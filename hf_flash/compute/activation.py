@@ -25,39 +25,57 @@ class Activation:
         name: as a config has it.
         function: on any tensor.
         code: what the compiled part knows it by; `None`: it does not know it, and torch computes it.
-        zeros: whether it is exactly zero for most inputs of a trained model.
+        zeros: whether it is exactly zero for most inputs of a trained model: for those at or below `level`, that is.
+        level: 0, or above (FATReLU).
+        of_both: in a layer with a gate, whether it is done with the product with up, too (dReLU).
     """
 
     name: str
     function: Elementwise
     code: int | None = None
     zeros: bool = False
+    level: float = 0.0
+    of_both: bool = False
+
+    @property
+    def text(self) -> str:
+        """Its name, with what else decides what it computes."""
+        return f"{self.name}{f' above {self.level:g}' * bool(self.level)}{' of gate and up' * self.of_both}"
 
     def active(self, before: torch.Tensor) -> torch.Tensor:
-        """Which pre-activations count as active, bool, the shape of `before`."""
-        return before > 0 if self.zeros else torch.ones_like(before, dtype=torch.bool)
+        """Which pre-activations of the part that decides count as active, bool, the shape of `before`."""
+        return before > self.level if self.zeros else torch.ones_like(before, dtype=torch.bool)
+
+    def hidden(self, deciding: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden values, from the products with the gate and with up, or, in a layer without a gate, with up alone."""
+        hidden = self.function(deciding)
+        return hidden if up is None else hidden * (self.function(up) if self.of_both else up)
 
 
-RELU: Final = 1  # as in the compiled part
+RELU, RELU2, RELU6 = 1, 2, 3  # as in the compiled part
+FATRELU: Final = "fatrelu"  # x above a level that the config has, else 0: no function of transformers
 _KNOWN: Final[Mapping[str, dict[str, Any]]] = {
-    "relu": {"code": RELU, "zeros": True}, "relu6": {"zeros": True}, "relu2": {"zeros": True},
+    "relu": {"code": RELU, "zeros": True}, "relu6": {"code": RELU6, "zeros": True}, "relu2": {"code": RELU2, "zeros": True},
 }  # fmt: skip
 _LEARNT: Final = ("prelu", "xielu")  # have parameters of their own: no two are the same function
-WITH_ZEROS: Final = tuple(name for name, known in _KNOWN.items() if known.get("zeros"))
+WITH_ZEROS: Final = (*(name for name, known in _KNOWN.items() if known["zeros"]), FATRELU)
 """Those that leave exact zeros, as a config names them."""
 
 
-def activation_named(name: object, where: str = "activation") -> Activation:
+def activation_named(name: object, where: str = "activation", *, level: float | None = None) -> Activation:
     """The activation of that name.
 
     Args:
         where: the name's key in the config, for the error.
+        level: of `fatrelu`, as the config has it.
 
     Raises:
         UnsupportedModelError: transformers has no such function.
     """
     from transformers.activations import ACT2FN  # brings kernels, flash attention and more, which loading may not need
 
+    if name == FATRELU and isinstance(level, float | int) and level >= 0:
+        return _fatrelu(float(level))
     if name not in ACT2FN:
         raise UnsupportedModelError(
             "unknown activation function", where=where, expected=f"one of {', '.join(ACT2FN)}", got=repr(name)
@@ -77,7 +95,25 @@ def activation_like(function: Elementwise) -> Activation:
     for name in ACT2FN:
         if name not in _LEARNT and torch.equal(_answer(ACT2FN[name], grid), found):
             return activation_named(name)
+    fatrelu = _fatrelu(_level(function))
+    if torch.equal(fatrelu.function(grid), found):
+        return fatrelu
     return Activation(getattr(function, "__name__", type(function).__name__), function)
+
+
+def _fatrelu(level: float) -> Activation:
+    """Inputs above a level as they are, and zero for all others."""
+    return Activation(FATRELU, torch.nn.Threshold(level, 0.0), RELU, zeros=True, level=level)
+
+
+def _level(function: Elementwise) -> float:
+    """The largest positive input whose answer is zero, if a function is zero up to there; found by halving."""
+    low, high = 0.0, 100.0
+    for _ in range(64):
+        middle = torch.tensor([(low + high) / 2], dtype=torch.float32, device="cpu")
+        answer = _answer(function, middle)
+        low, high = (float(middle), high) if answer.numel() and not answer.any() else (low, float(middle))
+    return low
 
 
 def _answer(function: Elementwise, x: torch.Tensor) -> torch.Tensor:

@@ -24,15 +24,15 @@ Neither depends on where the rows of a block lie, so that results are bit-identi
              rounded to the dtype of compute in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
              on CPUs, and bf16 would round every partial sum.)
 
-A layer with a gate has hidden = activation(gate x) * (up x). One token is multiplied with up only where the activation of the
-gate is not zero. Several tokens, each with few neurons of its own, are torch's, as with other activations than a ReLU.
+A layer with a gate has hidden = activation(gate x) * (up x). A token is multiplied with up only where the activation of the
+gate is not zero. The compiled part does activations that it knows (`Activation.code`). The others are torch's, and so are
+several tokens with such an activation, each with few neurons of its own.
 
 n = neurons in the block, d = d_model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final, Protocol
 
 import numpy as np
@@ -43,17 +43,24 @@ from hf_flash.base.arrays import Ids, count_uses
 from hf_flash.base.buffers import aligned_empty
 from hf_flash.compute import dense
 from hf_flash.compute import library as native
-from hf_flash.compute.activation import RELU, Activation
-from hf_flash.compute.kernels import EVERY_COLUMN, TokenKernel, TokenRoom, TokensKernel, addresses, copy_rows, gather, supports
-from hf_flash.compute.kernels import count_uses as count_uses_of_relu
+from hf_flash.compute.activation import Activation
+from hf_flash.compute.kernels import (
+    EVERY_COLUMN,
+    Biases,
+    TokenKernel,
+    TokenRoom,
+    TokensKernel,
+    addresses,
+    copy_rows,
+    gather,
+    supports,
+)
+from hf_flash.compute.kernels import count_uses as count_uses_above_zero
 from hf_flash.store.unit import Role, UnitLayout
 
 _BAGS: Final = 2
 _NO_COLUMN: Final = slice(0)
 _DENSE: Final = 0.5  # share of the products of tokens and neurons from which on making all of them in a GEMM is faster
-
-Biases = Mapping[Role, torch.Tensor | None]
-"""Of a layer's projections, by part: [d_ff] in the dtype of compute, `down` [d_model]."""
 
 
 def block_rows(d_ff: int, tokens: int) -> int:
@@ -194,13 +201,13 @@ class Arithmetic:
 
 
 class CompiledArithmetic(Arithmetic):
-    """The compiled part, for what it knows: all layers for one token, those of two matrices and a ReLU for several."""
+    """The compiled part: layers with an activation that it knows, and products of the others."""
 
     def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:
         super().__init__(d_ff, unit, activation)
-        self._kernel = TokenKernel(d_ff, unit)
-        self._relu = activation.code == RELU and unit.deciding == "up"  # what the compiled part does from end to end
-        self.step_kernel = self._kernel if self._relu else None
+        self._is_whole = activation.code is not None  # whether the compiled part does a layer from end to end
+        self._kernel = TokenKernel(d_ff, unit, activation if self._is_whole else None)
+        self.step_kernel = self._kernel if self._is_whole else None
 
     @classmethod
     def knows(cls, unit: UnitLayout) -> bool:
@@ -209,13 +216,13 @@ class CompiledArithmetic(Arithmetic):
     def one_token(
         self, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids, *, one_block: bool
     ) -> OneToken:
-        self._kernel.set(x, biases[self.unit.deciding], matrix, rows, ids, relu=self._relu)
-        return _CompiledToken(self._kernel, x.dtype, biases, None if self._relu else self.activation)
+        self._kernel.set(x, biases, matrix, rows, ids)
+        return _CompiledToken(self._kernel, x.dtype, biases, None if self._is_whole else self.activation)
 
     def several_tokens(self, x: torch.Tensor, selected: torch.Tensor | None, union: int, biases: Biases) -> SeveralTokens:
         if selected is None:
             return _CompiledAll(self, x, biases)
-        if not self._relu:
+        if not self._is_whole:
             return super().several_tokens(x, selected, union, biases)
         if len(x) > TokenRoom.tokens and np.count_nonzero(selected.numpy()) > _DENSE * len(x) * union:
             return super().several_tokens(x, selected, union, biases)
@@ -228,7 +235,8 @@ class CompiledArithmetic(Arithmetic):
             copy_rows(source, chosen, target, places, columns)
 
     def count_uses(self, before: torch.Tensor) -> tuple[Ids, Ids]:
-        return count_uses_of_relu(before) if self._relu else super().count_uses(before)
+        above_zero = self._is_whole and not self.activation.level
+        return count_uses_above_zero(before) if above_zero else super().count_uses(before)
 
 
 ARITHMETICS: Final[tuple[type[Arithmetic], ...]] = (CompiledArithmetic, Arithmetic)
@@ -261,11 +269,10 @@ class _CompiledToken:
 
     def _hidden(self, activation: Activation) -> torch.Tensor:
         """Hidden values in the dtype of compute, [n], rounded where the stock layer rounds."""
-        deciding = activation.function(self._kernel.hidden.to(self._dtype))
+        deciding = self._kernel.hidden.to(self._dtype)
         if "gate" not in self._biases:
-            return deciding
-        positions = np.flatnonzero(deciding.float().numpy()) if activation.zeros else None
-        return deciding * self._kernel.gated_up(self._biases["up"], positions).to(self._dtype)
+            return activation.hidden(deciding)
+        return activation.hidden(deciding, self._kernel.gated_up(self._biases["up"]).to(self._dtype))
 
 
 class _CompiledTokens:
@@ -274,14 +281,15 @@ class _CompiledTokens:
     scattered, together = True, _NO_COLUMN
 
     def __init__(self, arithmetic: Arithmetic, x: torch.Tensor, selected: torch.Tensor, biases: Biases, union: int) -> None:
-        self._x, self._selected, self._bias = x, selected.contiguous(), biases["up"]
+        self._x, self._selected, self._biases, self._activation = x, selected.contiguous(), biases, arithmetic.activation
         self._kernel = TokensKernel(arithmetic.unit, len(x), min(union, len(arithmetic.gathered)))
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
         self.add_streamed(matrix, rows, addresses(matrix, rows), ids, out)
 
     def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> None:
-        self._kernel.down(self._kernel.up(self._x, self._selected, self._bias, places, ids), places, out)
+        hidden = self._kernel.hidden(self._x, self._selected, self._biases, places, ids, self._activation)
+        self._kernel.down(hidden, places, out)
 
 
 class _CompiledAll:
@@ -292,7 +300,6 @@ class _CompiledAll:
     def __init__(self, arithmetic: Arithmetic, x: torch.Tensor, biases: Biases) -> None:
         self._arithmetic, self._x, self._biases = arithmetic, x, biases
         unit, activation = arithmetic.unit, arithmetic.activation
-        self._function, self._is_gated = activation.function, unit.deciding == "gate"
         self._kernel = TokensKernel(unit, len(x), len(arithmetic.gathered))
         self._few = dense.few(len(x), x.dtype)
         self._is_sparse = self._few or activation.zeros
@@ -311,13 +318,12 @@ class _CompiledAll:
         """`bundles`: [n, numbers of a unit], of which the columns `together` are there."""
         unit = self._arithmetic.unit
         before = self._product(unit.deciding, bundles, places, ids)
-        hidden = self._function(before)
-        if self._is_gated:
-            hidden = hidden * self._product("up", bundles, places, ids)
+        up = self._product("up", bundles, places, ids) if unit.deciding == "gate" else None
+        hidden = self._arithmetic.activation.hidden(before, up)
         if not self._is_sparse:
             dense.add_product(hidden, bundles[:, unit.columns("down")], out, self._arithmetic.wide)
             return before
-        left = self._kernel.down(hidden, places, out, relu=False, at_most=1.0 if self._few else _DENSE)
+        left = self._kernel.down(hidden, places, out, at_most=1.0 if self._few else _DENSE)
         if left is not None:
             weight = gather(places, unit, "down", self._arithmetic.gathered)
             dense.add_product(left, weight, out[-len(left) :], self._arithmetic.wide)
@@ -326,7 +332,7 @@ class _CompiledAll:
     def _product(self, role: Role, bundles: torch.Tensor, places: Ids, ids: Ids) -> torch.Tensor:
         """x times a part, and its bias, [tokens, n] in the dtype of compute."""
         if self._few:
-            return self._kernel.up(self._x, None, self._biases[role], places, ids, role)
+            return self._kernel.product(self._x, self._biases[role], places, ids, role)
         bias = self._biases[role]
         bias = None if bias is None else torch.index_select(bias, 0, torch.from_numpy(ids))
         weight = bundles[:, self._arithmetic.unit.columns(role)]
@@ -355,11 +361,10 @@ class _TorchToken:
         """Rows are gathered in one step when all are there."""
 
     def finish(self, out: torch.Tensor) -> None:
-        function = self._arithmetic.activation.function
-        if "gate" in self._roles:
-            hidden = function(self._product("gate")) * self._product("up")
+        if "gate" in self._roles:  # products share a buffer, but not what comes out
+            hidden = self._arithmetic.activation.hidden(self._product("gate"), self._product("up"))
         else:
-            hidden = function(self._product("up"))
+            hidden = self._arithmetic.activation.hidden(self._product("up"))
         active = hidden[0].nonzero()[:, 0].numpy()
         if len(active):
             self._add_down(hidden[0], active, out)
@@ -403,7 +408,6 @@ class _TorchTokens:
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
         buffers, unit, which = self._arithmetic, self._arithmetic.unit, torch.from_numpy(ids)
-        function = buffers.activation.function
         wide = buffers.wide[: len(rows)]
         gathered = torch.index_select(matrix, 0, torch.from_numpy(rows), out=buffers.gathered[: len(rows)])
         if wide.data_ptr() != gathered.data_ptr():
@@ -415,8 +419,7 @@ class _TorchTokens:
             return F.linear(self._x, wide[:, unit.columns(role)], bias).to(matrix.dtype)
 
         before = product(unit.deciding)
-        hidden = function(before) * product("up") if unit.deciding == "gate" else function(before)
-        hidden = hidden.float()  # [tokens, n]
+        hidden = buffers.activation.hidden(before, product("up") if unit.deciding == "gate" else None).float()  # [tokens, n]
         if self._selected is not None:
             hidden.masked_fill_(~self._selected[:, which], 0.0)
         out.addmm_(hidden, wide[:, unit.columns("down")])

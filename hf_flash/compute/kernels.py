@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -22,8 +23,12 @@ import torch
 
 from hf_flash.base.arrays import Ids
 from hf_flash.compute import library as native
-from hf_flash.compute.library import DTYPES, CopyJob, LinearJob, ProductJob, QuantizeJob, RowLayout, TokenJob, TokensJob
+from hf_flash.compute.activation import Activation
+from hf_flash.compute.library import DTYPES, Bend, CopyJob, LinearJob, ProductJob, QuantizeJob, RowLayout, TokenJob, TokensJob
 from hf_flash.store.unit import Role, UnitLayout
+
+Biases = Mapping[Role, torch.Tensor | None]
+"""Of a layer's projections, by part: [d_ff] in the dtype of compute, `down` [d_model]."""
 
 _ROLES: Final = (("up", "down"), ("gate", "up", "down"))  # of the parts of a unit, in their order
 _SHARED: Final = 1 << 18  # products that waking another thread is worth
@@ -37,15 +42,24 @@ _TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of nat
 def supports(layout: UnitLayout) -> bool:
     """Whether the compiled part can compute with units of this layout, as they lie in memory.
 
-    Layers with two matrices and a ReLU between them it computes whole. With other activations, and with a gate, it does the
-    products of one token.
+    With an activation that it knows (`Activation.code`) it computes layers whole; with others it does the products.
     """
     return layout.roles in _ROLES and layout.dtype in DTYPES
 
 
-def row_layout(layout: UnitLayout, up: Role = "up") -> RowLayout:
-    """A layout as the compiled part wants it, which knows two parts: `up` is the one that is multiplied with x."""
-    return RowLayout(layout.row_bytes, layout.offset(up), layout.offset("down"), layout.width)
+def row_layout(layout: UnitLayout, alone: Role | None = None) -> RowLayout:
+    """A layout as the compiled part wants it. `alone`: the one part that is multiplied with x."""
+    gate = layout.offset("gate") if alone is None and "gate" in layout.roles else -1
+    return RowLayout(layout.row_bytes, gate, layout.offset(alone or "up"), layout.offset("down"), layout.width)
+
+
+def bend_of(activation: Activation | None) -> Bend:
+    """An activation as the compiled part wants it. `None`: products stay as they are."""
+    return Bend() if activation is None else Bend(activation.level, activation.code, activation.of_both)
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class TokenRoom:
@@ -97,45 +111,45 @@ class TokensRoom:
 class TokenKernel:
     """The arithmetic of one token over rows of a matrix, wherever they lie.
 
-    `up`, as often as it takes: products with the part that decides (`UnitLayout.deciding`). With a gate, `gated_up` follows. At
-    the end `down`.
+    `up`, as often as it takes, makes hidden values. Where the compiled part does not know the activation, it makes products
+    with the part that decides (`UnitLayout.deciding`), and with a gate `gated_up` follows. At the end `down`.
 
     Args:
         neurons: the most in one call.
         layout: of the rows, one that is supported.
+        activation: one that the compiled part knows, or `None`.
     """
 
-    def __init__(self, neurons: int, layout: UnitLayout) -> None:
-        self._library = native.loaded()
+    def __init__(self, neurons: int, layout: UnitLayout, activation: Activation | None) -> None:
+        self._library, self._bend = native.loaded(), bend_of(activation)
         self.room = TokenRoom(neurons, layout.width)
         self._all_positions: Ids = np.arange(neurons)
         self._job = TokenJob()
-        self._deciding = row_layout(layout, layout.deciding)
-        self._gated = row_layout(layout) if layout.deciding == "gate" else None
+        self._deciding, self._layout = layout.deciding, row_layout(layout, None if activation else layout.deciding)
+        self._gated = row_layout(layout, "up") if layout.deciding == "gate" and activation is None else None
         self._products = torch.zeros(0 if self._gated is None else neurons, dtype=torch.float32, device="cpu")
 
     @staticmethod
     def nbytes(neurons: int, layout: UnitLayout) -> int:
         return (12 if layout.deciding == "gate" else 8) * neurons + TokenRoom.nbytes(neurons, layout.width)
 
-    def set(self, x: torch.Tensor, bias: torch.Tensor | None, matrix: torch.Tensor, rows: Ids, ids: Ids, *, relu: bool) -> None:
+    def set(self, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids) -> None:
         """Set the token and the neurons that the next calls work on.
 
         Args:
             x: [1, width] in the dtype of compute, contiguous.
-            bias: [d_ff] of the part that decides.
+            biases: of the layer.
             matrix: [any, numbers of a row], contiguous.
             rows, ids: [n] rows of `matrix`, and the neurons in them.
-            relu: whether hidden values below zero become zero.
         """
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
-        self._keep = x, bias, matrix, rows, ids
-        room = self.room
+        self._keep = x, biases, matrix, rows, ids
+        room, first = self.room, "up" if self._layout.gate_offset >= 0 else self._deciding
         self._job = TokenJob(
-            layout=self._deciding, x=x.data_ptr(), matrix=matrix.data_ptr(), bias=None if bias is None else bias.data_ptr(),
-            rows=rows.ctypes.data, ids=ids.ctypes.data, hidden=room.hidden.data_ptr(), x_f32=room.x_f32.ctypes.data,
-            active=room.active.ctypes.data,
-            n=len(rows), dtype=DTYPES[x.dtype], relu=relu, threads=native.threads(),
+            layout=self._layout, x=x.data_ptr(), matrix=matrix.data_ptr(), gate_bias=_address(biases.get("gate")),
+            bias=_address(biases[first]), rows=rows.ctypes.data, ids=ids.ctypes.data, hidden=room.hidden.data_ptr(),
+            x_f32=room.x_f32.ctypes.data, active=room.active.ctypes.data, n=len(rows), bend=self._bend,
+            dtype=DTYPES[x.dtype], threads=native.threads(),
         )  # fmt: skip
 
     def up(self, positions: Ids | None = None) -> None:
@@ -148,20 +162,13 @@ class TokenKernel:
         self._job.positions, self._job.todo = positions.ctypes.data, len(positions)
         self._call(self._library.hf_up)  # type: ignore[union-attr]
 
-    def gated_up(self, bias: torch.Tensor | None, positions: Ids | None = None) -> torch.Tensor:
-        """Products with the up part, float32 [n], beside those of `up` with the gate. Elsewhere than at `positions` zero.
-
-        Args:
-            bias: [d_ff] of the up part.
-            positions: as in `up`.
-        """
+    def gated_up(self, bias: torch.Tensor | None) -> torch.Tensor:
+        """Products with the up part, float32 [n], beside those of `up` with the gate. `bias` [d_ff] is of the up part."""
         assert self._gated is not None
         job, found = self._job, self._products[: self._job.n]
         kept = job.layout, job.bias, job.hidden
-        if positions is not None:
-            found.zero_()
-        job.layout, job.bias, job.hidden = self._gated, None if bias is None else bias.data_ptr(), found.data_ptr()
-        self.up(positions)
+        job.layout, job.bias, job.hidden = self._gated, _address(bias), found.data_ptr()
+        self.up()
         job.layout, job.bias, job.hidden = kept
         return found
 
@@ -198,40 +205,48 @@ class TokensKernel:
         self._room, self._every = TokensRoom(self._most, neurons), np.arange(neurons)
         self._packed = torch.empty(self._threads * neurons * _TILE_BYTES, dtype=torch.uint8, device="cpu")
 
-    def up(
-        self, x: torch.Tensor, used: torch.Tensor | None, bias: torch.Tensor | None, rows: Ids, ids: Ids, role: Role = "up"
+    def hidden(
+        self, x: torch.Tensor, used: torch.Tensor | None, biases: Biases, rows: Ids, ids: Ids, activation: Activation
     ) -> torch.Tensor:
-        """Hidden values before the activation, [tokens, n] in the dtype of compute; zero for neurons that a token does not use.
+        """Hidden values, [tokens, n] in the dtype of compute; zero for neurons that a token does not use.
 
         Args:
             x: [tokens, width] in the dtype of compute, contiguous.
             used: bool [tokens, d_ff], contiguous: which neurons each token uses; `None`: all.
-            bias: [d_ff] of the up projection.
+            biases: of the layer.
             rows, ids: [n] addresses of units, in the dtype of compute, and the neurons that they are of.
-            role: the part that is multiplied; `bias` is of it.
+            activation: one that the compiled part knows.
         """
+        common = TokensJob(
+            layout=row_layout(self._layout), bend=bend_of(activation),
+            gate_bias=_address(biases.get("gate")), bias=_address(biases["up"]),
+        )  # fmt: skip
+        return self._up(common, x, used, rows, ids)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None, rows: Ids, ids: Ids, role: Role) -> torch.Tensor:
+        """x times a part of every neuron, and the bias of that part [d_ff]: [tokens, n] in the dtype of compute."""
+        return self._up(TokensJob(layout=row_layout(self._layout, role), bias=_address(bias)), x, None, rows, ids)
+
+    def _up(self, common: TokensJob, x: torch.Tensor, used: torch.Tensor | None, rows: Ids, ids: Ids) -> torch.Tensor:
+        """`common`: what is multiplied, and what is done with the products."""
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
         hidden = torch.empty(len(x), len(rows), dtype=x.dtype, device="cpu")
         for at in range(0, len(x), self._most):
             job = self._job(hidden[at : at + self._most], rows)
-            job.layout = row_layout(self._layout, role)
+            job.layout, job.bend, job.gate_bias, job.bias = common.layout, common.bend, common.gate_bias, common.bias
             job.x, job.ids, job.positions, job.todo = x[at:].data_ptr(), ids.ctypes.data, self._every.ctypes.data, len(rows)
-            job.bias = None if bias is None else bias.data_ptr()
             if used is not None:
                 job.used, job.d_ff = used[at:].data_ptr(), used.shape[1]
             native.loaded().hf_several_up(ctypes.byref(job))  # type: ignore[union-attr]
         return hidden
 
-    def down(
-        self, hidden: torch.Tensor, rows: Ids, out: torch.Tensor, *, relu: bool = True, at_most: float = 1.0
-    ) -> torch.Tensor | None:
-        """Add relu(hidden) times the down projections to each token's `out`, neuron by neuron.
+    def down(self, hidden: torch.Tensor, rows: Ids, out: torch.Tensor, *, at_most: float = 1.0) -> torch.Tensor | None:
+        """Add hidden times the down projections to each token's `out`, neuron by neuron, over the values that are not zero.
 
         Args:
             hidden: [tokens, n] in the dtype of compute, contiguous.
             rows: [n] addresses of units.
             out: float32 [tokens, width], contiguous.
-            relu: whether hidden values below zero count as zero; if not, they are multiplied as they are.
             at_most: share of the hidden values that may count.
 
         Returns:
@@ -240,7 +255,7 @@ class TokensKernel:
         rows = np.ascontiguousarray(rows)
         for at in range(0, len(hidden), self._most):
             job = self._job(hidden[at : at + self._most], rows)
-            job.out, job.any_sign = out[at:].data_ptr(), not relu
+            job.out = out[at:].data_ptr()
             if native.loaded().hf_several_nonzero(ctypes.byref(job)) > at_most * job.tokens * job.n:  # type: ignore[union-attr]
                 return hidden[at:]
             native.loaded().hf_several_down(ctypes.byref(job))  # type: ignore[union-attr]
@@ -313,19 +328,19 @@ def copy_rows(source: torch.Tensor, rows: Ids, target: torch.Tensor, places: Ids
     _copy(addresses(source, rows) + first * size, addresses(target, places) + first * size, (last - first) * size)
 
 
-def count_uses(hidden: torch.Tensor) -> tuple[Ids, Ids]:
-    """Count, for each neuron, the tokens whose hidden value a ReLU leaves.
+def count_uses(before: torch.Tensor) -> tuple[Ids, Ids]:
+    """Count, for each neuron, the tokens whose pre-activation is above zero.
 
     Args:
-        hidden: [tokens, n] in a dtype of `DTYPES`, contiguous.
+        before: [tokens, n] in a dtype of `DTYPES`, contiguous.
 
     Returns:
         int64 [n] how many, and int64 [n] the number of the last of them, from 1 on; 0: none.
     """
-    tokens, neurons = hidden.shape
+    tokens, neurons = before.shape
     uses, last = np.zeros(neurons, dtype=np.int64), np.zeros(neurons, dtype=np.int64)
     native.loaded().hf_count_uses(  # type: ignore[union-attr]
-        hidden.data_ptr(), tokens, neurons, DTYPES[hidden.dtype], uses.ctypes.data, last.ctypes.data
+        before.data_ptr(), tokens, neurons, DTYPES[before.dtype], uses.ctypes.data, last.ctypes.data
     )
     return uses, last
 

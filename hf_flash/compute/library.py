@@ -31,7 +31,7 @@ from hf_flash.base import dtypes
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 16  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
+ABI: Final = 17  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final[Mapping[torch.dtype, int]] = {getattr(torch, name): number for number, name in enumerate(dtypes.DTYPES)}
 """Those of compute, as numbered in native.h."""
@@ -46,7 +46,13 @@ _pointer, _long, _int, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 class RowLayout(ctypes.Structure):
     """Where the parts of a unit lie in a row of memory."""
 
-    _fields_ = tuple((name, _long) for name in ("row_bytes", "up_offset", "down_offset", "width"))
+    _fields_ = tuple((name, _long) for name in ("row_bytes", "gate_offset", "up_offset", "down_offset", "width"))
+
+
+class Bend(ctypes.Structure):
+    """An activation that the compiled part knows."""
+
+    _fields_ = (("level", ctypes.c_float), ("code", _int), ("of_both", _int))
 
 
 class Meanwhile(ctypes.Structure):
@@ -60,9 +66,10 @@ class TokenJob(ctypes.Structure):
 
     _fields_ = (
         ("layout", RowLayout),
-        *((name, _pointer) for name in ("x", "matrix", "bias", "rows", "ids", "positions", "hidden", "out", "x_f32", "active")),
-        *((name, _long) for name in ("n", "todo", "share")), ("meanwhile", Meanwhile),
-        *((name, _int) for name in ("dtype", "threads", "relu", "next")),
+        *((name, _pointer) for name in ("x", "matrix", "gate_bias", "bias", "rows", "ids", "positions", "hidden", "out")),
+        *((name, _pointer) for name in ("x_f32", "active")),
+        *((name, _long) for name in ("n", "todo", "share")), ("meanwhile", Meanwhile), ("bend", Bend),
+        *((name, _int) for name in ("dtype", "threads", "next")),
     )  # fmt: skip
 
 
@@ -71,10 +78,10 @@ class TokensJob(ctypes.Structure):
 
     _fields_ = (
         ("layout", RowLayout),
-        *((name, _pointer) for name in ("x", "bias", "rows", "ids", "used", "positions", "hidden", "values", "row_of")),
-        *((name, _pointer) for name in ("count", "out", "packed")),
-        *((name, _long) for name in ("n", "d_ff", "tokens", "todo", "share")), ("meanwhile", Meanwhile),
-        *((name, _int) for name in ("dtype", "threads", "no_avx512", "any_sign", "pack", "next")),
+        *((name, _pointer) for name in ("x", "gate_bias", "bias", "rows", "ids", "used", "positions", "hidden", "values")),
+        *((name, _pointer) for name in ("row_of", "count", "out", "packed")),
+        *((name, _long) for name in ("n", "d_ff", "tokens", "todo", "share")), ("meanwhile", Meanwhile), ("bend", Bend),
+        *((name, _int) for name in ("dtype", "threads", "no_avx512", "pack", "next")),
     )  # fmt: skip
 
 

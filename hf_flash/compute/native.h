@@ -40,7 +40,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-enum { HF_ABI = 16 };
+enum { HF_ABI = 17 };
 
 /* Dtypes: library.py: DTYPES. */
 enum { F32, BF16, F16 };
@@ -67,10 +67,21 @@ void hf_use_threads_of(Parallel start, int (*number)(void));
 /* Where the parts of a unit lie in a row of memory (hf_flash/store/unit.py: UnitLayout). Offsets are bytes from where the row
  * begins. A part has `width` numbers of one dtype, which lie together. */
 typedef struct {
-    int64_t row_bytes; /* from one row of a matrix to the next */
+    int64_t row_bytes;   /* from one row of a matrix to the next */
+    int64_t gate_offset; /* below zero: there is no gate */
     int64_t up_offset, down_offset;
     int64_t width; /* d_model */
 } RowLayout;
+
+/* Functions that leave zeros: activation.py. AS_IS: none; the caller does it. */
+enum { AS_IS, RELU, RELU2, RELU6 };
+
+/* What is done with the product with the gate, or, without a gate, with up (hf_flash/compute/activation.py: Activation). */
+typedef struct {
+    float level;     /* RELU: what is at or below it becomes zero */
+    int32_t code;    /* one of the above */
+    int32_t of_both; /* with a gate: it is done with up, too */
+} Bend;
 
 /* Something that the calling thread does while the others compute. */
 typedef struct {
@@ -83,18 +94,21 @@ typedef struct {
 
 typedef struct {
     RowLayout layout;
-    const void *x, *matrix, *bias;  /* [width], rows of units, [d_ff] or null; all of `dtype` */
+    const void *x, *matrix;         /* [width], rows of units; of `dtype` */
+    const void *gate_bias, *bias;   /* [d_ff] of `dtype`, or null; `bias` is of up */
     const int64_t *rows, *ids;      /* [n] in which rows of `matrix` the neurons lie, and which they are */
     const int64_t *positions;       /* [todo] positions in `rows` and `ids`, for `hf_up` */
     float *hidden, *out, *x_f32;    /* [n], [width], and room for x in fp32, [width] */
     int64_t *active;                /* [n] room: positions of the neurons that are not zero */
     int64_t n, todo, share;         /* share: columns that a thread takes */
     Meanwhile meanwhile;            /* of `hf_up` */
-    int32_t dtype, threads, relu;   /* relu: whether hidden values below zero become zero */
+    Bend bend;
+    int32_t dtype, threads;
     atomic_int next;
 } TokenJob;
 
-/* hidden[k] = up row of neuron k . x + bias, for every k of `positions`; then the activation, if it is a ReLU. */
+/* hidden[k] = bend(up row of neuron k . x + bias), for every k of `positions`. With a gate: bend(gate row . x + gate_bias) times
+ * the product with up, which is made only where the first factor is not zero. */
 void hf_up(TokenJob *job);
 
 /* out += hidden @ down, over the neurons whose hidden value is not zero, in the order of `rows`. */
@@ -106,7 +120,8 @@ enum { TILE_BYTES = 512 }; /* of a row that are copied together: kernels.py: _TI
 
 typedef struct {
     RowLayout layout;         /* `row_bytes` is not needed: rows are given by address */
-    const void *x, *bias;     /* [tokens, width], [d_ff] or null; of `dtype` */
+    const void *x;            /* [tokens, width] of `dtype` */
+    const void *gate_bias, *bias; /* as in a TokenJob */
     const char *const *rows;  /* [n] addresses of the units; at most 65536 */
     const int64_t *ids;       /* [n] which they are */
     const uint8_t *used;      /* [tokens, d_ff] whether a token uses a neuron; or null: it uses all */
@@ -119,25 +134,25 @@ typedef struct {
     char *packed;             /* [threads, n, TILE_BYTES] room for copies of columns; or null: they are not copied */
     int64_t n, d_ff, tokens, todo, share;
     Meanwhile meanwhile;               /* of `hf_several_up` */
+    Bend bend;
     int32_t dtype, threads, no_avx512; /* no_avx512: compute without it */
-    int32_t any_sign;                  /* hidden values below zero count, too: there is no ReLU */
     int32_t pack;                      /* whether it pays to copy columns together */
     atomic_int next;
 } TokensJob;
 
-/* hidden[t, k] = x[t] . up row of neuron k + bias, rounded, for every k of `positions`; zero if token t does not use it. The
- * bits are those of `hf_up`, without an activation. */
+/* hidden[t, k] of token t and neuron k, rounded, for every k of `positions`; zero if token t does not use it. The bits are those
+ * of `hf_up`. */
 void hf_several_up(TokensJob *job);
 
-/* Find the values of relu(hidden), or of hidden (`any_sign`), that are not zero. Returns how many there are. */
+/* Find the hidden values that are not zero. Returns how many there are. */
 int64_t hf_several_nonzero(TokensJob *job);
 
 /* out[t] += hidden[t] @ down, over the values that `hf_several_nonzero` found. The bits are those of `hf_down`. */
 void hf_several_down(TokensJob *job);
 
-/* How many of `tokens` use each of `n` neurons, and the number of the last that does, from 1 on: added to, and put into,
- * [n] zeros. `hidden` is [tokens, n] of `dtype`. */
-void hf_count_uses(const void *hidden, int64_t tokens, int64_t n, int32_t dtype, int64_t *uses, int64_t *last);
+/* How many of `tokens` have a value above zero for each of `n` neurons, and the number of the last that has, from 1 on: added to,
+ * and put into, [n] zeros. `before` is [tokens, n] of `dtype`. */
+void hf_count_uses(const void *before, int64_t tokens, int64_t n, int32_t dtype, int64_t *uses, int64_t *last);
 
 /* --- product.c: a quantized matrix and some tokens (hf_flash/predictors/low_bit.py) */
 

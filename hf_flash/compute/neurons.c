@@ -34,18 +34,36 @@ INLINE float dot(const void *row, const void *ahead, const float *x, int64_t wid
     return total(_mm256_add_ps(a, b), _mm256_add_ps(c, e)) + rest;
 }
 
+/* A part of the neuron at a position times x, and its bias. `following`: the position that comes after. */
+INLINE float product(const TokenJob *job, int64_t offset, const void *bias, int64_t position, int64_t following, int dtype) {
+    const char *part = (const char *)job->matrix + offset;
+    const char *row = part + job->rows[position] * job->layout.row_bytes;
+    const char *ahead = part + job->rows[following] * job->layout.row_bytes;
+    float sum = dot(row, ahead, job->x_f32, job->layout.width, dtype);
+    if (bias)
+        sum += one(bias, job->ids[position], dtype);
+    return rounded(sum, dtype);
+}
+
 /* Hidden values of the positions from `begin` to before `end`. */
 INLINE void up_rows(const TokenJob *job, int64_t begin, int64_t end, int dtype) {
-    const int64_t stride = job->layout.row_bytes;
-    const char *up = (const char *)job->matrix + job->layout.up_offset;
+    const RowLayout *layout = &job->layout;
+    const int gated = layout->gate_offset >= 0;
+    const int64_t first = gated ? layout->gate_offset : layout->up_offset;
+    const void *first_bias = gated ? job->gate_bias : job->bias;
+    int64_t alive[UP_ROWS], n = 0;
     for (int64_t k = begin; k < end; k++) {
         const int64_t position = job->positions[k], following = job->positions[k + 1 < end ? k + 1 : k];
-        const char *row = up + job->rows[position] * stride, *ahead = up + job->rows[following] * stride;
-        float sum = dot(row, ahead, job->x_f32, job->layout.width, dtype);
-        if (job->bias)
-            sum += one(job->bias, job->ids[position], dtype);
-        sum = rounded(sum, dtype);
-        job->hidden[position] = job->relu && sum < 0.0f ? 0.0f : sum;
+        const float value = bent(product(job, first, first_bias, position, following, dtype), &job->bend, dtype);
+        job->hidden[position] = value;
+        alive[n] = position;
+        n += value != 0.0f;
+    }
+    for (int64_t k = 0; gated && k < n; k++) {
+        float up = product(job, layout->up_offset, job->bias, alive[k], alive[k + 1 < n ? k + 1 : k], dtype);
+        if (job->bend.of_both)
+            up = bent(up, &job->bend, dtype);
+        job->hidden[alive[k]] = rounded(job->hidden[alive[k]] * up, dtype);
     }
 }
 

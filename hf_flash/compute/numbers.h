@@ -77,6 +77,17 @@ INLINE void put(void *row, int64_t i, float value, int dtype) {
     }
 }
 
+/* An activation of a number that is rounded to a dtype, rounded as well. What is no number stays so. */
+INLINE float bent(float x, const Bend *bend, int dtype) {
+    if (bend->code == AS_IS)
+        return x;
+    if (x <= rounded(bend->level, dtype))
+        return 0.0f;
+    if (bend->code == RELU2)
+        return rounded(x * x, dtype);
+    return bend->code == RELU6 && x > 6.0f ? 6.0f : x;
+}
+
 /* The sum of sixteen numbers. */
 INLINE float total(__m256 a, __m256 b) {
     __m256 sum = _mm256_add_ps(a, b);

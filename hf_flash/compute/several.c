@@ -24,16 +24,18 @@ static int64_t shares_of(const TokensJob *job) { return (job->todo + job->share 
 
 /* --- the values that are not zero */
 
-/* Sixteen hidden values from position `k` on: a bit for each that a ReLU leaves, or (`any_sign`) that is not zero. What is no
- * number is left. */
-INLINE unsigned left_of_16(const void *hidden, int64_t k, int any_sign, int dtype) {
+/* Sixteen numbers from index `k` on: a bit for each that is not zero. */
+INLINE unsigned nonzero_of_16(const void *hidden, int64_t k, int dtype) {
     const __m256 zero = _mm256_setzero_ps(), low = load(hidden, k, dtype), high = load(hidden, k + 8, dtype);
-    const int above = _mm256_movemask_ps(_mm256_cmp_ps(low, zero, _CMP_NLE_UQ)) |
-                      _mm256_movemask_ps(_mm256_cmp_ps(high, zero, _CMP_NLE_UQ)) << 8;
-    if (!any_sign)
-        return (unsigned)above;
-    return (unsigned)(above | _mm256_movemask_ps(_mm256_cmp_ps(low, zero, _CMP_LT_OQ)) |
-                      _mm256_movemask_ps(_mm256_cmp_ps(high, zero, _CMP_LT_OQ)) << 8);
+    return (unsigned)(_mm256_movemask_ps(_mm256_cmp_ps(low, zero, _CMP_NEQ_UQ)) |
+                      _mm256_movemask_ps(_mm256_cmp_ps(high, zero, _CMP_NEQ_UQ)) << 8);
+}
+
+/* The same for those above zero, or no number. */
+INLINE unsigned above_zero_of_16(const void *before, int64_t k, int dtype) {
+    const __m256 zero = _mm256_setzero_ps(), low = load(before, k, dtype), high = load(before, k + 8, dtype);
+    return (unsigned)(_mm256_movemask_ps(_mm256_cmp_ps(low, zero, _CMP_NLE_UQ)) |
+                      _mm256_movemask_ps(_mm256_cmp_ps(high, zero, _CMP_NLE_UQ)) << 8);
 }
 
 INLINE void nonzero_of_token(const TokensJob *job, int64_t t, int dtype) {
@@ -43,16 +45,15 @@ INLINE void nonzero_of_token(const TokensJob *job, int64_t t, int dtype) {
     int32_t count = 0;
     int64_t k = 0;
     for (; k + 16 <= job->n; k += 16)
-        for (unsigned left = left_of_16(hidden, k, job->any_sign, dtype); left; left &= left - 1) {
+        for (unsigned left = nonzero_of_16(hidden, k, dtype); left; left &= left - 1) {
             const int64_t at = k + __builtin_ctz(left);
             row_of[count] = (uint16_t)at;
             values[count++] = one(hidden, at, dtype);
         }
     for (; k < job->n; k++) {
-        const float value = one(hidden, k, dtype);
         row_of[count] = (uint16_t)k;
-        values[count] = value;
-        count += !(value <= 0.0f) || (job->any_sign && value < 0.0f);
+        values[count] = one(hidden, k, dtype);
+        count += values[count] != 0.0f;
     }
     job->count[t] = count;
 }
@@ -73,12 +74,12 @@ int64_t FAST hf_several_nonzero(TokensJob *job) {
     return all;
 }
 
-INLINE void count_uses(const void *hidden, int64_t tokens, int64_t n, int64_t *uses, int64_t *last, int dtype) {
+INLINE void count_uses(const void *before, int64_t tokens, int64_t n, int64_t *uses, int64_t *last, int dtype) {
     for (int64_t t = 0; t < tokens; t++) {
-        const char *of_token = (const char *)hidden + t * n * size_of(dtype);
+        const char *of_token = (const char *)before + t * n * size_of(dtype);
         int64_t k = 0;
         for (; k + 16 <= n; k += 16)
-            for (unsigned left = left_of_16(of_token, k, 0, dtype); left; left &= left - 1) {
+            for (unsigned left = above_zero_of_16(of_token, k, dtype); left; left &= left - 1) {
                 const int64_t at = k + __builtin_ctz(left);
                 uses[at]++;
                 last[at] = t + 1;
@@ -91,8 +92,8 @@ INLINE void count_uses(const void *hidden, int64_t tokens, int64_t n, int64_t *u
     }
 }
 
-void FAST hf_count_uses(const void *hidden, int64_t tokens, int64_t n, int32_t dtype, int64_t *uses, int64_t *last) {
-    BY_DTYPE(dtype, count_uses, hidden, tokens, n, uses, last);
+void FAST hf_count_uses(const void *before, int64_t tokens, int64_t n, int32_t dtype, int64_t *uses, int64_t *last) {
+    BY_DTYPE(dtype, count_uses, before, tokens, n, uses, last);
 }
 
 /* --- products */

@@ -34,24 +34,46 @@ NAME(dots)(const char **row, const char **ahead, int rows, const float *x, int64
     }
 }
 
-/* Hidden values of the first `named` neurons in `row_of`, for one token. */
+/* A part of the first `named` neurons in `row_of` times x, and its bias, rounded. */
 OF_WIDTH(void)
-NAME(up_token)(const TokensJob *job, const float *x, int64_t t, const uint16_t *row_of, int64_t named, int dtype) {
-    const int64_t up = job->layout.up_offset;
+NAME(products)(const TokensJob *job, int64_t offset, const void *bias, const float *x, const uint16_t *row_of, int64_t named,
+               int dtype, float *found) {
     for (int64_t j = 0; j < named; j += 2) {
         const int64_t last = named - 1, second = j + 1 < named ? j + 1 : j;
         const int64_t third = j + 2 < last ? j + 2 : last, fourth = j + 3 < last ? j + 3 : last;
-        const char *row[2] = {job->rows[row_of[j]] + up, job->rows[row_of[second]] + up};
-        const char *ahead[2] = {job->rows[row_of[third]] + up, job->rows[row_of[fourth]] + up};
+        const char *row[2] = {job->rows[row_of[j]] + offset, job->rows[row_of[second]] + offset};
+        const char *ahead[2] = {job->rows[row_of[third]] + offset, job->rows[row_of[fourth]] + offset};
         float sums[2];
         if (second > j)
             NAME(dots)(row, ahead, 2, x, job->layout.width, dtype, sums);
         else
             NAME(dots)(row, ahead, 1, x, job->layout.width, dtype, sums);
-        for (int64_t i = j; i <= second; i++) {
-            const float bias = job->bias ? one(job->bias, job->ids[row_of[i]], dtype) : 0.0f;
-            put(job->hidden, t * job->n + row_of[i], job->bias ? sums[i - j] + bias : sums[i - j], dtype);
-        }
+        for (int64_t i = j; i <= second; i++)
+            found[i] = rounded(bias ? sums[i - j] + one(bias, job->ids[row_of[i]], dtype) : sums[i - j], dtype);
+    }
+}
+
+/* Hidden values of the first `named` neurons in `row_of`, for one token. The others' are zero. */
+OF_WIDTH(void)
+NAME(up_token)(const TokensJob *job, const float *x, int64_t t, uint16_t *row_of, int64_t named, int dtype) {
+    const RowLayout *layout = &job->layout;
+    const int gated = layout->gate_offset >= 0;
+    const int64_t first = gated ? layout->gate_offset : layout->up_offset;
+    float value[SHARE], up[SHARE];
+    int64_t alive = 0;
+    NAME(products)(job, first, gated ? job->gate_bias : job->bias, x, row_of, named, dtype, value);
+    for (int64_t j = 0; j < named; j++) {
+        const float found = bent(value[j], &job->bend, dtype);
+        value[alive] = found;
+        row_of[alive] = row_of[j];
+        alive += found != 0.0f;
+    }
+    if (gated)
+        NAME(products)(job, layout->up_offset, job->bias, x, row_of, alive, dtype, up);
+    for (int64_t j = 0; j < alive; j++) {
+        if (gated)
+            value[j] *= job->bend.of_both ? bent(up[j], &job->bend, dtype) : up[j];
+        put(job->hidden, t * job->n + row_of[j], value[j], dtype);
     }
 }
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -59,8 +60,11 @@ def check_arithmetic(layer: nn.Module, family: Family, activation: Activation, w
         found = inline_arithmetic_of(layer, family.matrices, where)
     else:
         found = arithmetic_of(layer.get_submodule(family.block), family.matrices, f"{family.block} of {where}")
-    said = activation_like(activation.function).name, family.activation if family.inline else "", family.adds_residual
-    computed = found.activation.name, found.attribute if family.inline else "", found.adds_residual
+    if activation.code is None:
+        named = activation_like(activation.function)  # a function may have several names
+        activation = replace(named, of_both=activation.of_both)
+    said = activation.text, family.activation if family.inline else "", family.adds_residual
+    computed = found.activation.text, found.attribute if family.inline else "", found.adds_residual
     if said != computed:
         raise _differs(where, "the activation {} {}, residual added: {}".format(*said), "{} {}, {}".format(*computed))
 
@@ -90,9 +94,9 @@ def arithmetic_of(block: nn.Module, matrices: Mapping[Role, str], where: str) ->
     with _on_its_own():
         tried = _Trial(block, matrices)
         wanted = tried.of_block(where)
-        for name, function in _functions(block):
-            if name not in inside and tried.agrees(wanted, function):
-                return BlockArithmetic(activation_like(function), name, tried.adds_residual)
+        for (name, function), of_both in itertools.product(_functions(block), (False, True)):
+            if name not in inside and tried.agrees(wanted, function, of_both=of_both):
+                return BlockArithmetic(replace(activation_like(function), of_both=of_both), name, tried.adds_residual)
     formula = "down(act(gate x) * up x)" if "gate" in matrices else "down(act(up x))"
     raise _differs(where, f"{formula}, with an activation that is an attribute of the block", "other numbers on random input")
 
@@ -183,7 +187,7 @@ class _Trial:
         self.adds_residual = _takes_residual(self._block)
         self._residual = torch.randn(1, _TOKENS, _D_MODEL, generator=random, dtype=torch.float32, device="cpu")
         self._x = 2 * torch.randn(1, _TOKENS, _D_MODEL, generator=random, dtype=torch.float32, device="cpu")
-        self._tensors, self._by_role = dict[str, torch.Tensor](), dict[Role, tuple[torch.Tensor, torch.Tensor | None]]()
+        self._tensors, self._by_role = dict[str, torch.Tensor](), dict[str, tuple[torch.Tensor, torch.Tensor | None]]()
         for role, name in matrices.items():
             linear: Any = self._block.get_submodule(name)
             shape = (_D_MODEL, _NEURONS) if role == "down" else (_NEURONS, _D_MODEL)
@@ -208,17 +212,18 @@ class _Trial:
             raise _differs(where, "a tensor in the shape of its input", got)
         return found
 
-    def agrees(self, wanted: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    def agrees(self, wanted: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], *, of_both: bool) -> bool:
         """Whether a neuron's arithmetic with this activation gives the same."""
+        products = [self._product(role, self._x) for role in ("gate", "up") if role in self._matrices]
+        if of_both and len(products) == 1:
+            return False
         try:
-            deciding = function(self._product("gate" if "gate" in self._matrices else "up", self._x))
-            hidden = deciding * self._product("up", self._x) if "gate" in self._matrices else deciding
-            out = self._product("down", hidden)
+            out = self._product("down", Activation("", function, of_both=of_both).hidden(*products))
             return torch.allclose(out + self._residual if self.adds_residual else out, wanted, rtol=1e-4, atol=1e-4)
         except (RuntimeError, TypeError, ValueError):  # not an activation
             return False
 
-    def _product(self, role: Role, x: torch.Tensor) -> torch.Tensor:
+    def _product(self, role: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self._by_role[role]
         return nn.functional.linear(x, weight, bias)
 

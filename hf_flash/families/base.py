@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -79,7 +79,9 @@ class Family:
         activation: the attribute of the decoder layer with the activation module, where `block` is `""`; of no use elsewhere.
         columns: the roles whose matrix has a neuron in a column.
         adds_residual: whether the block is called with hidden states and the residual, to which it adds what it computes.
-        activation_key, heads_key, kv_heads_key, head_dim_key: keys of the config.
+        activation_of_both: in a block with a gate, whether the activation is done with the product with up, too (dReLU).
+        activation_key, level_key, heads_key, kv_heads_key, head_dim_key: keys of the config. `level_key`: of the number above
+            which `fatrelu` leaves what it gets.
         d_ff_key: the same; its value is a number of neurons for all layers, or a list of one for each.
         norm: the attribute of a decoder layer with the norm in front of the FFN; `""`: there is none that lookahead could use.
         norm_first_key: the config's key that says whether that norm comes before the FFN; `""`: it always does.
@@ -92,7 +94,9 @@ class Family:
     columns: frozenset[Role] = frozenset({"down"})
     adds_residual: bool = False
     layers: str = "layers"
+    activation_of_both: bool = False
     activation_key: str = "hidden_act"
+    level_key: str = "hidden_act_param"
     d_ff_key: str = "intermediate_size"
     heads_key: str = "num_attention_heads"
     kv_heads_key: str = "num_key_value_heads"
@@ -149,7 +153,8 @@ class Family:
 
     def activation_of(self, config: Any) -> Activation:
         """The activation function; an error if transformers does not know it."""
-        return activation_named(get(config, self.activation_key), self.activation_key)
+        named = activation_named(get(config, self.activation_key), self.activation_key, level=get(config, self.level_key))
+        return replace(named, of_both=self.activation_of_both)
 
     def shape(self, config: Any) -> Shape:
         """Sizes from a config (an object or a dictionary); an error if they are none that a model could have."""

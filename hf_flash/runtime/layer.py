@@ -39,7 +39,8 @@ from torch import nn
 
 from hf_flash.base.arrays import Ids, count_uses
 from hf_flash.compute.activation import Activation
-from hf_flash.compute.arithmetic import Biases, block_rows
+from hf_flash.compute.arithmetic import block_rows
+from hf_flash.compute.kernels import Biases
 from hf_flash.errors import UsageError
 from hf_flash.predictors.base import NoPredictor, Predictor
 from hf_flash.reading.reader import Reading
@@ -161,7 +162,7 @@ class FlashFFN(nn.Module):
         if self.step is None or len(x) > MOST_TOKENS:
             return None
         start = perf_counter()
-        out = self.step.run(x, selected.contiguous(), biases["up"], engine.reader.step_file(self.index))
+        out = self.step.run(x, selected.contiguous(), biases, engine.reader.step_file(self.index))
         if out is None:
             return None
         self.step.count(engine.counters, perf_counter() - start)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from hf_flash.base.arrays import Ids
-from hf_flash.compute.arithmetic import Arithmetic, Biases, block_rows
-from hf_flash.compute.kernels import addresses
+from hf_flash.compute.arithmetic import Arithmetic, block_rows
+from hf_flash.compute.kernels import Biases, addresses
 from hf_flash.errors import StoreReadError
 from hf_flash.reading.reader import Reading
 from hf_flash.runtime.engine import Engine

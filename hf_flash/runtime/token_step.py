@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from hf_flash.compute import library as native
+from hf_flash.compute.activation import Activation
 from hf_flash.compute.arithmetic import Arithmetic
-from hf_flash.compute.kernels import TokenRoom, row_layout
+from hf_flash.compute.kernels import Biases, TokenRoom, bend_of, row_layout
 from hf_flash.compute.library import DTYPES, Step, TokenJob, TokensJob, Window
 from hf_flash.reading.chunks import longest_chunk
 from hf_flash.reading.layer_files import StepFile
@@ -34,7 +35,7 @@ def token_step(arithmetic: Arithmetic, window: ResidentWindow, store: LayerStore
     """The step of a layer, if the arithmetic can take tokens through it in one call."""
     if arithmetic.step_kernel is None:
         return None
-    return TokenStep(arithmetic.step_kernel.room, arithmetic.unit, window, store)
+    return TokenStep(arithmetic.step_kernel.room, arithmetic.unit, arithmetic.activation, window, store)
 
 
 class TokenStep:
@@ -42,21 +43,23 @@ class TokenStep:
 
     Args:
         room: shared with other layers, which run at other times.
-        unit: as units lie in the window.
+        unit: as units lie in the window. activation: one that the compiled part knows.
         window: the layer's. Its arrays are changed where they lie.
         store: where the layer's units are.
     """
 
-    def __init__(self, room: TokenRoom, unit: UnitLayout, window: ResidentWindow, store: LayerStore) -> None:
+    def __init__(
+        self, room: TokenRoom, unit: UnitLayout, activation: Activation, window: ResidentWindow, store: LayerStore
+    ) -> None:
         self._library, self._room, self._window = native.loaded(), room, window
         self._place_of = None if store.place is None else np.ascontiguousarray(store.place)
-        layout, dtype, several = row_layout(unit), DTYPES[unit.dtype], room.several
+        layout, bend, dtype, several = row_layout(unit), bend_of(activation), DTYPES[unit.dtype], room.several
         one_token = TokenJob(
-            layout=layout, matrix=window.matrix.data_ptr(), dtype=dtype, relu=True,
+            layout=layout, matrix=window.matrix.data_ptr(), dtype=dtype, bend=bend,
             hidden=room.hidden.data_ptr(), x_f32=room.x_f32.ctypes.data, active=room.active.ctypes.data,
         )  # fmt: skip
         tokens = TokensJob(
-            layout=layout, hidden=room.hidden_of_several.data_ptr(), d_ff=store.d_ff, dtype=dtype,
+            layout=layout, hidden=room.hidden_of_several.data_ptr(), d_ff=store.d_ff, dtype=dtype, bend=bend,
             values=several.values, row_of=several.row_of, count=several.count,
         )  # fmt: skip
         self._step = Step(
@@ -79,23 +82,22 @@ class TokenStep:
             rescale_beyond=RESCALE_BEYOND,
         )  # fmt: skip
 
-    def run(
-        self, x: torch.Tensor, selected: torch.Tensor, bias: torch.Tensor | None, file: StepFile | None
-    ) -> torch.Tensor | None:
+    def run(self, x: torch.Tensor, selected: torch.Tensor, biases: Biases, file: StepFile | None) -> torch.Tensor | None:
         """float32 [tokens, width]: the sum before bias and rounding. `None`: the call does not fit here, or a read failed.
 
         After a failed read the window holds what it held and some less; who reads again is told what is wrong.
 
         Args:
             x: [tokens, width] in the dtype of compute, contiguous; `MOST_TOKENS` at most.
-            selected: bool [tokens, d_ff], contiguous: the neurons that each uses. Their hidden values below zero become zero.
-            bias: [d_ff] of the up projection.
+            selected: bool [tokens, d_ff], contiguous: the neurons that each uses.
+            biases: of the layer.
             file: what is missing is read with it. `None`: nothing can be read, as where numbers are converted.
         """
         step, window, resident, tokens = self._step, self._step.window, self._window, len(x)
         job = step.job if tokens == 1 else step.several
         out = torch.empty(tokens, x.shape[1], dtype=torch.float32, device="cpu")
-        job.x, job.out, job.bias = x.data_ptr(), out.data_ptr(), None if bias is None else bias.data_ptr()
+        job.x, job.out = x.data_ptr(), out.data_ptr()
+        job.gate_bias, job.bias = (None if bias is None else bias.data_ptr() for bias in (biases.get("gate"), biases["up"]))
         job.threads, step.selected, step.tokens = native.threads(), selected.data_ptr(), tokens
         window.clock, window.free, window.use_score = resident.clock, resident.free, resident.use_score
         window.growth = _GROWTH[tokens]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import Any
 
@@ -23,6 +23,11 @@ from hf_flash.predictors.low_bit import Int8Matrix, Scores, widen
 from hf_flash.store.unit import TWO_MATRICES, Part, UnitLayout
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+GATED = (Part("gate", "row"), *TWO_MATRICES)
+KNOWN = (  # activations that the compiled part knows
+    *(activation_named(name) for name in ("relu", "relu2", "relu6")), activation_named("fatrelu", level=2.0),
+    replace(activation_named("relu"), of_both=True), replace(activation_named("fatrelu", level=0.3), of_both=True),
+)  # fmt: skip
 needs_library = pytest.mark.skipif(library.library() is None, reason="no compiled part here")
 
 
@@ -88,9 +93,13 @@ def test_threads_and_order_change_no_bit(dtype: torch.dtype, monkeypatch: pytest
 @given(
     dtype=st.sampled_from(list(ROUNDING)), d=st.integers(1, 200), d_ff=st.integers(1, 70), tokens=st.integers(1, 40),
     share=st.floats(0, 1), bias=st.booleans(), threads=st.integers(1, 3), blocks=st.integers(1, 3),
-    at_a_time=st.integers(1, 50), seed=st.integers(0, 999),
+    at_a_time=st.integers(1, 50), seed=st.integers(0, 999), activation=st.sampled_from(KNOWN),
+    parts=st.sampled_from([TWO_MATRICES, GATED]),
 )  # fmt: skip
-@example(torch.bfloat16, 150, 700, 300, 0.1, True, 2, 2, 1000, 0)  # groups of tokens, shares of neurons, tiles of columns
+@example(
+    torch.bfloat16, 150, 700, 300, 0.1, True, 2, 2, 1000, 0, KNOWN[0], TWO_MATRICES
+)  # groups of tokens, shares of neurons,
+@example(torch.bfloat16, 150, 700, 300, 0.1, True, 2, 2, 1000, 0, KNOWN[0], GATED)  # tiles of columns
 def test_several_tokens_get_the_bits_that_each_gets_alone(
     dtype: torch.dtype,
     d: int,
@@ -102,29 +111,65 @@ def test_several_tokens_get_the_bits_that_each_gets_alone(
     blocks: int,
     at_a_time: int,
     seed: int,
+    activation: Activation,
+    parts: tuple[Part, ...],
 ) -> None:
     random = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(d_ff + 3, 2 * d, generator=random).to(dtype)
-    x, b = torch.randn(tokens, d, generator=random).to(dtype), torch.randn(d_ff, generator=random).to(dtype) if bias else None
+    matrix = torch.randn(d_ff + 3, len(parts) * d, generator=random).to(dtype)
+    x = torch.randn(tokens, d, generator=random).to(dtype)
+    roles = ("gate", "up") if len(parts) > 2 else ("up",)
+    b: Any = {role: torch.randn(d_ff, generator=random).to(dtype) if bias else None for role in roles}
     rows = torch.randperm(d_ff + 3, generator=random)[:d_ff].numpy()
     used = torch.rand(tokens, d_ff, generator=random) < share
     alone = torch.zeros(tokens, d)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "threads", lambda: threads)
         patch.setattr(kernels, "_TOKENS", at_a_time)
-        unit = UnitLayout.of(TWO_MATRICES, d, dtype)
-        kernel = kernels.TokenKernel(d_ff, unit)
+        unit = UnitLayout.of(parts, d, dtype)
+        kernel = kernels.TokenKernel(d_ff, unit, activation)
         for token in range(tokens):
             ids = used[token].nonzero()[:, 0].numpy()
-            kernel.set(x[token : token + 1], b, matrix, rows[ids], ids, relu=True)
+            kernel.set(x[token : token + 1], b, matrix, rows[ids], ids)
             kernel.up()
             kernel.down(alone[token : token + 1])
         for avx512, together in ((True, torch.zeros(tokens, d)), (False, torch.zeros(tokens, d))):
             several = kernels.TokensKernel(unit, tokens, d_ff, avx512=avx512)
             for part in np.array_split(np.flatnonzero(used.any(0).numpy()), blocks):
                 places = kernels.addresses(matrix, rows[part])
-                assert several.down(several.up(x, used, b, places, part), places, together) is None
+                assert several.down(several.hidden(x, used, b, places, part, activation), places, together) is None
             assert torch.equal(together, alone)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("activation", KNOWN, ids=lambda activation: f"{activation.name}{'+' * activation.of_both}")
+@given(
+    parts=st.sampled_from([TWO_MATRICES, GATED]), n=st.integers(1, 40), d=st.integers(1, 30), bias=st.booleans(),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_activations_that_it_knows_are_torchs(
+    dtype: torch.dtype, activation: Activation, parts: tuple[Part, ...], n: int, d: int, bias: bool, seed: int
+) -> None:
+    """With whole numbers, whose sums are exact in any order."""
+    random = torch.Generator().manual_seed(seed)
+    of_role: Any = {part.role: torch.randint(-1, 2, (n, d), generator=random).to(dtype) for part in parts}
+    biases: Any = {role: torch.randint(-2, 3, (n,), generator=random).to(dtype) if bias else None for role in of_role}
+    x, ids = torch.randint(-1, 2, (3, d), generator=random).to(dtype), np.arange(n)
+    unit = UnitLayout.of(parts, d, dtype)
+    matrix = torch.cat([of_role[role] for role in unit.roles], dim=1)
+    products = [torch.nn.functional.linear(x, of_role[role], biases[role]) for role in unit.roles[:-1]]
+    wanted = activation.hidden(*products).float() @ of_role["down"].float()
+    arithmetic = arithmetic_for(64, unit, activation)
+    assert isinstance(arithmetic, CompiledArithmetic)
+    assert arithmetic.step_kernel is not None
+    for token in range(3):
+        out = torch.zeros(1, d)
+        arithmetic.one_token(x[token : token + 1], biases, matrix, ids, ids, one_block=True).finish(out)
+        assert torch.equal(out[0], wanted[token])
+    for selected in (torch.ones(3, n, dtype=torch.bool), None):
+        out = torch.zeros(3, d)
+        arithmetic.several_tokens(x, selected, n, biases).add(matrix, ids, ids, out)
+        assert torch.equal(out, wanted)
 
 
 @dataclass(frozen=True)
@@ -180,30 +225,29 @@ def test_where_the_parts_lie_in_a_row_changes_no_bit(
     up, down = (torch.randn(d_ff, d, generator=random).to(dtype) for _ in range(2))
     x, used = torch.randn(tokens, d, generator=random).to(dtype), torch.rand(tokens, d_ff, generator=random) < 0.7
     rows, found = np.arange(d_ff), []
-    loose = LooseLayout(roles, gaps, d, dtype)
+    loose, relu = LooseLayout(roles, gaps, d, dtype), activation_named("relu")
     assert kernels.supports(loose) is (roles == ("up", "down"))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "threads", lambda: threads)
         tight: Any = UnitLayout.of(TWO_MATRICES, d, dtype)
         for layout, matrix in ((tight, torch.cat([up, down], dim=1)), (loose, loose.rows_of(up, down))):
-            kernel, alone = kernels.TokenKernel(d_ff, layout), torch.zeros(1, d)
-            kernel.set(x[:1], None, matrix, rows, rows, relu=True)
+            kernel, alone = kernels.TokenKernel(d_ff, layout, relu), torch.zeros(1, d)
+            kernel.set(x[:1], {"up": None}, matrix, rows, rows)
             kernel.up()
             kernel.down(alone)
             together = torch.zeros(tokens, d)
             several, places = kernels.TokensKernel(layout, tokens, d_ff), kernels.addresses(matrix, rows)
-            several.down(several.up(x, used, None, places, rows), places, together)
+            several.down(several.hidden(x, used, {"up": None}, places, rows, relu), places, together)
             found.append(torch.cat([alone, together]))
     assert found[0].isfinite().all()
     assert torch.equal(*found)
 
 
 def test_it_says_which_units_it_knows() -> None:
-    gated = (Part("gate", "row"), *TWO_MATRICES)
     for dtype in ROUNDING:
         assert kernels.supports(UnitLayout.of(TWO_MATRICES, 64, dtype))
-        assert kernels.supports(UnitLayout.of(gated, 64, dtype))
-        assert not kernels.supports(UnitLayout.of(gated[1:] + gated[:1], 64, dtype))
+        assert kernels.supports(UnitLayout.of(GATED, 64, dtype))
+        assert not kernels.supports(UnitLayout.of(GATED[1:] + GATED[:1], 64, dtype))
         assert not kernels.supports(UnitLayout.of(TWO_MATRICES[::-1], 64, dtype))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,24 @@ class PretendConfig(PretrainedConfig):
 
     def __init__(
         self, hidden_size: int = 24, breadth: int | list[int] = 80, num_hidden_layers: int = 3, heads: int = 2,
-        vocab_size: int = 64, bend: str = "silu", bias: bool = False, **kwargs: Any,
+        vocab_size: int = 64, bend: str = "silu", bias: bool = False, both: bool = False,
+        hidden_act_param: float = 0.0, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.hidden_size, self.breadth, self.num_hidden_layers, self.heads = hidden_size, breadth, num_hidden_layers, heads
         self.vocab_size, self.bend, self.bias = vocab_size, bend, bias
+        self.both, self.hidden_act_param = both, hidden_act_param
         super().__init__(**{"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3} | kwargs)
+
+
+class FATReLU(nn.Module):
+    """As ProSparse's models have it."""
+
+    def __init__(self, level: float) -> None:
+        super().__init__()
+        self.level = level
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > self.level, x, 0.0)
 
 
 class Thinking(nn.Module):
@@ -43,10 +57,12 @@ class Thinking(nn.Module):
         self.wicket = nn.Linear(config.hidden_size, breadth, bias=config.bias)
         self.climb = nn.Linear(config.hidden_size, breadth, bias=config.bias)
         self.descend = nn.Linear(breadth, config.hidden_size, bias=config.bias)
-        self.bend = ACT2FN[config.bend]
+        self.bend = FATReLU(config.hidden_act_param) if config.bend == "fatrelu" else ACT2FN[config.bend]
+        self.both = config.both
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.descend(self.bend(self.wicket(x)) * self.climb(x))
+        up = self.climb(x)
+        return self.descend(self.bend(self.wicket(x)) * (self.bend(up) if self.both else up))
 
 
 class Floor(nn.Module):
@@ -133,6 +149,31 @@ def test_it_loads_from_a_plain_checkpoint_with_the_models_own_answers(tmp_path: 
     assert flash.state_dict().keys() == stock.state_dict().keys()
     weight = flash.model.floors[1].thinking.climb.weight
     assert torch.equal(weight + 0, stock.model.floors[1].thinking.climb.weight)
+
+
+@pytest.mark.parametrize("predictor", ["none", "quantized"])
+@pytest.mark.parametrize(
+    "config", [{"bend": "fatrelu", "hidden_act_param": 0.3}, {"bend": "relu", "both": True}, {"bend": "relu2", "both": True}]
+)
+def test_activations_of_models_with_code_of_their_own(tmp_path: Path, config: dict[str, Any], predictor: str) -> None:
+    """ProSparse's FATReLU, and dReLU, which TurboSparse and Bamboo have: ReLU of gate and up."""
+    plain = make(tmp_path / "plain", hidden_size=64, breadth=256, **config)
+    stock = AutoModelForCausalLM.from_pretrained(plain)
+    families.register_family(replace(PRETEND, activation_of_both=config.get("both", False)))
+    try:
+        quantization = FlashOffloadConfig(predictor=predictor)
+        flash = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization)
+        wanted = stock.generate(IDS[:1], max_new_tokens=12, do_sample=False)
+        assert flash.generate(IDS[:1], max_new_tokens=12, do_sample=False).tolist() == wanted.tolist()
+        before = hf_flash.stats(flash).counters.selected
+        flash(IDS[:1, :1])
+        selected = hf_flash.stats(flash).counters.selected - before
+        assert selected == 3 * 256 if predictor == "none" else 0 < selected < 2 * 256
+        families.register_family(replace(PRETEND, activation_of_both=not config.get("both", False)))
+        with pytest.raises(UnsupportedModelError, match=f"activation {config['bend']}"):
+            AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization)
+    finally:
+        families.register_family(PRETEND)
 
 
 @pytest.mark.parametrize("predictor", ["none", "quantized"])

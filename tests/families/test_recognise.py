@@ -225,6 +225,17 @@ class WithResidual(Block):
         return residual + super().forward(x)
 
 
+class OfBoth(Block):
+    """As TurboSparse has it: dReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act_fn = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.act_fn(self.up_proj(x)))
+
+
 class WithDropout(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.dropout(super().forward(x), 0.5, self.training)
@@ -310,15 +321,22 @@ def test_a_family_that_says_another_activation_than_the_model_has_is_refused(cov
 @pytest.mark.parametrize(("function", "name"), [
     (nn.SiLU(), "silu"), (nn.ReLU(), "relu"), (nn.functional.gelu, "gelu"), (nn.GELU("tanh"), "gelu_pytorch_tanh"),
     (lambda x: torch.relu(x).square(), "relu2"), (nn.ReLU6(), "relu6"), (torch.cos, "cos"),
+    (lambda x: torch.where(x > 0.01, x, 0.0), "fatrelu"),
 ])  # fmt: skip
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_an_activation_has_the_name_of_what_does_the_same(function: Any, name: str, device: str) -> None:
     with torch.device(device):
         found = activation_like(function)
     assert found.name == name
-    assert found.zeros == (name in ("relu", "relu2", "relu6"))
+    assert found.zeros == (name in ("relu", "relu2", "relu6", "fatrelu"))
+    assert found.level == (float(torch.tensor(0.01)) if name == "fatrelu" else 0.0)
     x = torch.linspace(-3, 3, 50)
     assert torch.equal(found.function(x), function(x))
+
+
+def test_an_activation_of_both_products_is_found() -> None:
+    assert arithmetic_of(OfBoth(), GATED, "here").activation.text == "relu of gate and up"  # type: ignore[arg-type]
+    assert arithmetic_of(Block(), GATED, "here").activation.text == "silu"  # type: ignore[arg-type]
 
 
 def test_numbers_that_json_has_no_words_for_are_read() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_flash.base.arrays import Ids
-from hf_flash.compute.activation import RELU, Activation
+from hf_flash.compute.activation import Activation, activation_named
 from hf_flash.compute.arithmetic import ARITHMETICS, Arithmetic
 from hf_flash.errors import StoreReadError, UsageError
 from hf_flash.predictors.base import NoPredictor, Predictor
@@ -48,7 +49,7 @@ def make(
     unit = UnitLayout.of(parts, D, dtype)
     matrices = {part.role: torch.randn(D_FF, D, generator=generator, dtype=torch.float32).to(dtype) for part in parts}
     reader = MemoryReader([torch.cat([matrices[role] for role in unit.roles], 1)], unit)
-    activation = activation or Activation("relu", F.relu, RELU, zeros=True)
+    activation = activation or activation_named("relu")
     engine = Engine(reader, kind(D_FF, unit, activation))  # type: ignore[arg-type]
     names: Any = {role: f"{role}_proj" for role in unit.roles}
     ffn = BlockFFN(0, D_FF, D, activation, names=names, biases=dict.fromkeys(unit.roles)).eval()
@@ -57,9 +58,11 @@ def make(
     return ffn, reader, matrices
 
 
-def wanted(x: torch.Tensor, matrices: dict[str, torch.Tensor], ids: list[int], function: Any = F.relu) -> torch.Tensor:
+def wanted(
+    x: torch.Tensor, matrices: dict[Any, torch.Tensor], ids: list[int], activation: Activation | None = None
+) -> torch.Tensor:
     own = {role: matrix[ids] for role, matrix in matrices.items()}
-    hidden = function(x @ own["gate"].T) * (x @ own["up"].T) if "gate" in own else function(x @ own["up"].T)
+    hidden = (activation or activation_named("relu")).hidden(*(x @ own[role].T for role in ("gate", "up") if role in own))
     return hidden @ own["down"]
 
 
@@ -94,14 +97,16 @@ def test_one_token_reads_what_is_named_and_not_there(kind: type[Arithmetic], dty
 
 
 LAYERS = [
-    (TWO_MATRICES, Activation("relu", F.relu, RELU, zeros=True)), (TWO_MATRICES, Activation("silu", F.silu)),
+    (TWO_MATRICES, activation_named("relu")), (TWO_MATRICES, Activation("silu", F.silu)),
     (TWO_MATRICES, Activation("relu2", lambda x: F.relu(x).square(), zeros=True)), (GATED, Activation("silu", F.silu)),
-    (GATED, Activation("relu", F.relu, RELU, zeros=True)),
+    (GATED, activation_named("relu")), (TWO_MATRICES, activation_named("relu2")),
+    (GATED, activation_named("relu2")), (TWO_MATRICES, activation_named("relu6")),
+    (GATED, activation_named("fatrelu", level=0.5)), (GATED, replace(activation_named("relu"), of_both=True)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ARITHMETICS)
-@pytest.mark.parametrize(("parts", "activation"), LAYERS, ids=["relu", "silu", "relu2", "gated silu", "gated relu"])
+@pytest.mark.parametrize(("parts", "activation"), LAYERS, ids=lambda value: getattr(value, "name", None))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 3, 14, 40])
 def test_every_kind_of_layer_computes_the_same_whatever_is_in_memory(
@@ -120,8 +125,8 @@ def test_every_kind_of_layer_computes_the_same_whatever_is_in_memory(
             )
             outs += [ffn(x), ffn(x)]
         assert all(torch.equal(out, outs[0]) for out in outs)
-        expected = wanted(x, matrices, ids, activation.function)
-        precise = wanted(x.double(), {role: part.double() for role, part in matrices.items()}, ids, activation.function)
+        expected = wanted(x, matrices, ids, activation)
+        precise = wanted(x.double(), {role: part.double() for role, part in matrices.items()}, ids, activation)
         scale = precise.abs().amax()
         rounding = 2 * (expected.double() - precise).abs().amax() + 1e-5 * scale  # what stock loses in this dtype
         assert (outs[0].double() - precise).abs().amax() <= rounding
@@ -172,7 +177,7 @@ def test_activations_that_the_compiled_part_does_not_know(activation: Activation
     for tokens in (1, 9):
         ffn, _, matrices = make(parts, activation=activation, capacity=30)
         x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(1))
-        expected = wanted(x, matrices, list(range(D_FF)), activation.function)
+        expected = wanted(x, matrices, list(range(D_FF)), activation)
         torch.testing.assert_close(ffn(x), expected, rtol=1e-4, atol=1e-4)
         assert bool(activation.active(torch.tensor([-1.0])).all()) is not zeros
 

@@ -1,8 +1,11 @@
-"""Train a byte-level BPE tokenizer and a small ReLU OPT from scratch, with few active FFN neurons.
+"""Train a byte-level BPE tokenizer and a small ReLU OPT or Llama from scratch, with few active FFN neurons.
 
     python scripts/get_corpus.py corpus
-    python scripts/train_tiny_opt.py --corpus corpus/bible.train.txt corpus/sotu.train.txt \\
+    python scripts/train_tiny_model.py --corpus corpus/bible.train.txt corpus/sotu.train.txt \\
         --valid corpus/bible.valid.txt corpus/sotu.valid.txt --out tiny-opt
+
+examples/tiny-llama is made with `--architecture llama --hidden 192 --ffn 768 --layers 4 --heads 6`: a gated FFN
+whose gate goes through ReLU, as ReLULlama's does.
 
 Sparse inference lives off FFN hidden layers that are mostly zero, as those of large ReLU models are. A
 small model needs a push that way, so the loss carries a penalty on the hidden activations. The defaults are
@@ -28,7 +31,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 # OPT's own ids. Its texts begin with </s>, which is also what ends them; <s> exists and is never used.
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -40,6 +43,7 @@ FLOOR = 0.02  # share of the learning rate that is left at the end
 PENALTY_FULL_AT = 0.5  # share of the run over which the penalty grows to its weight
 QUICK_WINDOWS = 32
 EVAL_BATCH = 16
+HEADS_PER_KEY = 3  # attention heads of the Llama that share a key and a value
 
 
 @dataclass
@@ -106,22 +110,25 @@ class HiddenMonitor:
     In training mode it collects the activation penalty, in evaluation mode it counts zeros.
     """
 
-    def __init__(self, model: OPTForCausalLM) -> None:
-        layers = model.model.decoder.layers
+    def __init__(self, model: PreTrainedModel) -> None:
+        if isinstance(model, LlamaForCausalLM):
+            down = [layer.mlp.down_proj for layer in model.model.layers]
+        else:
+            down = [layer.fc2 for layer in model.model.decoder.layers]
         self.costs: list[Tensor] = []
-        self.zeros = [0] * len(layers)
-        self.seen = [0] * len(layers)
-        for index, layer in enumerate(layers):
-            layer.fc2.register_forward_pre_hook(self._hook(index))
+        self.zeros = [0] * len(down)
+        self.seen = [0] * len(down)
+        for index, matrix in enumerate(down):
+            matrix.register_forward_pre_hook(self._hook(index))
 
     def _hook(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def observe(fc2: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def observe(down: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             hidden = inputs[0]
-            if fc2.training:
-                # A plain L1 norm falls when activations shrink and fc2 grows, and nothing becomes zero. With
-                # each neuron priced at the length of the column it multiplies, that trade gains nothing.
-                price = fc2.weight.detach().norm(dim=0)
-                self.costs.append((hidden.float() * price).sum(dim=-1).mean())
+            if down.training:
+                # A plain L1 norm falls when activations shrink and the second matrix grows, and nothing becomes zero.
+                # With each neuron priced at the length of the column it multiplies, that trade gains nothing.
+                price = down.weight.detach().norm(dim=0)
+                self.costs.append((hidden.float().abs() * price).sum(dim=-1).mean())
             else:
                 self.zeros[index] += int((hidden == 0).sum())
                 self.seen[index] += hidden.numel()
@@ -144,7 +151,7 @@ class HiddenMonitor:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Train a byte-level BPE tokenizer and a small, sparse ReLU OPT from scratch.",
+        description="Train a byte-level BPE tokenizer and a small, sparse ReLU OPT or Llama from scratch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -152,6 +159,7 @@ def parse_args() -> argparse.Namespace:
     add("--corpus", nargs="+", type=Path, required=True, metavar="FILE", help=f"training text, {text_help}")
     add("--valid", nargs="+", type=Path, required=True, metavar="FILE", help=f"held-out text, {text_help}")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for model, tokenizer and log")
+    add("--architecture", choices=["opt", "llama"], default="opt", help="llama has a gated FFN whose gate goes through ReLU")
     add("--minutes", type=float, default=56.0, help="wall time for the training steps")
     add("--max-steps", type=int, default=None, help="end after this many steps if the time has not run out")
     add("--vocab", type=int, default=4096, help="size of the vocabulary")
@@ -226,28 +234,28 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, documents: list[str], name: str
     return TextSet(name, tokens, sum(len(document.encode()) for document in documents))
 
 
-def build_model(args: argparse.Namespace, vocab: int) -> OPTForCausalLM:
-    """Make an OPT with fresh weights. There is no dropout: the run sees its text only a few times."""
-    config = OPTConfig(
-        vocab_size=vocab,
-        hidden_size=args.hidden,
-        word_embed_proj_dim=args.hidden,
-        ffn_dim=args.ffn,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        max_position_embeddings=args.context,
-        activation_function="relu",
-        dropout=0.0,
-        attention_dropout=0.0,
-        layerdrop=0.0,
-        pad_token_id=PAD_ID,
-        bos_token_id=END_ID,
-        eos_token_id=END_ID,
-    )
-    return OPTForCausalLM(config).to(args.device)
+def build_model(args: argparse.Namespace, vocab: int) -> PreTrainedModel:
+    """Make a model with fresh weights. There is no dropout: the run sees its text only a few times."""
+    common = {
+        "vocab_size": vocab,
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "max_position_embeddings": args.context,
+        "pad_token_id": PAD_ID,
+        "bos_token_id": END_ID,
+        "eos_token_id": END_ID,
+        "tie_word_embeddings": True,
+    }
+    if args.architecture == "llama":
+        own = {"intermediate_size": args.ffn, "hidden_act": "relu", "num_key_value_heads": max(1, args.heads // HEADS_PER_KEY)}
+        return LlamaForCausalLM(LlamaConfig(**common, **own)).to(args.device)
+    own = {"ffn_dim": args.ffn, "word_embed_proj_dim": args.hidden, "activation_function": "relu"}
+    own |= {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
+    return OPTForCausalLM(OPTConfig(**common, **own)).to(args.device)
 
 
-def build_optimizers(model: OPTForCausalLM, lr: float, precision: str) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: PreTrainedModel, lr: float, precision: str) -> list[torch.optim.Optimizer]:
     """Give the weight matrices to Muon, which gets further in a short run, and all else to AdamW."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrices, others = [], []
@@ -281,7 +289,7 @@ def training_batches(tokens: Tensor, context: int, batch: int, seed: int) -> Ite
                 yield rows[chosen]
 
 
-def next_token_loss(model: OPTForCausalLM, rows: Tensor, precision: str) -> Tensor:
+def next_token_loss(model: PreTrainedModel, rows: Tensor, precision: str) -> Tensor:
     """Return the mean cross entropy of predicting each token of ``rows`` from those before it."""
     rows = rows.to(model.device)
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -290,7 +298,7 @@ def next_token_loss(model: OPTForCausalLM, rows: Tensor, precision: str) -> Tens
 
 
 @torch.no_grad()
-def evaluate(model: OPTForCausalLM, tokens: Tensor, context: int, precision: str, limit: int | None = None) -> float:
+def evaluate(model: PreTrainedModel, tokens: Tensor, context: int, precision: str, limit: int | None = None) -> float:
     """Return the loss on held-out text, over all windows or over ``limit`` of them spread evenly."""
     rows = windows(tokens, context)
     if not len(rows):
@@ -305,7 +313,7 @@ def evaluate(model: OPTForCausalLM, tokens: Tensor, context: int, precision: str
 
 
 def train_step(
-    model: OPTForCausalLM,
+    model: PreTrainedModel,
     optimizers: list[torch.optim.Optimizer],
     loss: Tensor,
     learning_rate: float,
@@ -321,7 +329,7 @@ def train_step(
 
 
 def optimize(
-    model: OPTForCausalLM, monitor: HiddenMonitor, train: TextSet, valid: TextSet, args: argparse.Namespace
+    model: PreTrainedModel, monitor: HiddenMonitor, train: TextSet, valid: TextSet, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Train until the time or the steps run out, and return the rows of the log."""
     optimizers = build_optimizers(model, args.lr, args.precision)
@@ -355,7 +363,7 @@ def optimize(
     return rows
 
 
-def judge(model: OPTForCausalLM, monitor: HiddenMonitor, texts: list[TextSet], context: int) -> dict[str, dict[str, Any]]:
+def judge(model: PreTrainedModel, monitor: HiddenMonitor, texts: list[TextSet], context: int) -> dict[str, dict[str, Any]]:
     """Measure the finished model on the whole of every held-out text, in fp32 whatever the training used."""
     results: dict[str, dict[str, Any]] = {}
     for text in texts:
@@ -378,7 +386,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sample(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, context: int) -> str:
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, context: int) -> str:
     """Let the model go on from ``prompt``, as a glance at what it has learned."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = min(context, inputs["input_ids"].shape[1] + 60)

@@ -90,6 +90,8 @@ def arithmetic_of(block: nn.Module, matrices: Mapping[Role, str], where: str) ->
             got=", ".join(sorted(held)),
             hint=_HINT,
         )
+    if len(set(matrices.values())) < len(matrices) and any(f"{name}.bias" in held for name in matrices.values()):
+        raise _differs(where, "a linear layer for gate and up without a bias", "one with a bias")
     inside = {name.partition(".")[0] for name in weights}
     with _on_its_own():
         tried = _Trial(block, matrices)
@@ -188,7 +190,7 @@ class _Trial:
         self._residual = torch.randn(1, _TOKENS, _D_MODEL, generator=random, dtype=torch.float32, device="cpu")
         self._x = 2 * torch.randn(1, _TOKENS, _D_MODEL, generator=random, dtype=torch.float32, device="cpu")
         self._tensors, self._by_role = dict[str, torch.Tensor](), dict[str, tuple[torch.Tensor, torch.Tensor | None]]()
-        for role, name in matrices.items():
+        for role, name in matrices.items():  # of a fused matrix one after the other
             linear: Any = self._block.get_submodule(name)
             shape = (_D_MODEL, _NEURONS) if role == "down" else (_NEURONS, _D_MODEL)
             weight = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu") / shape[1] ** 0.5
@@ -196,7 +198,8 @@ class _Trial:
             has_bias, turned = getattr(linear, "bias", None) is not None, is_turned(linear)
             if turned:
                 linear.nf = shape[0]
-            self._tensors[f"{name}.weight"] = weight.T.contiguous() if turned else weight
+            before = [self._tensors[f"{name}.weight"]] if f"{name}.weight" in self._tensors else []
+            self._tensors[f"{name}.weight"] = weight.T.contiguous() if turned else torch.cat([*before, weight])
             self._tensors |= {f"{name}.bias": bias} if has_bias else {}
             self._by_role[role] = weight, bias if has_bias else None
 

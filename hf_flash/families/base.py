@@ -15,7 +15,7 @@ from typing import Any, Final
 from hf_flash.compute.activation import Activation, activation_named
 from hf_flash.errors import StoreFormatError, UnsupportedModelError
 from hf_flash.store.names import NOTICE
-from hf_flash.store.unit import COLUMN, ROLES, ROW, Part, Role
+from hf_flash.store.unit import COLUMN, HALVES, ROLES, ROW, Part, Role, Stored
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Family:
 
     Attributes:
         model_type: as in config.json.
-        matrices: the name of the linear layer for each role, in the order in which a unit's parts lie.
+        matrices: the name of the linear layer for each role, in the order in which a unit's parts lie. Where gate and up have
+            the same name, that linear layer gives the gate's numbers first, then up's; it has no bias.
         block: the name of the feed-forward module inside a decoder layer, which is replaced as a whole; `""`: the linear layers
             are attributes of the decoder layer itself, and are replaced one by one.
         activation: the attribute of the decoder layer with the activation module, where `block` is `""`; of no use elsewhere.
@@ -107,7 +108,20 @@ class Family:
     @property
     def parts(self) -> tuple[Part, ...]:
         """The parts of its units."""
-        return tuple(Part(role, COLUMN if role in self.columns else ROW) for role in self.matrices)
+        if self.is_fused:
+            return (
+                *(Part(role, half) for role, half in zip(self.matrices, HALVES, strict=False)),
+                Part("down", self._stored("down")),
+            )
+        return tuple(Part(role, self._stored(role)) for role in self.matrices)
+
+    def _stored(self, role: Role) -> Stored:
+        return COLUMN if role in self.columns else ROW
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether gate and up are one linear layer."""
+        return len(set(self.matrices.values())) < len(self.matrices)
 
     @property
     def inline(self) -> bool:
@@ -204,6 +218,11 @@ def check_family(family: Family) -> None:
     if family.inline and not family.activation:
         wanted = "the attribute of the decoder layer with the activation module"
         raise _invalid(family, "activation", wanted, repr(family.activation))
+    names = list(family.matrices.values())
+    fused = list(family.matrices) == list(ROLES) and names[0] == names[1] != names[2] and family.columns == {"down"}
+    if family.is_fused and not fused:
+        wanted = 'one linear layer for "gate" and "up", in this order, with neurons in rows, and another for "down"'
+        raise _invalid(family, "matrices", wanted, dict(family.matrices))
     if not family.columns <= roles:
         raise _invalid(family, "columns", f"some of {', '.join(family.matrices)}", ", ".join(sorted(family.columns)))
 

@@ -24,6 +24,9 @@ from hf_flash.store.unit import Role
 _NAMES: Final[tuple[Mapping[Role, str], ...]] = (
     {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
     {"gate": "w1", "up": "w3", "down": "w2"},
+    {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"},
+    {"gate": "Wi", "up": "Wi", "down": "Wo"},
+    {"gate": "fc1", "up": "fc1", "down": "fc2"},
     {"up": "up_proj", "down": "down_proj"},
     {"up": "fc1", "down": "fc2"},
     {"up": "dense_h_to_4h", "down": "dense_4h_to_h"},
@@ -170,10 +173,17 @@ def _blocks(layer: nn.Module) -> Iterator[tuple[str, Mapping[Role, str]]]:
     for path, module in layer.named_modules():
         if not path or path.count(".") > 1:
             continue
-        held = {name for name, child in module.named_children() if _is_linear(child)}
-        matches = [names for names in _NAMES if set(names.values()) <= held]
+        held = {name: child for name, child in module.named_children() if _is_linear(child)}
+        matches = [names for names in _NAMES if set(names.values()) <= held.keys() and _fits(held, names)]
         if matches:
             yield path, matches[0]
+
+
+def _fits(held: Mapping[str, Any], names: Mapping[Role, str]) -> bool:
+    """Whether the matrices before the activation give as many numbers as the one after it takes; twice as many if fused."""
+    first, last = (held[names[role]] for role in ("up", "down"))  # with a weight: `_is_linear`
+    given, taken = first.weight.shape[is_turned(first)], last.weight.shape[not is_turned(last)]
+    return bool(given == taken * list(names.values()).count(names["up"]))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -187,12 +197,11 @@ def _is_by_column(linear: nn.Module, role: Role) -> bool:
 
 
 def _shape(model: Any, blocks: list[nn.Module], matrices: Mapping[Role, str]) -> Shape:
-    ups: list[Any] = [block.get_submodule(matrices["up"]) for block in blocks]
-    sizes = [tuple(up.weight.shape) for up in ups]
-    turned = is_turned(blocks[0].get_submodule(matrices["up"]))
-    widths, d_models = zip(*(size[::-1] if turned else size for size in sizes), strict=True)
+    downs: list[Any] = [block.get_submodule(matrices["down"]) for block in blocks]
+    sizes = [tuple(down.weight.shape) for down in downs]
+    d_models, widths = zip(*(size[::-1] if is_turned(downs[0]) else size for size in sizes), strict=True)
     if len(set(d_models)) > 1:
-        raise _not_recognised(model, "feed-forward blocks as wide as each other", f"inputs of {sorted(set(d_models))} numbers")
+        raise _not_recognised(model, "feed-forward blocks as wide as each other", f"outputs of {sorted(set(d_models))} numbers")
     config = model.config.get_text_config()
     heads = _number(config, "num_attention_heads") or 1
     kv_heads = _number(config, "num_key_value_heads") or heads

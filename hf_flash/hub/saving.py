@@ -194,9 +194,9 @@ def _whole(model: Any, runtime: FlashRuntime, state_dict: Mapping[str, Any] | No
     wrong = lacking + [name for name, value in described.items() if name in state and state[name].shape != value.shape]
     found = [part.matrix for _, part in model.named_modules(remove_duplicate=False) if isinstance(part, OnFlash)]
     layers, dtype = runtime.store.layers, runtime.engine.dtype
-    loaded = [Matrix(layer, role, dtype) for layer in layers for role in layer.unit.roles]
+    loaded = [Matrix(layer, name, dtype) for layer in layers for name in layer.plain_specs]
     if wrong or found != loaded:
-        order = [matrix.layer.index for matrix in found if matrix is not None and matrix.role == "down"]
+        order = [matrix.layer.index for matrix in found if matrix is not None and matrix.name == matrix.layer.name("down")]
         raise UsageError(
             "the model's layers are not those that were loaded, but the store can only be copied as it is",
             where="saving",

@@ -18,7 +18,7 @@ from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import LAYER_FILE, META, PREDICTOR_FILE
 from hf_flash.store.safetensors_files import nbytes_of, read_header
-from hf_flash.store.unit import ROW, UnitLayout
+from hf_flash.store.unit import COLUMN, UnitLayout
 from hf_flash.store.writer import plain_unit, write_layer
 
 
@@ -39,7 +39,7 @@ def build_store(folder: Path, checkpoint: Checkpoint, family: Family, fmt: CopyF
         for layer in todo:
             path = folder / LAYER_FILE.format(layer.index)
             matrices = [
-                checkpoint.rows(name) if part.stored == ROW else checkpoint.in_memory(name)
+                checkpoint.rows(name) if part.stored != COLUMN else checkpoint.in_memory(name)
                 for part, name in zip(family.parts, layer.matrices, strict=True)
             ]
             write_layer(path, layer.index, len(names), layer.bundles, family.parts, layer.matrices, matrices, origin)

@@ -64,7 +64,8 @@ def attach(
         ffn.attach(engine, window, predictor)
     for module in model.modules():
         if isinstance(module, OnFlash):
-            module.matrix = Matrix(store.layers[module.index], module.role, in_memory.dtype)
+            layer = store.layers[module.index]
+            module.matrix = Matrix(layer, layer.name(module.role), in_memory.dtype)
     make_linears_resident(model, engine)
     if fmt is not None:
         engine.sequences.watch(decoder_of(model))

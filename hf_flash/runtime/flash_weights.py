@@ -45,29 +45,25 @@ class Matrix:
 
     Attributes:
         layer: where its numbers lie.
-        role: which of them it is.
+        name: in the plain checkpoint.
         dtype: of compute.
     """
 
     layer: LayerStore
-    role: Role
+    name: str
     dtype: torch.dtype
 
     @property
-    def name(self) -> str:
-        return self.layer.name(self.role)
-
-    @property
     def shape(self) -> tuple[int, int]:
-        return self._part.plain_shape(self.layer.d_ff, self.layer.d_model)
+        return self._parts[0].plain_shape(self.layer.d_ff, self.layer.d_model)
 
     @property
     def nbytes(self) -> int:
-        return self.layer.d_ff * self.layer.d_model * self.dtype.itemsize
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
-    def _part(self) -> Part:
-        return self.layer.unit.part(self.role)
+    def _parts(self) -> list[Part]:
+        return self.layer.parts_of(self.name)
 
     def read(self) -> torch.Tensor:
         """The matrix in memory.
@@ -86,32 +82,36 @@ class Matrix:
                 hint="its own save_pretrained copies the flash model's files; `hf_flash.restore` writes plain ones",
             )
         whole = aligned_empty(self.shape, self.dtype)
-        by_neuron = self._part.by_unit(whole)
-        for neurons, rows in self._blocks():
-            by_neuron[neurons] = rows
+        for part in self._parts:
+            by_neuron = part.by_unit(whole)
+            for neurons, rows in self._blocks(part):
+                by_neuron[neurons] = rows
         return whole
 
     def equals(self, other: Any) -> bool:
         """Whether these are the numbers of this matrix, once they are rounded to its dtype."""
-        if isinstance(other, FlashWeight) and (other.matrix.layer, other.matrix.role) == (self.layer, self.role):
+        if isinstance(other, FlashWeight) and (other.matrix.layer, other.matrix.name) == (self.layer, self.name):
             return True
         if not isinstance(other, torch.Tensor) or tuple(other.shape) != self.shape or other.is_meta:
             return False
-        by_neuron = self._part.by_unit(other.detach())
-        return all(torch.equal(by_neuron[neurons].cpu().to(self.dtype), rows) for neurons, rows in self._blocks())
+        return all(
+            torch.equal(part.by_unit(other.detach())[neurons].cpu().to(self.dtype), rows)
+            for part in self._parts
+            for neurons, rows in self._blocks(part)
+        )
 
     def refuse(self, other: Any) -> None:
         """Refuse other numbers than those on flash."""
         if not self.equals(other):
             refuse_weights([self.name])
 
-    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some neurons at a time: which, and their rows [neurons, d_model] in the dtype of compute."""
+    def _blocks(self, part: Part) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some neurons at a time: which, and their rows of a part [neurons, d_model] in the dtype of compute."""
         read_header(self.layer.path)  # says what is wrong with a file that is gone or damaged
-        part = self.layer.part(self.role)
+        rows = self.layer.part(part.role)
         for at in range(0, self.layer.d_ff, _NEURONS):
             neurons = slice(at, min(at + _NEURONS, self.layer.d_ff))
-            yield neurons, part[neurons].to(self.dtype)
+            yield neurons, rows[neurons].to(self.dtype)
 
 
 def refuse_weights(names: list[str]) -> NoReturn:

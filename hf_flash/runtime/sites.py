@@ -68,7 +68,8 @@ class BlockFFN(FlashFFN):
         super().__init__(index, d_ff, d_model, activation)
         self._names = dict(names)
         for role, name in names.items():
-            setattr(self, name, Projection(index, role, biases[role]))
+            if not hasattr(self, name):  # two roles may share a matrix
+                setattr(self, name, Projection(index, role, biases[role]))
 
     @property
     def projections(self) -> dict[Role, OnFlash]:

@@ -19,7 +19,7 @@ import torch
 from hf_flash.base.files import StoredFile, parse_number
 from hf_flash.errors import StoreFormatError, StoreVersionError
 from hf_flash.store.codecs import codec_of
-from hf_flash.store.names import ALIGNMENT, PARTS_VERSION, PLACED_VERSION
+from hf_flash.store.names import ALIGNMENT, HALVES_VERSION, NEWEST_VERSION, PARTS_VERSION, PLACED_VERSION
 from hf_flash.store.safetensors_files import Rows, TensorSpec, data_offset, read_tensor
 from hf_flash.store.unit import TWO_MATRICES, Part, Role, UnitLayout, parse_parts
 
@@ -80,6 +80,10 @@ class LayerStore:
         """The name of a matrix in the plain checkpoint."""
         return self.names[self.unit.roles.index(role)]
 
+    def parts_of(self, name: str) -> list[Part]:
+        """The parts that a matrix of the plain checkpoint has: one, or two that share it."""
+        return [part for part, matrix in zip(self.unit.parts, self.names, strict=True) if matrix == name]
+
     @property
     def plain_specs(self) -> dict[str, TensorSpec]:
         """Names, dtype and shapes of the matrices in the plain checkpoint."""
@@ -109,11 +113,11 @@ def check_version(path: Path, metadata: Mapping[str, str]) -> None:
     version = parse_number(text)
     if version is None:
         raise StoreFormatError("the format version is missing or not a number", where=path, got=repr(text[:80]))
-    if version > PARTS_VERSION:
+    if version > NEWEST_VERSION:
         raise StoreVersionError(
             "this store was written by a newer hf_flash",
             where=path,
-            expected=f"format version up to {PARTS_VERSION}",
+            expected=f"format version up to {NEWEST_VERSION}",
             got=version,
             hint="pip install -U hf-flash",
         )
@@ -159,8 +163,8 @@ def layer_of(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Layer
             got=offset,
             hint="the file was rewritten by another tool: repack the model",
         )
+    names = _names_of(path, metadata, parts)
     place = _place_of(path, tensors, keys[0].removesuffix(".bundles") + ".place", version, d_ff)
-    names = tuple(metadata[part.role] for part in parts)
     return LayerStore(index, path, offset, keys[0], d_ff, UnitLayout.of(parts, d_model, dtype), names, metadata["crc32"], place)
 
 
@@ -169,7 +173,7 @@ def _parts_of(path: Path, metadata: Mapping[str, str], version: int) -> tuple[Pa
     if version < PARTS_VERSION and "parts" not in metadata:
         return TWO_MATRICES
     parts = parse_parts(metadata.get("parts", ""))
-    if parts is None or version < PARTS_VERSION:
+    if parts is None or version < (HALVES_VERSION if any(part.is_half for part in parts) else PARTS_VERSION):
         raise StoreFormatError(
             "the list of a bundle's parts is not valid",
             where=path,
@@ -178,6 +182,22 @@ def _parts_of(path: Path, metadata: Mapping[str, str], version: int) -> tuple[Pa
             hint="the file is damaged, or was rewritten by another tool: repack the model",
         )
     return parts
+
+
+def _names_of(path: Path, metadata: Mapping[str, str], parts: tuple[Part, ...]) -> tuple[str, ...]:
+    """The matrices of the parts: those that are halves share one, and no others do."""
+    names = tuple(metadata[part.role] for part in parts)
+    halves = {name for name, part in zip(names, parts, strict=True) if part.is_half}
+    whole = [name for name, part in zip(names, parts, strict=True) if not part.is_half]
+    if len(halves) > 1 or len(halves | set(whole)) < len(halves) + len(whole):
+        raise StoreFormatError(
+            "the matrices of a layer are not named as its parts share them",
+            where=path,
+            expected="one name for parts that are halves of a matrix, and one for each other part",
+            got=", ".join(f"{part.role}: {ascii(name)[:80]}" for name, part in zip(names, parts, strict=True)),
+            hint="the file is damaged, or was rewritten by another tool: repack the model",
+        )
+    return names
 
 
 def _place_of(path: Path, tensors: Tensors, key: str, version: int, d_ff: int) -> npt.NDArray[np.int32] | None:

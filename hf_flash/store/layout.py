@@ -236,7 +236,7 @@ def _check_layers(layers: Mapping[int, LayerStore], count: int) -> None:
     units = {layer.unit: layer.path.name for layer in layers.values()}
     if len(units) > 1:
         raise StoreFormatError("layers of different dtypes or widths", where=folder, got=units)
-    names = [name for layer in layers.values() for name in (layer.key, *layer.names)]
+    names = [name for layer in layers.values() for name in (layer.key, *layer.plain_specs)]
     if len(set(names)) < len(names):
         raise StoreFormatError("layers that claim the same tensors", where=folder, got=sorted(names)[:10])
 

@@ -7,6 +7,8 @@ from typing import Final
 FORMAT_VERSION: Final = 1
 PLACED_VERSION: Final = 2  # of layer files with a `place`
 PARTS_VERSION: Final = 3  # of layer files with a list of parts
+HALVES_VERSION: Final = 4  # of those whose list has halves of a matrix
+NEWEST_VERSION: Final = HALVES_VERSION
 ALIGNMENT: Final = 4096
 INDEX_NAME: Final = "model.safetensors.index.json"
 LAYER_FILE: Final = "flash-layer-{:05d}.safetensors"

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import torch
 
@@ -23,9 +23,11 @@ from hf_flash.errors import StoreFormatError
 from hf_flash.store.codecs import CODECS, Codec, codec_of
 
 Role = Literal["gate", "up", "down"]
+Stored = Literal["row", "column", "first_rows", "last_rows"]
 ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
 COLUMN: Final = "column"
 ROW: Final = "row"
+HALVES: Final[tuple[Stored, ...]] = ("first_rows", "last_rows")
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,39 @@ class Part:
 
     Attributes:
         role: what the matrix does: hidden = activation(up x), or activation(gate x) * (up x); output = down hidden.
-        stored: whether a unit is a `"row"` of the plain matrix, [units, width], or a `"column"`, [width, units].
+        stored: whether a unit is a `"row"` of the plain matrix, [units, width], or a `"column"`, [width, units]. Of a matrix
+            that two parts share, [2 * units, width], one has the `"first_rows"` and the other the `"last_rows"`.
     """
 
     role: Role
-    stored: Literal["row", "column"]
+    stored: Stored
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it shares its matrix with another part."""
+        return self.stored in HALVES
 
     def plain_shape(self, units: int, width: int) -> tuple[int, int]:
         """The shape of the matrix in the plain checkpoint."""
-        return (units, width) if self.stored == ROW else (width, units)
+        if self.stored == COLUMN:
+            return width, units
+        return (2 * units, width) if self.is_half else (units, width)
+
+    def sizes(self, plain_shape: Sequence[int]) -> tuple[int, int]:
+        """Units and width, from the shape of the matrix."""
+        first, second = plain_shape
+        if self.stored == COLUMN:
+            return second, first
+        return (first // 2, second) if self.is_half else (first, second)
+
+    def units(self, plain_shape: Sequence[int]) -> slice:
+        """In which rows of the matrix, or columns, the units are."""
+        units, start = self.sizes(plain_shape)[0], HALVES.index(self.stored) if self.is_half else 0
+        return slice(start * units, (start + 1) * units)
 
     def by_unit(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The plain matrix as a view [units, width]. It also turns such a view back into the plain matrix."""
-        return matrix if self.stored == ROW else matrix.T
+        """The plain matrix as a view [units, width]."""
+        return (matrix.T if self.stored == COLUMN else matrix)[self.units(matrix.shape)]
 
 
 @dataclass(frozen=True)
@@ -133,10 +155,11 @@ def parts_text(parts: Sequence[Part]) -> str:
 
 def parse_parts(text: str) -> tuple[Part, ...] | None:
     """[`UnitLayout.text`] as parts; `None` for any other text."""
-    known: Mapping[str, Part] = {f"{role}:{stored}": Part(role, stored) for role in ROLES for stored in ("row", "column")}
+    known: Mapping[str, Part] = {f"{role}:{stored}": Part(role, stored) for role in ROLES for stored in get_args(Stored)}
     words = text.split(",")
     if len(words) > len(ROLES) or not all(word in known for word in words):
         return None
     parts = tuple(known[word] for word in words)
-    roles = {part.role for part in parts}
-    return parts if len(roles) == len(parts) and {"up", "down"} <= roles else None
+    roles, halves = {part.role for part in parts}, tuple(part.stored for part in parts if part.is_half)
+    valid = len(roles) == len(parts) and {"up", "down"} <= roles and halves in ((), HALVES)
+    return parts if valid else None

@@ -20,9 +20,9 @@ from hf_flash.base.files import new_file, sync_to_disk, writing
 from hf_flash.errors import InvalidWeightsError, RepackError, StoreFormatError
 from hf_flash.store.codecs import codec_of
 from hf_flash.store.layer_file import LayerStore, crc_of_file
-from hf_flash.store.names import ALIGNMENT, FORMAT_VERSION, META, PARTS_VERSION, PLACED_VERSION
+from hf_flash.store.names import ALIGNMENT, FORMAT_VERSION, HALVES_VERSION, META, PARTS_VERSION, PLACED_VERSION
 from hf_flash.store.safetensors_files import DTYPE_NAMES, PIECE_BYTES, Rows, TensorSpec, new_tensor, read_header
-from hf_flash.store.unit import ROW, TWO_MATRICES, Part, UnitLayout
+from hf_flash.store.unit import COLUMN, TWO_MATRICES, Part, UnitLayout
 
 _NO_CRC: Final = "0" * 8
 
@@ -89,10 +89,10 @@ def plain_unit(parts: Sequence[Part], specs: Sequence[TensorSpec], names: Sequen
             hint="load the repacked folder with its own config.json, or `hf_flash.restore` the plain checkpoint",
         )
     dtype, shape = specs[0]
-    by_unit = shape if parts[0].stored == ROW else shape[::-1]
+    by_unit = parts[0].sizes(shape) if len(shape) == 2 else (0, 0)
     fits = len(shape) == 2 and codec_of(dtype) is not None
     if not fits or any(spec != (dtype, part.plain_shape(*by_unit)) for part, spec in zip(parts, specs, strict=True)):
-        shapes = ["[d_ff, d_model]" if part.stored == ROW else "[d_model, d_ff]" for part in parts]
+        shapes = [str(list(part.plain_shape(*by_unit))) for part in parts]
         raise StoreFormatError(
             "the FFN matrices do not fit together",
             where=", ".join(names),
@@ -123,7 +123,7 @@ def write_layer(
     named = dict(zip(unit.roles, names, strict=True))
     metadata = _metadata(**named, **origin, **{k: str(v) for k, v in numbers.items()})
     if unit.parts != TWO_MATRICES:
-        metadata |= {META + "parts": unit.text, META + "format_version": str(PARTS_VERSION)}
+        metadata |= {META + "parts": unit.text, META + "format_version": str(_parts_version(unit))}
     write_safetensors(path, {key: (unit.dtype, (d_ff, unit.numbers))}, _bundle(unit, d_ff, names, matrices), metadata)
 
 
@@ -150,12 +150,14 @@ def _bundle(
 
 def _neurons(part: Part, matrix: Rows | torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
     """One part of every neuron, [up to `rows`, width], so many neurons at a time. What is yielded may be overwritten."""
-    if isinstance(matrix, Rows):
-        yield from matrix.pieces(rows)
-    elif part.stored == ROW:
-        yield from (matrix[at : at + rows] for at in range(0, matrix.shape[0], rows))
+    units = part.units(matrix.shape)
+    pieces = (slice(at, min(at + rows, units.stop)) for at in range(units.start, units.stop, rows))
+    if isinstance(matrix, torch.Tensor) and part.stored == COLUMN:
+        yield from (_transposed(matrix[:, piece]) for piece in pieces)
+    elif isinstance(matrix, torch.Tensor) or part.is_half:
+        yield from (matrix[piece] for piece in pieces)
     else:
-        yield from (_transposed(matrix[:, at : at + rows]) for at in range(0, matrix.shape[1], rows))
+        yield from matrix.pieces(rows)
 
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:
@@ -165,16 +167,22 @@ def _transposed(matrix: torch.Tensor) -> torch.Tensor:
 
 def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
     """The matrices of a plain checkpoint in the order of the parts, contiguous, one in memory at a time."""
-    for part in layer.unit.parts:
-        rows = layer.part(part.role)
-        if part.stored == ROW:
-            yield rows[:]
-            continue
-        matrix = new_tensor((layer.d_model, layer.d_ff), layer.dtype)
-        step = max(1, PIECE_BYTES // layer.bundle_bytes)
-        for at in range(0, layer.d_ff, step):
-            matrix[:, at : at + step] = _transposed(rows[at : at + step])
+    for name, (dtype, shape) in layer.plain_specs.items():
+        matrix = new_tensor(shape, dtype)
+        for part in layer.parts_of(name):
+            _fill(part.by_unit(matrix), layer.part(part.role), max(1, PIECE_BYTES // layer.bundle_bytes))
         yield matrix
+
+
+def _fill(by_unit: torch.Tensor, rows: Rows, step: int) -> None:
+    """Copy rows to a view of the matrix that they are of, so many at a time."""
+    by_column = not by_unit.is_contiguous()
+    for at in range(0, len(by_unit), step):
+        some = rows[at : at + step]
+        if by_column:
+            by_unit.T[:, at : at + step] = _transposed(some)
+        else:
+            by_unit[at : at + step] = some
 
 
 def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
@@ -205,9 +213,14 @@ def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
         yield torch.from_numpy(place)
 
     specs = {layer.key: layer.spec, f"{layer.prefix}.place": (torch.int32, (layer.d_ff,))}
-    version = PLACED_VERSION if layer.unit.parts == TWO_MATRICES else PARTS_VERSION
+    version = PLACED_VERSION if layer.unit.parts == TWO_MATRICES else _parts_version(layer.unit)
     metadata = read_header(layer.path)[1] | {META + "format_version": str(version), META + "crc32": _NO_CRC}
     write_safetensors(layer.path, specs, pieces(), metadata)
+
+
+def _parts_version(unit: UnitLayout) -> int:
+    """The lowest format version that describes a list of parts."""
+    return HALVES_VERSION if any(part.is_half for part in unit.parts) else PARTS_VERSION
 
 
 def predictor_metadata(variant: str, store: Mapping[str, str]) -> dict[str, str]:

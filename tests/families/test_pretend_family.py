@@ -317,6 +317,11 @@ UP_DOWN: Any = {"up": "a", "down": "b"}
     ("matrices", {"matrices": {"gate": "c"} | UP_DOWN, "block": "", "activation": "act"}),
     ("activation", {"matrices": UP_DOWN, "block": ""}),
     ("columns", {"matrices": UP_DOWN, "columns": frozenset({"gate", "down"})}),
+    ("matrices", {"matrices": {"up": "a", "gate": "a", "down": "b"}}),
+    ("matrices", {"matrices": {"gate": "a", "up": "b", "down": "a"}}),
+    ("matrices", {"matrices": {"gate": "a", "up": "a", "down": "a"}}),
+    ("matrices", {"matrices": {"up": "a", "down": "a"}}),
+    ("matrices", {"matrices": {"gate": "a", "up": "a", "down": "b"}, "columns": frozenset({"gate", "up", "down"})}),
 ])  # fmt: skip
 def test_a_family_that_cannot_be_is_refused(field: str, family: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{field} of nonsense"):
@@ -326,6 +331,7 @@ def test_a_family_that_cannot_be_is_refused(field: str, family: dict[str, Any]) 
 @pytest.mark.parametrize("family", [
     {"matrices": UP_DOWN}, {"matrices": {"gate": "c"} | UP_DOWN}, {"matrices": UP_DOWN, "block": "", "activation": "act"},
     {"matrices": {"gate": "c"} | UP_DOWN, "columns": frozenset({"gate", "up", "down"})},
+    {"matrices": {"gate": "a", "up": "a", "down": "b"}},
 ])  # fmt: skip
 def test_a_family_that_can_be_is_not(family: dict[str, Any]) -> None:
     check_family(Family("sense", **family))

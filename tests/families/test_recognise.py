@@ -48,6 +48,7 @@ SAMPLE = {  # each with something of its own
     "gptj": "mlp, gelu_new", "gpt_neox": "mlp, gelu", "falcon": "mlp, gelu", "bloom": "mlp, ", "mpt": "ffn, gelu",
     "starcoder2": "mlp, gelu_pytorch_tanh", "persimmon": "mlp, relu2", "nemotron": "mlp, relu2", "arcee": "mlp, relu2",
     "opt": ", relu", "xglm": ", gelu", "bart": ", gelu", "bert": ", gelu", "ctrl": "ffn, relu",
+    "phi3": "mlp, silu", "moshi": "mlp, silu", "modernbert-decoder": "mlp, gelu",
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_a_sample_of_the_models_of_transformers_is_equal_to_stock(model_type: st
 
 REFUSED = {
     "mixtral": "experts, which are not supported yet", "qwen2_moe": "experts, which are not supported yet",
-    "bitnet": "ffn_sub_norm.weight", "mamba": "with blocks none", "phi3": "with blocks none",
+    "bitnet": "ffn_sub_norm.weight", "mamba": "with blocks none",
 }  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "xglm", "bert", "nemotron"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "xglm", "bert", "nemotron", "phi3", "glm4"])
 def test_repacked_it_is_the_same_and_restores_bit_for_bit(model_type: str, coverage: ModuleType, tmp_path: Path) -> None:
     stock, ids = coverage.stock_model(model_type, tmp_path / "plain")
     hf_flash.repack(tmp_path / "plain", tmp_path / "packed")
@@ -246,6 +247,27 @@ def test_a_block_that_computes_something_else_is_refused(kind: Callable[[], nn.M
     with pytest.raises(UnsupportedModelError, match="does not compute what hf_flash would compute in its place") as caught:
         arithmetic_of(kind(), GATED, "here")  # type: ignore[arg-type]
     assert "where: here" in str(caught.value)
+
+
+class Fused(nn.Module):
+    """Gate and up in one matrix, as Phi-3 has them."""
+
+    def __init__(self, *, bias: bool = False, turned: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(32, 128, bias=bias), nn.Linear(64, 32, bias=False)
+        self.act_fn, self.turned = nn.SiLU(), turned
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(up) * gate if self.turned else self.act_fn(gate) * up)
+
+
+def test_gate_and_up_in_one_matrix_are_the_gate_first_and_have_no_bias() -> None:
+    matrices: Any = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
+    assert arithmetic_of(Fused(), matrices, "here").activation.name == "silu"
+    for other in (Fused(bias=True), Fused(turned=True)):
+        with pytest.raises(UnsupportedModelError, match="does not compute what hf_flash would compute in its place"):
+            arithmetic_of(other, matrices, "here")
 
 
 @pytest.mark.parametrize("kind", [Block, WithoutAttribute, WithResidual, WithDropout])

@@ -205,7 +205,10 @@ def test_somebody_elses_choice_narrows_a_predictors() -> None:
 # --- what a unit is ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [TWO_MATRICES, GATED, (Part("up", "column"), Part("down", "row"))])
+FUSED = (Part("gate", "first_rows"), Part("up", "last_rows"), Part("down", "column"))
+
+
+@pytest.mark.parametrize("parts", [TWO_MATRICES, GATED, FUSED, (Part("up", "column"), Part("down", "row"))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_layout_says_where_parts_lie(parts: Any, dtype: torch.dtype) -> None:
     unit = UnitLayout.of(parts, D, dtype)
@@ -218,7 +221,17 @@ def test_a_layout_says_where_parts_lie(parts: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "up:row", "up:row,down:diagonal", "up:row,up:row,down:column", "up:row,down:column,x:row", "up"]
+    "text",
+    [
+        "",
+        "up:row",
+        "up:row,down:diagonal",
+        "up:row,up:row,down:column",
+        "up:row,down:column,x:row",
+        "up",
+        "gate:first_rows,up:row,down:column",
+        "gate:last_rows,up:first_rows,down:column",
+    ],
 )
 def test_a_list_of_parts_that_cannot_be_is_none(text: str) -> None:
     assert parse_parts(text) is None

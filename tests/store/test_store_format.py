@@ -24,7 +24,7 @@ from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.safetensors_files import read_header
 from hf_flash.store.unit import Part
-from hf_flash.store.writer import place_layer, write_layer, write_safetensors
+from hf_flash.store.writer import place_layer, unbundle, write_layer, write_safetensors
 from tests.conftest import ROOT, make_opt
 from tests.docs import blocks, tables
 
@@ -105,13 +105,23 @@ def test_no_library_at_all_gets_one_neuron(plain: Path, store: FlashStore) -> No
             assert torch.equal(found[layer.d_model :], wanted[layer.name("down")][:, neuron])
 
 
+LISTS = {  # of parts, and the version that describes them
+    "3": (Part("gate", "row"), Part("up", "row"), Part("down", "column")),
+    "4": (Part("gate", "first_rows"), Part("up", "last_rows"), Part("down", "column")),
+}
+
+
 @pytest.mark.parametrize("placed", [False, True])
-def test_both_read_a_file_with_a_list_of_parts(tmp_path: Path, placed: bool) -> None:
-    """Format version 3, where places may be there and may not."""
-    d_ff, d_model, path = 80, 24, tmp_path / "flash-layer-00000.safetensors"
-    parts = (Part("gate", "row"), Part("up", "row"), Part("down", "column"))
-    names = [f"layers.0.{part.role}.weight" for part in parts]
-    matrices = [torch.randn(part.plain_shape(d_ff, d_model), generator=torch.Generator().manual_seed(1)) for part in parts]
+@pytest.mark.parametrize("version", LISTS)
+def test_both_read_a_file_with_a_list_of_parts(tmp_path: Path, placed: bool, version: str) -> None:
+    """Where places may be there and may not."""
+    d_ff, d_model, path, parts = 80, 24, tmp_path / "flash-layer-00000.safetensors", LISTS[version]
+    names = [f"layers.0.{'gate_up' if part.is_half else part.role}.weight" for part in parts]
+    of_name = {
+        name: torch.randn(part.plain_shape(d_ff, d_model), generator=torch.Generator().manual_seed(1))
+        for name, part in zip(names, parts, strict=True)
+    }
+    matrices = [of_name[name] for name in names]
     origin = {"source": "s", "revision": "", "fingerprint": "f"}
     write_layer(path, 0, 1, "layers.0.gate.bundles", parts, names, matrices, origin)
     if placed:
@@ -119,7 +129,9 @@ def test_both_read_a_file_with_a_list_of_parts(tmp_path: Path, placed: bool) -> 
         place_layer(layer, torch.randperm(d_ff, generator=torch.Generator().manual_seed(2)).int().numpy())
     (layer,) = FlashStore.open([path]).layers
     assert (layer.place is not None) == placed
-    assert read_header(path)[1]["hf_flash.format_version"] == "3"
+    assert read_header(path)[1]["hf_flash.format_version"] == version
+    assert list(layer.plain_specs) == list(of_name)
+    assert all(torch.equal(*pair) for pair in zip(unbundle(layer), of_name.values(), strict=True))
     assert in_file(path, layer.prefix) == layer_tensors(layer, "F32")
     for neuron in (0, 17, d_ff - 1):
         found = torch.frombuffer(bytearray(PROGRAM["read_bundle"](path, neuron)), dtype=torch.float32)
@@ -129,6 +141,25 @@ def test_both_read_a_file_with_a_list_of_parts(tmp_path: Path, placed: bool) -> 
     plain = PROGRAM["read_plain"](tmp_path)
     assert plain.keys() == set(names)
     assert all(torch.equal(plain[name], matrix) for name, matrix in zip(names, matrices, strict=True))
+
+
+@pytest.mark.parametrize("damage", [
+    {"parts": "gate:row,up:last_rows,down:column"}, {"parts": "gate:last_rows,up:first_rows,down:column"},
+    {"parts": "gate:first_rows,up:first_rows,down:column"}, {"format_version": "3"}, {"up": "another"}, {"down": "gate_up"},
+    {"parts": "gate:row,up:row,down:column"},
+])  # fmt: skip
+def test_halves_that_are_none_are_refused(tmp_path: Path, damage: dict[str, str]) -> None:
+    path, parts = tmp_path / "flash-layer-00000.safetensors", LISTS["4"]
+    shared, down = torch.zeros(2 * 80, 24), torch.zeros(24, 80)
+    origin = {"source": "s", "revision": "", "fingerprint": "f"}
+    write_layer(path, 0, 1, "g.bundles", parts, ("gate_up", "gate_up", "down"), (shared, shared, down), origin)
+    metadata = read_header(path)[1] | {f"hf_flash.{key}": value for key, value in damage.items()}
+    tensors = load_file(path)
+    write_safetensors(
+        path, {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}, tensors.values(), metadata
+    )
+    with pytest.raises(hf_flash.StoreFormatError, match=str(path)):
+        FlashStore.open([path])
 
 
 @pytest.mark.parametrize("placed", [False, True])

@@ -15,6 +15,7 @@ import torch
 
 from hf_flash.base.arrays import Ids
 from hf_flash.bench.checks import window_law
+from hf_flash.compute.arithmetic import Values
 from hf_flash.errors import HfFlashError
 from hf_flash.predictors.base import Predictor
 from hf_flash.runtime.layer import FlashFFN
@@ -76,10 +77,10 @@ class SelectionRecorder(Predictor):
         self._last = self._predictor.select(x, allowed)
         return self._last
 
-    def _observe(self, x: torch.Tensor, ids: Ids, before: torch.Tensor) -> None:
+    def _observe(self, x: torch.Tensor, ids: Ids, found: Values) -> None:
         if len(self._active) != len(x):
             self._active = np.zeros((len(x), self._d_ff), dtype=np.bool_)
-        self._active[:, ids] = self._is_active(before).numpy()
+        self._active[:, ids] = self._is_active(found.before).numpy()
 
     def _keep(self, *args: Any) -> None:
         used = self._active if self._last is None else self._last.numpy()

@@ -20,6 +20,7 @@ from hf_flash.calibration.row_files import RowFile
 from hf_flash.calibration.settings import Settings
 from hf_flash.calibration.work_folder import WorkFolder
 from hf_flash.compute.activation import Activation
+from hf_flash.compute.arithmetic import Values
 from hf_flash.errors import CalibrationError
 from hf_flash.families import family_of
 from hf_flash.families.decoder import decoder_layers
@@ -38,12 +39,12 @@ class _Recorder:
     bits: RowFile
     activation: Activation
 
-    def record(self, row: int, x: torch.Tensor, before: torch.Tensor) -> None:
+    def record(self, row: int, x: torch.Tensor, found: Values) -> None:
         """Write a batch.
 
         Args:
             row: number of the batch's first token.
-            x: [tokens, d_model], and `before` the pre-activations [tokens, d_ff].
+            x: [tokens, d_model]. found: of every neuron.
         """
         if not torch.isfinite(x).all():
             raise CalibrationError(
@@ -52,7 +53,7 @@ class _Recorder:
                 hint="load a checkpoint of another dtype, or check this one with `hf-flash inspect --check`",
             )
         self.inputs.write(row, x.bfloat16())
-        self.bits.write(row, pack_bits(self.activation.active(before)))
+        self.bits.write(row, pack_bits(self.activation.active(found.before)))
 
 
 @torch.no_grad()

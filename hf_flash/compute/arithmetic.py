@@ -33,7 +33,7 @@ n = neurons in the block, d = d_model.
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -87,6 +87,14 @@ class OneToken(Protocol):
         ...
 
 
+class Values(NamedTuple):
+    """Of every token and every neuron of a block, [tokens, n] in the dtype of compute: pre-activations of the part that
+    decides, and hidden values."""
+
+    before: torch.Tensor
+    hidden: torch.Tensor
+
+
 class SeveralTokens(Protocol):
     """The tokens of a call.
 
@@ -98,18 +106,18 @@ class SeveralTokens(Protocol):
     scattered: bool
     together: slice
 
-    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor | None:
+    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> Values | None:
         """Add what a block of neurons gives to `out`, float32 [tokens, d].
 
         Args:
             matrix: [any, unit.numbers], contiguous; `rows` [n] says where the bundles of neurons `ids` [n] are in it.
 
         Returns:
-            Pre-activations, [tokens, n] in the dtype of compute, if all of them were computed.
+            What was computed, if it was for every token and every neuron.
         """
         ...
 
-    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor | None:
+    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> Values | None:
         """The same for bundles at addresses `places` (`kernels.addresses`), of which `rows` of `matrix`, ascending, have the
         columns `together`."""
         ...
@@ -306,15 +314,15 @@ class _CompiledAll:
         multiplied = _NO_COLUMN if self._few else slice(0, unit.columns("down").start)
         self.together = multiplied if self._is_sparse else EVERY_COLUMN
 
-    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> Values:
         buffer = self._arithmetic.gathered[: len(rows)]
         self._arithmetic.copy_rows(matrix, rows, buffer, np.arange(len(rows)), self.together)
         return self._add(buffer, addresses(matrix, rows), ids, out)
 
-    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> Values:
         return self._add(matrix[int(rows[0]) : int(rows[-1]) + 1], places, ids, out)
 
-    def _add(self, bundles: torch.Tensor, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+    def _add(self, bundles: torch.Tensor, places: Ids, ids: Ids, out: torch.Tensor) -> Values:
         """`bundles`: [n, numbers of a unit], of which the columns `together` are there."""
         unit = self._arithmetic.unit
         before = self._product(unit.deciding, bundles, places, ids)
@@ -322,12 +330,12 @@ class _CompiledAll:
         hidden = self._arithmetic.activation.hidden(before, up)
         if not self._is_sparse:
             dense.add_product(hidden, bundles[:, unit.columns("down")], out, self._arithmetic.wide)
-            return before
+            return Values(before, hidden)
         left = self._kernel.down(hidden, places, out, at_most=1.0 if self._few else _DENSE)
         if left is not None:
             weight = gather(places, unit, "down", self._arithmetic.gathered)
             dense.add_product(left, weight, out[-len(left) :], self._arithmetic.wide)
-        return before
+        return Values(before, hidden)
 
     def _product(self, role: Role, bundles: torch.Tensor, places: Ids, ids: Ids) -> torch.Tensor:
         """x times a part, and its bias, [tokens, n] in the dtype of compute."""
@@ -406,7 +414,7 @@ class _TorchTokens:
         self._arithmetic, self._selected, self._biases = arithmetic, selected, biases
         self._x = x.float().contiguous()  # [tokens, d]
 
-    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+    def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> Values:
         buffers, unit, which = self._arithmetic, self._arithmetic.unit, torch.from_numpy(ids)
         wide = buffers.wide[: len(rows)]
         gathered = torch.index_select(matrix, 0, torch.from_numpy(rows), out=buffers.gathered[: len(rows)])
@@ -423,7 +431,7 @@ class _TorchTokens:
         if self._selected is not None:
             hidden.masked_fill_(~self._selected[:, which], 0.0)
         out.addmm_(hidden, wide[:, unit.columns("down")])
-        return before
+        return Values(before, hidden)
 
-    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> torch.Tensor:
+    def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> Values:
         return self.add(matrix, rows, ids, out)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from hf_flash.calibration.activity import AggregatedUse
+from hf_flash.compute.arithmetic import Values
 from hf_flash.evaluation.candidates import Candidate
 from hf_flash.predictors.base import read_tensors
 from hf_flash.predictors.quantized import QuantizedFormat, QuantizedPredictor
@@ -35,8 +36,7 @@ class Tally:
 
     Attributes:
         neurons: that could have been selected: those of the layer, once for each token.
-        energy: of active neurons, the sum of (activation of the deciding part * norm of the down column) ** 2. `lost`: of
-            those that were missed.
+        energy: of active neurons, the sum of (hidden value * norm of the down column) ** 2. `lost`: of those that were missed.
         predicted_at, missed_at: neurons by their pre-activation, in `BINS`.
     """
 
@@ -138,17 +138,17 @@ class LayerJudge:
         """Drop the predictors; the tallies stay."""
         self._predictors, self._without_margin = {}, {}
 
-    def look(self, context: int, x: torch.Tensor, before: torch.Tensor) -> None:
+    def look(self, context: int, x: torch.Tensor, found: Values) -> None:
         """Count a batch.
 
         Args:
             context: tokens in a window.
-            x: the FFN's input [tokens, d_model], and `before` its pre-activations [tokens, d_ff].
+            x: the FFN's input [tokens, d_model]. found: of every neuron.
         """
-        before = before.float()
+        before = found.before.float()
         self._scale = self._scale or float(before.std())
         active = self._activation.active(before)
-        energy = (self._activation.function(before) * self._down_norms).square()
+        energy = (found.hidden.float() * self._down_norms).square()
         for name, predictor in self._predictors.items():
             selected = predictor.select(x)
             selected = torch.ones_like(before, dtype=torch.bool) if selected is None else selected

@@ -18,6 +18,7 @@ import torch
 from transformers import StoppingCriteria
 
 from hf_flash.base.arrays import Ids, Mask
+from hf_flash.compute.arithmetic import Values
 from hf_flash.runtime.counters import Counters
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.model import find_runtime
@@ -132,20 +133,21 @@ def watched(model: Any, show: Callable[[TokenSeen], None], pace: float = 0.0) ->
 
 
 @contextmanager
-def observed(ffn: FlashFFN, record: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
-    """Hand every forward's input x [tokens, d_model] and pre-activations [tokens, d_ff] to `record`.
+def observed(ffn: FlashFFN, record: Callable[[torch.Tensor, Values], None]) -> Iterator[None]:
+    """Hand every forward's input x [tokens, d_model], and what it computed of every neuron [tokens, d_ff], to `record`.
 
     For a layer without a predictor, and for several tokens: the two ways of computing that see every neuron's.
     """
-    whole = torch.empty(0, ffn.d_ff, dtype=torch.float32, device="cpu")
+    whole: list[torch.Tensor] = []
 
-    def observe(x: torch.Tensor, ids: Ids, before: torch.Tensor) -> None:
-        nonlocal whole
+    def observe(x: torch.Tensor, ids: Ids, found: Values) -> None:
         if ids[0] == 0:
-            whole = torch.empty(len(x), ffn.d_ff, dtype=before.dtype, device="cpu")
-        whole[:, ids[0] : ids[-1] + 1] = before
+            whole[:] = (torch.empty(len(x), ffn.d_ff, dtype=part.dtype, device="cpu") for part in found)
+        for part, of_block in zip(whole, found, strict=True):
+            part[:, ids[0] : ids[-1] + 1] = of_block
         if ids[-1] == ffn.d_ff - 1:
-            record(x, whole)
+            record(x, Values(*whole))
+            whole.clear()
 
     ffn.observer = observe
     try:

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from hf_flash.base.arrays import Ids
-from hf_flash.compute.arithmetic import Arithmetic, block_rows
+from hf_flash.compute.arithmetic import Arithmetic, Values, block_rows
 from hf_flash.compute.kernels import Biases, addresses
 from hf_flash.errors import StoreReadError
 from hf_flash.reading.reader import Reading
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.window import ResidentWindow
 
-Observer = Callable[[torch.Tensor, Ids, torch.Tensor], None]
-"""Called with a layer's input x, float32 [tokens, d_model], the ids of a block and their pre-activations [tokens, ids]."""
+Observer = Callable[[torch.Tensor, Ids, Values], None]
+"""Called with a layer's input x, float32 [tokens, d_model], the ids of a block and what was computed of them."""
 
 
 LEARNT_TOKENS: Final = 64  # at the end of a prompt: which neurons they used decides what stays in the window
@@ -41,7 +41,7 @@ class Call:
         selected: bool [tokens, d_ff], which neurons each token uses; `None`: all.
         ids: neurons that any of them uses, sorted.
         streamed: whether they are read past the window.
-        observer: sees pre-activations, where all tokens use all neurons.
+        observer: sees what is computed, where all tokens use all neurons.
         learner: the layer's window, if it is to learn from these which neurons are in use.
 
     Attributes:
@@ -97,13 +97,13 @@ class Call:
         assert self._several is not None
         self._observe(ids, self._several.add_streamed(matrix, rows, places, ids, out))
 
-    def _observe(self, ids: Ids, before: torch.Tensor | None) -> None:
-        if before is None:
+    def _observe(self, ids: Ids, found: Values | None) -> None:
+        if found is None:
             return
         if self._observer is not None:
-            self._observer(self._x.float(), ids, before)
+            self._observer(self._x.float(), ids, found)
         if self._learner is not None:
-            last = before[-LEARNT_TOKENS:]
+            last = found.before[-LEARNT_TOKENS:]
             self._learner.note_active(*self._arithmetic.count_uses(last), len(last), ids)
 
 

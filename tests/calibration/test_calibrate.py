@@ -1061,7 +1061,7 @@ def test_the_report_is_what_the_loaded_predictors_do_on_the_held_out_windows(cop
         loaded = load(copy, predictor="lowrank" if name == "lowrank" else "quantized")
         for number, (ffn, own) in enumerate(zip(find_runtime(dense).ffns, find_runtime(loaded).ffns, strict=True)):
             seen: list[torch.Tensor] = []
-            with observed(ffn, lambda x, before: seen.extend([x, before > 0])):  # noqa: B023
+            with observed(ffn, lambda x, found: seen.extend([x, found.before > 0])):  # noqa: B023
                 dense(windows[order])
             x, active = (part[56 * 32 :] for part in seen)
             selected = own.predictor.select(x)

@@ -64,4 +64,4 @@ def test_commands_offer_what_the_config_takes() -> None:
 def test_dtypes_and_activations_are_listed_once() -> None:
     assert list(library.DTYPES) == [torch.float32, torch.bfloat16, torch.float16]  # the numbers of native.h
     assert [str(dtype) for dtype in library.DTYPES] == [f"torch.{name}" for name in dtypes.DTYPES]
-    assert all(activation.activation_named(name).zeros for name in activation.WITH_ZEROS)
+    assert all(activation.activation_named(name, level=0.1).zeros for name in activation.WITH_ZEROS)

@@ -151,8 +151,8 @@ def test_after_a_prompt_the_window_holds_what_its_last_tokens_used(tiny_opt: Pat
     used = {ffn.index: np.zeros(ffn.d_ff, dtype=np.bool_) for ffn in find_runtime(dense).ffns}
     for ffn in find_runtime(dense).ffns:
 
-        def observe(x: torch.Tensor, ids: Any, found: torch.Tensor, at: int = ffn.index) -> None:
-            used[at][ids] = (found[-5:] > 0).any(0).numpy()
+        def observe(x: torch.Tensor, ids: Any, found: Any, at: int = ffn.index) -> None:
+            used[at][ids] = (found.before[-5:] > 0).any(0).numpy()
 
         ffn.observer = observe
     ids = tokens(1, 80, seed=3)

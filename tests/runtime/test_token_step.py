@@ -67,7 +67,7 @@ def some(share: float, seed: int, tokens: int = 1) -> torch.Tensor:
 def ask(rig: Rig, mask: torch.Tensor) -> Any:
     """The step by itself."""
     x = torch.randn(1, rig.store.d_model, generator=torch.Generator().manual_seed(1)).to(rig.dtype)
-    return rig.ffn.step.run(x, mask, rig.ffn.bias, rig.engine.reader.step_file(LAYER))  # type: ignore[union-attr]
+    return rig.ffn.step.run(x, mask, {"up": rig.ffn.bias}, rig.engine.reader.step_file(LAYER))  # type: ignore[union-attr]
 
 
 def runs(rig: Rig, patch: pytest.MonkeyPatch) -> list[bool]:

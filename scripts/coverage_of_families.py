@@ -49,16 +49,37 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types
 SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
 FIXED = {"is_decoder": True, "is_encoder_decoder": False, "use_cache": True, "tie_word_embeddings": False}
 VISION = ("vision_config", "audio_config", "vq_config", "vision_tokenizer_config")
+GEMMA: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "sliding_window": 32,
+    "num_kv_shared_layers": 0, "max_position_embeddings": 128, "layer_types": [*(LAYERS - 1) * ["sliding_attention"], "full_attention"],
+}  # fmt: skip
+BUILT: dict[str, dict[str, Any]] = {  # configs that are made small when they are made, because later they cannot be changed
+    "gemma4_text": GEMMA, "gemma4_unified_text": GEMMA,
+    "gemma4": {"text_config": GEMMA}, "gemma4_unified": {"text_config": GEMMA},
+    "gemma3n_text": GEMMA | {"intermediate_size": LAYERS * [96], "activation_sparsity_pattern": [0.95, *(LAYERS - 1) * [0.0]]},
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("minicpm3", "youtu"), {"num_key_value_heads": 4, "head_dim": 8}
+)  # values that fit together
 MOST = 100e6  # parameters of a model that is still tried
 SECONDS = 90
 
 
 def tiny_config(model_type: str) -> Any:
     """A config of this type with everything small that has a known name."""
+    if model_type in BUILT:
+        config = CONFIG_MAPPING[model_type](**BUILT[model_type], **SPECIAL, tie_word_embeddings=False)
+        for name in VISION:
+            if hasattr(part := getattr(config, name, None), "to_dict"):
+                shrink(part)
+        return config
     config = CONFIG_MAPPING[model_type]()
     for part in [config, *(getattr(config, name, None) for name in ("text_config", *VISION))]:
         if hasattr(part, "to_dict"):
             shrink(part)
+    for key, value in OWN.get(model_type, {}).items():
+        setattr(config, key, value)
     return config
 
 

@@ -136,3 +136,25 @@ def test_the_stand_in_ssd_explains_itself(arguments: list[str], tmp_path: Path) 
     assert done.returncode == 2
     assert "standin_ssd up DIR" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# --- the Llama ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2", "silu"])
+def test_the_llama_is_as_sparse_as_it_says(activation: str, script: ModuleType, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        patch.setitem(sys.modules, "make_synthetic_opt", script)
+        spec = importlib.util.spec_from_file_location("make_synthetic_llama", SCRIPTS / "make_synthetic_llama.py")
+        assert spec is not None
+        assert spec.loader is not None
+        llama = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(llama)
+        assert llama.make(tmp_path / "plain", "test", tmp_path / "packed", activation=activation, dtype="float32") == []
+    stock, flash = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("plain", "packed"))
+    assert hf_flash.stats(flash).predictor == ("none" if activation == "silu" else "int4-g64")
+    wanted = stock.generate(PROMPT, max_new_tokens=6, do_sample=False)
+    assert flash.generate(PROMPT, max_new_tokens=6, do_sample=False).tolist() == wanted.tolist()
+    if activation != "silu":
+        assert json.loads((tmp_path / "packed" / "synthetic.json").read_text())["synthetic"] is True

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
+    from hf_flash.families import register_family
+    from hf_flash.families.base import Family
     from hf_flash.hub.saving import push
     from hf_flash.packing.repacking import repack, restore
     from hf_flash.runtime.counters import FlashStats
@@ -41,6 +43,7 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "DiskSpaceError",
+    "Family",
     "FlashOffloadConfig",
     "FlashStats",
     "HfFlashError",
@@ -59,18 +62,21 @@ __all__ = [
     "close",
     "configure",
     "push",
+    "register_family",
     "repack",
     "restore",
     "stats",
 ]
 
 _MODULE_OF = {
+    "Family": "hf_flash.families.base",
     "FlashOffloadConfig": "hf_flash.config",
     "FlashStats": "hf_flash.runtime.counters",
     "calibrate": "hf_flash.calibration.job",
     "close": "hf_flash.runtime.model",
     "configure": "hf_flash.config",
     "push": "hf_flash.hub.saving",
+    "register_family": "hf_flash.families",
     "repack": "hf_flash.packing.repacking",
     "restore": "hf_flash.packing.repacking",
     "stats": "hf_flash.runtime.model",

@@ -51,17 +51,17 @@ FIXED = {"is_decoder": True, "is_encoder_decoder": False, "use_cache": True, "ti
 VISION = ("vision_config", "audio_config", "vq_config", "vision_tokenizer_config")
 GEMMA: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "sliding_window": 32,
-    "num_kv_shared_layers": 0, "max_position_embeddings": 128, "layer_types": [*(LAYERS - 1) * ["sliding_attention"], "full_attention"],
+    "head_dim": 16, "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16,
+    "sliding_window": 32, "num_kv_shared_layers": 0, "max_position_embeddings": 128,
+    "layer_types": [*(LAYERS - 1) * ["sliding_attention"], "full_attention"],
 }  # fmt: skip
 BUILT: dict[str, dict[str, Any]] = {  # configs that are made small when they are made, because later they cannot be changed
     "gemma4_text": GEMMA, "gemma4_unified_text": GEMMA,
     "gemma4": {"text_config": GEMMA}, "gemma4_unified": {"text_config": GEMMA},
     "gemma3n_text": GEMMA | {"intermediate_size": LAYERS * [96], "activation_sparsity_pattern": [0.95, *(LAYERS - 1) * [0.0]]},
 }  # fmt: skip
-OWN: dict[str, dict[str, Any]] = dict.fromkeys(
-    ("minicpm3", "youtu"), {"num_key_value_heads": 4, "head_dim": 8}
-)  # values that fit together
+MLA = {"num_key_value_heads": 4, "head_dim": 8}
+OWN = {"minicpm3": MLA, "youtu": MLA}  # small values that fit together
 MOST = 100e6  # parameters of a model that is still tried
 SECONDS = 90
 

@@ -83,7 +83,7 @@ def skeleton(config: Any) -> Any:
             expected="a causal language model that transformers can build",
             got=f"{get(config, 'model_type')!r}: {in_a_line(error)}",
             hint="a model with code of its own: load it with from_pretrained(..., trust_remote_code=True), or describe its "
-            "feed-forward layers with hf_flash.families.register_family",
+            "feed-forward layers with hf_flash.register_family",
         ) from error
 
 
@@ -241,5 +241,5 @@ def _not_recognised(model: Any, expected: str, got: str) -> UnsupportedModelErro
         where=f"{type(model).__name__} ({model.config.model_type})",
         expected=expected,
         got=got,
-        hint="describe them with hf_flash.families.register_family, if they are of two or three matrices",
+        hint="describe them with hf_flash.register_family, if they are of two or three matrices",
     )

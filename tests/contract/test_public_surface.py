@@ -38,8 +38,8 @@ MODULES = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACK
 
 # --- names ---------------------------------------------------------------------------------------------------------
 
-VERBS = {"calibrate", "close", "configure", "push", "repack", "restore", "stats"}
-CLASSES = {"FlashOffloadConfig", "FlashStats"}
+VERBS = {"calibrate", "close", "configure", "push", "register_family", "repack", "restore", "stats"}
+CLASSES = {"Family", "FlashOffloadConfig", "FlashStats"}
 
 
 def error_classes() -> list[type[errors.HfFlashError]]:

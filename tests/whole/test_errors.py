@@ -168,7 +168,7 @@ HOSTILE_FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str
         lambda f: by_another_tool(layer(f, 1), metadata=False), StoreMissingError, (*ALL, "expected: 3 layers", "layers [1]")),
     "a layer file is of a newer version": (
         lambda f: write_again(layer(f, 1), format_version="9"), StoreVersionError,
-        (*ALL, "flash-layer-00001", "up to 3", "got: 9", "pip install -U hf-flash")),
+        (*ALL, "flash-layer-00001", "up to 4", "got: 9", "pip install -U hf-flash")),
     "neurons have places, which older versions would pass over": (
         lambda f: place_again(layer(f, 1), IN_ORDER, version="1"), StoreFormatError,
         (*ALL, "flash-layer-00001", "fc1.place", "format version 1", "repack the model")),

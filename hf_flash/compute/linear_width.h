@@ -5,8 +5,8 @@
 
 #include "width.h"
 
-/* Several rows are several streams, and the next tile is fetched ahead, in the order in which it lies in memory; one row is one
- * stream, which processors fetch ahead best by themselves. */
+/* TILE_ROWS rows are as many streams, and the next tile is fetched ahead, in the order in which it lies in memory. One or two are
+ * fetched ahead best by processors themselves. */
 OF_WIDTH(void) NAME(tile)(const LinearJob *job, int64_t row, int64_t token, int rows, int tokens, int dtype) {
     const int64_t size = size_of(dtype), stride = job->columns * size, ahead = TILE_ROWS * stride;
     const char *weight = (const char *)job->weight + row * stride;
@@ -18,7 +18,7 @@ OF_WIDTH(void) NAME(tile)(const LinearJob *job, int64_t row, int64_t token, int 
                 sums[r][t][p] = ZERO();
     int64_t i = 0;
     for (; i + 16 <= job->columns; i += 16) {
-        if (rows > 1)
+        if (rows == TILE_ROWS)
             UNROLLED(int line = 0; line < rows * size / 4; line++)
                 _mm_prefetch(weight + ahead + i * size * rows + line * 64, _MM_HINT_T1);
         UNROLLED(int p = 0; p < PARTS; p++) {
@@ -42,14 +42,14 @@ OF_WIDTH(void) NAME(tile)(const LinearJob *job, int64_t row, int64_t token, int 
         }
 }
 
-/* TILE_ROWS rows, or one: with all tokens. */
+/* Some rows, with all tokens. */
 OF_WIDTH(void) NAME(tiles)(const LinearJob *job, int64_t row, int rows, int dtype) {
     int64_t t = 0;
     if (LANES == 16)
         for (; t + 4 <= job->tokens; t += 4)
             NAME(tile)(job, row, t, rows, 4, dtype);
     for (; t + 2 <= job->tokens; t += 2)
-        if (LANES == 16 || rows == 1) {
+        if (LANES == 16 || rows < TILE_ROWS) {
             NAME(tile)(job, row, t, rows, 2, dtype);
         } else { /* there are 16 registers */
             NAME(tile)(job, row, t, 2, 2, dtype);
@@ -67,6 +67,8 @@ OF_WIDTH(void) NAME(linear_share)(LinearJob *job, int dtype) {
         const int64_t end = row + LINEAR_ROWS < job->rows ? row + LINEAR_ROWS : job->rows;
         for (; job->tokens > 1 && row + TILE_ROWS <= end; row += TILE_ROWS)
             NAME(tiles)(job, row, TILE_ROWS, dtype);
+        for (; row + 2 <= end; row += 2) /* one row alone would wait for its own sums */
+            NAME(tiles)(job, row, 2, dtype);
         for (; row < end; row++)
             NAME(tiles)(job, row, 1, dtype);
     }

@@ -24,7 +24,17 @@ import torch
 from hf_flash.base.arrays import Ids
 from hf_flash.compute import library as native
 from hf_flash.compute.activation import Activation
-from hf_flash.compute.library import DTYPES, Bend, CopyJob, LinearJob, ProductJob, QuantizeJob, RowLayout, TokenJob, TokensJob
+from hf_flash.compute.library import (
+    DTYPES,
+    ActivationFunction,
+    CopyJob,
+    LinearJob,
+    ProductJob,
+    QuantizeJob,
+    RowLayout,
+    TokenJob,
+    TokensJob,
+)
 from hf_flash.store.unit import Role, UnitLayout
 
 Biases = Mapping[Role, torch.Tensor | None]
@@ -53,9 +63,13 @@ def row_layout(layout: UnitLayout, alone: Role | None = None) -> RowLayout:
     return RowLayout(layout.row_bytes, gate, layout.offset(alone or "up"), layout.offset("down"), layout.width)
 
 
-def bend_of(activation: Activation | None) -> Bend:
+def activation_function(activation: Activation | None) -> ActivationFunction:
     """An activation as the compiled part wants it. `None`: products stay as they are."""
-    return Bend() if activation is None else Bend(activation.level, activation.code, activation.of_both)
+    return (
+        ActivationFunction()
+        if activation is None
+        else ActivationFunction(activation.level, activation.code, activation.of_both)
+    )
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -121,7 +135,7 @@ class TokenKernel:
     """
 
     def __init__(self, neurons: int, layout: UnitLayout, activation: Activation | None) -> None:
-        self._library, self._bend = native.loaded(), bend_of(activation)
+        self._library, self._function = native.loaded(), activation_function(activation)
         self.room = TokenRoom(neurons, layout.width)
         self._all_positions: Ids = np.arange(neurons)
         self._job = TokenJob()
@@ -148,7 +162,7 @@ class TokenKernel:
         self._job = TokenJob(
             layout=self._layout, x=x.data_ptr(), matrix=matrix.data_ptr(), gate_bias=_address(biases.get("gate")),
             bias=_address(biases[first]), rows=rows.ctypes.data, ids=ids.ctypes.data, hidden=room.hidden.data_ptr(),
-            x_f32=room.x_f32.ctypes.data, active=room.active.ctypes.data, n=len(rows), bend=self._bend,
+            x_f32=room.x_f32.ctypes.data, active=room.active.ctypes.data, n=len(rows), activation=self._function,
             dtype=DTYPES[x.dtype], threads=native.threads(),
         )  # fmt: skip
 
@@ -218,7 +232,7 @@ class TokensKernel:
             activation: one that the compiled part knows.
         """
         common = TokensJob(
-            layout=row_layout(self._layout), bend=bend_of(activation),
+            layout=row_layout(self._layout), activation=activation_function(activation),
             gate_bias=_address(biases.get("gate")), bias=_address(biases["up"]),
         )  # fmt: skip
         return self._up(common, x, used, rows, ids)
@@ -233,7 +247,12 @@ class TokensKernel:
         hidden = torch.empty(len(x), len(rows), dtype=x.dtype, device="cpu")
         for at in range(0, len(x), self._most):
             job = self._job(hidden[at : at + self._most], rows)
-            job.layout, job.bend, job.gate_bias, job.bias = common.layout, common.bend, common.gate_bias, common.bias
+            job.layout, job.activation, job.gate_bias, job.bias = (
+                common.layout,
+                common.activation,
+                common.gate_bias,
+                common.bias,
+            )
             job.x, job.ids, job.positions, job.todo = x[at:].data_ptr(), ids.ctypes.data, self._every.ctypes.data, len(rows)
             if used is not None:
                 job.used, job.d_ff = used[at:].data_ptr(), used.shape[1]

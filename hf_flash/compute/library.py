@@ -49,7 +49,7 @@ class RowLayout(ctypes.Structure):
     _fields_ = tuple((name, _long) for name in ("row_bytes", "gate_offset", "up_offset", "down_offset", "width"))
 
 
-class Bend(ctypes.Structure):
+class ActivationFunction(ctypes.Structure):
     """An activation that the compiled part knows."""
 
     _fields_ = (("level", ctypes.c_float), ("code", _int), ("of_both", _int))
@@ -68,7 +68,7 @@ class TokenJob(ctypes.Structure):
         ("layout", RowLayout),
         *((name, _pointer) for name in ("x", "matrix", "gate_bias", "bias", "rows", "ids", "positions", "hidden", "out")),
         *((name, _pointer) for name in ("x_f32", "active")),
-        *((name, _long) for name in ("n", "todo", "share")), ("meanwhile", Meanwhile), ("bend", Bend),
+        *((name, _long) for name in ("n", "todo", "share")), ("meanwhile", Meanwhile), ("activation", ActivationFunction),
         *((name, _int) for name in ("dtype", "threads", "next")),
     )  # fmt: skip
 
@@ -80,7 +80,8 @@ class TokensJob(ctypes.Structure):
         ("layout", RowLayout),
         *((name, _pointer) for name in ("x", "gate_bias", "bias", "rows", "ids", "used", "positions", "hidden", "values")),
         *((name, _pointer) for name in ("row_of", "count", "out", "packed")),
-        *((name, _long) for name in ("n", "d_ff", "tokens", "todo", "share")), ("meanwhile", Meanwhile), ("bend", Bend),
+        *((name, _long) for name in ("n", "d_ff", "tokens", "todo", "share")), ("meanwhile", Meanwhile),
+        ("activation", ActivationFunction),
         *((name, _int) for name in ("dtype", "threads", "no_avx512", "pack", "next")),
     )  # fmt: skip
 

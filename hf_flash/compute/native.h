@@ -81,7 +81,7 @@ typedef struct {
     float level;     /* RELU: what is at or below it becomes zero */
     int32_t code;    /* one of the above */
     int32_t of_both; /* with a gate: it is done with up, too */
-} Bend;
+} ActivationFunction;
 
 /* Something that the calling thread does while the others compute. */
 typedef struct {
@@ -102,13 +102,13 @@ typedef struct {
     int64_t *active;                /* [n] room: positions of the neurons that are not zero */
     int64_t n, todo, share;         /* share: columns that a thread takes */
     Meanwhile meanwhile;            /* of `hf_up` */
-    Bend bend;
+    ActivationFunction activation;
     int32_t dtype, threads;
     atomic_int next;
 } TokenJob;
 
-/* hidden[k] = bend(up row of neuron k . x + bias), for every k of `positions`. With a gate: bend(gate row . x + gate_bias) times
- * the product with up, which is made only where the first factor is not zero. */
+/* hidden[k] = activation(up row of neuron k . x + bias), for every k of `positions`. With a gate: the activation of the product
+ * with the gate, times the product with up, which is made only where the first factor is not zero. */
 void hf_up(TokenJob *job);
 
 /* out += hidden @ down, over the neurons whose hidden value is not zero, in the order of `rows`. */
@@ -134,7 +134,7 @@ typedef struct {
     char *packed;             /* [threads, n, TILE_BYTES] room for copies of columns; or null: they are not copied */
     int64_t n, d_ff, tokens, todo, share;
     Meanwhile meanwhile;               /* of `hf_several_up` */
-    Bend bend;
+    ActivationFunction activation;
     int32_t dtype, threads, no_avx512; /* no_avx512: compute without it */
     int32_t pack;                      /* whether it pays to copy columns together */
     atomic_int next;

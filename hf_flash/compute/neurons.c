@@ -54,15 +54,15 @@ INLINE void up_rows(const TokenJob *job, int64_t begin, int64_t end, int dtype) 
     int64_t alive[UP_ROWS], n = 0;
     for (int64_t k = begin; k < end; k++) {
         const int64_t position = job->positions[k], following = job->positions[k + 1 < end ? k + 1 : k];
-        const float value = bent(product(job, first, first_bias, position, following, dtype), &job->bend, dtype);
+        const float value = activated(product(job, first, first_bias, position, following, dtype), &job->activation, dtype);
         job->hidden[position] = value;
         alive[n] = position;
         n += value != 0.0f;
     }
     for (int64_t k = 0; gated && k < n; k++) {
         float up = product(job, layout->up_offset, job->bias, alive[k], alive[k + 1 < n ? k + 1 : k], dtype);
-        if (job->bend.of_both)
-            up = bent(up, &job->bend, dtype);
+        if (job->activation.of_both)
+            up = activated(up, &job->activation, dtype);
         job->hidden[alive[k]] = rounded(job->hidden[alive[k]] * up, dtype);
     }
 }

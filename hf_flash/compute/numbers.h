@@ -78,14 +78,14 @@ INLINE void put(void *row, int64_t i, float value, int dtype) {
 }
 
 /* An activation of a number that is rounded to a dtype, rounded as well. What is no number stays so. */
-INLINE float bent(float x, const Bend *bend, int dtype) {
-    if (bend->code == AS_IS)
+INLINE float activated(float x, const ActivationFunction *function, int dtype) {
+    if (function->code == AS_IS)
         return x;
-    if (x <= rounded(bend->level, dtype))
+    if (x <= rounded(function->level, dtype))
         return 0.0f;
-    if (bend->code == RELU2)
+    if (function->code == RELU2)
         return rounded(x * x, dtype);
-    return bend->code == RELU6 && x > 6.0f ? 6.0f : x;
+    return function->code == RELU6 && x > 6.0f ? 6.0f : x;
 }
 
 /* The sum of sixteen numbers. */

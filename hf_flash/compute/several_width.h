@@ -63,7 +63,7 @@ NAME(up_token)(const TokensJob *job, const float *x, int64_t t, uint16_t *row_of
     int64_t alive = 0;
     NAME(products)(job, first, gated ? job->gate_bias : job->bias, x, row_of, named, dtype, value);
     for (int64_t j = 0; j < named; j++) {
-        const float found = bent(value[j], &job->bend, dtype);
+        const float found = activated(value[j], &job->activation, dtype);
         value[alive] = found;
         row_of[alive] = row_of[j];
         alive += found != 0.0f;
@@ -72,7 +72,7 @@ NAME(up_token)(const TokensJob *job, const float *x, int64_t t, uint16_t *row_of
         NAME(products)(job, layout->up_offset, job->bias, x, row_of, alive, dtype, up);
     for (int64_t j = 0; j < alive; j++) {
         if (gated)
-            value[j] *= job->bend.of_both ? bent(up[j], &job->bend, dtype) : up[j];
+            value[j] *= job->activation.of_both ? activated(up[j], &job->activation, dtype) : up[j];
         put(job->hidden, t * job->n + row_of[j], value[j], dtype);
     }
 }

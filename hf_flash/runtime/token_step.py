@@ -17,7 +17,7 @@ import torch
 from hf_flash.compute import library as native
 from hf_flash.compute.activation import Activation
 from hf_flash.compute.arithmetic import Arithmetic
-from hf_flash.compute.kernels import Biases, TokenRoom, bend_of, row_layout
+from hf_flash.compute.kernels import Biases, TokenRoom, activation_function, row_layout
 from hf_flash.compute.library import DTYPES, Step, TokenJob, TokensJob, Window
 from hf_flash.reading.chunks import longest_chunk
 from hf_flash.reading.layer_files import StepFile
@@ -53,13 +53,13 @@ class TokenStep:
     ) -> None:
         self._library, self._room, self._window = native.loaded(), room, window
         self._place_of = None if store.place is None else np.ascontiguousarray(store.place)
-        layout, bend, dtype, several = row_layout(unit), bend_of(activation), DTYPES[unit.dtype], room.several
+        layout, function, dtype, several = row_layout(unit), activation_function(activation), DTYPES[unit.dtype], room.several
         one_token = TokenJob(
-            layout=layout, matrix=window.matrix.data_ptr(), dtype=dtype, bend=bend,
+            layout=layout, matrix=window.matrix.data_ptr(), dtype=dtype, activation=function,
             hidden=room.hidden.data_ptr(), x_f32=room.x_f32.ctypes.data, active=room.active.ctypes.data,
         )  # fmt: skip
         tokens = TokensJob(
-            layout=layout, hidden=room.hidden_of_several.data_ptr(), d_ff=store.d_ff, dtype=dtype, bend=bend,
+            layout=layout, hidden=room.hidden_of_several.data_ptr(), d_ff=store.d_ff, dtype=dtype, activation=function,
             values=several.values, row_of=several.row_of, count=several.count,
         )  # fmt: skip
         self._step = Step(

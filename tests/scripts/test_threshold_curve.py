@@ -17,7 +17,7 @@ def test_a_threshold_that_only_zeros_fail_changes_nothing() -> None:
         str(ROOT / "scripts" / "threshold_curve.py"),
         str(ROOT / "examples" / "tiny-llama"),
         "--windows",
-        "2",
+        "1",
     ]
     command += ["--calibrate", str(TEXTS / "bible.valid.txt"), "--text", str(TEXTS / "sotu.valid.txt")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -24,19 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_synthetic_opt import PROFILES, RESIDUAL, TOLERANCE, mean, nbytes, relu_square, split, statistics, table
+from make_synthetic_opt import PROFILES, RESIDUAL, TOLERANCE, mean, relu_square, statistics, table, write_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_flash
 from hf_flash import FlashOffloadConfig
 from hf_flash.base.files import write_json
-from hf_flash.base.folders import check_room, check_target
+from hf_flash.base.folders import check_target
 from hf_flash.compute.arithmetic import Values
 from hf_flash.errors import HfFlashError
 from hf_flash.runtime.model import find_runtime
 from hf_flash.runtime.observing import observed
-from hf_flash.store.names import INDEX_NAME
-from hf_flash.store.writer import write_safetensors
 
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -117,16 +115,7 @@ def write_checkpoint(folder: Path, maker: Maker) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         specs = {name: (maker.dtype, tuple(t.shape)) for name, t in LlamaForCausalLM(maker.config).state_dict().items()}
-    check_room(folder, sum(map(nbytes, specs.values())))
-    shards, weight_map = split(specs), dict[str, str]()
-    for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        pieces = (piece for tensor, (_, shape) in shard.items() for piece in maker.tensor(tensor, shape))
-        write_safetensors(folder / name, shard, pieces, {"synthetic": "1"})
-        weight_map |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        total = sum(map(nbytes, specs.values()))
-        write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_weights(folder, specs, maker.tensor)
     dtype = str(maker.dtype).removeprefix("torch.")
     write_json(folder / "config.json", maker.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": dtype})
 

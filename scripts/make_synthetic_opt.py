@@ -221,20 +221,27 @@ def write_checkpoint(folder: Path, maker: Maker, label: dict[str, Any]) -> None:
     with torch.device("meta"):
         whole = OPTForCausalLM(maker.config).state_dict()
     specs = {name: (maker.dtype, tuple(t.shape)) for name, t in whole.items() if name != "lm_head.weight"}
+    write_weights(folder, specs, maker.tensor)
+    write_factors(folder / FACTORS, maker)
+    config = maker.config.to_dict() | {"architectures": ["OPTForCausalLM"], "dtype": str(maker.dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", config | {"synthetic": label})
+
+
+def write_weights(
+    folder: Path, specs: dict[str, TensorSpec], tensor: Callable[[str, tuple[int, ...]], Iterator[torch.Tensor]]
+) -> None:
+    """Write tensors into one file or several with an index; `tensor` gives the pieces of each."""
     check_room(folder, sum(map(nbytes, specs.values())))
     shards = split(specs)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        pieces = (piece for tensor, (_, shape) in shard.items() for piece in maker.tensor(tensor, shape))
+        pieces = (piece for key, (_, shape) in shard.items() for piece in tensor(key, shape))
         write_safetensors(folder / name, shard, pieces, {"synthetic": "1"})
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         total = sum(map(nbytes, specs.values()))
         write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_factors(folder / FACTORS, maker)
-    config = maker.config.to_dict() | {"architectures": ["OPTForCausalLM"], "dtype": str(maker.dtype).removeprefix("torch.")}
-    write_json(folder / "config.json", config | {"synthetic": label})
 
 
 def write_factors(path: Path, maker: Maker) -> None:

@@ -38,14 +38,13 @@ class Threshold(nn.Module):
 
     def __init__(self, function: Any) -> None:
         super().__init__()
-        self.function, self.level = function, torch.tensor(-1.0)
+        self.function, self.level = function, None
         self.recorded: list[torch.Tensor] = []
-        self.recording = False
         self.active, self.new = list[float](), list[float]()
 
     def forward(self, gate: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.function(gate)
-        if self.recording:
+        if self.level is None:
             self.recorded.append(hidden.abs().flatten()[::KEPT].clone())
             return hidden
         left = hidden.abs() > self.level
@@ -92,13 +91,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     layers, rows = install(model), windows(tokenizer, args.text, args.windows)
-    for layer in layers:
-        layer.recording = True
     for row in windows(tokenizer, args.calibrate, max(1, args.windows // 3)):
         model(row[None])
     quantiles = [torch.cat(layer.recorded).sort().values for layer in layers]
-    for layer in layers:
-        layer.recording = False
     dense = perplexity(model, rows)
     print(f"dense: perplexity {dense:.2f}")
     for sparsity in SPARSITIES:

@@ -65,14 +65,13 @@ def row_layout(layout: UnitLayout, alone: Role | None = None) -> RowLayout:
 
 def activation_function(activation: Activation | None) -> ActivationFunction:
     """An activation as the compiled part wants it. `None`: products stay as they are."""
-    return (
-        ActivationFunction()
-        if activation is None
-        else ActivationFunction(activation.level, activation.code, activation.of_both)
-    )
+    if activation is None:
+        return ActivationFunction()
+    return ActivationFunction(activation.level, activation.code, activation.of_both)
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
+def address_of(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's numbers are in memory; `None` without one."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -139,7 +138,8 @@ class TokenKernel:
         self.room = TokenRoom(neurons, layout.width)
         self._all_positions: Ids = np.arange(neurons)
         self._job = TokenJob()
-        self._deciding, self._layout = layout.deciding, row_layout(layout, None if activation else layout.deciding)
+        self._layout = row_layout(layout, None if activation else layout.deciding)
+        self._multiplied: Role = "up" if activation else layout.deciding
         self._gated = row_layout(layout, "up") if layout.deciding == "gate" and activation is None else None
         self._products = torch.zeros(0 if self._gated is None else neurons, dtype=torch.float32, device="cpu")
 
@@ -158,12 +158,12 @@ class TokenKernel:
         """
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
         self._keep = x, biases, matrix, rows, ids
-        room, first = self.room, "up" if self._layout.gate_offset >= 0 else self._deciding
+        room = self.room
         self._job = TokenJob(
-            layout=self._layout, x=x.data_ptr(), matrix=matrix.data_ptr(), gate_bias=_address(biases.get("gate")),
-            bias=_address(biases[first]), rows=rows.ctypes.data, ids=ids.ctypes.data, hidden=room.hidden.data_ptr(),
-            x_f32=room.x_f32.ctypes.data, active=room.active.ctypes.data, n=len(rows), activation=self._function,
-            dtype=DTYPES[x.dtype], threads=native.threads(),
+            layout=self._layout, x=x.data_ptr(), matrix=matrix.data_ptr(), gate_bias=address_of(biases.get("gate")),
+            bias=address_of(biases[self._multiplied]), rows=rows.ctypes.data, ids=ids.ctypes.data,
+            hidden=room.hidden.data_ptr(), x_f32=room.x_f32.ctypes.data, active=room.active.ctypes.data, n=len(rows),
+            activation=self._function, dtype=DTYPES[x.dtype], threads=native.threads(),
         )  # fmt: skip
 
     def up(self, positions: Ids | None = None) -> None:
@@ -181,7 +181,7 @@ class TokenKernel:
         assert self._gated is not None
         job, found = self._job, self._products[: self._job.n]
         kept = job.layout, job.bias, job.hidden
-        job.layout, job.bias, job.hidden = self._gated, _address(bias), found.data_ptr()
+        job.layout, job.bias, job.hidden = self._gated, address_of(bias), found.data_ptr()
         self.up()
         job.layout, job.bias, job.hidden = kept
         return found
@@ -231,28 +231,23 @@ class TokensKernel:
             rows, ids: [n] addresses of units, in the dtype of compute, and the neurons that they are of.
             activation: one that the compiled part knows.
         """
-        common = TokensJob(
-            layout=row_layout(self._layout), activation=activation_function(activation),
-            gate_bias=_address(biases.get("gate")), bias=_address(biases["up"]),
+        return self._up(
+            x, used, rows, ids, activation=activation_function(activation),
+            gate_bias=address_of(biases.get("gate")), bias=address_of(biases["up"]),
         )  # fmt: skip
-        return self._up(common, x, used, rows, ids)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None, rows: Ids, ids: Ids, role: Role) -> torch.Tensor:
         """x times a part of every neuron, and the bias of that part [d_ff]: [tokens, n] in the dtype of compute."""
-        return self._up(TokensJob(layout=row_layout(self._layout, role), bias=_address(bias)), x, None, rows, ids)
+        return self._up(x, None, rows, ids, layout=row_layout(self._layout, role), bias=address_of(bias))
 
-    def _up(self, common: TokensJob, x: torch.Tensor, used: torch.Tensor | None, rows: Ids, ids: Ids) -> torch.Tensor:
-        """`common`: what is multiplied, and what is done with the products."""
+    def _up(self, x: torch.Tensor, used: torch.Tensor | None, rows: Ids, ids: Ids, **fields: Any) -> torch.Tensor:
+        """`fields` of the job: what is multiplied, and what is done with the products."""
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
         hidden = torch.empty(len(x), len(rows), dtype=x.dtype, device="cpu")
         for at in range(0, len(x), self._most):
             job = self._job(hidden[at : at + self._most], rows)
-            job.layout, job.activation, job.gate_bias, job.bias = (
-                common.layout,
-                common.activation,
-                common.gate_bias,
-                common.bias,
-            )
+            for name, value in fields.items():
+                setattr(job, name, value)
             job.x, job.ids, job.positions, job.todo = x[at:].data_ptr(), ids.ctypes.data, self._every.ctypes.data, len(rows)
             if used is not None:
                 job.used, job.d_ff = used[at:].data_ptr(), used.shape[1]
@@ -308,7 +303,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
     rows, columns = weight.shape
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
     job = LinearJob(
-        weight.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(), None, out.data_ptr(),
+        weight.data_ptr(), address_of(bias), x.data_ptr(), None, out.data_ptr(),
         rows, columns, x.numel() // columns, DTYPES[x.dtype], native.threads(), not avx512,
     )  # fmt: skip
     if not native.loaded().hf_linear(ctypes.byref(job)):  # type: ignore[union-attr]
@@ -399,7 +394,7 @@ class Product:
             columns, groups = 2 * columns, scales.shape[1]
         self._columns, self._groups, self._room = columns, groups, 2 * (64 + (columns + 63 & ~63)) + 8 * groups  # bytes a token
         self._job = ProductJob(
-            codes=codes.data_ptr(), scales=scales.data_ptr(), zeros=None if zeros is None else zeros.data_ptr(),
+            codes=codes.data_ptr(), scales=scales.data_ptr(), zeros=address_of(zeros),
             rows=self._rows, columns=columns, group=columns // groups, bits=8 if zeros is None else 4,
             no_vnni=not vnni,
         )  # fmt: skip
@@ -451,8 +446,7 @@ class Product:
             first._set(x, between, room.data_ptr() + own_bytes)
             x = between
         self._set(x, out, room.data_ptr())
-        added = (None if part is None else part.data_ptr() for part in (shift, shift_scale, bias))
-        job.shift, job.shift_scale, job.bias = added
+        job.shift, job.shift_scale, job.bias = (address_of(part) for part in (shift, shift_scale, bias))
         job.bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
         job.first = None if first is None else ctypes.addressof(first._job)
         job.threads = native.threads() if len(x) * self._rows * self._columns >= _SHARED else 1
@@ -462,7 +456,7 @@ class Product:
         """Input, output, and the address of room for x as multiples of a step."""
         job, tokens = self._job, len(x)
         job.x, job.dtype, job.tokens = x.data_ptr(), DTYPES[x.dtype], tokens
-        job.out = None if out is None else out.data_ptr()
+        job.out = address_of(out)
         job.x_codes = room  # first: vectors of it lie within cache lines
         job.x_step = room + 2 * tokens * (64 + (self._columns + 63 & ~63))
         job.x_sum = job.x_step + 4 * tokens * self._groups

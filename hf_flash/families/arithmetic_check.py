@@ -21,7 +21,7 @@ from torch import nn
 
 from hf_flash.compute.activation import Activation, activation_like
 from hf_flash.errors import UnsupportedModelError
-from hf_flash.families.base import Family
+from hf_flash.families.base import Family, is_fused
 from hf_flash.families.decoder import replace_module
 from hf_flash.store.unit import Role
 
@@ -90,7 +90,7 @@ def arithmetic_of(block: nn.Module, matrices: Mapping[Role, str], where: str) ->
             got=", ".join(sorted(held)),
             hint=_HINT,
         )
-    if len(set(matrices.values())) < len(matrices) and any(f"{name}.bias" in held for name in matrices.values()):
+    if is_fused(matrices) and any(f"{name}.bias" in held for name in matrices.values()):
         raise _differs(where, "a linear layer for gate and up without a bias", "one with a bias")
     inside = {name.partition(".")[0] for name in weights}
     with _on_its_own():

@@ -15,7 +15,7 @@ from typing import Any, Final
 from hf_flash.compute.activation import Activation, activation_named
 from hf_flash.errors import StoreFormatError, UnsupportedModelError
 from hf_flash.store.names import NOTICE
-from hf_flash.store.unit import COLUMN, HALVES, ROLES, ROW, Part, Role, Stored
+from hf_flash.store.unit import COLUMN, HALVES, ROLES, ROW, Part, Role
 
 
 @dataclass(frozen=True)
@@ -108,20 +108,8 @@ class Family:
     @property
     def parts(self) -> tuple[Part, ...]:
         """The parts of its units."""
-        if self.is_fused:
-            return (
-                *(Part(role, half) for role, half in zip(self.matrices, HALVES, strict=False)),
-                Part("down", self._stored("down")),
-            )
-        return tuple(Part(role, self._stored(role)) for role in self.matrices)
-
-    def _stored(self, role: Role) -> Stored:
-        return COLUMN if role in self.columns else ROW
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether gate and up are one linear layer."""
-        return len(set(self.matrices.values())) < len(self.matrices)
+        halves = iter(HALVES if is_fused(self.matrices) else ())
+        return tuple(Part(role, COLUMN if role in self.columns else next(halves, ROW)) for role in self.matrices)
 
     @property
     def inline(self) -> bool:
@@ -202,6 +190,11 @@ class Family:
         ]
 
 
+def is_fused(matrices: Mapping[Role, str]) -> bool:
+    """Whether gate and up are one linear layer."""
+    return len(set(matrices.values())) < len(matrices)
+
+
 def check_family(family: Family) -> None:
     """Refuse a description of a family that is not valid. `register_family` calls this.
 
@@ -220,7 +213,7 @@ def check_family(family: Family) -> None:
         raise _invalid(family, "activation", wanted, repr(family.activation))
     names = list(family.matrices.values())
     fused = list(family.matrices) == list(ROLES) and names[0] == names[1] != names[2] and family.columns == {"down"}
-    if family.is_fused and not fused:
+    if is_fused(family.matrices) and not fused:
         wanted = 'one linear layer for "gate" and "up", in this order, with neurons in rows, and another for "down"'
         raise _invalid(family, "matrices", wanted, dict(family.matrices))
     if not family.columns <= roles:

@@ -17,7 +17,7 @@ import torch
 from hf_flash.compute import library as native
 from hf_flash.compute.activation import Activation
 from hf_flash.compute.arithmetic import Arithmetic
-from hf_flash.compute.kernels import Biases, TokenRoom, activation_function, row_layout
+from hf_flash.compute.kernels import Biases, TokenRoom, activation_function, address_of, row_layout
 from hf_flash.compute.library import DTYPES, Step, TokenJob, TokensJob, Window
 from hf_flash.reading.chunks import longest_chunk
 from hf_flash.reading.layer_files import StepFile
@@ -97,7 +97,7 @@ class TokenStep:
         job = step.job if tokens == 1 else step.several
         out = torch.empty(tokens, x.shape[1], dtype=torch.float32, device="cpu")
         job.x, job.out = x.data_ptr(), out.data_ptr()
-        job.gate_bias, job.bias = (None if bias is None else bias.data_ptr() for bias in (biases.get("gate"), biases["up"]))
+        job.gate_bias, job.bias = address_of(biases.get("gate")), address_of(biases["up"])
         job.threads, step.selected, step.tokens = native.threads(), selected.data_ptr(), tokens
         window.clock, window.free, window.use_score = resident.clock, resident.free, resident.use_score
         window.growth = _GROWTH[tokens]

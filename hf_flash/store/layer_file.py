@@ -168,12 +168,17 @@ def layer_of(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Layer
     return LayerStore(index, path, offset, keys[0], d_ff, UnitLayout.of(parts, d_model, dtype), names, metadata["crc32"], place)
 
 
+def parts_version(parts: tuple[Part, ...]) -> int:
+    """The lowest format version that describes a list of parts."""
+    return HALVES_VERSION if any(part.is_half for part in parts) else PARTS_VERSION
+
+
 def _parts_of(path: Path, metadata: Mapping[str, str], version: int) -> tuple[Part, ...]:
     """The parts that a layer file lists."""
     if version < PARTS_VERSION and "parts" not in metadata:
         return TWO_MATRICES
     parts = parse_parts(metadata.get("parts", ""))
-    if parts is None or version < (HALVES_VERSION if any(part.is_half for part in parts) else PARTS_VERSION):
+    if parts is None or version < parts_version(parts):
         raise StoreFormatError(
             "the list of a bundle's parts is not valid",
             where=path,

@@ -19,11 +19,12 @@ from hf_flash.base.buffers import aligned_empty
 from hf_flash.base.files import new_file, sync_to_disk, writing
 from hf_flash.errors import InvalidWeightsError, RepackError, StoreFormatError
 from hf_flash.store.codecs import codec_of
-from hf_flash.store.layer_file import LayerStore, crc_of_file
-from hf_flash.store.names import ALIGNMENT, FORMAT_VERSION, HALVES_VERSION, META, PARTS_VERSION, PLACED_VERSION
+from hf_flash.store.layer_file import LayerStore, crc_of_file, parts_version
+from hf_flash.store.names import ALIGNMENT, FORMAT_VERSION, META, PLACED_VERSION
 from hf_flash.store.safetensors_files import DTYPE_NAMES, PIECE_BYTES, Rows, TensorSpec, new_tensor, read_header
-from hf_flash.store.unit import COLUMN, TWO_MATRICES, Part, UnitLayout
+from hf_flash.store.unit import COLUMN, ROW, TWO_MATRICES, Part, UnitLayout
 
+_SHAPES: Final = {ROW: "[d_ff, d_model]", COLUMN: "[d_model, d_ff]"}  # of matrices that no two parts share
 _NO_CRC: Final = "0" * 8
 
 
@@ -92,7 +93,7 @@ def plain_unit(parts: Sequence[Part], specs: Sequence[TensorSpec], names: Sequen
     by_unit = parts[0].sizes(shape) if len(shape) == 2 else (0, 0)
     fits = len(shape) == 2 and codec_of(dtype) is not None
     if not fits or any(spec != (dtype, part.plain_shape(*by_unit)) for part, spec in zip(parts, specs, strict=True)):
-        shapes = [str(list(part.plain_shape(*by_unit))) for part in parts]
+        shapes = [_SHAPES.get(part.stored, "[2 * d_ff, d_model]") for part in parts]
         raise StoreFormatError(
             "the FFN matrices do not fit together",
             where=", ".join(names),
@@ -123,7 +124,7 @@ def write_layer(
     named = dict(zip(unit.roles, names, strict=True))
     metadata = _metadata(**named, **origin, **{k: str(v) for k, v in numbers.items()})
     if unit.parts != TWO_MATRICES:
-        metadata |= {META + "parts": unit.text, META + "format_version": str(_parts_version(unit))}
+        metadata |= {META + "parts": unit.text, META + "format_version": str(parts_version(unit.parts))}
     write_safetensors(path, {key: (unit.dtype, (d_ff, unit.numbers))}, _bundle(unit, d_ff, names, matrices), metadata)
 
 
@@ -213,14 +214,9 @@ def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
         yield torch.from_numpy(place)
 
     specs = {layer.key: layer.spec, f"{layer.prefix}.place": (torch.int32, (layer.d_ff,))}
-    version = PLACED_VERSION if layer.unit.parts == TWO_MATRICES else _parts_version(layer.unit)
+    version = PLACED_VERSION if layer.unit.parts == TWO_MATRICES else parts_version(layer.unit.parts)
     metadata = read_header(layer.path)[1] | {META + "format_version": str(version), META + "crc32": _NO_CRC}
     write_safetensors(layer.path, specs, pieces(), metadata)
-
-
-def _parts_version(unit: UnitLayout) -> int:
-    """The lowest format version that describes a list of parts."""
-    return HALVES_VERSION if any(part.is_half for part in unit.parts) else PARTS_VERSION
 
 
 def predictor_metadata(variant: str, store: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,9 @@ from hf_flash.config import AUTO, FlashOffloadConfig
 from hf_flash.errors import BudgetError, ConfigError, UnsupportedModelError
 from hf_flash.families import family_of
 from hf_flash.families.base import Family
+from hf_flash.families.experts import expert_modules
 from hf_flash.hub.saving import give_flash_class
+from hf_flash.loading_experts import ExpertLoading, prepare_experts
 from hf_flash.machine.about import usable_cores
 from hf_flash.packing.bundling import plain_layers
 from hf_flash.packing.flash_cache import cached_store
@@ -33,7 +36,7 @@ from hf_flash.runtime.devices import stay_on_cpu
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.lookahead import add_lookahead
 from hf_flash.runtime.swap import replace_feed_forwards
-from hf_flash.runtime.transformers_model import ignore_on_load, tied_names
+from hf_flash.runtime.transformers_model import ignore_on_load, resident_bytes
 from hf_flash.store.checkpoint import Checkpoint, given_files
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.unit import Part, UnitLayout, parts_text
@@ -59,8 +62,17 @@ class Loading:
     fmt: PredictorFormat | None
     ffns: Sequence[FlashFFN]
 
+    def finish(self, model: Any, config: FlashOffloadConfig) -> None:
+        """Everything after the other weights are loaded."""
+        attach(model, config, self.family, self.plan, self.store, self.checkpoint, self.fmt, self.ffns)
+        ahead = config.lookahead
+        if ahead is None:
+            ahead = int(usable_cores() > torch.get_num_threads())  # both cores busy: it costs what it hides
+        if ahead and self.fmt is not None:
+            add_lookahead(model, self.family, self.ffns)
 
-def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None, *, repacked: bool) -> Loading:
+
+def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None, *, repacked: bool) -> Loading | ExpertLoading:
     """Everything before weights are loaded.
 
     Args:
@@ -70,7 +82,6 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
     Raises:
         UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not so.
     """
-    family = family_of(model.config, model)
     if model.config.dtype not in DTYPES:
         raise UnsupportedModelError("no such dtype of compute", where="dtype", expected=list(DTYPES), got=model.config.dtype)
     if not files:
@@ -82,6 +93,15 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
         )
     found = given_files(str(model.config.name_or_path), files)
     checkpoint = Checkpoint.open(found)
+    if expert_modules(model):
+        return prepare_experts(model, config, checkpoint)
+    return _prepare_neurons(model, config, checkpoint, found, repacked=repacked)
+
+
+def _prepare_neurons(
+    model: Any, config: FlashOffloadConfig, checkpoint: Checkpoint, found: list[Path], *, repacked: bool
+) -> Loading:
+    family = family_of(model.config, model)
     store = FlashStore.open(found) if repacked else None
     if store is not None:
         store.check_others()
@@ -102,15 +122,10 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
     return Loading(family, checkpoint, store, plan, fmt, ffns)
 
 
-def finish(model: Any, config: FlashOffloadConfig, loading: Loading) -> None:
+def finish(model: Any, config: FlashOffloadConfig, loading: Loading | ExpertLoading) -> None:
     """Everything after the other weights are loaded."""
     plan = loading.plan
-    attach(model, config, loading.family, plan, loading.store, loading.checkpoint, loading.fmt, loading.ffns)
-    ahead = config.lookahead
-    if ahead is None:
-        ahead = int(usable_cores() > torch.get_num_threads())  # both cores busy: it costs what it hides
-    if ahead and loading.fmt is not None:
-        add_lookahead(model, loading.family, loading.ffns)
+    loading.finish(model, config)
     give_flash_class(model)
     stay_on_cpu(model)
     logger.info(
@@ -129,7 +144,7 @@ def _divide(
     """Divide the memory budget. A predictor `fmt` that nobody named, and that does not fit, is left out: `None`."""
     shape, dtype = family.shape(model.config), model.config.dtype
     budget = None if config.memory_budget == AUTO else config.memory_budget
-    resident = _resident_bytes(model, dtype)
+    resident = resident_bytes(model, dtype)
 
     def plan(fmt: PredictorFormat | None) -> MemoryPlan:
         demand = expected_demand(fmt, shape, store)
@@ -149,13 +164,6 @@ def _divide(
             format_bytes(without.minimum_bytes + fmt.dram_bytes(shape)),
         )
         return without, None
-
-
-def _resident_bytes(model: Any, dtype: torch.dtype) -> int:
-    """Of all weights that are not FFN matrices, in the dtype of compute; tied ones count once."""
-    tied = tied_names(model)
-    weights = {id(p): p for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
-    return sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in weights.values())
 
 
 def _check_shape(family: Family, model: Any, unit: UnitLayout, widths: tuple[int, ...]) -> None:

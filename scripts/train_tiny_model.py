@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer and a small OPT, Llama or Arcee with ReLU from scratch, with few active FFN neurons.
+"""Train a byte-level BPE tokenizer and a small OPT, Llama, Arcee or Qwen3-MoE from scratch, with few active FFN neurons.
 
     python scripts/get_corpus.py corpus
     python scripts/train_tiny_model.py --corpus corpus/bible.train.txt corpus/sotu.train.txt \\
@@ -41,7 +41,10 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 # OPT's own ids. Its texts begin with </s>, which is also what ends them; <s> exists and is never used.
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -53,8 +56,12 @@ FLOOR = 0.02  # share of the learning rate that is left at the end
 PENALTY_FULL_AT = 0.5  # share of the run over which the penalty grows to its weight
 QUICK_WINDOWS = 32
 EVAL_BATCH = 16
-HEADS_PER_KEY = 3  # attention heads of Llama and Arcee that share a key and a value
-GATED_OR_SQUARED = {"llama": (LlamaConfig, LlamaForCausalLM, "relu"), "arcee": (ArceeConfig, ArceeForCausalLM, "relu2")}
+HEADS_PER_KEY = 3  # attention heads of all but OPT that share a key and a value
+ROTARY = {
+    "llama": (LlamaConfig, LlamaForCausalLM, "relu"),
+    "arcee": (ArceeConfig, ArceeForCausalLM, "relu2"),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, "silu"),
+}
 
 
 @dataclass
@@ -121,7 +128,10 @@ class HiddenMonitor:
     In training mode it collects the activation penalty, in evaluation mode it counts zeros.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    counts = "zeros_by_layer"
+
+    def __init__(self, model: PreTrainedModel, weight: float) -> None:
+        self.weight = weight
         if isinstance(model, OPTForCausalLM):
             down = [layer.fc2 for layer in model.model.decoder.layers]
         else:
@@ -146,23 +156,67 @@ class HiddenMonitor:
 
         return observe
 
-    def take_cost(self) -> Tensor:
-        """Return the penalty of the last forward pass, averaged over layers, and forget it."""
+    def take_penalty(self, progress: float) -> Tensor:
+        """Return the penalty of the last forward pass, averaged over layers, and forget it. It grows as the run goes on."""
         cost = torch.stack(self.costs).mean()
         self.costs.clear()
-        return cost
+        return self.weight * min(1.0, progress / PENALTY_FULL_AT) * cost
 
-    def take_zero_shares(self) -> list[float]:
+    def take_shares(self) -> list[float]:
         """Return the share of zeros in each layer since the last call and start counting anew."""
         shares = [round(zeros / max(1, seen), 4) for zeros, seen in zip(self.zeros, self.seen, strict=True)]
         self.zeros, self.seen = [0] * len(shares), [0] * len(shares)
         return shares
 
 
+class ExpertMonitor:
+    """Watches the router of every layer of a mixture of experts.
+
+    In training mode it collects the price of uneven use, in evaluation mode it counts the tokens of each expert.
+    """
+
+    counts = "least_and_most_used_expert_by_layer"
+
+    def __init__(self, model: PreTrainedModel, weight: float) -> None:
+        self.weight = weight
+        routers = [layer.mlp.gate for layer in model.model.layers]
+        self.costs: list[Tensor] = []
+        self.per_token = model.config.num_experts_per_tok
+        self.tokens = torch.zeros(len(routers), model.config.num_experts, dtype=torch.long)
+        for index, router in enumerate(routers):
+            router.register_forward_hook(self._hook(index))
+
+    def _hook(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]], None]:
+        def observe(router: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+            logits, _, chosen = outputs
+            if router.training:
+                # transformers adds up all layers before it compares experts; one layer at a time, each becomes even.
+                self.costs.append(load_balancing_loss_func((logits,), self.tokens.shape[1], self.per_token))
+            else:
+                self.tokens[index] += torch.bincount(chosen.flatten(), minlength=self.tokens.shape[1]).cpu()
+
+        return observe
+
+    def take_penalty(self, progress: float) -> Tensor:
+        """Return the penalty of the last forward pass, averaged over layers, and forget it. It is in force from the start."""
+        cost = torch.stack(self.costs).mean()
+        self.costs.clear()
+        return self.weight * cost
+
+    def take_shares(self) -> list[tuple[float, float]]:
+        """Return the share of the tokens that the least and the most used expert of each layer got, and start anew."""
+        shares = self.per_token * self.tokens / self.tokens.sum(dim=1, keepdim=True).clamp(min=1)
+        self.tokens.zero_()
+        return [(round(layer.min().item(), 4), round(layer.max().item(), 4)) for layer in shares]
+
+
+Monitor = HiddenMonitor | ExpertMonitor
+
+
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Train a byte-level BPE tokenizer and a small, sparse OPT, Llama or Arcee from scratch.",
+        description="Train a byte-level BPE tokenizer and a small, sparse OPT, Llama, Arcee or Qwen3-MoE from scratch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -170,18 +224,26 @@ def parse_args() -> argparse.Namespace:
     add("--corpus", nargs="+", type=Path, required=True, metavar="FILE", help=f"training text, {text_help}")
     add("--valid", nargs="+", type=Path, required=True, metavar="FILE", help=f"held-out text, {text_help}")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for model, tokenizer and log")
-    add("--architecture", choices=["opt", *GATED_OR_SQUARED], default="opt", help="llama: ReLU on a gate; arcee: squared ReLU")
+    add(
+        "--architecture",
+        choices=["opt", *ROTARY],
+        default="opt",
+        help="llama: ReLU on a gate; arcee: squared ReLU; qwen3_moe: experts",
+    )
     add("--minutes", type=float, default=56.0, help="wall time for the training steps")
     add("--max-steps", type=int, default=None, help="end after this many steps if the time has not run out")
     add("--vocab", type=int, default=4096, help="size of the vocabulary")
     add("--hidden", type=int, default=256, help="width of the model")
-    add("--ffn", type=int, default=1024, help="width of the FFN hidden layer")
+    add("--ffn", type=int, default=1024, help="width of the FFN hidden layer, or of each expert's")
+    add("--experts", type=int, default=16, help="experts per layer, of qwen3_moe")
+    add("--experts-per-token", type=int, default=4, help="experts that a token goes to, of qwen3_moe")
     add("--layers", type=int, default=6, help="number of decoder layers")
     add("--heads", type=int, default=4, help="attention heads per layer")
     add("--context", type=int, default=256, help="tokens per training window, and the model's longest input")
     add("--batch", type=int, default=16, help="windows per step")
     add("--lr", type=float, default=3e-3, help="peak learning rate, for both optimizers")
     add("--l1", type=float, default=0.002, help="weight of the activation penalty; 0 trains a denser model")
+    add("--balance", type=float, default=0.01, help="weight of the penalty on uneven use of experts, of qwen3_moe")
     add(
         "--precision",
         choices=["auto", "bf16", "fp32"],
@@ -245,6 +307,19 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, documents: list[str], name: str
     return TextSet(name, tokens, sum(len(document.encode()) for document in documents))
 
 
+def mixture(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the configuration of a mixture of experts adds to that of other models."""
+    return {
+        "head_dim": args.hidden // args.heads,
+        "intermediate_size": args.ffn * args.experts_per_token,  # what is active; no layer is without experts
+        "moe_intermediate_size": args.ffn,
+        "num_experts": args.experts,
+        "num_experts_per_tok": args.experts_per_token,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": args.balance,
+    }
+
+
 def build_model(args: argparse.Namespace, vocab: int) -> PreTrainedModel:
     """Make a model with fresh weights. There is no dropout: the run sees its text only a few times."""
     common = {
@@ -258,13 +333,14 @@ def build_model(args: argparse.Namespace, vocab: int) -> PreTrainedModel:
         "eos_token_id": END_ID,
         "tie_word_embeddings": True,
     }
-    if args.architecture in GATED_OR_SQUARED:
-        config, model, activation = GATED_OR_SQUARED[args.architecture]
+    if args.architecture in ROTARY:
+        config, model, activation = ROTARY[args.architecture]
         own = {
             "intermediate_size": args.ffn,
             "hidden_act": activation,
             "num_key_value_heads": max(1, args.heads // HEADS_PER_KEY),
         }
+        own |= mixture(args) if args.architecture == "qwen3_moe" else {}
         return model(config(**common, **own)).to(args.device)
     own = {"ffn_dim": args.ffn, "word_embed_proj_dim": args.hidden, "activation_function": "relu"}
     own |= {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
@@ -345,7 +421,7 @@ def train_step(
 
 
 def optimize(
-    model: PreTrainedModel, monitor: HiddenMonitor, train: TextSet, valid: TextSet, args: argparse.Namespace
+    model: PreTrainedModel, monitor: Monitor, train: TextSet, valid: TextSet, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Train until the time or the steps run out, and return the rows of the log."""
     optimizers = build_optimizers(model, args.lr, args.precision)
@@ -356,8 +432,7 @@ def optimize(
     model.train()
     while (progress := max((time.monotonic() - start) / (60 * args.minutes), steps / limit)) < 1:
         loss = next_token_loss(model, next(batches), args.precision)
-        penalty = args.l1 * min(1.0, progress / PENALTY_FULL_AT) * monitor.take_cost()
-        train_step(model, optimizers, loss + penalty, args.lr * lr_factor(steps, progress))
+        train_step(model, optimizers, loss + monitor.take_penalty(progress), args.lr * lr_factor(steps, progress))
         average = loss.item() if steps == 0 else 0.95 * average + 0.05 * loss.item()
         steps += 1
         if steps % args.log_every == 0:
@@ -369,7 +444,7 @@ def optimize(
                     "seconds": round(time.monotonic() - start, 1),
                     "train_loss": round(average, 4),
                     "valid_loss": round(quick, 4),
-                    "zeros_by_layer": monitor.take_zero_shares(),
+                    monitor.counts: monitor.take_shares(),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
@@ -379,17 +454,17 @@ def optimize(
     return rows
 
 
-def judge(model: PreTrainedModel, monitor: HiddenMonitor, texts: list[TextSet], context: int) -> dict[str, dict[str, Any]]:
+def judge(model: PreTrainedModel, monitor: Monitor, texts: list[TextSet], context: int) -> dict[str, dict[str, Any]]:
     """Measure the finished model on the whole of every held-out text, in fp32 whatever the training used."""
     results: dict[str, dict[str, Any]] = {}
     for text in texts:
-        monitor.take_zero_shares()
+        monitor.take_shares()
         loss = evaluate(model, text.tokens, context, "fp32")
         results[text.name] = {
             "loss": round(loss, 4),
             "perplexity": round(math.exp(loss), 2),
             "bits_per_byte": round(loss * len(text.tokens) / text.bytes / math.log(2), 4),
-            "zeros_by_layer": monitor.take_zero_shares(),
+            monitor.counts: monitor.take_shares(),
         }
         print(text.name, json.dumps(results[text.name]), flush=True)
     return results
@@ -427,7 +502,8 @@ def main() -> None:
     size = model.num_parameters()
     print(f"{len(train.tokens)} training tokens, {size / 1e6:.2f} M parameters, {args.precision}", flush=True)
 
-    monitor = HiddenMonitor(model)
+    mixed = args.architecture == "qwen3_moe"
+    monitor: Monitor = ExpertMonitor(model, args.balance) if mixed else HiddenMonitor(model, args.l1)
     history = optimize(model, monitor, train, valid[0], args)
     model.half().float().eval()
     results = judge(model, monitor, valid, args.context)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import huggingface_hub
@@ -164,3 +167,15 @@ def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield hub
     huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="session")
+def coverage() -> Iterator[ModuleType]:
+    """`scripts/coverage_of_families.py`, which tries all models of transformers."""
+    spec = importlib.util.spec_from_file_location("coverage_of_families", ROOT / "scripts" / "coverage_of_families.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]

@@ -12,7 +12,7 @@ import torch
 from transformers import StoppingCriteria
 
 from hf_flash.runtime.counters import FlashStats
-from hf_flash.runtime.model import find_runtime, stats
+from hf_flash.runtime.model import FlashRuntime, runtime_of, stats
 
 PARTS: Final = ("io", "manage", "predict", "compute")  # of a token's time, as hf_flash counts it in its layers
 SLOW_S: Final = 5.0  # for a token: a system that is slower is stopped
@@ -58,12 +58,13 @@ class StepClock(StoppingCriteria):
     def _of_flash(self, mean_ms: float, steps: int) -> dict[str, Any]:
         snapshot = stats(self.model)
         count = snapshot.counters
-        bundle_bytes = find_runtime(self.model).store.layers[0].bundle_bytes
+        runtime = runtime_of(self.model)
+        unit_bytes = runtime.store.layers[0].bundle_bytes if isinstance(runtime, FlashRuntime) else 0  # experts: no guesses
         parts = {part: 1e3 * getattr(count, part + "_s") / steps for part in PARTS}
         return {
             "parts_ms": parts | {"rest": mean_ms - sum(parts.values())},
             "read_bytes": count.read_bytes / steps,
-            "missing_bytes": (count.missing_bytes + count.ahead_used * bundle_bytes) / steps,  # without wrong guesses
+            "missing_bytes": (count.missing_bytes + count.ahead_used * unit_bytes) / steps,  # without wrong guesses
             "touched_bytes": self._touched(snapshot, steps),
             "reads": count.reads / steps,
             "run_bytes": count.read_bytes / max(1, count.reads),
@@ -73,12 +74,12 @@ class StepClock(StoppingCriteria):
         }
 
     def _touched(self, found: FlashStats, steps: int) -> float:
-        """Weights in DRAM that a step goes through: all but its neurons and the tables of which it looks up a row."""
+        """Weights in DRAM that a step goes through: all but what is on flash, and the tables of which it looks up a row."""
         head = self.model.get_output_embeddings().weight
         tables = [item.weight for item in self.model.modules() if isinstance(item, torch.nn.Embedding)]
         resident = found.resident_bytes - sum(table.nbytes for table in tables if table is not head)
-        neuron = (found.dense_bytes - found.resident_bytes) / found.neurons
-        return resident + found.predictor_bytes + neuron * found.counters.selected / steps
+        unit = (found.dense_bytes - found.resident_bytes) / found.units
+        return float(resident + found.predictor_bytes + unit * found.counters.selected / steps)
 
 
 class MemorySampler:

@@ -36,6 +36,7 @@ _LEGEND: Final = (("read now", _READ), ("reused", _REUSED), ("used lately", _LAT
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _LEFT, _RIGHT = 6, 22  # columns beside the strips
 _AROUND: Final = 16  # lines that are not strips
+_FADING_TOKENS: Final = 5  # that an expert is shown as used lately
 
 
 class LiveView:
@@ -83,8 +84,7 @@ class LiveView:
     def _sizes(self) -> Text:
         found = self._found
         return Text(
-            f"{format_bytes(found.dense_bytes)} of weights in {format_bytes(found.budget_bytes)}: room for {found.capacity} of "
-            f"{found.d_ff} neurons a layer; a window of {found.window} tokens; predictor {found.predictor}",
+            f"{format_bytes(found.dense_bytes)} of weights in {format_bytes(found.budget_bytes)}: {found.what_fits}",
             style="dim", no_wrap=True, overflow="ellipsis",
         )  # fmt: skip
 
@@ -93,7 +93,7 @@ class LiveView:
         lines, pixels = max(1, min(4, room // len(layers) - 1)), 2 * wide
         apart = len(layers) * (lines + 1) <= room
         groups = [g.tolist() for g in np.array_split(np.arange(len(layers)), min(len(layers), max(1, room)))]
-        each = [_pixels(layer, lines * pixels, self._found.window) for layer in layers]
+        each = [_pixels(layer, lines * pixels, getattr(self._found, "window", _FADING_TOKENS)) for layer in layers]
         counts = [np.sum([each[at] for at in group], axis=0) for group in groups]
         self._usual = np.maximum(0.8 * self._usual, np.mean([count[:3].mean(1) for count in counts], 0))
         made = []

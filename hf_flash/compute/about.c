@@ -15,7 +15,7 @@ int hf_abi(void) { return HF_ABI; }
 int hf_sizes(int64_t *out) {
     const int64_t sizes[] = {
         sizeof(RowLayout), sizeof(TokenJob), sizeof(TokensJob), sizeof(ProductJob), sizeof(LinearJob), sizeof(CopyJob),
-        sizeof(File),      sizeof(Order),    sizeof(Window),    sizeof(Step),       sizeof(QuantizeJob),
+        sizeof(File),      sizeof(Order),    sizeof(Window),    sizeof(Step),       sizeof(QuantizeJob), sizeof(LinearsJob),
     };
     memcpy(out, sizes, sizeof sizes);
     return sizeof sizes / sizeof *sizes;

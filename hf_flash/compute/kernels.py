@@ -304,7 +304,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
     job = LinearJob(
         weight.data_ptr(), address_of(bias), x.data_ptr(), None, out.data_ptr(),
-        rows, columns, x.numel() // columns, DTYPES[x.dtype], native.threads(), not avx512,
+        rows, columns, x.numel() // columns, rows, DTYPES[x.dtype], DTYPES[x.dtype], False, native.threads(), not avx512,
     )  # fmt: skip
     if not native.loaded().hf_linear(ctypes.byref(job)):  # type: ignore[union-attr]
         raise MemoryError(f"no memory for {x.numel()} numbers")

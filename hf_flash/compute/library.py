@@ -31,7 +31,7 @@ from hf_flash.base import dtypes
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 17  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
+ABI: Final = 18  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final[Mapping[torch.dtype, int]] = {getattr(torch, name): number for number, name in enumerate(dtypes.DTYPES)}
 """Those of compute, as numbered in native.h."""
@@ -98,13 +98,22 @@ class ProductJob(ctypes.Structure):
 
 
 class LinearJob(ctypes.Structure):
-    """A matrix in the dtype of compute and some tokens."""
+    """A matrix and some tokens."""
 
     _fields_ = (
         *((name, _pointer) for name in ("weight", "bias", "x", "x_f32", "out")),
-        *((name, _long) for name in ("rows", "columns", "tokens")),
-        *((name, _int) for name in ("dtype", "threads", "no_avx512", "next")),
+        *((name, _long) for name in ("rows", "columns", "tokens", "out_stride")),
+        *((name, _int) for name in ("dtype", "weight_dtype", "turned", "threads", "no_avx512", "next")),
     )
+
+
+class LinearsJob(ctypes.Structure):
+    """Several matrices, each with tokens of its own, and reads to wait for."""
+
+    _fields_ = (
+        ("jobs", _pointer), ("n", _long), ("reader", _pointer), ("ticket", _long), ("meanwhile", Meanwhile),
+        ("waited_s", _double), *((name, _int) for name in ("error", "threads", "no_avx512")),
+    )  # fmt: skip
 
 
 class QuantizeJob(ctypes.Structure):
@@ -132,7 +141,7 @@ class File(ctypes.Structure):
 
     _fields_ = (
         *((name, _long) for name in ("size", "modified_s", "modified_ns", "changed_s", "changed_ns")),
-        *((name, _int) for name in ("fd", "align", "nowait", "unused")),
+        *((name, _int) for name in ("fd", "align", "nowait", "only_contents")),
     )
 
 
@@ -170,6 +179,7 @@ class Step(ctypes.Structure):
 
 STRUCTURES: Final = (  # in the order of `hf_sizes`
     RowLayout, TokenJob, TokensJob, ProductJob, LinearJob, CopyJob, File, Order, Window, Step, QuantizeJob,
+    LinearsJob,
 )  # fmt: skip
 
 
@@ -204,6 +214,7 @@ def _declare(found: ctypes.CDLL) -> None:
     found.hf_count_uses.argtypes = [_pointer, _long, _long, _int, _pointer, _pointer]
     found.hf_multiply.argtypes = [ctypes.POINTER(ProductJob)]
     found.hf_linear.argtypes = [ctypes.POINTER(LinearJob)]
+    found.hf_linears.argtypes = [ctypes.POINTER(LinearsJob)]
     found.hf_quantize.argtypes = [ctypes.POINTER(QuantizeJob)]
     found.hf_copy.argtypes = [ctypes.POINTER(CopyJob)]
     found.hf_step.argtypes = [ctypes.POINTER(Step)]

@@ -1,4 +1,4 @@
-/* A matrix that stays in memory, in the dtype of compute, times a few tokens. */
+/* Matrices times a few tokens. */
 
 #include "native.h"
 
@@ -11,10 +11,12 @@
 
 enum { TILE_ROWS = 4, TILE_TOKENS = 4 }; /* sums that registers have room for */
 enum { LINEAR_ROWS = 32 };               /* that a thread takes at a time */
+enum { STRIP = 512 };                    /* outputs of a turned matrix that a thread takes at a time */
 
 /* One output: bias added, rounded once. */
-INLINE void put_sum(const LinearJob *job, int64_t row, int64_t token, float sum, int dtype) {
-    put(job->out, token * job->rows + row, job->bias ? sum + one(job->bias, row, dtype) : sum, dtype);
+INLINE void put_sum(const LinearJob *job, int64_t row, int64_t token, float sum) {
+    const int dtype = job->dtype;
+    put(job->out, token * job->out_stride + row, job->bias ? sum + one(job->bias, row, dtype) : sum, dtype);
 }
 
 #define LANES 8
@@ -25,16 +27,61 @@ INLINE void put_sum(const LinearJob *job, int64_t row, int64_t token, float sum,
 #include "linear_width.h"
 #undef LANES
 
-int FAST hf_linear(LinearJob *job) {
-    job->x_f32 = malloc((size_t)(job->tokens * job->columns) * sizeof(float));
-    if (!job->x_f32)
-        return 0;
+static FAST void widen(LinearJob *job, float *room) {
     for (int64_t i = 0; i < job->tokens * job->columns; i++)
-        job->x_f32[i] = one(job->x, i, job->dtype);
+        room[i] = one(job->x, i, job->dtype);
+    job->x_f32 = room;
+}
+
+int hf_linear(LinearJob *job) {
+    float *room = malloc((size_t)(job->tokens * job->columns) * sizeof(float));
+    if (!room)
+        return 0;
+    widen(job, room);
     atomic_store(&job->next, 0);
     run_on_threads(job->no_avx512 || !has_avx512() ? linear_body_of_8 : linear_body_of_16, job, job->threads);
-    free(job->x_f32);
+    free(room);
     return 1;
+}
+
+static void wait_for_reads(void *data) {
+    LinearsJob *all = data;
+    all->error = hf_read_wait(all->reader, all->ticket);
+}
+
+static void do_nothing(void *data) { (void)data; }
+
+/* Whether two matrices are multiplied with the same tokens. */
+static int same_x(const LinearJob *a, const LinearJob *b) {
+    return a->x == b->x && a->tokens == b->tokens && a->columns == b->columns && a->dtype == b->dtype;
+}
+
+int hf_linears(LinearsJob *all) {
+    int64_t numbers = 0;
+    for (int64_t i = 0; i < all->n; i++)
+        numbers += i && same_x(all->jobs + i, all->jobs + i - 1) ? 0 : all->jobs[i].tokens * all->jobs[i].columns;
+    float *const room = malloc((size_t)(numbers + 1) * sizeof(float));
+    const int64_t n = all->n;
+    if (!room)
+        all->n = 0;
+    float *at = room;
+    for (int64_t i = 0; i < all->n; i++) {
+        LinearJob *job = all->jobs + i;
+        atomic_store(&job->next, 0);
+        if (i && same_x(job, job - 1)) {
+            job->x_f32 = job[-1].x_f32;
+        } else {
+            widen(job, at);
+            at += job->tokens * job->columns;
+        }
+    }
+    all->error = 0;
+    all->meanwhile = (Meanwhile){.begin = all->ticket ? do_nothing : NULL, .end = wait_for_reads, .data = all};
+    run_on_threads(all->no_avx512 || !has_avx512() ? linears_body_of_8 : linears_body_of_16, all, all->threads);
+    all->waited_s = all->meanwhile.waited_s;
+    all->n = n;
+    free(room);
+    return room != NULL;
 }
 
 #endif

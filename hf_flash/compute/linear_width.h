@@ -1,4 +1,4 @@
-/* A matrix in the dtype of compute times a few tokens, for one width of vectors. Included by linear.c, once for each.
+/* A matrix times a few tokens, for one width of vectors. Included by linear.c, once for each.
  *
  * A tile of rows x tokens sums is kept in registers while the columns go by, so that a weight is fetched once and used for every
  * token. A sum is 16 partial sums, whatever the width and the tile: a token gets the same bits beside others and alone. */
@@ -38,7 +38,7 @@ OF_WIDTH(void) NAME(tile)(const LinearJob *job, int64_t row, int64_t token, int 
             float rest = 0.0f;
             for (int64_t k = i; k < job->columns; k++)
                 rest = __builtin_fmaf(one(weight + r * stride, k, dtype), x[t * job->columns + k], rest);
-            put_sum(job, row + r, token + t, SUM_16(sums[r][t]) + rest, dtype);
+            put_sum(job, row + r, token + t, SUM_16(sums[r][t]) + rest);
         }
 }
 
@@ -74,7 +74,66 @@ OF_WIDTH(void) NAME(linear_share)(LinearJob *job, int dtype) {
     }
 }
 
+/* Some outputs of a turned matrix, for a few tokens: a row of it is multiplied with one input. An output is one sum in the order of
+ * the inputs, whatever the width. */
+OF_WIDTH(void) NAME(strip)(const LinearJob *job, int64_t begin, int64_t outputs, int64_t token, int tokens, int dtype) {
+    float sums[TILE_TOKENS][STRIP] = {{0}};
+    const int64_t stride = job->rows * size_of(dtype);
+    const char *weight = (const char *)job->weight + begin * size_of(dtype);
+    const float *x = job->x_f32 + token * job->columns;
+    for (int64_t i = 0; i < job->columns; i += 4) {
+        const char *row = weight + i * stride;
+        const int64_t left = job->columns - i < 4 ? job->columns - i : 4;
+        int64_t k = 0;
+        if (left == 4)
+            for (; k + LANES <= outputs; k += LANES) {
+                VECTOR w[4];
+                UNROLLED(int r = 0; r < 4; r++) {
+                    w[r] = NAME(load)(row + r * stride, k, dtype);
+                    _mm_prefetch(row + (r + 4) * stride + k * size_of(dtype), _MM_HINT_T0);
+                }
+                UNROLLED(int t = 0; t < tokens; t++) {
+                    VECTOR sum = LOAD(sums[t] + k);
+                    UNROLLED(int r = 0; r < 4; r++)
+                        sum = FMA(w[r], FILL(x[t * job->columns + i + r]), sum);
+                    STORE(sums[t] + k, sum);
+                }
+            }
+        for (; k < outputs; k++)
+            for (int t = 0; t < tokens; t++)
+                for (int64_t r = 0; r < left; r++)
+                    sums[t][k] = __builtin_fmaf(one(row + r * stride, k, dtype), x[t * job->columns + i + r], sums[t][k]);
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int64_t k = 0; k < outputs; k++)
+            put_sum(job, begin + k, token + t, sums[t][k]);
+}
+
+OF_WIDTH(void) NAME(turned_share)(LinearJob *job, int dtype) {
+    for (;;) {
+        const int64_t begin = (int64_t)atomic_fetch_add(&job->next, STRIP);
+        if (begin >= job->rows)
+            return;
+        const int64_t outputs = begin + STRIP < job->rows ? STRIP : job->rows - begin;
+        int64_t t = 0;
+        for (; t + TILE_TOKENS <= job->tokens; t += TILE_TOKENS)
+            NAME(strip)(job, begin, outputs, t, TILE_TOKENS, dtype);
+        for (; t < job->tokens; t++)
+            NAME(strip)(job, begin, outputs, t, 1, dtype);
+    }
+}
+
 BODY NAME(linear_body)(void *data) {
     LinearJob *job = data;
-    BY_DTYPE(job->dtype, NAME(linear_share), job);
+    if (job->turned)
+        BY_DTYPE(job->weight_dtype, NAME(turned_share), job);
+    else
+        BY_DTYPE(job->weight_dtype, NAME(linear_share), job);
+}
+
+BODY NAME(linears_body)(void *data) {
+    LinearsJob *all = data;
+    for (int64_t i = 0; i < all->n; i++)
+        NAME(linear_body)(all->jobs + i);
+    end_meanwhile(&all->meanwhile, thread_index(all->threads) == 0);
 }

@@ -10,7 +10,7 @@
  *     neurons.c           one token and some neurons: up, activation, down
  *     several.c           several tokens, each with neurons of its own
  *     product.c           a quantized matrix times a few tokens
- *     linear.c            a matrix in the dtype of compute times a few tokens
+ *     linear.c            matrices times a few tokens
  *     quantize.c          a matrix in the dtype of compute to one in 8 or 4 bits
  *     copy.c              scattered rows to scattered places
  *     read_queue.c        reads of a file into scattered memory; read_plain.c and read_ring.c do them
@@ -40,7 +40,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-enum { HF_ABI = 17 };
+enum { HF_ABI = 18 };
 
 /* Dtypes: library.py: DTYPES. */
 enum { F32, BF16, F16 };
@@ -176,19 +176,35 @@ typedef struct ProductJob {
 /* matrix @ x + shift + bias, each token on its own: its sums do not depend on how many are beside it. */
 void hf_multiply(ProductJob *job);
 
-/* --- linear.c: a matrix that stays in memory and some tokens (hf_flash/runtime/resident_linear.py) */
+/* --- linear.c: matrices and some tokens (hf_flash/runtime/resident_linear.py, hf_flash/compute/expert_products.py) */
 
 typedef struct {
-    const void *weight, *bias, *x; /* [rows, columns], [rows] or null, [tokens, columns]; all of `dtype` */
+    const void *weight;            /* [rows, columns] of `weight_dtype`; or, if it is `turned`, [columns, rows] */
+    const void *bias, *x;          /* [rows] or null, [tokens, columns]; both of `dtype` */
     float *x_f32;                  /* the function's own */
     void *out;                     /* [tokens, rows] of `dtype` */
     int64_t rows, columns, tokens;
-    int32_t dtype, threads, no_avx512;
+    int64_t out_stride;            /* numbers from one token of `out` to the next */
+    int32_t dtype, weight_dtype, turned, threads, no_avx512;
     atomic_int next;
 } LinearJob;
 
 /* out = x @ weight.T + bias, each token on its own: accumulated in fp32, rounded once. Returns whether there was memory. */
 int hf_linear(LinearJob *job);
+
+typedef struct {
+    LinearJob *jobs;     /* [n] of which `threads`, `no_avx512` and `next` are the function's own */
+    int64_t n;
+    struct Reader *reader;
+    int64_t ticket;      /* of reads that the calling thread waits for when it has nothing more to compute; or 0 */
+    Meanwhile meanwhile; /* the function's own */
+    double waited_s;     /* out: seconds that it waited */
+    int32_t error;       /* out: what `hf_read_wait` returned; 0 without a ticket */
+    int32_t threads, no_avx512;
+} LinearsJob;
+
+/* Several matrices at once, each as `hf_linear` does it. Returns whether there was memory; the reads are waited for in any case. */
+int hf_linears(LinearsJob *all);
 
 /* --- quantize.c: a matrix in 8 or 4 bits (hf_flash/predictors/low_bit.py) */
 
@@ -229,7 +245,7 @@ typedef struct {
     int32_t fd;
     int32_t align;  /* offsets, lengths and addresses of a direct read are multiples of this; 0: through the page cache */
     int32_t nowait; /* page cache: whether a read can be asked to return only what is there */
-    int32_t unused;
+    int32_t only_contents; /* whether a change of the inode alone, as another link to the file is, counts as none */
 } File;
 
 /* Reads of one file. */

@@ -155,8 +155,8 @@ static void complete(Reader *reader, Batch *batch) {
 static int is_changed(const File *file) {
     struct stat now;
     return fstat(file->fd, &now) || now.st_size != file->size || now.st_mtim.tv_sec != file->modified_s ||
-           now.st_mtim.tv_nsec != file->modified_ns || now.st_ctim.tv_sec != file->changed_s ||
-           now.st_ctim.tv_nsec != file->changed_ns;
+           now.st_mtim.tv_nsec != file->modified_ns ||
+           (!file->only_contents && (now.st_ctim.tv_sec != file->changed_s || now.st_ctim.tv_nsec != file->changed_ns));
 }
 
 /* --- what is called from outside */

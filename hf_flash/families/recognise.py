@@ -123,8 +123,11 @@ def recognise(model: Any) -> Family:
     Raises:
         UnsupportedModelError: with what is not as it should be.
     """
-    if any(part == "experts" for path, _ in decoder_of(model).named_modules() for part in path.split(".")):
-        raise _not_recognised(model, "feed-forward blocks of neurons", "experts, which are not supported yet")
+    experts = [type(module).__name__ for path, module in decoder_of(model).named_modules() if "experts" in path.split(".")]
+    if experts:
+        raise _not_recognised(
+            model, "blocks of neurons, or experts in the form that transformers shares among models", f"experts of {experts[0]}"
+        )
     name, layers = _decoder_layers(model)
     found = [dict(_blocks(layer)) for layer in layers]
     paths = [path for path in found[0] if all(path in blocks for blocks in found)]

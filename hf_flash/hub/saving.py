@@ -20,11 +20,12 @@ from hf_flash.errors import ConfigError, UsageError
 from hf_flash.hub.uploading import CARD, staging, upload
 from hf_flash.hub.uploading import push as push  # importable from here, beside the methods that call it
 from hf_flash.packing.checkpoint_folder import save_folder
+from hf_flash.packing.expert_folder import save_experts
 from hf_flash.runtime.devices import METHODS
-from hf_flash.runtime.flash_weights import Matrix, OnFlash, without_flash_weights
-from hf_flash.runtime.model import FlashRuntime, find_runtime
+from hf_flash.runtime.flash_weights import OnFlash, without_flash_weights
+from hf_flash.runtime.model import ExpertRuntime, FlashRuntime, runtime_of
 from hf_flash.runtime.model_class import add_methods, stock_class, stock_methods
-from hf_flash.runtime.transformers_model import has_adapter, tied_names
+from hf_flash.runtime.transformers_model import has_adapter, plain_state, tied_names
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
 
@@ -131,7 +132,7 @@ def push_to_hub(
     _refuse("push_to_hub", {"variant": variant is not None, "safe_serialization": safe_serialization is False})
     _check_known("push_to_hub", kwargs)
     with staging() as place:
-        beside = find_runtime(model).checkpoint.files[0].parent
+        beside = runtime_of(model).checkpoint.files[0].parent
         _save(model, place, link=True)
         for name in (CARD, *_TOKENIZER):
             if (beside / name).is_file():
@@ -160,20 +161,26 @@ def _check_known(where: str, kwargs: dict[str, Any]) -> None:
 
 
 def _save(model: Any, folder: Path, state_dict: Mapping[str, Any] | None = None, *, link: bool = False) -> None:
-    runtime = find_runtime(model)
-    changed = _changed(_whole(model, runtime, state_dict), runtime.checkpoint, runtime.store)
+    runtime = runtime_of(model)
+    state = _whole(model, runtime, state_dict)
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     config = json.loads(model.config.to_json_string())
-    save_folder(folder, runtime.checkpoint, runtime.store, config, changed, link=link)
+    if isinstance(runtime, ExpertRuntime):
+        save_experts(folder, runtime.checkpoint, config, _changed_beside_experts(model, runtime, state), link=link)
+    else:
+        changed = _changed(state, runtime.checkpoint, runtime.store)
+        save_folder(folder, runtime.checkpoint, runtime.store, config, changed, link=link)
     if folder.resolve() == runtime.checkpoint.files[0].parent.resolve():
         runtime.checkpoint = Checkpoint.open_folder(folder)  # its files are not the ones that were opened
     if model.can_generate():
         write_text(folder / _GENERATION, model.generation_config.to_json_string(use_diff=True))
 
 
-def _whole(model: Any, runtime: FlashRuntime, state_dict: Mapping[str, Any] | None) -> Mapping[str, torch.Tensor]:
-    """A model's tensors that are not on flash, if they and the store are what its config describes.
+def _whole(
+    model: Any, runtime: FlashRuntime | ExpertRuntime, state_dict: Mapping[str, Any] | None
+) -> Mapping[str, torch.Tensor]:
+    """A model's tensors that are not on flash, if they and what is on flash are what its config describes.
 
     Raises:
         UsageError: they are not, so that what would be written could not be loaded.
@@ -185,23 +192,25 @@ def _whole(model: Any, runtime: FlashRuntime, state_dict: Mapping[str, Any] | No
     lacking = sorted(described.keys() - state.keys() - tied_names(model))
     if lacking and state_dict is not None:
         raise ConfigError(
-            "a flash model is saved from its store, and whole",
+            "a flash model is saved from its files, and whole",
             where="save_pretrained",
             expected="a state_dict with all of the model's tensors",
             got=f"a state_dict without {_some(lacking)}",
             hint="leave it out, or `hf_flash.restore` the plain checkpoint first",
         )
     wrong = lacking + [name for name, value in described.items() if name in state and state[name].shape != value.shape]
-    found = [part.matrix for _, part in model.named_modules(remove_duplicate=False) if isinstance(part, OnFlash)]
-    layers, dtype = runtime.store.layers, runtime.engine.dtype
-    loaded = [Matrix(layer, name, dtype) for layer in layers for name in layer.plain_specs]
-    if wrong or found != loaded:
-        order = [matrix.layer.index for matrix in found if matrix is not None and matrix.name == matrix.layer.name("down")]
+    found = [
+        stored
+        for _, part in model.named_modules(remove_duplicate=False)
+        if isinstance(part, OnFlash)
+        for stored in part.flash_weights.values()
+    ]
+    if wrong or found != (loaded := runtime.stored_weights()):
         raise UsageError(
-            "the model's layers are not those that were loaded, but the store can only be copied as it is",
+            "the model's layers are not those that were loaded, but what is on flash can only be copied as it is",
             where="saving",
-            expected=f"the {len(runtime.store.layers)} layers of the store, and the tensors that the config describes",
-            got=f"layers {order} of it{'; without or with other ' if wrong else ''}{_some(wrong)}",
+            expected=f"{_some([stored.name for stored in loaded])}, and the tensors that the config describes",
+            got=_some([stored.name for stored in found]) + ("; without or with other " if wrong else "") + _some(wrong),
             hint="change the plain model (`hf_flash.restore` writes it), save and repack that",
         )
     return {name: value for name, value in without_flash_weights(model, state).items() if isinstance(value, torch.Tensor)}
@@ -226,6 +235,21 @@ def _changed(state: Mapping[str, torch.Tensor], checkpoint: Checkpoint, store: F
         if value.shape != stored.shape or not _same(value, stored):
             changed[name] = value
     return changed | {n: v for n, v in state.items() if n not in matched and v.data_ptr() not in seen}
+
+
+def _changed_beside_experts(model: Any, runtime: ExpertRuntime, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same for a mixture, whose checkpoint has other names than the model: transformers converts them back."""
+    checkpoint, experts = runtime.checkpoint, {name for layer in runtime.ffns for row in layer.layer.tensors for name in row}
+    tied = tied_names(model)
+    plain = plain_state(model, {name: value for name, value in state.items() if name not in tied})
+    changed: dict[str, torch.Tensor] = {}
+    for name, value in plain.items():
+        known = checkpoint.specs.get(name)
+        if name in experts:
+            continue
+        if known is None or known[1] != tuple(value.shape) or not _same(value, checkpoint.tensor(name)):
+            changed[name] = value
+    return changed
 
 
 def _same(value: torch.Tensor, stored: torch.Tensor) -> bool:

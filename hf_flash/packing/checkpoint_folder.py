@@ -31,7 +31,9 @@ from hf_flash.store.safetensors_files import TensorSpec, header_digest, nbytes_o
 from hf_flash.store.writer import rest_metadata, write_safetensors
 
 _SHARD_BYTES: Final = 5_000_000_000
-_OURS: Final = re.compile(r"model(-\d{5}-of-\d{5}(-\d+)?)?\.safetensors|flash-(layer-.+|predictor-.+|calibration)\.safetensors")
+_OURS: Final = re.compile(
+    r"model(-\d{5}-of-\d{5}(-\d+)?|-added-\d{5})?\.safetensors|flash-(layer-.+|predictor-.+|calibration)\.safetensors"
+)
 
 
 def finish_folder(
@@ -187,8 +189,16 @@ def save_folder(
                     shutil.copyfile(path, temporary)
                 os.replace(temporary, copy)
     finish_folder(target, checkpoint, store, config, changed)
-    current = {path.name for path in listed_files(target / INDEX_NAME)}
-    for path in target.iterdir():  # of an earlier save; transformers would prefer a `model.safetensors`
+    remove_stale(target, {path.name for path in listed_files(target / INDEX_NAME)})
+
+
+def remove_stale(target: Path, current: set[str]) -> None:
+    """Remove weight files of an earlier save: transformers would prefer a `model.safetensors`.
+
+    Args:
+        current: the names of those that belong to the checkpoint now.
+    """
+    for path in target.iterdir():
         left = path.name.removesuffix(".tmp").removesuffix(".new")  # by a save that was killed, of this version or an older one
         if _OURS.fullmatch(left) and path.name not in current:
             path.unlink()

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from hf_flash.base.arrays import Bytes
+from hf_flash.base.arrays import Bytes, Ids
 from hf_flash.compute import library as native
 from hf_flash.reading.chunks import Chunks
 from hf_flash.reading.open_file import FileChangedError, OpenFile, file_too_short
@@ -35,7 +35,8 @@ class CompiledQueue:
     def __init__(self, threads: int, file: OpenFile, *, ring: bool = True, warn: bool = True) -> None:
         library = native.loaded()  # whoever makes this queue has decided by `library()` already
         assert library is not None
-        self._library, self._targets = library, dict[int, Bytes]()  # what is written to: it must outlive the reads
+        self._library, self._kept = library, dict[int, Bytes]()
+        self._targets = dict[int, Bytes]()  # what is written to: it must outlive the reads
         self.reader: int | None = library.hf_reader_open(threads, ring, file.address)
         if not self.reader:
             raise MemoryError("no memory for reading")
@@ -64,18 +65,35 @@ class CompiledQueue:
         lengths = np.diff(parts, append=len(chunks.rows)) * chunks.size
         pieces = np.stack([base + chunks.rows[parts] * chunks.size, lengths], axis=1)
         first, offsets = np.searchsorted(parts, chunks.first), np.ascontiguousarray(chunks.offset, dtype=np.int64)
+        self._targets[id(out)] = out
+        return self._submit(file, offsets, first, pieces, background), id(out)
+
+    def start_into(self, file: OpenFile, reads: Ids, memory: Bytes) -> tuple[int, int]:
+        """Begin to fill parts of `memory`, contiguous, which stays alive as long as this queue; returns a ticket for `wait`.
+
+        Args:
+            reads: [n, 3] the byte of the file, the byte of `memory`, and how many bytes.
+        """
+        self._kept[id(memory)] = memory
+        pieces = np.stack([memory.ctypes.data + reads[:, 1], reads[:, 2]], axis=1)
+        return self._submit(file, np.ascontiguousarray(reads[:, 0]), np.arange(len(reads) + 1), pieces, True), 0
+
+    def _submit(self, file: OpenFile, offsets: Ids, first: Ids, pieces: Ids, background: bool) -> int:
         order = native.Order(
             offsets.ctypes.data, first.ctypes.data, pieces.ctypes.data, len(offsets), background, native.threads()
         )  # fmt: skip
-        self._targets[id(out)] = out
         ticket: int = self._library.hf_read_start(self.reader, file.address, ctypes.byref(order))
         if not ticket:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        return ticket, id(out)
+        return ticket
 
     def wait(self, ticket: tuple[int, int]) -> None:
         error = self._library.hf_read_wait(self.reader, ticket[0])
         self._targets.pop(ticket[1], None)
+        self.check(error)
+
+    def check(self, error: int) -> None:
+        """Raise what `hf_read_wait` returned, if it is an error."""
         if self._warn:
             self._look_for_ring()
         if error == _CHANGED:

@@ -16,6 +16,7 @@ import os
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from hf_flash.base.arrays import Bytes
@@ -56,39 +57,13 @@ class FileSource:
     def __init__(self, store: FlashStore, align: int, threads: int) -> None:
         self.name = DIRECT if align else MMAP
         self._layers, self._fds = store.layers, list[int]()
-        guard = weakref.finalize(self, _close_files, self._fds)
-        compiled = native.library() is not None
-        self.files = [self._open(layer, align if compiled else 0, transient=not compiled) for layer in store.layers]
+        guard = weakref.finalize(self, close_files, self._fds)
+        self.files = [open_for_reading(layer.path, align, self._fds) for layer in store.layers]
         self._units = [self._unit(file, layer) for file, layer in zip(self.files, store.layers, strict=True)]
-        self._queue: ReadQueue
-        if not compiled:
-            self._queue = PagesQueue()
-            if not hasattr(os, "posix_fadvise"):
-                logger.warning("hf_flash: this system has no posix_fadvise: pages are waited for one by one, which is slow")
-        else:
-            self._queue = CompiledQueue(threads, self.files[0], warn=align > 0)
-        self._finalize = weakref.finalize(self, _finish, self._queue, self._fds)
+        self._queue = open_queue(self.files[0], threads, direct=align > 0)
+        self._finalize = weakref.finalize(self, finish_reading, self._queue, self._fds)
         guard.detach()
         self.buffer_bytes = self._queue.buffer_bytes if max(self._units) > 1 and align else 0
-
-    def _open(self, layer: LayerStore, align: int, *, transient: bool) -> OpenFile:
-        fd = -1
-        if align:
-            try:
-                fd = os.open(layer.path, os.O_RDONLY | os.O_DIRECT)
-            except OSError as error:
-                logger.warning(
-                    "hf_flash: %s is read through the page cache: it refuses direct reads (%s)", layer.path, error.strerror
-                )
-                align = 0
-        if fd < 0:
-            fd = os.open(layer.path, os.O_RDONLY)
-        self._fds.append(fd)
-        hold(fd)  # for as long as the file is open
-        if not align and hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # only advice: no readahead
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        return OpenFile(fd, align, transient=transient and self.name == DIRECT)
 
     @staticmethod
     def _unit(file: OpenFile, layer: LayerStore) -> int:
@@ -158,13 +133,54 @@ class Pending:
         return self.source.finish(self)
 
 
-def _finish(queue: ReadQueue, fds: list[int]) -> None:
+def open_for_reading(path: Path, align: int, fds: list[int], *, only_contents: bool = False) -> OpenFile:
+    """Open a file that a queue is to read.
+
+    Args:
+        align: what direct reads have to be multiples of; 0: through the page cache.
+        fds: what was opened is added here; whoever has the list closes it.
+        only_contents: as in [`OpenFile`].
+    """
+    compiled, fd = native.library() is not None, -1
+    direct = align if compiled else 0
+    if direct:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            logger.warning("hf_flash: %s is read through the page cache: it refuses direct reads (%s)", path, error.strerror)
+            direct = 0
+    if fd < 0:
+        fd = os.open(path, os.O_RDONLY)
+    fds.append(fd)
+    hold(fd)  # for as long as the file is open
+    if not direct and hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # only advice: no readahead
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return OpenFile(fd, direct, transient=not compiled and align > 0, only_contents=only_contents)
+
+
+def open_queue(file: OpenFile, threads: int, *, direct: bool) -> ReadQueue:
+    """The queue that reads opened files.
+
+    Args:
+        file: one of them.
+        threads: how many read directly where io_uring does not.
+        direct: whether files are read past the page cache, as far as they can be.
+    """
+    if native.library() is not None:
+        return CompiledQueue(threads, file, warn=direct)
+    if not hasattr(os, "posix_fadvise"):
+        logger.warning("hf_flash: this system has no posix_fadvise: pages are waited for one by one, which is slow")
+    return PagesQueue()
+
+
+def finish_reading(queue: ReadQueue, fds: list[int]) -> None:
     """End what reads, then close what is read."""
     queue.close()
-    _close_files(fds)
+    close_files(fds)
 
 
-def _close_files(fds: list[int]) -> None:
+def close_files(fds: list[int]) -> None:
     while fds:
         os.close(fds.pop())
 
@@ -174,11 +190,10 @@ def bounce_bytes(bundle_bytes: int, threads: int, align: int) -> int:
     return (threads + 1) * BOUNCE_BYTES if bundle_bytes % align else 0
 
 
-def direct_alignment(store: FlashStore) -> tuple[int, str]:
-    """The alignment O_DIRECT needs for this store, or 0 and the reason why there is no direct I/O."""
+def direct_alignment(path: Path) -> tuple[int, str]:
+    """The alignment O_DIRECT needs for a file, or 0 and the reason why there is no direct I/O."""
     if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv"):
         return 0, "this system has no O_DIRECT"
-    path = store.layers[0].path
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as error:

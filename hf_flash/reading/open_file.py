@@ -37,13 +37,17 @@ class OpenFile:
         fd: open; its owner closes it.
         align: what offsets, lengths and addresses of a direct read have to be multiples of; 0: through the page cache.
         transient: whether pages in the page cache are given back when they were read.
+        only_contents: whether a change of the inode alone, such as another link to the file, counts as none. There is no
+            checksum to tell by, in a file that others made.
     """
 
-    def __init__(self, fd: int, align: int, *, transient: bool = False) -> None:
-        self.fd, self.align, self.transient = fd, align, transient
+    def __init__(self, fd: int, align: int, *, transient: bool = False, only_contents: bool = False) -> None:
+        self.fd, self.align, self.transient, self._only_contents = fd, align, transient, only_contents
         nowait = not align and _takes_nowait(fd)
-        self.state = native.File(fd=fd, align=align, nowait=nowait)  # of the compiled part, which changes `nowait`
-        self._set(_identity(fd))
+        self.state = native.File(  # of the compiled part, which changes `nowait`
+            fd=fd, align=align, nowait=nowait, only_contents=only_contents
+        )
+        self._set(self._identity())
 
     @property
     def address(self) -> int:
@@ -52,7 +56,7 @@ class OpenFile:
     @property
     def changed(self) -> bool:
         """Whether somebody wrote to the file or its inode since it was opened or last verified."""
-        return _identity(self.fd) != self._known
+        return self._identity() != self._known
 
     def verify(self, crc32: str) -> None:
         """Accept the file as it is now, if its data still has this checksum.
@@ -61,24 +65,23 @@ class OpenFile:
             FileChangedError: it has another one, or changes all the time.
         """
         for _ in range(3):
-            now = _identity(self.fd)
+            now = self._identity()
             if _crc_of_data(self.fd) != crc32:
                 break
-            if _identity(self.fd) == now:
+            if self._identity() == now:
                 self._set(now)
                 return
         raise FileChangedError
+
+    def _identity(self) -> tuple[int, int, int]:
+        found = os.fstat(self.fd)
+        return found.st_size, found.st_mtime_ns, 0 if self._only_contents else found.st_ctime_ns
 
     def _set(self, known: tuple[int, int, int]) -> None:
         self._known = known
         self.state.size, modified, changed = known
         self.state.modified_s, self.state.modified_ns = divmod(modified, 10**9)
         self.state.changed_s, self.state.changed_ns = divmod(changed, 10**9)
-
-
-def _identity(fd: int) -> tuple[int, int, int]:
-    found = os.fstat(fd)
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _takes_nowait(fd: int) -> bool:

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from typing import NamedTuple
 
-from hf_flash.base.arrays import Bytes
+from hf_flash.base.arrays import Bytes, Ids
 from hf_flash.base.files import read_at
 from hf_flash.reading.chunks import Chunks
 from hf_flash.reading.open_file import (
@@ -32,6 +32,18 @@ class PagesQueue:
             _Read(offset, nbytes, [view[rows.start * size : rows.stop * size] for rows in parts])
             for (offset, parts), nbytes in zip(chunks.pieces(), chunks.nbytes.tolist(), strict=True)
         ]
+        return self._start(file, reads)
+
+    def start_into(self, file: OpenFile, reads: Ids, memory: Bytes) -> _Copying:
+        """Begin to fill parts of `memory`, contiguous; returns a ticket for `wait`.
+
+        Args:
+            reads: [n, 3] the byte of the file, the byte of `memory`, and how many bytes.
+        """
+        view = memory.data
+        return self._start(file, [_Read(offset, size, [view[at : at + size]]) for offset, at, size in reads.tolist()])
+
+    def _start(self, file: OpenFile, reads: list[_Read]) -> _Copying:
         if not file.transient:
             reads = [read for read in reads if not _read_at_once(file.fd, read)]
         _advise(file.fd, reads, "POSIX_FADV_WILLNEED")
@@ -45,6 +57,9 @@ class PagesQueue:
             _advise(file.fd, reads, "POSIX_FADV_DONTNEED")
         if file.changed:
             raise FileChangedError
+
+    def check(self, error: int) -> None:
+        pass
 
     def settle(self) -> None:
         pass

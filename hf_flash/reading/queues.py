@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from hf_flash.base.arrays import Bytes
+from hf_flash.base.arrays import Bytes, Ids
 from hf_flash.reading.chunks import Chunks
 from hf_flash.reading.open_file import OpenFile
 
@@ -35,9 +35,20 @@ class ReadQueue(Protocol):
         """Begin to fill rows of `out`, uint8 [any, bytes of a bundle], contiguous; returns a ticket for `wait`."""
         ...
 
+    def start_into(self, file: OpenFile, reads: Ids, memory: Bytes) -> Any:
+        """Begin to fill parts of `memory`, uint8 [any], contiguous; returns a ticket for `wait`.
+
+        Args:
+            reads: [n, 3] the byte of the file, the byte of `memory`, and how many bytes.
+        """
+        ...
+
     def wait(self, ticket: Any) -> None:
         """Wait for the reads of a ticket. Raises `OSError`, and [`FileChangedError`] after which they are to be read again."""
         ...
+
+    def check(self, error: int) -> None:
+        """Raise what the compiled part says of reads that it has waited for, as `wait` does; nothing if they went well."""
 
     def settle(self) -> None:
         """Wait until nothing writes to memory any more. Tickets stay good."""

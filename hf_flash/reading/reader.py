@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Final, Protocol
 
@@ -123,6 +124,11 @@ class BundleReader:
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def where(self) -> Path:
+        """The folder that is read."""
+        return self.layers[0].path.parent
 
     @property
     def reads_with(self) -> str:
@@ -292,7 +298,7 @@ def _alignment(store: FlashStore, name: str, spare_bytes: int) -> int:
     """What direct reads of a store have to be multiples of; 0: it is read through the page cache."""
     kind = READERS[name]
     direct = kind.wants_direct(store.nbytes, spare_bytes)
-    align, refused = direct_alignment(store) if direct else (0, "")
+    align, refused = direct_alignment(store.layers[0].path) if direct else (0, "")
     if kind.caches_what_fits:
         reason = refused or f"the store {'does not fit' if direct else 'fits'} in free memory"
         logger.info("hf_flash: reader %r takes %r: %s", name, DIRECT if align else MMAP, reason)

@@ -18,10 +18,11 @@ from hf_flash.machine.free_memory import available_memory
 from hf_flash.predictors.base import NoPredictor, PredictorFormat
 from hf_flash.reading.reader import open_reader
 from hf_flash.runtime.engine import Engine
-from hf_flash.runtime.flash_weights import Matrix, OnFlash
+from hf_flash.runtime.flash_weights import Matrix
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.model import FlashRuntime
 from hf_flash.runtime.resident_linear import make_linears_resident
+from hf_flash.runtime.sites import WeightOnFlash
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
@@ -63,9 +64,9 @@ def attach(
         window = ResidentWindow(ffn.d_ff, arithmetic.matrix(capacity), config.window)
         ffn.attach(engine, window, predictor)
     for module in model.modules():
-        if isinstance(module, OnFlash):
+        if isinstance(module, WeightOnFlash):
             layer = store.layers[module.index]
-            module.matrix = Matrix(layer, layer.name(module.role), in_memory.dtype)
+            module.put(Matrix(layer, layer.name(module.role), in_memory.dtype))
     make_linears_resident(model, engine)
     if fmt is not None:
         engine.sequences.watch(decoder_of(model))

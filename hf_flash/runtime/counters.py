@@ -37,31 +37,28 @@ class Counters:
             setattr(self, item.name, item.default)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FlashStats:
     """A snapshot, as [`hf_flash.stats`] returns it. Sizes in bytes, times in seconds.
 
-    Rates are per token that went through the model, prompts and padding included; use `reset` to look at decoding alone.
-    `read_bytes` is what readers asked for; under mmap the page cache may have had it already.
+    [`NeuronStats`] and [`ExpertStats`] add what is particular to a kind of model. Rates are per token that went through the
+    model, prompts and padding included; use `reset` to look at decoding alone. `read_bytes` is what readers asked for; under
+    mmap the page cache may have had it already.
     """
 
-    layers: int
-    d_ff: int  # neurons of a layer, of the widest where they differ
-    neurons: int  # of all layers
-    window: int  # tokens
-    capacity: int  # neurons a layer's window can hold, on average
-    predictor: str
+    layers: int  # with weights on flash
+    capacity: int  # neurons, or experts, that a layer's window can hold, on average
     reader: str
     reads_with: str  # io_uring, threads or the page cache
     budget_bytes: int
     minimum_bytes: int
-    resident_bytes: int  # embeddings, attention, norms, biases
-    predictor_bytes: int
+    resident_bytes: int  # embeddings, attention, norms, biases, routers
     scratch_bytes: int
     window_bytes: int
     dense_bytes: int  # what the stock model would hold
     process_bytes: int  # what the whole process has in memory: weights, interpreter, libraries, activations, KV cache
     kv_cache_bytes_per_token: int  # per sequence; comes on top of the budget
+    predictor_bytes: int = 0
     counters: Counters = field(default_factory=Counters)
 
     @property
@@ -76,7 +73,7 @@ class FlashStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the computed neurons that were already in DRAM."""
+        """Share of the computed neurons, or experts, that were already in DRAM."""
         return self.counters.hits / max(1, self.counters.selected)
 
     @property
@@ -92,17 +89,27 @@ class FlashStats:
         derived = ("dram_bytes", "tokens", "hit_rate", "read_bytes_per_token", "read_gb_per_s")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
+    @property
+    def units(self) -> int:
+        """Neurons, or experts, of all layers."""
+        raise NotImplementedError
+
+    @property
+    def what_fits(self) -> str:
+        """What the window has room for, for people."""
+        raise NotImplementedError
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """What is particular to a kind of model, for people: a name and a text each."""
+        return []
+
     def __str__(self) -> str:
         c, tokens, kv = self.counters, max(1, self.tokens), self.kv_cache_bytes_per_token
         per_token = {name: 1e3 * getattr(c, name + "_s") / tokens for name in ("predict", "manage", "io", "compute")}
         rows = [
             ("tokens", f"{self.tokens}"),
             ("read per token", f"{format_bytes(self.read_bytes_per_token)} in {c.reads / tokens:.1f} reads"),
-            (
-                "window hit rate",
-                f"{self.hit_rate:.1%} (window of {self.window} tokens, {self.capacity} neurons a layer)",
-            ),
-            ("neurons computed", f"{self.layers * c.selected / max(1, c.calls) / self.neurons:.1%} of each layer, per call"),
+            *self._rows(),
             ("weights in DRAM", f"{format_bytes(self.dram_bytes)} of a budget of {format_bytes(self.budget_bytes)}"),
             ("the dense model", format_bytes(self.dense_bytes)),
             (
@@ -110,6 +117,61 @@ class FlashStats:
                 f"{format_bytes(self.process_bytes)}; KV cache {format_bytes(kv)} a token",
             ),
             ("FFN ms per token", ", ".join(f"{name} {ms:.2f}" for name, ms in per_token.items())),
-            ("predictor, reader", f"{self.predictor}, {self.reader} ({self.reads_with})"),
         ]
         return "\n".join(f"{name:<20}{value}" for name, value in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronStats(FlashStats):
+    """Of a model whose feed-forward layers are neurons on flash."""
+
+    d_ff: int  # neurons of a layer, of the widest where they differ
+    neurons: int  # of all layers
+    window: int  # tokens
+    predictor: str
+
+    @property
+    def units(self) -> int:
+        return self.neurons
+
+    @property
+    def what_fits(self) -> str:
+        room = f"room for {self.capacity} of {self.d_ff} neurons a layer"
+        return f"{room}; a window of {self.window} tokens; predictor {self.predictor}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        c = self.counters
+        window = f"{self.hit_rate:.1%} (window of {self.window} tokens, {self.capacity} neurons a layer)"
+        computed = f"{self.layers * c.selected / max(1, c.calls) / self.neurons:.1%} of each layer, per call"
+        return [
+            ("window hit rate", window),
+            ("neurons computed", computed),
+            ("predictor, reader", f"{self.predictor}, {self.reader} ({self.reads_with})"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertStats(FlashStats):
+    """Of a mixture of experts."""
+
+    experts: int  # of a layer
+    experts_per_token: int
+    resident_experts: tuple[int, ...]  # in memory now, of each layer
+    all_experts: int  # of all layers
+
+    @property
+    def units(self) -> int:
+        return self.all_experts
+
+    @property
+    def what_fits(self) -> str:
+        return f"room for {self.capacity} of {self.experts} experts a layer; a token uses {self.experts_per_token}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        c = self.counters
+        missed = (c.selected - c.hits) / max(1, c.calls)
+        return [
+            ("expert hit rate", f"{self.hit_rate:.1%} ({self.capacity} of {self.experts} experts a layer in memory)"),
+            ("experts a call", f"{c.selected / max(1, c.calls):.1f} in each layer, {missed:.1f} of them read"),
+            ("reader", f"{self.reader} ({self.reads_with})"),
+        ]

@@ -1,4 +1,8 @@
-"""`Engine`: what the layers of one model share, and what a fork of the process does to it."""
+"""What the layers of one model share, and what a fork of the process does to it.
+
+Engine         of feed-forward layers of neurons
+ExpertEngine   of mixtures of experts
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -14,59 +19,101 @@ from hf_flash.base.heap import Heap
 from hf_flash.compute import library as native
 from hf_flash.compute.arithmetic import Arithmetic
 from hf_flash.errors import UsageError
+from hf_flash.reading.experts import ExpertReader
 from hf_flash.reading.reader import BundleReader
 from hf_flash.runtime.counters import Counters
 from hf_flash.runtime.prompts import Sequences
 
 
-class Engine:
-    """The reader, the arithmetic with its buffers, the counters, how long sequences are, and the lock around them.
+class Reader(Protocol):
+    """What every engine asks of its reader."""
+
+    buffer_bytes: int
+
+    @property
+    def where(self) -> Path:
+        """The folder that is read."""
+        ...
+
+    def settle(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SharedByLayers:
+    """The counters, how long sequences are, and the lock around everything.
 
     Args:
-        fills_next: whether a call that uses most of a layer begins to fill the next layer's window.
+        files: what reads from flash.
+        dtype: of compute.
+        wide: float32, contiguous: rows of matrices are widened into it, at least one at a time.
     """
 
-    def __init__(self, reader: BundleReader, arithmetic: Arithmetic, *, fills_next: bool = True) -> None:
-        self.reader, self.arithmetic, self.fills_next = reader, arithmetic, fills_next
-        self.dtype = arithmetic.unit.dtype  # of compute
+    def __init__(self, files: Reader, dtype: torch.dtype, wide: torch.Tensor) -> None:
+        self._files, self.dtype, self.wide = files, dtype, wide
         self.counters, self.heap, self.sequences = Counters(), Heap(), Sequences()
         self.lock = threading.RLock()
         self.closed = False
-        self.early: Any = None  # a block that is read before its layer's call begins (stream.py)
-        self.runtime: Callable[[], Any] = lambda: None  # weak reference to the `FlashRuntime`, for `hf_flash.stats(model)`
+        self.runtime: Callable[[], Any] = lambda: None  # weak reference to the runtime, for `hf_flash.stats(model)`
         _engines[id(self)] = self
-
-    @property
-    def scratch_bytes(self) -> int:
-        """DRAM of the buffers that all layers share."""
-        return self.arithmetic.nbytes + self.reader.buffer_bytes
 
     def check_open(self) -> None:
         """Refuse to run on a closed store. Call with the lock held."""
         if self.closed:
-            where = self.reader.layers[0].path.parent
-            raise UsageError("the model's store is closed", where=where, hint="load the model again")
+            raise UsageError("the model's files are closed", where=self._files.where, hint="load the model again")
 
-    def __deepcopy__(self, memo: Any) -> Engine:
+    def __deepcopy__(self, memo: Any) -> Self:
         return self
 
-    def __copy__(self) -> Engine:
+    def __copy__(self) -> Self:
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError("a loaded flash model cannot be pickled", hint="load it again in the other process")
 
     def close(self) -> None:
-        """Close the store's files. Nothing can be computed afterwards."""
+        """Close the files. Nothing can be computed afterwards."""
         with self.lock:
             if not self.closed:
                 self.closed = True
-                self.reader.close()
+                self._files.close()
+
+    def settle(self) -> None:
+        """Wait until nothing is read any more."""
+        if not self.closed:
+            self._files.settle()
+
+
+class Engine(SharedByLayers):
+    """What feed-forward layers of neurons share.
+
+    Args:
+        arithmetic: with the buffers that all layers use.
+        fills_next: whether a call that uses most of a layer begins to fill the next layer's window.
+    """
+
+    def __init__(self, reader: BundleReader, arithmetic: Arithmetic, *, fills_next: bool = True) -> None:
+        super().__init__(reader, arithmetic.unit.dtype, arithmetic.wide)
+        self.reader, self.arithmetic, self.fills_next = reader, arithmetic, fills_next
+        self.early: Any = None  # a block that is read before its layer's call begins (stream.py)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """DRAM of the buffers that all layers share."""
+        return self.arithmetic.nbytes + self.reader.buffer_bytes
+
+
+class ExpertEngine(SharedByLayers):
+    """What layers of experts share."""
+
+    def __init__(self, reader: ExpertReader, dtype: torch.dtype, wide: torch.Tensor) -> None:
+        super().__init__(reader, dtype, wide)
+        self.reader = reader
 
 
 # --- a fork of the process ----------------------------------------------------------------------------------------------
 
-_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+_engines: weakref.WeakValueDictionary[int, SharedByLayers] = weakref.WeakValueDictionary()
 _forking = threading.local()
 
 
@@ -77,8 +124,7 @@ def _before_fork() -> None:
     for engine in sorted((engine for engine in found if engine is not None), key=id):  # one order for all who fork
         engine.lock.acquire()
         _forking.held.append(engine)
-        if not engine.closed:
-            engine.reader.settle()
+        engine.settle()
     _forking.alone = native.release_threads()
 
 

@@ -1,7 +1,7 @@
-"""The FFN's matrices as everybody else sees them: under their names, with numbers that are read when somebody asks.
+"""The weights on flash as everybody else sees them: under their names, with numbers that are read when somebody asks.
 
-The modules of a flash layer have no parameter `weight`. Code that is not ours goes by that name all the same: it writes a
-`state_dict()`, loads one, assigns `layer.fc1.weight`. [`OnFlash`] answers it:
+The modules of a flash layer have no parameter `weight`, and its experts none `down_proj`. Code that is not ours goes by these
+names all the same: it writes a `state_dict()`, loads one, assigns `layer.fc1.weight`. [`OnFlash`] answers it:
 
     who reads     gets a [`FlashWeight`]: name, shape and dtype at once, numbers from flash when they are used
     who writes    gets a `UsageError`, unless the values are those on flash
@@ -9,9 +9,11 @@ The modules of a flash layer have no parameter `weight`. Code that is not ours g
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
 import torch
@@ -32,15 +34,76 @@ from hf_flash.runtime.torch_internals import (
 )
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.safetensors_files import read_header
-from hf_flash.store.unit import Part, Role
+from hf_flash.store.unit import Part
 
 _NEURONS: Final = 1024  # read or compared at a time
 _NAMES_SHOWN: Final = 4
 _INSTEAD: Final = "change the plain checkpoint (`hf_flash.restore` gives it back), then repack that"
 
 
+class StoredWeight(ABC):
+    """A parameter of the plain model whose numbers lie on flash.
+
+    Attributes:
+        name: of the parameter, for people.
+        dtype: of compute.
+    """
+
+    name: str
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def _read(self, out: torch.Tensor) -> None:
+        """Fill `out`, of its shape and dtype."""
+
+    @abstractmethod
+    def _equals(self, other: torch.Tensor) -> bool:
+        """Whether a tensor of its shape, in memory, has its numbers once they are rounded to its dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The parameter in memory.
+
+        Raises:
+            UsageError: it does not fit there.
+            StoreError: the file is gone or damaged.
+        """
+        free = available_memory()
+        if self.nbytes > free:
+            raise UsageError(
+                "the weights on flash do not fit into memory, where something outside hf_flash wants them",
+                where=self.name,
+                expected=f"{format_bytes(self.nbytes)} for this parameter",
+                got=f"{format_bytes(free)} free",
+                hint="its own save_pretrained copies the flash model's files; `hf_flash.restore` writes plain ones",
+            )
+        whole = aligned_empty(self.shape, self.dtype)
+        self._read(whole)
+        return whole
+
+    def equals(self, other: Any) -> bool:
+        """Whether these are the numbers of this parameter, once they are rounded to its dtype."""
+        if isinstance(other, FlashWeight) and other.stored == self:
+            return True
+        if not isinstance(other, torch.Tensor) or tuple(other.shape) != self.shape or other.is_meta:
+            return False
+        return self._equals(other.detach())
+
+    def refuse(self, other: Any) -> None:
+        """Refuse other numbers than those on flash."""
+        if not self.equals(other):
+            refuse_weights([self.name])
+
+
 @dataclass(frozen=True)
-class Matrix:
+class Matrix(StoredWeight):
     """One of a layer's matrices, as the plain model has it.
 
     Attributes:
@@ -58,52 +121,21 @@ class Matrix:
         return self._parts[0].plain_shape(self.layer.d_ff, self.layer.d_model)
 
     @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    @property
     def _parts(self) -> list[Part]:
         return self.layer.parts_of(self.name)
 
-    def read(self) -> torch.Tensor:
-        """The matrix in memory.
-
-        Raises:
-            UsageError: it does not fit there.
-            StoreError: the file is gone or damaged.
-        """
-        free = available_memory()
-        if self.nbytes > free:
-            raise UsageError(
-                "the FFN weights do not fit into memory, where something outside hf_flash wants them",
-                where=self.name,
-                expected=f"{format_bytes(self.nbytes)} for this matrix",
-                got=f"{format_bytes(free)} free",
-                hint="its own save_pretrained copies the flash model's files; `hf_flash.restore` writes plain ones",
-            )
-        whole = aligned_empty(self.shape, self.dtype)
+    def _read(self, out: torch.Tensor) -> None:
         for part in self._parts:
-            by_neuron = part.by_unit(whole)
+            by_neuron = part.by_unit(out)
             for neurons, rows in self._blocks(part):
                 by_neuron[neurons] = rows
-        return whole
 
-    def equals(self, other: Any) -> bool:
-        """Whether these are the numbers of this matrix, once they are rounded to its dtype."""
-        if isinstance(other, FlashWeight) and (other.matrix.layer, other.matrix.name) == (self.layer, self.name):
-            return True
-        if not isinstance(other, torch.Tensor) or tuple(other.shape) != self.shape or other.is_meta:
-            return False
+    def _equals(self, other: torch.Tensor) -> bool:
         return all(
-            torch.equal(part.by_unit(other.detach())[neurons].cpu().to(self.dtype), rows)
+            torch.equal(part.by_unit(other)[neurons].cpu().to(self.dtype), rows)
             for part in self._parts
             for neurons, rows in self._blocks(part)
         )
-
-    def refuse(self, other: Any) -> None:
-        """Refuse other numbers than those on flash."""
-        if not self.equals(other):
-            refuse_weights([self.name])
 
     def _blocks(self, part: Part) -> Iterator[tuple[slice, torch.Tensor]]:
         """Some neurons at a time: which, and their rows of a part [neurons, d_model] in the dtype of compute."""
@@ -117,7 +149,7 @@ class Matrix:
 def refuse_weights(names: list[str]) -> NoReturn:
     """Say that the weights under these names are not taken."""
     raise UsageError(
-        "the FFN weights of a flash model are on flash, where they are only read: others cannot be put in their place",
+        "the weights that a flash model has on flash are only read there: others cannot be put in their place",
         where=_some(names),
         expected="the values that are on flash",
         got="others",
@@ -128,9 +160,9 @@ def refuse_weights(names: list[str]) -> NoReturn:
 def refuse_adapter(names: list[str]) -> NoReturn:
     """Say that the module has no place for these, which `strict=False` would pass over in silence."""
     raise UsageError(
-        "the FFN of a flash model takes no adapters and no weights of another form",
+        "the layers of a flash model that are on flash take no adapters and no weights of another form",
         where=_some(names),
-        expected="weight and bias",
+        expected="the parameters that the plain layer has",
         hint="merge them into the plain checkpoint, then repack that",
     )
 
@@ -140,33 +172,33 @@ def _some(names: list[str]) -> str:
 
 
 class FlashWeight(torch.Tensor):
-    """A matrix on flash as a tensor that cannot be written to: what `state_dict()` gives for `fc1.weight`.
+    """A parameter on flash as a tensor that cannot be written to: what `state_dict()` gives for `fc1.weight`.
 
-    It costs nothing until it is used. An operator reads the matrix and forgets it again; only who asks for its address or its
-    storage, as safetensors does, lets it stay in memory for as long as this object lives.
+    It costs nothing until it is used. An operator reads the parameter and forgets it again; only who asks for its address or
+    its storage, as safetensors does, lets it stay in memory for as long as this object lives.
     """
 
-    matrix: Matrix
+    stored: StoredWeight
     _kept: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, matrix: Matrix, kept: torch.Tensor | None = None) -> FlashWeight:
-        made = make_wrapper(cls, matrix.shape, matrix.dtype)
-        made.matrix, made._kept = matrix, kept
+    def __new__(cls, stored: StoredWeight, kept: torch.Tensor | None = None) -> FlashWeight:
+        made = make_wrapper(cls, stored.shape, stored.dtype)
+        made.stored, made._kept = stored, kept
         return made
 
     def read(self) -> torch.Tensor:
-        return self.matrix.read() if self._kept is None else self._kept
+        return self.stored.read() if self._kept is None else self._kept
 
     def _again(self) -> FlashWeight:
-        return FlashWeight(self.matrix, self._kept)
+        return FlashWeight(self.stored, self._kept)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0]._again()
         if func in _WRITERS and isinstance(args[0], cls):
-            refuse_weights([args[0].matrix.name])
+            refuse_weights([args[0].stored.name])
         if func in ADDRESSES and isinstance(args[0], cls):
             args[0]._kept = args[0].read()
             args = args[0]._kept, *args[1:]
@@ -178,7 +210,7 @@ class FlashWeight(torch.Tensor):
         if func in _SAME:
             return args[0]._again()
         kwargs = kwargs or {}
-        if names := [weight.matrix.name for weight in written(cls, func, args, kwargs)]:
+        if names := [weight.stored.name for weight in written(cls, func, args, kwargs)]:
             refuse_weights(names)
         args, kwargs = replaced(cls, cls.read, (args, kwargs))
         return func(*args, **kwargs)
@@ -190,7 +222,7 @@ class FlashWeight(torch.Tensor):
         return self._again()
 
     def __repr__(self, **how: Any) -> str:  # type: ignore[override]
-        return f"FlashWeight({self.matrix.name}, shape={list(self.matrix.shape)}, dtype={self.matrix.dtype})"
+        return f"FlashWeight({self.stored.name}, shape={list(self.stored.shape)}, dtype={self.stored.dtype})"
 
 
 _WRITERS: Final = frozenset({torch.Tensor.data.__set__, torch.Tensor.__setitem__, torch.Tensor.set_})  # type: ignore[attr-defined]
@@ -198,40 +230,32 @@ _SAME: Final = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class OnFlash(nn.Module):
-    """A module that stands where a linear layer stood whose matrix is on flash now.
+    """A module that has parameters on flash: it stands where a linear layer or a module of experts stood.
 
     Attributes:
-        index: of the layer.
-        role: of the matrix.
-        bias: of the linear layer, if it had one.
+        flash_weights: these parameters, by their names in the module; none before the model is loaded.
     """
 
-    index: int
-    role: Role
-    bias: nn.Parameter | None
-
-    matrix: Matrix | None = None  # before the model is loaded
+    flash_weights: Mapping[str, StoredWeight] = MappingProxyType({})
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.matrix is not None:
-            destination[f"{prefix}weight"] = FlashWeight(self.matrix)
+        destination.update({f"{prefix}{name}": FlashWeight(stored) for name, stored in self.flash_weights.items()})
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        name = f"{prefix}weight"
-        if self.matrix is not None and name in state_dict:
-            if not self.matrix.equals(state_dict[name]):
-                refuse_weights([name])
-            state_dict = {key: value for key, value in state_dict.items() if key != name}
-        known = {"weight", *self._parameters, *self._buffers, *self._modules}
+        ours = {f"{prefix}{name}": stored for name, stored in self.flash_weights.items()}
+        if wrong := [key for key, stored in ours.items() if key in state_dict and not stored.equals(state_dict[key])]:
+            refuse_weights(wrong)
+        state_dict = {key: value for key, value in state_dict.items() if key not in ours}
+        known = {*self._parameters, *self._buffers, *self._modules}
         strange = [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in known]
-        if self.matrix is not None and strange:
+        if ours and strange:
             refuse_adapter(strange)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.matrix is not None:
-            return FlashWeight(self.matrix)
+        if name in self.flash_weights:
+            return FlashWeight(self.flash_weights[name])
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -244,9 +268,9 @@ class OnFlash(nn.Module):
         self._put(name, tensor, lambda: super(OnFlash, self).register_buffer(name, tensor, persistent))
 
     def _put(self, name: str, value: Any, otherwise: Callable[[], None]) -> None:
-        """Refuse values other than the matrix under its name. For every other name call `otherwise`."""
-        if name == "weight" and self.matrix is not None:
-            self.matrix.refuse(value)
+        """Refuse values other than those on flash under their names. For every other name call `otherwise`."""
+        if name in self.flash_weights:
+            self.flash_weights[name].refuse(value)
         else:
             otherwise()
 
@@ -256,9 +280,9 @@ class OnFlash(nn.Module):
 
     def check_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Refuse what would change the dtype of the module's tensors."""
-        matrix = self.matrix
-        if matrix is not None and (found := fn(torch.empty(0, dtype=matrix.dtype, device="cpu")).dtype) != matrix.dtype:
-            refuse_dtype(found, matrix.dtype, matrix.name)
+        for stored in self.flash_weights.values():
+            if (found := fn(torch.empty(0, dtype=stored.dtype, device="cpu")).dtype) != stored.dtype:
+                refuse_dtype(found, stored.dtype, stored.name)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_tracing("torch.jit.script")
@@ -299,17 +323,18 @@ def refuse_tracing(got: str) -> NoReturn:
 
 
 def without_flash_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict for a whole model, less its FFN weights: those in it must be the ones on flash.
+    """A state dict for a whole model, less its weights on flash: those in it must be these.
 
     Raises:
         UsageError: some are others.
     """
     ours = {
-        f"{name}.weight": module.matrix
+        f"{name}.{param}": stored
         for name, module in model.named_modules()
-        if isinstance(module, OnFlash) and module.matrix is not None
+        if isinstance(module, OnFlash)
+        for param, stored in module.flash_weights.items()
     }
-    wrong = [name for name, matrix in ours.items() if name in state_dict and not matrix.equals(state_dict[name])]
+    wrong = [name for name, stored in ours.items() if name in state_dict and not stored.equals(state_dict[name])]
     if wrong:
         refuse_weights(wrong)
     rest = OrderedDict((name, value) for name, value in state_dict.items() if name not in ours)

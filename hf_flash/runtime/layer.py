@@ -45,14 +45,24 @@ from hf_flash.errors import UsageError
 from hf_flash.predictors.base import NoPredictor, Predictor
 from hf_flash.reading.reader import Reading
 from hf_flash.runtime.engine import Engine
-from hf_flash.runtime.flash_weights import OnFlash, is_plain, refuse_dtype, refuse_tracing, stand_in
+from hf_flash.runtime.flash_weights import is_plain
+from hf_flash.runtime.inference_only import usable_engine, without_backward
 from hf_flash.runtime.stream import Call, Observer, start_early, stream
 from hf_flash.runtime.token_step import MOST_TOKENS, TokenStep, token_step
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.runtime.window_reads import WindowReads
 from hf_flash.store.unit import Role
 
-_SHARED: Final = ("engine", "window", "predictor", "step", "reads", "matrix", "activation", "_all_ids")  # by copies of a layer
+_SHARED: Final = (
+    "engine",
+    "window",
+    "predictor",
+    "step",
+    "reads",
+    "flash_weights",
+    "activation",
+    "_all_ids",
+)  # by copies of a layer
 
 
 @dataclass
@@ -89,7 +99,7 @@ class FlashFFN(nn.Module):
         self.observer: Observer | None = None
 
     @property
-    def projections(self) -> dict[Role, OnFlash]:
+    def projections(self) -> dict[Role, Any]:
         """The modules that stand where the linear layers stood, with their biases."""
         raise NotImplementedError
 
@@ -113,7 +123,7 @@ class FlashFFN(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numpy, locks, system calls: not for tracing
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        engine = self._usable(x)
+        engine = usable_engine(self.engine, self, x, self.d_model, f"FFN of layer {self.index}")
         with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
             engine.check_open()
             biases = self._checked_biases(engine)
@@ -126,10 +136,7 @@ class FlashFFN(nn.Module):
             down = biases["down"]
             out = (total if down is None else total.add_(down)).to(engine.dtype).view(x.shape)
         found = [bias for bias in biases.values() if bias is not None]
-        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *found))):
-            return out
-        tracked: torch.Tensor = _NoBackward.apply(out, x, *found)  # type: ignore[no-untyped-call]
-        return tracked
+        return without_backward(out, x, *found)
 
     # --- the main path
 
@@ -279,29 +286,6 @@ class FlashFFN(nn.Module):
 
     # --- what it refuses
 
-    def _usable(self, x: torch.Tensor) -> Engine:
-        """The engine, if this input can be computed; a clear error otherwise."""
-        where = f"FFN of layer {self.index}"
-        if tracer := stand_in(x):
-            refuse_tracing(tracer)
-        if self.training:
-            raise UsageError("a flash model is for inference only", where=where, got="model.train()", hint="call model.eval()")
-        if self.engine is None:
-            raise UsageError("the layer has no store", where=where, hint="load the model with from_pretrained")
-        if x.device.type != "cpu":
-            raise UsageError(
-                "the FFN computes on the CPU",
-                where=where,
-                expected="input on cpu",
-                got=x.device,
-                hint='move the model back with model.to("cpu"), or load it with device_map="cpu"',
-            )
-        if x.dtype != self.engine.dtype and not torch.is_autocast_enabled("cpu"):
-            refuse_dtype(x.dtype, self.engine.dtype, where)
-        if x.shape[-1:] != (self.d_model,):
-            raise UsageError("the input has another width", where=where, expected=f"[..., {self.d_model}]", got=list(x.shape))
-        return self.engine
-
     def _checked_biases(self, engine: Engine) -> Biases:
         """The biases as they are now. Others may have put them there, and they go to the compiled part by their address."""
         biases: dict[Role, torch.Tensor | None] = {role: module.bias for role, module in self.projections.items()}
@@ -323,20 +307,6 @@ class FlashFFN(nn.Module):
                     hint="convert it before you put it there",
                 )
         return biases
-
-
-class _NoBackward(torch.autograd.Function):
-    """Lets a forward run with gradients enabled, and refuses a backward that would silently skip the FFN."""
-
-    @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise UsageError(
-            "a flash model has no gradients: its FFN weights are on flash", hint="use the plain checkpoint to train"
-        )
 
 
 def _used_by_any(selected: torch.Tensor) -> Ids:

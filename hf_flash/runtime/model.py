@@ -9,13 +9,16 @@ from typing import Any
 import psutil
 from torch import nn
 
+from hf_flash.budget.expert_plan import ExpertPlan
 from hf_flash.budget.plan import MemoryPlan
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import UsageError
 from hf_flash.families.base import Shape
 from hf_flash.predictors.base import PredictorFormat
-from hf_flash.runtime.counters import FlashStats
-from hf_flash.runtime.engine import Engine
+from hf_flash.runtime.counters import ExpertStats, FlashStats, NeuronStats
+from hf_flash.runtime.engine import Engine, ExpertEngine
+from hf_flash.runtime.experts import FlashExperts
+from hf_flash.runtime.flash_weights import Matrix, StoredWeight
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
@@ -38,9 +41,9 @@ class FlashRuntime:
         """A copied model reads the same store through the same windows."""
         return self
 
-    def stats(self) -> FlashStats:
+    def stats(self) -> NeuronStats:
         plan = self.plan
-        return FlashStats(
+        return NeuronStats(
             layers=plan.layers,
             d_ff=plan.d_ff,
             neurons=sum(plan.widths),
@@ -61,8 +64,64 @@ class FlashRuntime:
             counters=replace(self.engine.counters),
         )
 
+    def stored_weights(self) -> list[StoredWeight]:
+        """The parameters on flash, in the order of the layers."""
+        return [Matrix(layer, name, self.engine.dtype) for layer in self.store.layers for name in layer.plain_specs]
 
-def find_runtime(model: Any) -> FlashRuntime:
+    def release(self) -> None:
+        """Give the windows' memory back."""
+        for ffn in self.ffns:
+            ffn.window.release()
+
+
+@dataclass
+class ExpertRuntime:
+    """Everything behind a loaded mixture of experts but the modules themselves."""
+
+    config: FlashOffloadConfig
+    plan: ExpertPlan
+    checkpoint: Checkpoint
+    engine: ExpertEngine
+    ffns: Sequence[FlashExperts]
+    kv_bytes: int  # of the KV cache, for a token of a sequence
+
+    def __deepcopy__(self, memo: Any) -> ExpertRuntime:
+        """A copied model reads the same files through the same slots."""
+        return self
+
+    def stats(self) -> ExpertStats:
+        plan, reader = self.plan, self.engine.reader
+        return ExpertStats(
+            layers=plan.layers,
+            experts=max(plan.experts),
+            all_experts=sum(plan.experts),
+            experts_per_token=plan.used,
+            resident_experts=tuple(layer.window.resident for layer in self.ffns),
+            capacity=plan.capacity,
+            reader=reader.name,
+            reads_with=reader.reads_with,
+            budget_bytes=plan.budget_bytes,
+            minimum_bytes=plan.minimum_bytes,
+            resident_bytes=plan.resident_bytes,
+            scratch_bytes=plan.scratch_bytes,
+            window_bytes=sum(layer.window.memory.nbytes for layer in self.ffns),
+            dense_bytes=plan.dense_bytes,
+            process_bytes=int(psutil.Process().memory_info().rss),
+            kv_cache_bytes_per_token=self.kv_bytes,
+            counters=replace(self.engine.counters),
+        )
+
+    def stored_weights(self) -> list[StoredWeight]:
+        """The parameters on flash, in the order of the layers."""
+        return [stored for layer in self.ffns for stored in layer.flash_weights.values()]
+
+    def release(self) -> None:
+        """Give the slots' memory back."""
+        for layer in self.ffns:
+            layer.release()
+
+
+def runtime_of(model: Any) -> FlashRuntime | ExpertRuntime:
     """The runtime of a flash model, of a pipeline around one, or of any module that contains one.
 
     Raises:
@@ -70,14 +129,30 @@ def find_runtime(model: Any) -> FlashRuntime:
     """
     module = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
     for part in module.modules() if isinstance(module, nn.Module) else ():
-        if isinstance(part, FlashFFN) and part.engine is not None:
+        if isinstance(part, FlashFFN | FlashExperts) and part.engine is not None:
             runtime = part.engine.runtime()
-            if isinstance(runtime, FlashRuntime):
+            if isinstance(runtime, FlashRuntime | ExpertRuntime):
                 return runtime
     raise UsageError(
         "not a flash model",
         got=type(model).__name__,
         hint="load it with from_pretrained(..., quantization_config=FlashOffloadConfig())",
+    )
+
+
+def find_runtime(model: Any) -> FlashRuntime:
+    """The runtime of a flash model whose feed-forward layers are neurons: as [`runtime_of`].
+
+    Raises:
+        UsageError: there is no flash model in it, or a mixture of experts.
+    """
+    runtime = runtime_of(model)
+    if isinstance(runtime, FlashRuntime):
+        return runtime
+    raise UsageError(
+        "this is for feed-forward layers of neurons, not for a mixture of experts",
+        got=type(model).__name__,
+        hint="its router says what a token needs: there is nothing to predict, calibrate or repack",
     )
 
 
@@ -91,7 +166,7 @@ def stats(model: Any, *, reset: bool = False) -> FlashStats:
     Returns:
         A snapshot; `print` it, or take `to_dict()`.
     """
-    runtime = find_runtime(model)
+    runtime = runtime_of(model)
     with runtime.engine.lock:
         snapshot = runtime.stats()
         if reset:
@@ -100,12 +175,11 @@ def stats(model: Any, *, reset: bool = False) -> FlashStats:
 
 
 def close(model: Any) -> None:
-    """Close the store's files and give the windows' memory back. May be called twice.
+    """Close the files and give the windows' memory back. May be called twice.
 
     Neither the model nor any copy of it can run afterwards.
     """
-    runtime = find_runtime(model)
+    runtime = runtime_of(model)
     with runtime.engine.lock:
         runtime.engine.close()
-        for ffn in runtime.ffns:
-            ffn.window.release()
+        runtime.release()

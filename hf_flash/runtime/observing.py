@@ -20,13 +20,14 @@ from transformers import StoppingCriteria
 from hf_flash.base.arrays import Ids, Mask
 from hf_flash.compute.arithmetic import Values
 from hf_flash.runtime.counters import Counters
+from hf_flash.runtime.experts import FlashExperts
 from hf_flash.runtime.layer import FlashFFN
-from hf_flash.runtime.model import find_runtime
+from hf_flash.runtime.model import runtime_of
 
 
 @dataclass(frozen=True)
 class LayerSeen:
-    """One layer after a token. All [d_ff]."""
+    """One layer after a token. All [d_ff], of neurons; or, in a mixture, [experts]."""
 
     read: Mask  # used, and not in DRAM before: read now, or just ahead
     reused: Mask  # used, and in DRAM already
@@ -48,12 +49,12 @@ class TokenSeen:
 
     @property
     def read(self) -> int:
-        """Neurons read, over all layers."""
+        """Neurons, or experts, read, over all layers."""
         return sum(int(layer.read.sum()) for layer in self.layers)
 
     @property
     def reused(self) -> int:
-        """Neurons used that were in DRAM, over all layers."""
+        """Neurons, or experts, used that were in DRAM, over all layers."""
         return sum(int(layer.reused.sum()) for layer in self.layers)
 
     @property
@@ -70,8 +71,8 @@ class TokenSeen:
 class _LayerWatch:
     """Watches one layer. Neurons that lookahead has under way are committed within the forward, so they count as read."""
 
-    def __init__(self, ffn: FlashFFN) -> None:
-        self._window = ffn.window
+    def __init__(self, ffn: FlashFFN | FlashExperts) -> None:
+        self._window: Any = ffn.window
         self.seen: LayerSeen | None = None
         self._handles = [ffn.register_forward_pre_hook(self._before), ffn.register_forward_hook(self._after)]
 
@@ -123,7 +124,7 @@ def watched(model: Any, show: Callable[[TokenSeen], None], pace: float = 0.0) ->
     Yields:
         What to pass on: `generate(..., stopping_criteria=[it])`.
     """
-    runtime = find_runtime(model)
+    runtime = runtime_of(model)
     layers = [_LayerWatch(ffn) for ffn in runtime.ffns]
     try:
         yield _Watcher(runtime.engine.counters, layers, show, pace)

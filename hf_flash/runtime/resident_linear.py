@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_flash.compute import dense
 from hf_flash.compute.library import DTYPES
-from hf_flash.runtime.engine import Engine
+from hf_flash.runtime.engine import SharedByLayers
 
 _WORTH_BYTES: Final = 1 << 19  # of a matrix; below, calling the compiled part takes as long as torch's product
 
@@ -26,7 +26,7 @@ _WORTH_BYTES: Final = 1 << 19  # of a matrix; below, calling the compiled part t
 class ResidentLinear(nn.Linear):
     """An `nn.Linear` of a flash model. Weights, names and shapes are those of the module it was."""
 
-    engine: Engine  # its `arithmetic.wide` is what rows are widened into
+    engine: SharedByLayers  # its `wide` is what rows are widened into
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
@@ -42,7 +42,7 @@ class ResidentLinear(nn.Linear):
         if few:  # and nothing that others use
             return dense.linear(x.contiguous(), weight, bias)
         with self.engine.lock:
-            return dense.multiply(x.detach().contiguous(), weight, bias, self.engine.arithmetic.wide)
+            return dense.multiply(x.detach().contiguous(), weight, bias, self.engine.wide)
 
     def __prepare_scriptable__(self) -> nn.Linear:
         """What TorchScript is to compile: the module it was."""
@@ -67,11 +67,11 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     )
 
 
-def make_linears_resident(model: nn.Module, engine: Engine) -> None:
+def make_linears_resident(model: nn.Module, engine: SharedByLayers) -> None:
     """Turn a loaded model's linear layers into [`ResidentLinear`]. Those of another class are left alone."""
     for module in model.modules():
         if type(module) is not nn.Linear or module.weight.dtype not in DTYPES:
             continue
-        if module.weight.nbytes >= _WORTH_BYTES and module.in_features <= engine.arithmetic.wide.numel():
+        if module.weight.nbytes >= _WORTH_BYTES and module.in_features <= engine.wide.numel():
             module.__class__ = ResidentLinear
             module.engine = engine  # type: ignore[assignment]

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_flash.compute.activation import Activation, Elementwise
 from hf_flash.errors import UsageError
-from hf_flash.runtime.flash_weights import OnFlash
+from hf_flash.runtime.flash_weights import Matrix, OnFlash
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.store.unit import Role
 
@@ -29,7 +29,25 @@ def empty_bias(linear: Any) -> nn.Parameter | None:
     return None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
 
 
-class Projection(OnFlash):
+class WeightOnFlash(OnFlash):
+    """A module that stands where a linear layer stood.
+
+    Attributes:
+        index: of the layer.
+        role: of the matrix.
+        bias: of the linear layer, if it had one.
+    """
+
+    index: int
+    role: Role
+    bias: nn.Parameter | None
+
+    def put(self, matrix: Matrix) -> None:
+        """Say what the weight is. Called once the rest of the model is loaded."""
+        self.flash_weights = {"weight": matrix}
+
+
+class Projection(WeightOnFlash):
     """Stands where a linear layer of a replaced block stood. The block computes its product and reads its bias here."""
 
     def __init__(self, index: int, role: Role, bias: nn.Parameter | None) -> None:
@@ -72,7 +90,7 @@ class BlockFFN(FlashFFN):
                 setattr(self, name, Projection(index, role, biases[role]))
 
     @property
-    def projections(self) -> dict[Role, OnFlash]:
+    def projections(self) -> dict[Role, WeightOnFlash]:
         return {role: getattr(self, name) for role, name in self._names.items()}
 
     def extra_repr(self) -> str:
@@ -87,7 +105,7 @@ class ResidualBlockFFN(BlockFFN):
         return out
 
 
-class InlineFFN(FlashFFN, OnFlash):
+class InlineFFN(FlashFFN, WeightOnFlash):
     """Stands where the first linear layer stood, and keeps its parameter name `bias`.
 
     Args:
@@ -104,7 +122,7 @@ class InlineFFN(FlashFFN, OnFlash):
         self.__dict__["_last"] = last
 
     @property
-    def projections(self) -> dict[Role, OnFlash]:
+    def projections(self) -> dict[Role, WeightOnFlash]:
         return {"up": self, "down": self.__dict__["_last"]}
 
     def extra_repr(self) -> str:
@@ -128,7 +146,7 @@ class PassingActivation(nn.Module):
         return found
 
 
-class LastProjection(OnFlash):
+class LastProjection(WeightOnFlash):
     """Stands where the last linear layer stood, and passes on what [`InlineFFN`] has computed. Its bias is added there."""
 
     role: Role = "down"

@@ -6,6 +6,8 @@ a test in `tests/contract/test_transformers_seam.py` that names it and asks tran
     all_tied_weights_keys                    tied_names
     _hf_peft_config_loaded                   has_adapter
     _keys_to_ignore_on_load_unexpected       ignore_on_load
+    _is_hf_initialized                       mark_as_initialized
+    revert_weight_conversion                 plain_state
     how the model calls its decoder          sequence_length
     how the model calls a decoder layer      hidden_of, first_layer_call
     how a decoder layer answers              run_layer
@@ -35,6 +37,32 @@ def tied_names(model: Any) -> set[str]:
     set by `post_init`, which a model that somebody wrote may not call.
     """
     return set(getattr(model, "all_tied_weights_keys", None) or ())
+
+
+def plain_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Some of a model's tensors under the names, and in the form, that its checkpoint has them in.
+
+    `revert_weight_conversion` of core_model_loading.py, since 5.0: `save_pretrained` calls it.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    return found
+
+
+def mark_as_initialized(module: Any) -> None:
+    """Keep the loader from giving random numbers to parameters of this module that it does not have any more.
+
+    `_is_hf_initialized` of `PreTrainedModel._initialize_weights`, since 4.20: an attribute of a module.
+    """
+    module._is_hf_initialized = True
+
+
+def resident_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Of all weights that a model has, in the dtype of compute; tied ones count once."""
+    tied = tied_names(model)
+    weights = {id(p): p for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
+    return sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in weights.values())
 
 
 def has_adapter(model: Any) -> bool:

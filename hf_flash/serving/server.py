@@ -111,7 +111,7 @@ class Server:
             ("answers", chat),
             ("counters", "/flash/stats (JSON), /metrics (Prometheus), beside the base URL's /v1"),
             ("weights in DRAM", f"{dram} of a budget of {budget}; the dense model: {dense}"),
-            ("predictor, reader", f"{found.predictor}, {found.reader}"),
+            ("on flash", f"{found.what_fits}; reader {found.reader}"),
         ]
         return "\n".join(f"{name:<20}{value}" for name, value in rows)
 

@@ -82,6 +82,30 @@ class Checkpoint:
         """Open the weights in a folder as transformers would choose them."""
         return cls.open(weight_files(folder))
 
+    def tensors_by_file(self) -> dict[Path, list[str]]:
+        """The names of the tensors in each file, in the order of the file."""
+        found: dict[Path, list[str]] = {path: [] for path in self.files}
+        for name in sorted(self.specs, key=lambda name: self._where[name][1]):
+            found[self._where[name][0]].append(name)
+        return found
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file that holds a tensor, and the byte where it begins there.
+
+        Raises:
+            StoreFormatError: it is pickled, so that it cannot be read where it lies.
+        """
+        path, offset = self._where[name]
+        if path.suffix != ".safetensors":
+            raise StoreFormatError(
+                "experts are read where they lie, which takes safetensors files",
+                where=path,
+                expected="*.safetensors",
+                got=path.name,
+                hint="load the checkpoint with transformers, and save it: save_pretrained writes safetensors",
+            )
+        return path, offset
+
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in memory; memory-mapped if it is pickled."""
         path, offset = self._where[name]

@@ -45,7 +45,7 @@ def module(weight: torch.Tensor, bias: torch.Tensor | None, room: int = 1 << 12)
     made.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resident_linear, "_WORTH_BYTES", 0)
-        engine: Any = SimpleNamespace(lock=_Lock(), arithmetic=SimpleNamespace(wide=torch.empty(1, room)))
+        engine: Any = SimpleNamespace(lock=_Lock(), wide=torch.empty(1, room))
         make_linears_resident(made, engine)
     assert type(made) is ResidentLinear
     return made
@@ -226,7 +226,7 @@ def test_small_matrices_and_others_classes_are_left_alone() -> None:
 
     long = nn.Linear(1 << 18, 1)  # a row that the buffer does not hold
     model = nn.Sequential(nn.Linear(8, 8), Own(1024, 1024), nn.Linear(1024, 1024), nn.Linear(1024, 1024).double(), long)
-    make_linears_resident(model, SimpleNamespace(arithmetic=SimpleNamespace(wide=torch.empty(4, 1024))))  # type: ignore[arg-type]
+    make_linears_resident(model, SimpleNamespace(wide=torch.empty(4, 1024)))  # type: ignore[arg-type]
     assert [type(part) for part in model] == [nn.Linear, Own, ResidentLinear, nn.Linear, nn.Linear]
 
 

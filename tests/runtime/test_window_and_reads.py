@@ -201,7 +201,7 @@ class Rig:
         self.store, self.dtype = store.layers[LAYER], dtype
         self.unit = PAGE
         if reader == "direct":
-            self.unit, reason = direct_alignment(store)
+            self.unit, reason = direct_alignment(store.layers[0].path)
             if not self.unit:
                 pytest.skip(f"no direct reads here: {reason}")
         d_model = self.store.d_model

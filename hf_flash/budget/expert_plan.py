@@ -1,0 +1,126 @@
+"""What a memory budget holds of a mixture of experts (contract C5).
+
+    resident   everything that is not an expert: embeddings, attention, routers, shared experts, norms
+  + scratch    a buffer that rows are widened into, and slots for experts that pass by, both shared by all layers
+  + slots      whatever the budget leaves: equally many for each layer, at most as many as it has experts
+
+The first two are the minimum; a budget below it is an error before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from hf_flash.base.sizes import format_bytes
+from hf_flash.errors import BudgetError
+from hf_flash.machine.free_memory import available_memory
+
+PASSING_SLOTS: Final = 3  # one is computed with, two are read into
+WIDE_BYTES: Final = 16 << 20
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """What a budget holds, in bytes. Made by loading_experts.py.
+
+    Attributes:
+        slot_bytes: of each layer with experts; a slot has room for the sectors around an expert.
+        experts: of each such layer.
+        expert_bytes: of one expert of each, in the dtype of compute.
+        used: experts that a token uses in a layer.
+    """
+
+    budget_bytes: int
+    resident_bytes: int
+    scratch_bytes: int
+    slot_bytes: tuple[int, ...]
+    experts: tuple[int, ...]
+    expert_bytes: tuple[int, ...]
+    used: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.experts)
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The smallest budget this model runs in: no expert stays in memory."""
+        return self.resident_bytes + self.scratch_bytes
+
+    @cached_property
+    def capacities(self) -> tuple[int, ...]:
+        """Experts that each layer has slots for."""
+        left = max(0, self.budget_bytes - self.minimum_bytes)
+        each = left // sum(self.slot_bytes)
+        found = [min(experts, each) for experts in self.experts]
+        left -= sum(count * size for count, size in zip(found, self.slot_bytes, strict=True))
+        for layer, size in enumerate(self.slot_bytes):  # what is left of the budget: one more, from the first layer on
+            if size <= left and found[layer] < self.experts[layer]:
+                found[layer] += 1
+                left -= size
+        return tuple(found)
+
+    @property
+    def capacity(self) -> int:
+        """Experts that a layer has slots for, on average."""
+        return sum(self.capacities) // self.layers
+
+    @property
+    def window_bytes(self) -> int:
+        return sum(count * size for count, size in zip(self.capacities, self.slot_bytes, strict=True))
+
+    @property
+    def dense_bytes(self) -> int:
+        """The whole model in DRAM, as stock transformers would hold it."""
+        return self.resident_bytes + sum(n * size for n, size in zip(self.experts, self.expert_bytes, strict=True))
+
+    def shortage(self, tokens: int) -> str | None:
+        """What to say of slots that do not hold what one token uses; `None` if they do.
+
+        Args:
+            tokens: as `MemoryPlan.shortage` takes them; of no matter here.
+        """
+        if min(self.capacities) >= self.used:
+            return None
+        enough = self.minimum_bytes + 2 * self.used * sum(self.slot_bytes)
+        return (
+            f"a budget of {format_bytes(self.budget_bytes)} leaves room for {self.capacity} experts a layer, and a token uses "
+            f"{self.used}: most of them are read again for every token. {format_bytes(enough)} would hold what two tokens use"
+        )
+
+    def describe(self) -> str:
+        """The parts, one a line."""
+        low, high = min(self.capacities), max(self.capacities)
+        slots = f"{low}" if low == high else f"{low} to {high}"
+        rows = [
+            ("embeddings, attention, routers, norms", self.resident_bytes),
+            ("scratch buffers", self.scratch_bytes),
+            (f"slots for {slots} of {max(self.experts)} experts a layer", self.window_bytes),
+        ]
+        return "\n".join(f"{name:<44}{format_bytes(size):>12}" for name, size in rows)
+
+
+def checked_plan(budget: int | str | None, plan: ExpertPlan) -> ExpertPlan:
+    """The plan, if the budget that it was made for is enough.
+
+    Args:
+        budget: as the user gave it.
+
+    Raises:
+        BudgetError: the budget is below the minimum; the message lists what takes it.
+    """
+    if plan.budget_bytes < plan.minimum_bytes:
+        parts = plan.describe().rsplit("\n", 1)[0].replace("\n", "\n    ")
+        raise BudgetError(
+            "the memory budget is too small for this model",
+            minimum_bytes=plan.minimum_bytes,
+            where="memory_budget"
+            if budget is not None
+            else f"memory_budget unset: {format_bytes(available_memory())} are free",
+            expected=f"at least {format_bytes(plan.minimum_bytes)} ({plan.minimum_bytes} bytes):\n    {parts}",
+            got=f"{format_bytes(plan.budget_bytes)} ({plan.budget_bytes} bytes)",
+            hint="raise memory_budget, or load in a smaller dtype",
+        )
+    return plan

@@ -1,0 +1,173 @@
+"""`ExpertProducts`: the products of tokens with the experts of a layer, where these lie in their slots.
+
+    few tokens for an expert     the compiled part multiplies all experts of a call at once, at the speed of DRAM (linear.c). A
+                                 token gets the same bits beside others and alone
+    many                         an expert at a time, the fastest way for whole matrices (dense.py)
+    other dtypes in the file     widened by the compiled part on the way; else converted, an expert at a time
+
+Sums are made in fp32 and rounded once to the dtype of compute, as the stock model's are up to their order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hf_flash.base.arrays import Bytes
+from hf_flash.compute import dense
+from hf_flash.compute import library as native
+from hf_flash.compute.library import DTYPES, LinearJob, LinearsJob
+from hf_flash.store.experts import Piece
+
+_JOB: Final = np.dtype(LinearJob)
+_WIDENED: Final = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}  # file and compute: exact
+
+
+class Group(NamedTuple):
+    """Tokens that use one expert.
+
+    Attributes:
+        expert: which.
+        slot: where it is.
+        begin, end: its rows, among all pairs of a token and an expert in a call.
+    """
+
+    expert: int
+    slot: int
+    begin: int
+    end: int
+
+
+class Waiting(Protocol):
+    """Reads that somebody has to wait for."""
+
+    def wait(self) -> None:
+        """Wait until they are done."""
+
+    def hand_over(self) -> tuple[int | None, int]:
+        """The reader and the ticket of the compiled part, which will wait in its stead."""
+        ...
+
+    def waited(self, error: int, seconds: float) -> None:
+        """What came of it."""
+
+
+class ExpertProducts:
+    """The products with one parameter of a layer's experts.
+
+    Args:
+        pieces: of the parameter.
+        at: [experts, pieces] the byte of a slot where each begins.
+        slots: [slots, bytes] contiguous; more than one such memory may be used in a call.
+        dtype: of compute.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], at: npt.NDArray[np.int64], dtype: torch.dtype) -> None:
+        self.pieces, self.at, self.dtype = pieces, at, dtype
+        self.outputs, self.inputs = sum(piece.outputs for piece in pieces), pieces[0].inputs
+        order = np.concatenate([piece.order for piece in pieces])
+        in_order = np.array_equal(order, np.arange(self.outputs))
+        self._order = None if in_order else torch.from_numpy(np.argsort(order))
+        known = all(piece.dtype == dtype or (piece.dtype, dtype) in _WIDENED for piece in pieces)
+        self._compiled = native.library() is not None and known
+        self._template = self._jobs()
+
+    def _jobs(self) -> npt.NDArray[Any]:
+        """[pieces] what the compiled part is told of every expert."""
+        jobs = np.zeros(len(self.pieces), _JOB)
+        for job, piece in zip(jobs, self.pieces, strict=True):
+            job["rows"], job["columns"], job["turned"] = piece.outputs, piece.inputs, piece.turned
+            job["out_stride"], job["dtype"], job["weight_dtype"] = self.outputs, DTYPES[self.dtype], DTYPES[piece.dtype]
+        return jobs
+
+    def few(self, tokens: int) -> bool:
+        """Whether so many tokens of one expert are multiplied beside those of other experts."""
+        return self._compiled and dense.few(tokens, self.dtype)
+
+    def multiply(self, x: torch.Tensor, groups: Sequence[Group], memory: Memory, wait: Waiting | None = None) -> torch.Tensor:
+        """The products of each group's tokens with its expert.
+
+        Args:
+            x: [pairs of these groups, inputs] in the dtype of compute, contiguous; or [1, inputs]: the same for all.
+            groups: in the order of their rows.
+            memory: where their slots are.
+            wait: for these reads the calling thread waits when it has nothing more to compute.
+
+        Returns:
+            [pairs of these groups, outputs].
+        """
+        first = groups[0].begin if groups else 0
+        pairs = groups[-1].end - first if groups else 0
+        out = torch.empty(pairs, self.outputs, dtype=self.dtype, device="cpu")
+        if self._compiled and all(self.few(group.end - group.begin) for group in groups):
+            self._together(x, groups, first, memory, out, wait)
+        else:
+            for group in groups:
+                rows = slice(group.begin - first, group.end - first)
+                mine = x if len(x) == 1 else x[rows]
+                if self.few(group.end - group.begin):  # by what an expert has to do alone: others change no bits
+                    self._together(mine, [group], group.begin, memory, out[rows], None)
+                else:
+                    self._alone(mine, group, memory, out[rows])
+            if wait is not None:
+                wait.wait()
+        return out if self._order is None else out.index_select(1, self._order)
+
+    def _together(
+        self, x: torch.Tensor, groups: Sequence[Group], first: int, memory: Memory, out: torch.Tensor, wait: Waiting | None
+    ) -> None:
+        size = self.dtype.itemsize
+        begin, end = (np.array([getattr(group, name) for group in groups], np.int64) - first for name in ("begin", "end"))
+        jobs = np.tile(self._template, (len(groups), 1))
+        experts = [group.expert for group in groups]
+        jobs["weight"] = np.array([memory.address(group.slot) for group in groups], np.int64)[:, None] + self.at[experts]
+        jobs["x"] = (x.data_ptr() + (begin * (len(x) > 1)) * self.inputs * size)[:, None]
+        jobs["tokens"] = (end - begin)[:, None]
+        ahead = np.cumsum([0, *(piece.outputs for piece in self.pieces[:-1])]) * size
+        jobs["out"] = (out.data_ptr() + begin * self.outputs * size)[:, None] + ahead
+        call = LinearsJob(jobs.ctypes.data, jobs.size, None, 0, threads=native.threads())
+        if wait is not None:
+            call.reader, call.ticket = wait.hand_over()
+        if not native.loaded().hf_linears(ctypes.byref(call)):  # type: ignore[union-attr]
+            raise MemoryError(f"no memory for {x.numel()} numbers")
+        if wait is not None:
+            wait.waited(call.error, call.waited_s)
+
+    def _alone(self, x: torch.Tensor, group: Group, memory: Memory, out: torch.Tensor) -> None:
+        """Many tokens with one expert."""
+        at = 0
+        for piece, begin in zip(self.pieces, self.at[group.expert].tolist(), strict=True):
+            weight = memory.matrix(group.slot, begin, piece).to(self.dtype)
+            part = out[:, at : at + piece.outputs]
+            if piece.turned:
+                part.copy_(dense.multiply_turned(x, weight, memory.wide))
+            else:
+                part.copy_(dense.multiply(x, weight, None, memory.wide))
+            at += piece.outputs
+
+
+class Memory:
+    """Slots of experts.
+
+    Args:
+        slots: [slots, bytes], contiguous.
+        wide: float32, contiguous, room for a row of any expert's matrix: [`dense.multiply`] widens into it.
+    """
+
+    def __init__(self, slots: Bytes, wide: torch.Tensor) -> None:
+        self.slots, self.wide = slots, wide
+        self._base: int = slots.ctypes.data
+        self._stride = slots.shape[1]
+
+    def address(self, slot: int) -> int:
+        return int(self._base + slot * self._stride)
+
+    def matrix(self, slot: int, begin: int, piece: Piece) -> torch.Tensor:
+        """A piece as it is stored, [rows, columns]; it is not copied."""
+        raw = self.slots[slot, begin : begin + piece.nbytes]
+        return torch.from_numpy(raw).view(piece.dtype).view(piece.rows, piece.columns)

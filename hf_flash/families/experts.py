@@ -1,0 +1,377 @@
+"""Mixtures of experts: which modules hold experts, and where every expert's numbers lie in a checkpoint.
+
+transformers gives nearly all mixtures one module (`use_experts_implementation` in its integrations/moe.py): `gate_up_proj` or
+`up_proj` and `down_proj`, of three dimensions, the first of which is the expert. Checkpoints hold the same numbers under other
+names and in other pieces: a matrix for each expert, gate and up apart, transposed, interleaved. How one becomes the other is
+transformers' own conversion mapping. It is not read here, it is tried: the conversion runs on small tensors of serial numbers,
+and what comes out says where each number came from. So every conversion is understood that leaves an expert's numbers in a few
+contiguous pieces, and every other one is refused by name.
+
+An expert is then read where it lies: nothing is repacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from hf_flash.errors import StoreFormatError, UnsupportedModelError
+from hf_flash.families.base import get
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.experts import SECOND, ExpertLayer, Piece
+
+_FIRST: Final = ("gate_up_proj", "up_proj")
+_MARK: Final = "is_concatenated"  # every instance of a decorated class has it
+_SMALL: Final = {"neurons": 3, "width": 5}  # of the tensors that conversions are tried with
+_MOST_PIECES: Final = 4  # of an expert's matrix
+
+Numbers = npt.NDArray[np.int64]
+
+
+def expert_modules(model: nn.Module) -> dict[str, Any]:
+    """The modules that hold experts, by name."""
+    return {name: module for name, module in model.named_modules() if _holds_experts(module)}
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    held = module._parameters
+    return hasattr(module, _MARK) and SECOND in held and any(name in held for name in _FIRST)
+
+
+def first_of(module: Any) -> str:
+    """The parameter of an experts module that comes before the activation."""
+    return next(name for name in _FIRST if name in module._parameters)
+
+
+_USED_KEYS: Final = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
+
+
+def experts_per_token(model: Any) -> int:
+    """How many experts of a layer a token uses; of all that it may use, where nothing says how many it does."""
+    found = _number_of(model.config.get_text_config(), _USED_KEYS)
+    if found is not None:
+        return found
+    routers = [module.top_k for module in model.modules() if isinstance(getattr(module, "top_k", None), int)]
+    return max(routers, default=1)
+
+
+def kv_cache_bytes(model: Any) -> int:
+    """What the KV cache takes for a token of a sequence, as far as the config says."""
+    config = model.config.get_text_config()
+    layers, heads, width = (
+        _number_of(config, (key,)) or 1 for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    kv_heads, head_dim = (
+        _number_of(config, ("num_key_value_heads",)) or heads,
+        _number_of(config, ("head_dim",)) or width // heads,
+    )
+    return 2 * layers * kv_heads * head_dim * int(model.config.dtype.itemsize)
+
+
+def _number_of(config: Any, keys: Sequence[str]) -> int | None:
+    """The first of some keys of a config that is a number above zero."""
+    for key in keys:
+        with suppress(Exception):  # transformers' own, of configs whose layers differ
+            found = get(config, key)
+            if type(found) is int and found > 0:
+                return found
+    return None
+
+
+def locate_experts(model: Any, checkpoint: Checkpoint) -> list[ExpertLayer]:
+    """Find every expert of a model in its checkpoint.
+
+    Args:
+        model: of transformers, on the meta device. It is not changed.
+
+    Raises:
+        UnsupportedModelError: a conversion that does not leave experts in contiguous pieces.
+        StoreFormatError: the checkpoint lacks experts, or has them in other sizes.
+    """
+    modules = expert_modules(model)
+    wanted = {f"{name}.{param}" for name, module in modules.items() for param in module._parameters}
+    sources = _Conversions(model).sources_of(wanted, list(checkpoint.specs))
+    tried: dict[Any, Any] = {}
+    return [_layer(model, checkpoint, name, module, sources, tried) for name, module in modules.items()]
+
+
+@dataclass
+class _Sources:
+    """The tensors of a checkpoint that become one parameter.
+
+    Attributes:
+        converter: of transformers, or `None` if the tensor is taken as it is.
+        names: of the tensors, by the source pattern that they match, in the order in which transformers collects them.
+    """
+
+    converter: Any
+    names: dict[str, list[str]]
+
+    @property
+    def tensors(self) -> list[str]:
+        return [name for names in self.names.values() for name in names]
+
+
+class _Conversions:
+    """How transformers renames and converts the tensors of a checkpoint for a model.
+
+    `get_model_conversion_mapping` of its conversion_mapping.py; `rename_source_key`, `WeightConverter`, `WeightRenaming` and
+    `dot_natural_key` of core_model_loading.py, all since 5.0. `convert_and_load_state_dict_in_model` there does what this does.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping = get_model_conversion_mapping(model)
+        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
+        self.prefix, self.state = model.base_model_prefix, model.state_dict()
+
+    def sources_of(self, wanted: set[str], tensors: Sequence[str]) -> dict[str, _Sources]:
+        """For each parameter, what it is made of."""
+        from transformers.core_model_loading import dot_natural_key
+
+        found: dict[str, _Sources] = {}
+        for tensor in sorted(tensors, key=dot_natural_key):
+            for target, pattern in self._targets(tensor):
+                if target in wanted:
+                    sources = found.setdefault(target, _Sources(self.by_pattern.get(pattern or ""), {}))
+                    sources.names.setdefault(pattern or tensor, []).append(tensor)
+        return found
+
+    def _targets(self, tensor: str) -> Iterator[tuple[str, str | None]]:
+        """The parameters that a tensor becomes, or becomes a part of, and the pattern of the converter that says so."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(tensor, self.renamings, self.converters, self.prefix, self.state)
+        if name not in self.state and tensor in self.state:
+            name, pattern = rename_source_key(tensor, [], [], self.prefix, self.state)
+        yield name, pattern
+        for other in self.by_pattern[pattern].target_patterns[1:] if pattern is not None else ():
+            yield name.replace(self.by_pattern[pattern].target_patterns[0], other), pattern
+
+
+def _layer(
+    model: Any, checkpoint: Checkpoint, name: str, module: Any, sources: dict[str, _Sources], tried: dict[Any, Any]
+) -> ExpertLayer:
+    first = first_of(module)
+    experts, width, neurons = sizes_of(module)
+    pieces: list[Piece] = []
+    tensors: list[list[str]] = [[] for _ in range(experts)]
+    begin: list[list[int]] = [[] for _ in range(experts)]
+    for param in (first, SECOND):
+        target = f"{name}.{param}"
+        if target not in sources:
+            raise StoreFormatError(
+                "the checkpoint lacks experts", where=target, expected="their weights", got="no tensor of them"
+            )
+        source = sources[target]
+        specs = [checkpoint.specs[tensor] for tensor in source.tensors]
+        shape = tuple(module._parameters[param].shape)
+        key = (id(source.converter), tuple(len(names) for names in source.names.values()), tuple(specs), shape)
+        if key not in tried:
+            tried[key] = _try_conversion(model, source, specs, module, param, target)
+        forms, where = tried[key]
+        pieces += forms
+        for expert in range(experts):
+            tensors[expert] += [source.tensors[number] for number, _ in where[expert]]
+            begin[expert] += [byte for _, byte in where[expert]]
+    return ExpertLayer(
+        name, experts, width, neurons, first, tuple(pieces), tuple(map(tuple, tensors)), np.array(begin, np.int64)
+    )
+
+
+def sizes_of(module: Any) -> tuple[int, int, int]:
+    """Experts, width and neurons of an experts module."""
+    down = module._parameters[SECOND].shape
+    return (down[0], down[2], down[1]) if module.is_transposed else (down[0], down[1], down[2])
+
+
+# --- a conversion, tried
+
+
+def _try_conversion(
+    model: Any, source: _Sources, specs: Sequence[Any], module: Any, param: str, target: str
+) -> tuple[list[Piece], list[list[tuple[int, int]]]]:
+    """What a conversion makes of tensors of such shapes.
+
+    Returns:
+        The pieces of an expert; and for each expert and piece, the number of the tensor and the byte in it.
+    """
+    shape = module._parameters[param].shape
+    small = small_sizes(module)
+    shapes = [_small_shape(spec[1], small, tensor, target) for spec, tensor in zip(specs, source.tensors, strict=True)]
+    made = _converted(model, source, shapes, torch.Size(_small_shape(tuple(shape), small, target, target)), target)
+    experts, forms, where = shape[0], None, []
+    for expert in range(experts):
+        block = made[expert].T if module.is_transposed else made[expert]
+        found = [_in_file(run, shapes, specs, param, target) for run in _runs(block, shapes, target)]
+        forms = forms or [piece for piece, _, _ in found]
+        if [piece for piece, _, _ in found] != forms:
+            raise _refused(target, f"expert {expert} lies otherwise than expert 0")
+        where.append([(number, byte) for _, number, byte in found])
+    assert forms
+    _check_outputs(forms, shape[1 + bool(module.is_transposed)], target)
+    return forms, where
+
+
+def small_sizes(module: Any) -> dict[int, int]:
+    """Sizes of one expert's matrices, and the small ones that stand for them. What is equal, or twice, stays so."""
+    experts, width, neurons = sizes_of(module)
+    small = {neurons: _SMALL["neurons"], 2 * neurons: 2 * _SMALL["neurons"]}
+    small.setdefault(width, 2 * small[width // 2] if width // 2 in small and width % 2 == 0 else _SMALL["width"])
+    for size in (neurons, 2 * neurons, width):  # of all experts in one matrix
+        small.setdefault(experts * size, experts * small[size])
+    return small
+
+
+def _small_shape(shape: Sequence[int], small: dict[int, int], name: str, target: str) -> tuple[int, ...]:
+    """A shape with small sizes; the first of three is a number of experts, and stays."""
+    given = [(0, size) if len(shape) == 3 and at == 0 else (1, size) for at, size in enumerate(shape)]
+    if len(shape) not in (2, 3) or any(kind and size not in small for kind, size in given):
+        raise StoreFormatError(
+            "experts are not of the size that the model's config says",
+            where=name,
+            expected=f"parts of {target}",
+            got=list(shape),
+        )
+    return tuple(small[size] if kind else size for kind, size in given)
+
+
+def _converted(
+    model: Any, source: _Sources, shapes: Sequence[tuple[int, ...]], wanted: torch.Size, target: str
+) -> npt.NDArray[np.int64]:
+    """A parameter made of tensors whose numbers say which they are: tensor after tensor, in order."""
+    numbers, at = [], 0
+    for shape in shapes:
+        count = torch.Size(shape).numel()
+        numbers.append(torch.arange(at, at + count, dtype=torch.int64, device="cpu").view(shape))
+        at += count
+    if source.converter is None:
+        made = numbers[0]
+    else:
+        made = _run_operations(model, source, iter(numbers), wanted, target)
+    if made.shape != wanted:
+        raise _refused(target, f"its conversion makes {list(made.shape)} where {list(wanted)} is wanted")
+    return made.numpy()
+
+
+def _run_operations(
+    model: Any, source: _Sources, numbers: Iterator[torch.Tensor], wanted: torch.Size, target: str
+) -> torch.Tensor:
+    """The operations of transformers' converter, in its order."""
+    stand_in = SimpleNamespace(get_parameter=lambda name: torch.empty(wanted, device="meta"), config=model.config)
+    collected: dict[str, Any] = {pattern: [next(numbers) for _ in names] for pattern, names in source.names.items()}
+    patterns = {"source_patterns": source.converter.source_patterns, "target_patterns": source.converter.target_patterns}
+    try:
+        for operation in source.converter.operations:
+            collected = operation.convert(
+                collected, **patterns, full_layer_name=target, model=stand_in, config=model.config, missing_keys=None
+            )
+    except Exception as error:  # of whatever an operation asks for that is not there
+        raise _refused(target, f"{type(operation).__name__}: {error}") from error
+    mine = [value for pattern, value in collected.items() if target.endswith(pattern.replace("\\", ""))]
+    if len(collected) == 1:
+        mine = list(collected.values())
+    if len(mine) != 1:
+        raise _refused(target, f"its conversion makes {', '.join(collected)}")
+    made: torch.Tensor = mine[0][0] if isinstance(mine[0], list) else mine[0]
+    return made
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Outputs of a matrix whose numbers are contiguous.
+
+    Attributes:
+        first: the serial number that the run begins with.
+        outputs: which they are, in the order of the file.
+    """
+
+    first: int
+    outputs: Numbers
+    inputs: int
+    turned: bool
+
+
+def _runs(block: Numbers, shapes: Sequence[tuple[int, ...]], target: str) -> list[_Run]:
+    """A matrix [outputs, inputs] of serial numbers, in runs that lie together in a file."""
+    outputs, inputs = block.shape
+    order = np.argsort(block[:, 0], kind="stable")
+    start = block[order, 0]
+    ends = np.cumsum([torch.Size(shape).numel() for shape in shapes])
+    tensor = np.searchsorted(ends, start, side="right")
+    step_in = int(block[0, 1] - block[0, 0])
+    turned = step_in != 1 or inputs == 1
+    step = 1 if turned else inputs
+    apart = (np.diff(start) != step) | (np.diff(tensor) != 0)
+    runs: list[_Run] = []
+    for rows in np.split(np.arange(outputs), np.flatnonzero(apart) + 1):
+        stride = np.array([len(rows), 1]) if turned else np.array([1, inputs])
+        run = _Run(int(start[rows[0]]), order[rows], inputs, turned)
+        expected = run.first + np.arange(inputs)[None, :] * stride[0] + np.arange(len(rows))[:, None] * stride[1]
+        if len(runs) == _MOST_PIECES or not np.array_equal(block[run.outputs], expected):
+            raise _refused(target, "an expert does not lie in a few contiguous pieces")
+        runs.append(run)
+    return runs
+
+
+def _in_file(
+    run: _Run, shapes: Sequence[tuple[int, ...]], specs: Sequence[Any], param: str, target: str
+) -> tuple[Piece, int, int]:
+    """A run in sizes of the file: its piece, the number of its tensor, and the byte where it begins there."""
+    ends = np.cumsum([torch.Size(shape).numel() for shape in shapes])
+    number = int(np.searchsorted(ends, run.first, side="right"))
+    small, (dtype, real) = shapes[number], specs[number]
+    at = run.first - (int(ends[number - 1]) if number else 0)
+    row, column = divmod(at, small[-1])
+    matrix, row = divmod(row, small[-2])
+    stored_rows = run.inputs if run.turned else len(run.outputs)
+    if column or (row * real[-2]) % small[-2] or (stored_rows * real[-2]) % small[-2]:
+        raise _refused(target, "an expert does not begin with a row of its tensor")
+    rows, byte = (
+        stored_rows * real[-2] // small[-2],
+        (matrix * real[-2] + row * real[-2] // small[-2]) * real[-1] * dtype.itemsize,
+    )
+    first_output, turns = _order(run, real[-1] if run.turned else rows, target)
+    return Piece(param, rows, real[-1], run.turned, first_output, turns, dtype), number, byte
+
+
+def _order(run: _Run, count: int, target: str) -> tuple[int, int]:
+    """Which outputs a run has, in real sizes: `first_output` and `turns` of a piece."""
+    small, at = len(run.outputs), run.outputs
+    steps = np.diff(at)
+    if (steps == 1).all():
+        return int(at[0]) * count // small, 1
+    if (steps == 2).all():
+        return int(at[0]), -2
+    if small % 2 == 0 and np.array_equal(at - at.min(), np.arange(small).reshape(2, -1).T.reshape(-1)):
+        return int(at.min()) * count // small, 2
+    raise _refused(target, "its outputs are in an order of their own")
+
+
+def _check_outputs(forms: Sequence[Piece], outputs: int, target: str) -> None:
+    """Every output comes from one piece."""
+    found = np.concatenate([piece.order for piece in forms])
+    if not np.array_equal(np.sort(found), np.arange(outputs)):
+        raise _refused(target, "its pieces do not make a whole")
+
+
+def _refused(target: str, got: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "the experts of this checkpoint cannot be read where they lie",
+        where=target,
+        expected="each expert in a few contiguous pieces of the checkpoint's tensors",
+        got=got,
+        hint="save the model with transformers' save_pretrained, and load that folder",
+    )

@@ -1,0 +1,136 @@
+"""What happens while transformers loads a mixture of experts: loading.py says when.
+
+Experts are read where they lie, in the files that transformers found: nothing is written and nothing is copied. Their
+parameters are taken off the model before weights are loaded, so that they never exist. Everything else is loaded as ever.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_flash.base.buffers import allocate_pages, load_into_memory
+from hf_flash.base.heap import trim_heap
+from hf_flash.budget.expert_plan import PASSING_SLOTS, WIDE_BYTES, ExpertPlan, checked_plan
+from hf_flash.budget.plan import ceiling_bytes
+from hf_flash.config import AUTO, FlashOffloadConfig
+from hf_flash.errors import ConfigError
+from hf_flash.families.expert_check import check_experts
+from hf_flash.families.experts import experts_per_token, first_of, kv_cache_bytes, locate_experts
+from hf_flash.machine.free_memory import available_memory
+from hf_flash.reading.experts import ExpertPlaces, ExpertReader, reader_bytes
+from hf_flash.runtime.engine import ExpertEngine
+from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
+from hf_flash.runtime.expert_weights import ExpertStack
+from hf_flash.runtime.experts import FlashExperts, flash_class
+from hf_flash.runtime.model import ExpertRuntime
+from hf_flash.runtime.resident_linear import make_linears_resident
+from hf_flash.runtime.transformers_model import ignore_on_load, mark_as_initialized, resident_bytes
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.experts import SECOND
+
+
+@dataclass
+class ExpertLoading:
+    """What is known of a mixture between the two steps."""
+
+    checkpoint: Checkpoint
+    places: ExpertPlaces
+    plan: ExpertPlan
+    layers: list[FlashExperts]
+
+    def finish(self, model: Any, config: FlashOffloadConfig) -> None:
+        """Everything after the other weights are loaded."""
+        load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+        plan, dtype = self.plan, model.config.dtype
+        spare_bytes = available_memory() - plan.scratch_bytes - plan.window_bytes  # for the page cache
+        reader = ExpertReader(self.places, config.reader, config.io_threads, spare_bytes)
+        self.checkpoint.check_unchanged()  # while it was opened and read
+        trim_heap()
+        wide = torch.empty(_wide_numbers(dtype, self.places), dtype=torch.float32, device="cpu")
+        engine = ExpertEngine(reader, dtype, wide)
+        windows = [
+            ExpertSlots(layer.experts, _memory(count, size))
+            for layer, count, size in zip(self.places.layers, plan.capacities, plan.slot_bytes, strict=True)
+        ]
+        passing = PassingSlots(_memory(PASSING_SLOTS, max(plan.slot_bytes)), windows)
+        for layer, mine in zip(self.layers, windows, strict=True):
+            layer.attach(engine, mine, passing, wide)
+            layer.flash_weights = {
+                param: ExpertStack(layer.layer, param, self.checkpoint, bool(layer.is_transposed), dtype)
+                for param in (layer.layer.first, SECOND)
+            }
+        make_linears_resident(model, engine)
+        runtime = ExpertRuntime(config, plan, self.checkpoint, engine, self.layers, kv_cache_bytes(model))
+        model.flash_runtime = runtime
+        engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle
+
+
+def prepare_experts(model: Any, config: FlashOffloadConfig, checkpoint: Checkpoint) -> ExpertLoading:
+    """Everything before weights are loaded.
+
+    Raises:
+        UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not so.
+    """
+    if config.predictor not in (None, "none"):
+        raise ConfigError(
+            "a mixture of experts has a router, and needs no predictor",
+            where="predictor",
+            expected="None, or 'none'",
+            got=repr(config.predictor),
+            hint="leave it out: every answer is exact",
+        )
+    check_experts(model)
+    places = ExpertPlaces(locate_experts(model, checkpoint), checkpoint)
+    layers = [_replace(model, index, layer.name, layer) for index, layer in enumerate(places.layers)]
+    plan = _divide(model, config, places)
+    ignore_on_load(model, [rf"(^|\.){re.escape(layer.name)}\.({layer.first}|{SECOND})$" for layer in places.layers])
+    return ExpertLoading(checkpoint, places, plan, layers)
+
+
+def _replace(model: Any, index: int, name: str, layer: Any) -> FlashExperts:
+    """Take the experts' parameters off a module, and make it read them from flash."""
+    module = model.get_submodule(name)
+    for param in (first_of(module), SECOND):
+        del module._parameters[param]
+    module.__class__ = flash_class(type(module))
+    module.index, module.layer = index, layer
+    mark_as_initialized(module)
+    found: FlashExperts = module
+    return found
+
+
+def _divide(model: Any, config: FlashOffloadConfig, places: ExpertPlaces) -> ExpertPlan:
+    """Divide the memory budget."""
+    budget, dtype = None if config.memory_budget == AUTO else config.memory_budget, model.config.dtype
+    scratch = 4 * _wide_numbers(dtype, places) + PASSING_SLOTS * max(places.slot_bytes)
+    layers = places.layers
+    plan = ExpertPlan(
+        budget_bytes=ceiling_bytes(budget),
+        resident_bytes=resident_bytes(model, dtype),
+        scratch_bytes=scratch + reader_bytes(config.reader, config.io_threads),
+        slot_bytes=places.slot_bytes,
+        experts=tuple(layer.experts for layer in layers),
+        expert_bytes=tuple(sum(p.rows * p.columns for p in layer.pieces) * dtype.itemsize for layer in layers),
+        used=min(experts_per_token(model), max(layer.experts for layer in layers)),
+    )
+    return checked_plan(budget, plan)
+
+
+def _wide_numbers(dtype: torch.dtype, places: ExpertPlaces) -> int:
+    """Numbers in the buffer that rows are widened into; one row at least, and next to nothing where nothing is widened."""
+    if dtype == torch.float32:
+        return 1
+    return max(WIDE_BYTES // 4, *(max(piece.columns for piece in layer.pieces) for layer in places.layers))
+
+
+def _memory(count: int, nbytes: int) -> Any:
+    """Slots, uint8 [count, nbytes], that begin on a page."""
+    if not count:
+        return np.empty((0, nbytes), np.uint8)
+    return np.frombuffer(allocate_pages(count * nbytes), np.uint8).reshape(count, nbytes)

@@ -1,0 +1,116 @@
+"""A loaded mixture of experts as a folder: the checkpoint's files as they are, and what was changed of the other weights.
+
+Nothing is converted: the folder is a plain checkpoint, whose config.json says that it is to be loaded with hf_flash.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from hf_flash.base.files import write_json, writing
+from hf_flash.errors import UsageError
+from hf_flash.packing.checkpoint_folder import divide_into_shards, link_or_copy, remove_stale
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.names import INDEX_NAME
+from hf_flash.store.safetensors_files import TensorSpec
+from hf_flash.store.writer import write_safetensors
+
+_METADATA: Final = {"format": "pt"}
+_SINGLE: Final = "model.safetensors"
+
+
+def save_experts(
+    target: Path, checkpoint: Checkpoint, config: Mapping[str, Any], changed: Mapping[str, torch.Tensor], *, link: bool = False
+) -> None:
+    """Write a loaded mixture of experts as a checkpoint.
+
+    Args:
+        target: a new folder; or the one that the model was loaded from, if nothing was changed.
+        changed: tensors whose values differ from the checkpoint's by now, or that it has not, under the checkpoint's names.
+        link: link to files that are the same, where the system can, for a folder that does not outlive them.
+
+    Raises:
+        UsageError: the model would write over what it reads from.
+    """
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+    if changed and any(_is_same(path, target / path.name) for path in checkpoint.files):
+        raise UsageError(
+            "a mixture of experts reads its weights from this folder, and they were changed in memory",
+            where=target,
+            got=", ".join(list(changed)[:4]),
+            hint="save it to another folder",
+        )
+    weight_map: dict[str, str] = {}
+    by_file = checkpoint.tensors_by_file()
+    for path in tqdm(checkpoint.files, desc="Copying the checkpoint", unit="file", delay=1):
+        specs = {name: checkpoint.specs[name] for name in by_file[path]}
+        if path.name == _SINGLE:  # transformers would look no further
+            specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in changed.items() if name not in specs}
+        mine = {name: changed[name] for name in specs if name in changed}
+        if mine:
+            _write(target / path.name, specs, checkpoint, mine)
+        else:
+            _copy(path, target / path.name, link=link)
+        weight_map |= dict.fromkeys(specs, path.name)
+    added = {name: tensor for name, tensor in changed.items() if name not in weight_map}
+    weight_map |= _write_added(target, added)
+    _write_index(target, weight_map)
+    write_json(target / "config.json", config)
+    remove_stale(target, set(weight_map.values()))
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return other.exists() and os.path.samefile(path, other)
+
+
+def _copy(path: Path, name: Path, *, link: bool) -> None:
+    if _is_same(path, name):
+        return
+    temporary = name.with_name(name.name + ".tmp")
+    with writing(name, needed=path.stat().st_size):
+        temporary.unlink(missing_ok=True)
+        if link:
+            link_or_copy(path, temporary)
+        else:
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, name)
+
+
+def _write(name: Path, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint, changed: Mapping[str, torch.Tensor]) -> None:
+    """A file of the checkpoint with some tensors in place of its own."""
+    specs = {key: (changed[key].dtype, tuple(changed[key].shape)) if key in changed else spec for key, spec in specs.items()}
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for key in specs:
+            yield from [changed[key]] if key in changed else checkpoint.pieces(key)
+
+    write_safetensors(name, specs, pieces(), _METADATA)
+
+
+def _write_added(target: Path, added: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Files of tensors that the checkpoint does not have; returns which file has which tensor."""
+    weight_map: dict[str, str] = {}
+    specs: dict[str, TensorSpec] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in added.items()}
+    for number, shard in enumerate(divide_into_shards(specs) if specs else [], start=1):
+        name = f"model-added-{number:05d}.safetensors"
+        write_safetensors(target / name, shard, (added[key] for key in shard), _METADATA)
+        weight_map |= dict.fromkeys(shard, name)
+    return weight_map
+
+
+def _write_index(target: Path, weight_map: Mapping[str, str]) -> None:
+    """The index, where there is more than one file; without it transformers looks for one alone."""
+    files = sorted(set(weight_map.values()))
+    if files == [_SINGLE]:
+        (target / INDEX_NAME).unlink(missing_ok=True)
+        return
+    size = sum((target / name).stat().st_size for name in files)
+    write_json(target / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(weight_map)})

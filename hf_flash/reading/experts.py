@@ -1,0 +1,274 @@
+"""`ExpertReader`: experts in, slots filled; straight from the files of a plain checkpoint.
+
+An expert lies in the file wherever it happened to be written. A direct read wants whole sectors, so what is read is the
+smallest range of sectors around it, and the slot has room for that: a piece begins in the slot as far from a sector as it does
+in the file. Pieces that are neighbours in the file are one range. Nothing is copied and nothing is repacked.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_flash.base.arrays import Bytes, Ids
+from hf_flash.config_arguments import DIRECT, MMAP
+from hf_flash.errors import StoreReadError
+from hf_flash.reading.compiled_queue import BOUNCE_BYTES
+from hf_flash.reading.layer_files import (
+    PAGE,
+    close_files,
+    direct_alignment,
+    finish_reading,
+    open_for_reading,
+    open_queue,
+)
+from hf_flash.reading.open_file import FileChangedError
+from hf_flash.reading.reader import READERS, ReadCount
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.experts import ExpertLayer
+
+logger = logging.getLogger("hf_flash")
+
+_READ_BYTES: Final = 1 << 20  # at once: a queue of these keeps the disk busy, one large read does not
+
+
+class _Range(NamedTuple):
+    """What is read of a file for an expert, and where it goes in the slot."""
+
+    file: int
+    offset: int
+    at: int
+    nbytes: int
+
+
+class _Place(NamedTuple):
+    """Where an expert lies."""
+
+    ranges: tuple[_Range, ...]
+    pieces: tuple[int, ...]  # the byte of the slot where each piece begins
+    nbytes: int  # of a slot
+
+
+def _place(starts: Sequence[tuple[int, int, int]]) -> _Place:
+    """Where an expert lies whose pieces begin at these bytes (file, byte, length)."""
+    ranges: list[_Range] = []
+    pieces, room = [0] * len(starts), 0
+    for number in sorted(range(len(starts)), key=lambda number: starts[number][:2]):
+        file, start, nbytes = starts[number]
+        first, last = start // PAGE * PAGE, -(-(start + nbytes) // PAGE) * PAGE
+        if ranges and ranges[-1].file == file and first <= ranges[-1].offset + ranges[-1].nbytes:
+            before = ranges.pop()
+            first = before.offset
+            room -= before.nbytes
+        at = room
+        ranges.append(_Range(file, first, at, last - first))
+        pieces[number] = at + start - first
+        room += last - first
+    return _Place(tuple(ranges), tuple(pieces), room)
+
+
+class ExpertPlaces:
+    """Where all experts of a model lie.
+
+    Attributes:
+        layers: of the model.
+        paths: the files that hold them.
+        slot_bytes: for each layer, what a slot takes.
+    """
+
+    def __init__(self, layers: Sequence[ExpertLayer], checkpoint: Checkpoint) -> None:
+        self.layers, numbers = layers, dict[Path, int]()
+        self._places = [[self._of(layer, expert, checkpoint, numbers) for expert in range(layer.experts)] for layer in layers]
+        self.paths = list(numbers)
+        self.slot_bytes = tuple(max(place.nbytes for place in places) for places in self._places)
+
+    @staticmethod
+    def _of(layer: ExpertLayer, expert: int, checkpoint: Checkpoint, numbers: dict[Path, int]) -> _Place:
+        starts = []
+        for tensor, byte, piece in zip(layer.tensors[expert], layer.begin[expert].tolist(), layer.pieces, strict=True):
+            path, offset = checkpoint.place(tensor)
+            starts.append((numbers.setdefault(path, len(numbers)), offset + byte, piece.nbytes))
+        return _place(starts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all experts."""
+        return sum(layer.experts * layer.expert_bytes for layer in self.layers)
+
+    def __getitem__(self, at: tuple[int, int]) -> _Place:
+        """Where an expert of a layer lies."""
+        return self._places[at[0]][at[1]]
+
+    def pieces(self, layer: int) -> npt.NDArray[np.int64]:
+        """[experts, pieces] the byte of a slot where each piece of each expert begins."""
+        return np.array([place.pieces for place in self._places[layer]], np.int64)
+
+    def describe(self, layer: int, expert: int) -> str:
+        """An expert, and where it lies, for errors."""
+        files = ", ".join(dict.fromkeys(str(self.paths[part.file]) for part in self[layer, expert].ranges))
+        return f"{self.layers[layer].name}, expert {expert}, in {files}"
+
+
+def reader_bytes(name: str, threads: int) -> int:
+    """The most DRAM that a reader's own buffers take."""
+    return (threads + 1) * BOUNCE_BYTES if READERS[name].may_be_direct else 0
+
+
+class ExpertReader:
+    """Reads experts into slots.
+
+    Args:
+        places: where they lie.
+        name: of a reader, as in `FlashOffloadConfig`.
+        threads: how many read directly where io_uring does not.
+        spare_bytes: memory that nobody else claims, for the page cache.
+    """
+
+    def __init__(self, places: ExpertPlaces, name: str, threads: int, spare_bytes: int) -> None:
+        self.places, self.layers = places, places.layers
+        align = self._alignment(name, spare_bytes)
+        self.name = DIRECT if align else MMAP
+        self._fds = list[int]()
+        guard = weakref.finalize(self, close_files, self._fds)
+        self._files = [open_for_reading(path, align, self._fds, only_contents=True) for path in places.paths]
+        self._queue = open_queue(self._files[0], threads, direct=align > 0)
+        self._finalize = weakref.finalize(self, finish_reading, self._queue, self._fds)
+        guard.detach()
+        self.buffer_bytes = self._queue.buffer_bytes if align else 0
+
+    def _alignment(self, name: str, spare_bytes: int) -> int:
+        """What direct reads have to be multiples of; 0: experts are read through the page cache."""
+        kind = READERS[name]
+        if not kind.wants_direct(self.places.nbytes, spare_bytes):
+            return 0
+        align, refused = direct_alignment(self.places.paths[0])
+        if refused and not kind.caches_what_fits:
+            logger.warning("hf_flash: reader=%r falls back to %r: %s", name, MMAP, refused)
+        return align
+
+    @property
+    def where(self) -> Path:
+        return self.places.paths[0].parent
+
+    @property
+    def queue(self) -> int | None:
+        """The reader of the compiled part, which may wait for tickets by itself; `None`: there is none."""
+        return self._queue.reader
+
+    @property
+    def reads_with(self) -> str:
+        """What it reads with, for people."""
+        return self._queue.description if self.name == DIRECT else "the page cache"
+
+    def start(self, layer: int, expert: int, slots: Bytes, slot: int) -> ExpertReading:
+        """Begin to read an expert into a slot.
+
+        Args:
+            slots: [slots, bytes], contiguous. It must stay alive as long as this reader.
+        """
+        place, memory = self.places[layer, expert], slots.reshape(-1)
+        base = slot * slots.shape[1]
+        if not 0 <= slot < len(slots) or place.nbytes > slots.shape[1]:  # the kernel would write there
+            raise IndexError(f"slot {slot} of {slots.shape}, for {place.nbytes} bytes")
+        reading = ExpertReading(self, layer, expert)
+        with reading.errors():
+            for part in place.ranges:
+                file = self._files[part.file]
+                nbytes = min(part.nbytes, file.state.size - part.offset)  # the last sector of a file may not be whole
+                whole = nbytes // PAGE * PAGE if file.align else nbytes
+                if whole:
+                    reading.tickets.append(self._queue.start_into(file, _split(part.offset, base + part.at, whole), memory))
+                if nbytes > whole:
+                    rest = np.array([[part.offset + whole, base + part.at + whole, nbytes - whole]])
+                    reading.tickets.append(self._queue.start_into(file, rest, memory))
+                reading.count.nbytes += part.nbytes
+                reading.count.chunks += 1
+        return reading
+
+    def wait(self, ticket: Any) -> None:
+        self._queue.wait(ticket)
+
+    def check(self, error: int) -> None:
+        """Raise `OSError` for what the compiled part says of reads that it has waited for, if it is an error."""
+        if error:
+            self._queue.check(error)
+
+    def settle(self) -> None:
+        """Wait until no read that was ever started writes to memory any more."""
+        self._queue.settle()
+
+    def forget(self) -> None:
+        """The same after an interruption: nobody waits for what was started any more."""
+        self._queue.forget()
+
+    def close(self) -> None:
+        self._finalize()
+
+
+def _split(offset: int, at: int, nbytes: int) -> Ids:
+    """A range in reads of a size that a disk likes: [reads, 3] byte of the file, byte of memory, length."""
+    begin = np.arange(0, nbytes, _READ_BYTES)
+    return np.stack([offset + begin, at + begin, np.minimum(_READ_BYTES, nbytes - begin)], axis=1)
+
+
+class ExpertReading:
+    """An expert on its way.
+
+    Attributes:
+        tickets: of the queue, for what is not waited for yet.
+        count: what it costs.
+        waited_s: seconds that somebody waited for it.
+    """
+
+    def __init__(self, reader: ExpertReader, layer: int, expert: int) -> None:
+        self.reader, self.layer, self.expert = reader, layer, expert
+        self.tickets: list[Any] = []
+        self.count, self.waited_s = ReadCount(), 0.0
+
+    def wait(self) -> None:
+        """Wait until the slot is filled.
+
+        Raises:
+            StoreReadError: the disk failed, or the file is not what it was.
+        """
+        start = perf_counter()
+        with self.errors():
+            while self.tickets:
+                self.reader.wait(self.tickets.pop())
+        self.waited_s += perf_counter() - start
+
+    def hand_over(self) -> tuple[int | None, int]:
+        """The reader and the ticket of the compiled part that are still to be waited for; a ticket of 0: none are."""
+        while len(self.tickets) > 1:
+            with self.errors():
+                self.reader.wait(self.tickets.pop())
+        return self.reader.queue, self.tickets.pop()[0] if self.tickets else 0
+
+    def waited(self, error: int, seconds: float) -> None:
+        """What came of waiting for what was handed over. Raises as [`wait`] does."""
+        self.waited_s += seconds
+        with self.errors():
+            self.reader.check(error)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Errors of the system become ours."""
+        try:
+            yield
+        except OSError as error:
+            changed = isinstance(error, FileChangedError)
+            raise StoreReadError(
+                "reading an expert failed",
+                where=self.reader.places.describe(self.layer, self.expert),
+                expected=f"{self.reader.layers[self.layer].expert_bytes} bytes of a file that nobody changes",
+                got=error.strerror or str(error),
+                hint="load the model again" if changed else "check the disk, and that the file is whole",
+            ) from error

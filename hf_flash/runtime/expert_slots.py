@@ -1,0 +1,118 @@
+"""`ExpertSlots`: which experts of a layer are in memory, and who goes when room is needed.
+
+What was used by the most recent tokens stays: the rule is least recently used, token by token, also inside of a prompt. So
+after a prompt the slots hold what its last tokens used. Of a call that uses more experts than there are slots for, some are not
+kept: they go through slots that all layers share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hf_flash.base.arrays import Bytes, Ids
+
+
+class Room(NamedTuple):
+    """What a call's experts mean for the slots.
+
+    Attributes:
+        hits: experts that are in memory, ascending.
+        kept: missing experts that get a slot, the most recently used first. passing: missing ones that do not.
+        leaving: hits whose slots are free when they were computed.
+    """
+
+    hits: list[int]
+    kept: list[int]
+    passing: list[int]
+    leaving: list[int]
+
+
+class ExpertSlots:
+    """The slots of one layer.
+
+    Args:
+        experts: of the layer.
+        memory: uint8 [slots, bytes], contiguous.
+    """
+
+    def __init__(self, experts: int, memory: Bytes) -> None:
+        self.memory = memory
+        self.last_used: Ids = np.zeros(experts, np.int64)  # the token, from 1 on
+        self.clock = 0  # tokens seen
+        self.forget()
+
+    @property
+    def capacity(self) -> int:
+        return len(self.memory)
+
+    def forget(self) -> None:
+        """Nothing is in memory any more."""
+        self.slot_of: Ids = np.full(len(self.last_used), -1, np.int64)
+        self.free = list(range(self.capacity))
+
+    @property
+    def resident(self) -> int:
+        """Experts in memory."""
+        return int((self.slot_of >= 0).sum())
+
+    def make_room(self, used: Ids, last: Ids, tokens: int) -> Room:
+        """Take note of what a call uses, and let go what has to go.
+
+        Args:
+            used: experts, ascending. last: the token of the call, from 0 on, that uses each of them last.
+            tokens: of the call.
+        """
+        self.last_used[used] = self.clock + 1 + last
+        self.clock += tokens
+        there = self.slot_of >= 0
+        needed = np.zeros_like(there)
+        needed[used] = True
+        candidates = np.flatnonzero(there | needed)
+        order = np.lexsort((candidates, -self.last_used[candidates]))
+        stay = candidates[order[: self.capacity]]
+        stays = np.zeros_like(there)
+        stays[stay] = True
+        for expert in np.flatnonzero(there & ~stays & ~needed).tolist():
+            self.release(expert)
+        missing = ~there[stay]
+        return Room(
+            hits=used[there[used]].tolist(),
+            kept=stay[missing].tolist(),
+            passing=np.flatnonzero(needed & ~there & ~stays).tolist(),
+            leaving=np.flatnonzero(needed & there & ~stays).tolist(),
+        )
+
+    def put(self, expert: int, slot: int) -> None:
+        """An expert is in a slot that was free."""
+        self.slot_of[expert] = slot
+
+    def release(self, expert: int) -> None:
+        """An expert's slot is free."""
+        self.free.append(int(self.slot_of[expert]))
+        self.slot_of[expert] = -1
+
+
+class PassingSlots:
+    """Slots that all layers share, for experts that are not kept.
+
+    Args:
+        memory: uint8 [slots, bytes], contiguous.
+        kept: the slots of every layer.
+
+    Attributes:
+        interrupted: a call was interrupted, so that nobody knows which slots of its layer are whole.
+    """
+
+    def __init__(self, memory: Bytes, kept: Sequence[ExpertSlots]) -> None:
+        self.memory, self.others, self.interrupted = memory, kept, False
+        self.free = list(range(len(memory)))
+
+    def forget(self) -> None:
+        """Nothing is in memory any more, in any layer. Call it when nothing is read any more."""
+        for slots in self.others:
+            slots.forget()
+        self.free = list(range(len(self.memory)))
+        self.interrupted = False

@@ -1,0 +1,66 @@
+"""`ExpertStack`: a parameter of a module of experts as the stock model has it, for those who ask for it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from hf_flash.base.files import StoredFile
+from hf_flash.runtime.flash_weights import StoredWeight
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.experts import ExpertLayer
+
+
+@dataclass(frozen=True)
+class ExpertStack(StoredWeight):
+    """All experts of a layer in one parameter [experts, outputs, inputs]; or [experts, inputs, outputs] where it is `turned`.
+
+    Attributes:
+        layer: whose experts.
+        param: of the module.
+        checkpoint: whose files hold them.
+        turned: whether the module has inputs first.
+        dtype: of compute.
+    """
+
+    layer: ExpertLayer
+    param: str
+    checkpoint: Checkpoint
+    turned: bool
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.layer.name}.{self.param}"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        pieces = self.layer.of(self.param)
+        outputs, inputs = sum(piece.outputs for piece in pieces), pieces[0].inputs
+        return (self.layer.experts, inputs, outputs) if self.turned else (self.layer.experts, outputs, inputs)
+
+    def _read(self, out: torch.Tensor) -> None:
+        for expert in range(self.layer.experts):
+            matrix = out[expert].T if self.turned else out[expert]
+            for order, rows in self._pieces(expert):
+                matrix[order] = rows
+
+    def _equals(self, other: torch.Tensor) -> bool:
+        by_expert = other.mT if self.turned else other
+        return all(
+            torch.equal(by_expert[expert][order].cpu().to(self.dtype), rows)
+            for expert in range(self.layer.experts)
+            for order, rows in self._pieces(expert)
+        )
+
+    def _pieces(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Which outputs, and their rows [outputs, inputs] in the dtype of compute."""
+        for number, piece in enumerate(self.layer.pieces):
+            if piece.param == self.param:
+                path, offset = self.checkpoint.place(self.layer.tensors[expert][number])
+                with StoredFile(path) as file:
+                    raw = bytearray(file.read(piece.nbytes, offset + int(self.layer.begin[expert, number])))
+                stored = torch.frombuffer(raw, dtype=piece.dtype).view(piece.rows, piece.columns)
+                yield torch.from_numpy(piece.order), (stored.T if piece.turned else stored).to(self.dtype)

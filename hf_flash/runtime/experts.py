@@ -1,0 +1,264 @@
+"""`FlashExperts`: the experts of one layer, which stay where they lie in the checkpoint.
+
+How tokens flow through it, in `_run`:
+
+    1. choose     the router has named the experts of each token: nothing is guessed
+    2. make room  what was used least recently goes (expert_slots.py)
+    3. read       missing experts are read into free slots, all at once (reading/experts.py)
+    4. compute    experts that are there first, while the others arrive; then each as it arrives
+    5. count      bytes, hits, seconds
+
+A call that uses more experts than there are slots, as a prompt does, reads every missing expert once, multiplies all of its
+tokens with it, and lets it go. So results do not depend on what is in memory (contract C3): a pair of a token and an expert is
+computed by itself, and a token's sum is made at the end, in the order in which the router named its experts.
+
+The module keeps the stock one's class as a base: its activation (`_apply_gate`, `act_fn`), its biases, its norm and its names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+from hf_flash.base.arrays import Bytes, Ids
+from hf_flash.compute.expert_products import ExpertProducts, Group, Memory
+from hf_flash.reading.experts import ExpertReading
+from hf_flash.runtime.engine import ExpertEngine
+from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
+from hf_flash.runtime.flash_weights import OnFlash
+from hf_flash.runtime.inference_only import usable_engine, without_backward
+from hf_flash.store.experts import SECOND, ExpertLayer
+
+_SHARED: Final = ("engine", "layer", "window", "passing", "_wide", "_up", "_down")  # by copies of a layer
+_SUMMED: Final = 256  # tokens whose experts are summed at a time: of a long prompt all would be large
+
+
+class _Arriving(NamedTuple):
+    """An expert on its way into a slot."""
+
+    expert: int
+    slot: int
+    reading: ExpertReading
+    kept: bool
+
+
+class _Call:
+    """Pairs of tokens and experts, in the order in which experts are computed.
+
+    Args:
+        top_k_index: int64 [tokens, k].
+        experts: of the layer. What is not among them, as the index of an expert elsewhere, adds nothing.
+    """
+
+    def __init__(self, top_k_index: Ids, experts: int) -> None:
+        self.tokens, self.k = top_k_index.shape
+        flat = top_k_index.reshape(-1)
+        self.valid = (flat >= 0) & (flat < experts)
+        self.used, first = np.unique(flat[::-1][self.valid[::-1]], return_index=True)
+        at = np.flatnonzero(self.valid[::-1])[first]
+        self.last: Ids = (len(flat) - 1 - at) // self.k
+        self._flat, self._experts = flat, experts
+
+    def experts_of(self, pairs: Ids) -> Ids:
+        """The expert of each of these pairs."""
+        return self._flat[pairs]
+
+    def sort(self, order: Sequence[int]) -> None:
+        """Pairs are those of the first expert of `order`, then of the second, and so on."""
+        rank = np.full(self._experts + 1, len(order), np.int64)
+        rank[list(order)] = np.arange(len(order))
+        key = rank[np.where(self.valid, self._flat, self._experts)]
+        self.pairs: Ids = np.argsort(key, kind="stable")
+        self.row: Ids = np.empty_like(self.pairs)
+        self.row[self.pairs] = np.arange(len(self.pairs))
+        ends = np.cumsum(np.bincount(key, minlength=len(order) + 1)).tolist()
+        self.bounds = dict(zip(order, zip([0, *ends], ends, strict=False), strict=False))
+
+
+class FlashExperts(OnFlash):
+    """Stands where a module of experts stood; [`flash_class`] makes a class of both."""
+
+    layer: ExpertLayer
+    index: int  # among the layers with experts
+    engine: ExpertEngine | None = None
+
+    def attach(self, engine: ExpertEngine, slots: ExpertSlots, passing: PassingSlots, wide: torch.Tensor) -> None:
+        """Give the layer what it runs on. Called once the rest of the model is loaded.
+
+        Args:
+            passing: slots that all layers share.
+            wide: float32 scratch, as in [`Memory`].
+        """
+        self.engine, self.window, self.passing = engine, slots, passing
+        self._wide = wide
+        at, pieces = engine.reader.places.pieces(self.index), self.layer.pieces
+        mine = np.array([piece.param == SECOND for piece in pieces])
+        self._up = ExpertProducts(self.layer.of(self.layer.first), at[:, ~mine], engine.dtype)
+        self._down = ExpertProducts(self.layer.of(SECOND), at[:, mine], engine.dtype)
+
+    def release(self) -> None:
+        """Give the slots' memory back. Nothing can be computed afterwards."""
+        empty = np.empty((0, self.window.memory.shape[1]), np.uint8)
+        self.window.memory = empty
+        self.window.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlashExperts:
+        """A layer with parameters of its own. What is on flash is only read, so everything that reads it is shared."""
+        memo |= {id(self.__dict__[name]): self.__dict__[name] for name in _SHARED if name in self.__dict__}
+        copied: FlashExperts = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        if self.engine is not None:
+            copied._runtime = self.engine.runtime()  # which knows the original layers alone: no cycle
+        return copied
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # numpy, locks, system calls: not for tracing
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        engine = usable_engine(self.engine, self, hidden_states, self.layer.width, self.layer.name)
+        with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
+            engine.check_open()
+            x = hidden_states.detach().to(engine.dtype).contiguous()
+            call = _Call(top_k_index.detach().numpy(), self.layer.experts)
+            with self._whole_or_nothing(engine):
+                engine.heap.prepare(x.nbytes)
+                pairs = self._run(engine, x, call)
+            out = self._sum(call, pairs, top_k_weights.detach())
+            if self.index == len(engine.reader.layers) - 1:
+                engine.heap.prepare(0)
+        return without_backward(out.to(hidden_states.dtype), hidden_states, top_k_weights)
+
+    # --- the main path
+
+    def _run(self, engine: ExpertEngine, x: torch.Tensor, call: _Call) -> torch.Tensor:
+        """What each expert makes of each of its tokens, [pairs, d_model] in the order of `call.pairs`."""
+        start = perf_counter()
+        room = self.window.make_room(call.used, call.last, call.tokens)
+        missing = deque([*((expert, True) for expert in room.kept), *((expert, False) for expert in room.passing)])
+        call.sort([*room.hits, *room.kept, *room.passing])
+        out = torch.zeros(len(call.pairs), self.layer.width, dtype=engine.dtype, device="cpu")
+        arriving: deque[_Arriving] = deque()
+        self._start_reads(engine, missing, arriving)
+        engine.counters.manage_s += perf_counter() - start
+        self._compute(engine, x, call, self._groups(call, room.hits, self.window), self.window.memory, arriving, out)
+        for expert in room.leaving:
+            self.window.release(expert)
+        while missing or arriving:
+            self._start_reads(engine, missing, arriving)
+            came = arriving.popleft()
+            self._take_in(engine, came)
+            group = Group(came.expert, came.slot, *call.bounds[came.expert])
+            self._compute(engine, x, call, [group], (self.window if came.kept else self.passing).memory, arriving, out)
+            if not came.kept:
+                self.passing.free.append(came.slot)
+        self._count(engine, call, room)
+        return out
+
+    def _start_reads(self, engine: ExpertEngine, missing: deque[tuple[int, bool]], arriving: deque[_Arriving]) -> None:
+        """Begin to read what there are free slots for, in the order in which it will be computed."""
+        while missing:
+            expert, kept = missing[0]
+            slots: ExpertSlots | PassingSlots = self.window if kept else self.passing
+            if not slots.free:
+                return
+            missing.popleft()
+            slot = slots.free.pop()
+            arriving.append(_Arriving(expert, slot, engine.reader.start(self.index, expert, slots.memory, slot), kept))
+
+    def _take_in(self, engine: ExpertEngine, came: _Arriving) -> None:
+        """Wait for an expert that is not there yet."""
+        came.reading.wait()
+        engine.counters.io_s += came.reading.waited_s
+        engine.counters.add_read(came.reading.count)
+        if came.kept:
+            self.window.put(came.expert, came.slot)
+
+    def _compute(
+        self, engine: ExpertEngine, x: torch.Tensor, call: _Call, groups: Sequence[Group], slots: Bytes,
+        arriving: deque[_Arriving], out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Multiply tokens with experts, a few experts at once, and wait for the next one that arrives in the last of it."""
+        start, memory = perf_counter(), Memory(slots, self._wide)
+        reading = arriving[0].reading if arriving else None
+        waited = reading.waited_s if reading else 0.0
+        for some, is_last in self._together(groups):
+            if not some:
+                break
+            begin, end = some[0].begin, some[-1].end
+            pairs = call.pairs[begin:end]
+            rows = x if call.tokens == 1 else x.index_select(0, torch.from_numpy(pairs // call.k))
+            hidden = self._activate(self._up.multiply(rows, some, memory), call, pairs)
+            out[begin:end] = self._finish(self._down.multiply(hidden, some, memory, reading if is_last else None), call, pairs)
+        engine.counters.compute_s += perf_counter() - start - ((reading.waited_s - waited) if reading else 0.0)
+
+    def _together(self, groups: Sequence[Group]) -> Iterator[tuple[Sequence[Group], bool]]:
+        """Experts that are computed at once: all with few tokens, and each of the others alone."""
+        few = [group for group in groups if self._up.few(group.end - group.begin)]
+        parts = [[group] for group in groups] if len(few) < len(groups) else [list(groups)]
+        for number, part in enumerate(parts):
+            yield part, number == len(parts) - 1
+
+    @staticmethod
+    def _groups(call: _Call, experts: Sequence[int], slots: ExpertSlots) -> list[Group]:
+        return [Group(expert, int(slots.slot_of[expert]), *call.bounds[expert]) for expert in experts]
+
+    # --- what the stock module does between and behind the products
+
+    def _activate(self, products: torch.Tensor, call: _Call, pairs: Ids) -> torch.Tensor:
+        """The hidden values [pairs, neurons], by the stock module's own code."""
+        stock: Any = self
+        if stock.has_bias:
+            products.add_(self._bias(self.layer.first, call, pairs))
+        hidden: torch.Tensor = stock._apply_gate(products) if stock.has_gate else stock.act_fn(products)
+        return hidden.contiguous()
+
+    def _finish(self, products: torch.Tensor, call: _Call, pairs: Ids) -> torch.Tensor:
+        stock: Any = self
+        if stock.has_bias:
+            products.add_(self._bias(SECOND, call, pairs))
+        return stock.post_expert_norm(products) if stock.has_post_expert_norm else products
+
+    def _bias(self, param: str, call: _Call, pairs: Ids) -> torch.Tensor:
+        bias: torch.Tensor = getattr(self, f"{param}_bias")
+        return bias.detach().index_select(0, torch.from_numpy(call.experts_of(pairs))).to(self._up.dtype)
+
+    def _sum(self, call: _Call, pairs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Each token's experts with the router's weights, in its order; as `grouped_mm` of transformers sums them."""
+        rows = torch.from_numpy(call.row).view(call.tokens, call.k)
+        out = torch.empty(call.tokens, self.layer.width, dtype=torch.promote_types(pairs.dtype, weights.dtype), device="cpu")
+        for at in range(0, call.tokens, _SUMMED):
+            part = slice(at, at + _SUMMED)
+            found = pairs.index_select(0, rows[part].reshape(-1)).view(-1, call.k, self.layer.width)
+            out[part] = (found * weights[part].unsqueeze(-1)).sum(dim=1)
+        return out
+
+    def _count(self, engine: ExpertEngine, call: _Call, room: Any) -> None:
+        count = engine.counters
+        count.calls += 1
+        count.tokens += call.tokens
+        count.selected += len(call.used)
+        count.hits += len(room.hits)
+        count.missing_bytes += (len(room.kept) + len(room.passing)) * self.layer.expert_bytes
+
+    # --- around it
+
+    @contextmanager
+    def _whole_or_nothing(self, engine: ExpertEngine) -> Iterator[None]:
+        """After an interruption nobody knows which slots are whole: all are forgotten."""
+        if self.passing.interrupted:
+            engine.reader.forget()
+            self.passing.forget()
+        self.passing.interrupted = True
+        yield
+        self.passing.interrupted = False
+
+
+def flash_class(stock: type) -> type:
+    """A class of experts on flash, under the name of the stock one."""
+    return type(stock.__name__, (FlashExperts, stock), {"__module__": stock.__module__, "__doc__": stock.__doc__})

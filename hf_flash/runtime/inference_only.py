@@ -1,0 +1,63 @@
+"""What a layer on flash refuses, whether it is made of neurons or of experts: training, tracing, other dtypes and devices."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from hf_flash.errors import UsageError
+from hf_flash.runtime.engine import SharedByLayers
+from hf_flash.runtime.flash_weights import refuse_dtype, refuse_tracing, stand_in
+
+E = TypeVar("E", bound=SharedByLayers)
+
+
+def usable_engine(engine: E | None, layer: nn.Module, x: torch.Tensor, width: int, where: str) -> E:
+    """The engine of a layer, if this input can be computed; a clear error otherwise.
+
+    Args:
+        x: [..., width] as it should be.
+    """
+    if tracer := stand_in(x):
+        refuse_tracing(tracer)
+    if layer.training:
+        raise UsageError("a flash model is for inference only", where=where, got="model.train()", hint="call model.eval()")
+    if engine is None:
+        raise UsageError("the layer has no store", where=where, hint="load the model with from_pretrained")
+    if x.device.type != "cpu":
+        raise UsageError(
+            "what is on flash computes on the CPU",
+            where=where,
+            expected="input on cpu",
+            got=x.device,
+            hint='move the model back with model.to("cpu"), or load it with device_map="cpu"',
+        )
+    if x.dtype != engine.dtype and not torch.is_autocast_enabled("cpu"):
+        refuse_dtype(x.dtype, engine.dtype, where)
+    if x.shape[-1:] != (width,):
+        raise UsageError("the input has another width", where=where, expected=f"[..., {width}]", got=list(x.shape))
+    return engine
+
+
+def without_backward(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """What a layer computed, tracked if its inputs are: a backward through it is refused instead of skipping it in silence."""
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+        return out
+    tracked: torch.Tensor = _NoBackward.apply(out, *inputs)  # type: ignore[no-untyped-call]
+    return tracked
+
+
+class _NoBackward(torch.autograd.Function):
+    """Lets a forward run with gradients enabled, and refuses a backward."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UsageError(
+            "a flash model has no gradients: some of its weights are on flash", hint="use the plain checkpoint to train"
+        )

@@ -11,7 +11,8 @@ llama.cpp comes from PyPI (`xllamacpp`, `gguf`), in a virtual environment of its
 The ceiling is that of `hf-flash bench`, and counts the page cache: llama.cpp maps the file, so its weights are page cache. The
 file's pages are dropped first, so it starts cold. Every call has one more of the given tokens than the one before and
 generates one token; llama.cpp keeps what it knows of the others, and says how long it took for the new one. Sampling is not in
-that time, nor is the first call, which takes the prompt. The result is JSON:
+that time, nor is the first call, which takes the prompt. Its threads wait for each other in a loop: with other work on the
+machine, as many as there are cores take several times as long. The result is JSON:
 
     load_s, first_token_s      until the server is up; until the first call has its token
     token_ms, median_ms        of llama.cpp's `prompt_ms`, where it took exactly one new token
@@ -308,8 +309,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--venv", type=Path, metavar="DIR", help="virtual environment of llama.cpp (default: a temporary one)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="hf-flash-llama-") as place:
-        row = compare(args, Path(place))
+    from hf_flash.errors import HfFlashError
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="hf-flash-llama-") as place:
+            row = compare(args, Path(place))
+    except (HfFlashError, OSError, subprocess.CalledProcessError) as error:
+        print(f"compare_with_llama_cpp: {error}", file=sys.stderr)
+        return 1
     print(json.dumps(row, indent=2))
     return 1 if "failed" in row else 0
 

@@ -16,14 +16,14 @@ Random weights route random tokens to random experts: a token shares k of E with
     tokens on average. How much of an embedding is the topic's decides how many experts two tokens of a topic share.
     Layers change the hidden state, and with it what routers see of the topic; so routers of later layers look harder at it.
 
-With --locality 0 the embeddings have no topics, and any text is like any other. Afterwards the text is run through the
-checkpoint, one expert in memory at a time, and for each layer it is printed which share of a token's experts
+With --locality 0 the embeddings have no topics. Random ids reuse experts by chance on any of these models. Afterwards the text
+is run through the checkpoint, one expert in memory at a time, and for each layer it is printed which share of a token's experts
 
     reused     the token before used
     of_4       one of the 4 tokens before used
     guessed    this layer's router names on what the router of the layer before was given
 
-CHANGE is such that `guessed` is 70 to 75 %, as in real models. The tokens a model generates by itself do not follow topics.
+CHANGE is such that `guessed` is about 75 %, as in real models. The tokens a model generates by itself do not follow topics.
 """
 
 from __future__ import annotations

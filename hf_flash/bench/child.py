@@ -32,6 +32,7 @@ class Job:
     cap: bool
     timeout: float
     calls: Sequence[tuple[int, int]] = ()  # rows and tokens
+    forced: Sequence[int] = ()  # token ids that follow the prompt; none: those that the model chooses
 
     def budget(self, system: System) -> int:
         """Bytes for weights in DRAM; the cap follows it."""
@@ -41,7 +42,7 @@ class Job:
         """What the child is told."""
         return {
             "kind": system.kind, "folder": str(self.folder if system.kind == "flash" else self.plain), "prompts": self.prompts,
-            "tokens": self.tokens, "calls": self.calls,
+            "tokens": self.tokens, "calls": self.calls, "forced": self.forced,
             "in_memory": system.in_memory, "window_off": system.window_off, "torn": system.torn,
             "arguments": {"memory_budget": self.budget(system)} | system.arguments,
         }  # fmt: skip

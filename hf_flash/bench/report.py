@@ -80,7 +80,8 @@ COLUMNS: Final = (  # heading, width, field, digits, unit
 
 def generated(settings: dict[str, Any]) -> str:
     """What was generated."""
-    found = f"{settings['tokens']} tokens after a prompt of {settings['prompt_tokens']}"
+    which = "given tokens" if settings.get("forced") else "tokens"
+    found = f"{settings['tokens']} {which} after a prompt of {settings['prompt_tokens']}"
     return found + (f", {settings['batch_size']} sequences at once" if step_name(settings) == "step" else "")
 
 
@@ -102,8 +103,10 @@ def _speed_table(rows: list[dict[str, Any]], one: str) -> Iterator[str]:
 
 
 def conditions(row: dict[str, Any]) -> str:
-    """The predictor of a row of hf_flash, and the cap."""
-    return f"{row['stats']['predictor']}, {row['cap']}" if "stats" in row else str(row["cap"])
+    """The predictor of a row of hf_flash, or its slots for experts; and the cap."""
+    found = row.get("stats", {})
+    slots = f"{found['capacity']} of {found['experts']} experts" if "experts" in found else ""
+    return ", ".join(filter(None, [found.get("predictor", ""), slots, str(row["cap"])]))
 
 
 def call_names(settings: dict[str, Any]) -> list[str]:

@@ -38,10 +38,11 @@ from hf_flash.base.sizes import parse_bytes, parse_share
 from hf_flash.bench.checks import add_checks
 from hf_flash.bench.child import Job
 from hf_flash.bench.report import machine
-from hf_flash.bench.systems import TINY, System, default_systems, resolve_systems
+from hf_flash.bench.subject import find_subject
+from hf_flash.bench.systems import TINY, USUAL, System, resolve_systems
+from hf_flash.errors import ConfigError
 from hf_flash.machine.disk import DiskPoint, disk_curve, mean_curve
 from hf_flash.packing.repacking import repack
-from hf_flash.store.layout import FlashStore
 
 
 def bench(
@@ -53,6 +54,7 @@ def bench(
     prompt_tokens: int = 16,
     batch_size: int = 1,
     calls: Sequence[tuple[int, int]] = (),
+    forced: Sequence[int] | int | None = None,
     memory: int | str = "50%",
     headroom: int | str = "0.6GB",
     repeats: int = 1,
@@ -67,10 +69,10 @@ def bench(
     """Measure decode speed.
 
     Args:
-        folder: a repacked checkpoint.
-        plain: the same model as a plain checkpoint, for stock transformers and accelerate.
+        folder: a repacked checkpoint; or a mixture of experts, which is read as it is.
+        plain: the same model as a plain checkpoint, for stock transformers and accelerate. Of a mixture: `folder` itself.
         systems: names from `SYSTEMS`, the groups "ablation" and "peers", or own ones (see [`parse_system`], [`parse_sweep`]).
-            Default: the peers if there is a plain checkpoint, "none" and "flash".
+            Default: the peers if there is a plain checkpoint, "none" and "flash"; of a mixture without "none".
         tokens: to generate; slow systems stop earlier.
         prompt_tokens: of each prompt, random ids.
         batch_size: sequences that are generated at once. With more than one, figures are per step, which makes a token of each,
@@ -81,6 +83,8 @@ def bench(
         repeats: rounds through all systems; a row shows its median run, and the median time to the first token.
         cap: `False` runs everything without a ceiling.
         check: whether "flash" must generate the tokens of "flash-uncapped", which is added.
+        forced: token ids that follow the prompt, whatever a model would choose: what it generates with random weights may
+            repeat itself, which windows like. One for each of `tokens`, or a number that seeds random ones. For one sequence.
         arguments: of FlashOffloadConfig, for every row of hf_flash that does not name them itself.
         timeout: seconds for a system.
         disk_seconds: for each point of the disk's curve, which is measured between the rows: disks drift.
@@ -94,21 +98,21 @@ def bench(
         ConfigError: no such system or argument, or there is no plain checkpoint for it.
         StoreError: the folder is not a repacked checkpoint.
     """
-    store, folder = FlashStore.open_folder(folder), Path(folder)
-    plain = None if plain is None else Path(plain)
-    wanted = resolve_systems(systems or default_systems(plain), arguments or {}, check, plain)
-    dense = _dense_bytes(folder, store)
+    subject = find_subject(Path(folder), None if plain is None else Path(plain))
+    folder, plain, dense = subject.folder, subject.plain, subject.dense_bytes
+    wanted = resolve_systems(systems or [USUAL], arguments or {}, check, plain, is_mixture=subject.is_mixture)
     budget, extra = parse_share(memory, dense), parse_bytes(headroom)
-    prompts = _prompts(folder, (batch_size, prompt_tokens), seed)
-    job = Job(folder, plain, prompts, tokens, dense, budget, extra, cap, timeout, calls)
+    prompts = _random_ids(folder, (batch_size, prompt_tokens), seed)
+    follow = _forced(folder, forced, tokens, batch_size)
+    job = Job(folder, plain, prompts, tokens, dense, budget, extra, cap, timeout, calls, follow)
     about_machine = machine(folder)
     rows, curve = _run_in_turn(job, wanted, repeats, disk_seconds, about_machine["dram_gb_per_s"])
     report: dict[str, Any] = {
         "machine": about_machine,
-        "model": _about_model(store, folder, dense),
+        "model": subject.about,
         "settings": {"tokens": tokens, "prompt_tokens": prompt_tokens, "batch_size": batch_size, "calls": list(calls),
                      "memory_bytes": budget,
-                     "cap_bytes": budget + extra, "repeats": repeats, "seed": seed},
+                     "cap_bytes": budget + extra, "repeats": repeats, "seed": seed, "forced": bool(follow)},
         "notes": list(notes),
         "disk": [vars(point) | {"gb_per_s": point.gb_per_s} for point in curve],
         "rows": rows,
@@ -160,26 +164,23 @@ def _run_in_turn(
     return [_median_run(of_one) for of_one in runs.values()], mean_curve(curves)
 
 
-def _about_model(store: FlashStore, folder: Path, dense_bytes: int) -> dict[str, Any]:
-    first = store.layers[0]
-    return {
-        "folder": folder.name, "source": store.metadata["source"], "dense_bytes": dense_bytes, "ffn_bytes": store.nbytes,
-        "layers": len(store.layers), "d_ff": max(store.widths), "d_model": first.d_model,
-        "dtype": str(first.dtype).removeprefix("torch."),
-    }  # fmt: skip
-
-
-def _prompts(folder: Path, shape: tuple[int, int], seed: int) -> list[list[int]]:
+def _random_ids(folder: Path, shape: tuple[int, int], seed: int) -> list[list[int]]:
     """Random token ids [sequences, tokens], past the special ones."""
-    vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    vocabulary = (config.get("text_config") or config)["vocab_size"]
     ids: list[list[int]] = np.random.default_rng(seed).integers(4, vocabulary, shape).tolist()
     return ids
 
 
-def _dense_bytes(folder: Path, store: FlashStore) -> int:
-    """All weights of the plain model, in the dtype they are stored in."""
-    extras = {path.resolve() for path in store.files} - {layer.path.resolve() for layer in store.layers}
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.resolve() not in extras)
+def _forced(folder: Path, forced: Sequence[int] | int | None, tokens: int, batch_size: int) -> list[int]:
+    """The token ids that are to follow the prompt; none: those that a model chooses."""
+    if forced is None:
+        return []
+    follow = _random_ids(folder, (1, tokens), forced)[0] if isinstance(forced, int) else list(forced)
+    if batch_size > 1 or len(follow) < tokens:
+        expected = f"{tokens} tokens for one sequence"
+        raise ConfigError("not what can follow the prompt", where="forced", expected=expected, got=f"{len(follow)} tokens")
+    return follow[:tokens]
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------

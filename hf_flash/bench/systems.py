@@ -47,14 +47,16 @@ SYSTEMS: Final = {
 
 ABLATION: Final = ("hybrid", "+predictor", "+window", "+bundling", "flash")
 
+USUAL: Final = "usual"  # what is compared when nobody says what
+
 TINY: Final = ("stock-ram", "none", "flash")
 
 GROUPS: Final = {"ablation": ABLATION, "peers": ("stock-ram", "stock-cap", "accelerate")}
 
 
-def default_systems(plain: object) -> list[str]:
-    """What is compared when nobody says what: the peers if there is a plain checkpoint for them."""
-    return ["peers"] * (plain is not None) + ["none", "flash"]
+def default_systems(plain: object, *, is_mixture: bool = False) -> list[str]:
+    """What is compared when nobody says what: the peers if there is a plain checkpoint for them. A mixture has no predictor."""
+    return ["peers"] * (plain is not None) + ["none"] * (not is_mixture) + ["flash"]
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
@@ -107,9 +109,13 @@ def parse_sweep(text: str) -> list[System]:
     return found
 
 
-def resolve_systems(names: Sequence[str | System], arguments: Mapping[str, Any], check: bool, plain: Any) -> list[System]:
+def resolve_systems(
+    names: Sequence[str | System], arguments: Mapping[str, Any], check: bool, plain: Any, *, is_mixture: bool = False
+) -> list[System]:
     """The systems, each once, with the arguments for all in those of hf_flash."""
-    flat = [one for name in names for one in (GROUPS.get(name, (name,)) if isinstance(name, str) else (name,))]
+    usual = default_systems(plain, is_mixture=is_mixture)
+    wanted = [one for name in names for one in (usual if name == USUAL else [name])]
+    flat = [one for name in wanted for one in (GROUPS.get(name, (name,)) if isinstance(name, str) else (name,))]
     flat += ["flash", "flash-uncapped"] if check else []
     found: dict[str, System] = {}
     for item in flat:

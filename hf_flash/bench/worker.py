@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 from transformers.utils import logging
 
 from hf_flash.base.buffers import load_into_memory
@@ -28,7 +28,7 @@ from hf_flash.bench.expected_reads import expected_reads
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import BudgetError, HfFlashError
 from hf_flash.machine.cgroup import memory_peak
-from hf_flash.runtime.model import find_runtime
+from hf_flash.runtime.model import ExpertRuntime, find_runtime, runtime_of
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +42,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     """Load, generate, measure.
 
     Args:
-        spec: `kind` ("stock", "accelerate" or "flash"), `folder`, `prompts` (token ids), `tokens`, `calls` (calls.py); stock:
+        spec: `kind` ("stock", "accelerate" or "flash"), `folder`, `prompts` (token ids), `tokens`, `calls` (calls.py),
+            `forced` (token ids that follow the prompt, or none); stock:
             `in_memory`; flash: `arguments` of FlashOffloadConfig, `window_off` (the least memory the model runs in), `torn`
             ("bundles" or "parts", what is a read of its own; `None`: as hf_flash reads).
     """
@@ -53,7 +54,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         load_s = perf_counter() - start
         clock = StepClock(model if spec["kind"] == "flash" else None, len(spec["prompts"]))
         start = perf_counter()
-        tokens = _generate(model, spec["prompts"], spec["tokens"], [clock])
+        tokens = _generate(model, spec["prompts"], spec["tokens"], [clock], spec["forced"])
         found = {
             "tokens": tokens,
             "load_s": load_s,
@@ -66,15 +67,35 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         found["calls_ms"] = time_calls(model, spec["calls"], len(prompts[0]))
         if spec["kind"] != "flash":
             return found
-        return found | expected_reads(model, prompts, tokens, lambda: _generate(model, prompts, len(tokens), []))
+        if isinstance(runtime_of(model), ExpertRuntime):  # the law is of windows of neurons
+            return found | {"expected_bytes": None, "window_tokens": None}
+        return found | expected_reads(
+            model, prompts, tokens, lambda: _generate(model, prompts, len(tokens), [], spec["forced"])
+        )
 
 
-def _generate(model: Any, prompts: list[list[int]], tokens: int, criteria: list[Any]) -> list[int]:
-    """What was generated: the first token of every sequence, the second, and so on."""
+class _Forced(LogitsProcessor):
+    """Chooses the tokens that are given, one after the other."""
+
+    def __init__(self, tokens: list[int], prompt: int) -> None:
+        self._tokens, self._prompt = tokens, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = torch.full_like(scores, -float("inf"))
+        chosen[:, self._tokens[input_ids.shape[1] - self._prompt]] = 0.0
+        return chosen
+
+
+def _generate(model: Any, prompts: list[list[int]], tokens: int, criteria: list[Any], forced: list[int]) -> list[int]:
+    """What was generated: the first token of every sequence, the second, and so on.
+
+    Args:
+        forced: the tokens that are to follow; none: those that the model chooses.
+    """
     ids = torch.tensor(prompts, dtype=torch.int64, device="cpu")
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1,
-        stopping_criteria=criteria,
+        stopping_criteria=criteria, logits_processor=[_Forced(forced, ids.shape[1])] if forced else [],
     )  # fmt: skip
     new: list[int] = output[:, ids.shape[1] :].T.flatten().tolist()
     return new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hf_flash.bench.systems import (
     GROUPS,
     SYSTEMS,
     TINY,
-    default_systems,
+    USUAL,
     parse_arguments,
     parse_calls,
     parse_sweep,
@@ -23,7 +24,7 @@ from hf_flash.errors import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hf-flash bench`."""
     add = parser.add_argument
-    add("model", nargs="?", help="a repacked checkpoint")
+    add("model", nargs="?", help="a repacked checkpoint, or a mixture of experts")
     add("--plain", type=Path, metavar="FOLDER", help="the same model as a plain checkpoint, for the others")
     add("--preset", choices=["tiny"], help="a random model made for the purpose, in seconds, instead of MODEL")
     names = ", ".join([*SYSTEMS, *GROUPS])
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, metavar="N", help="sequences at once (default 1)")
     add("--calls", default=[], type=argument_type(parse_calls), metavar="8x1,1x4,1x256",
         help="time calls, too: rows x tokens, of batches, drafts and prompts")  # fmt: skip
+    add("--forced", metavar="SEED|FILE", type=_forced,
+        help="tokens that follow the prompt in all systems: random ones, or a JSON list of ids")  # fmt: skip
     add("--memory", metavar="SIZE", help='weights in DRAM: a size, or a share of the model (default "50%%")')
     add("--headroom", type=size, metavar="SIZE", help='what the cap allows beyond it (default "0.6GB")')
     add("--repeats", type=positive, metavar="N", help="rounds; a row shows its median one (default 1)")
@@ -77,10 +80,23 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of [`bench`] that the command line names. What it leaves out has defaults there."""
-    named = "tokens", "prompt_tokens", "batch_size", "memory", "headroom", "repeats", "timeout"
+    named = "tokens", "prompt_tokens", "batch_size", "forced", "memory", "headroom", "repeats", "timeout"
     settings = {name: value for name in named if (value := getattr(args, name)) is not None}
     settings |= {"calls": args.calls, "cap": args.cap, "check": args.check, "notes": args.note}
     settings["arguments"] = {name: value for group in args.flash_arg for name, value in group.items()}
     names = args.systems and [name.strip() for name in args.systems.split(",") if name.strip()]
-    usual = [] if args.sweep else TINY if args.preset else default_systems(args.plain)
+    usual = [] if args.sweep else TINY if args.preset else [USUAL]
     return settings | {"systems": [*(names or usual), *args.system, *args.sweep]}
+
+
+def _forced(text: str) -> int | list[int]:
+    """`"3"`, a seed; or the file of a JSON list of token ids."""
+    if text.isdecimal():
+        return int(text)
+    try:
+        found = json.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"neither a number nor a JSON file: {error}") from error
+    if not isinstance(found, list) or not all(type(token) is int and token >= 0 for token in found):
+        raise argparse.ArgumentTypeError("not a JSON list of token ids")
+    return found

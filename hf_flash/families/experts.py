@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -23,8 +24,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from hf_flash.base.files import read_json
 from hf_flash.errors import StoreFormatError, UnsupportedModelError
 from hf_flash.families.base import get
+from hf_flash.families.recognise import config_object, skeleton
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.experts import SECOND, ExpertLayer, Piece
 
@@ -49,6 +52,21 @@ def _holds_experts(module: nn.Module) -> bool:
 def first_of(module: Any) -> str:
     """The parameter of an experts module that comes before the activation."""
     return next(name for name in _FIRST if name in module._parameters)
+
+
+def mixture_of(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The model of a checkpoint folder, without memory, if it is a mixture of experts; else `None`.
+
+    Args:
+        folder: config.json is enough.
+        dtype: of compute; `None`: as config.json says.
+    """
+    plain = read_json(folder / "config.json")
+    plain.pop("quantization_config", None)
+    config = config_object(plain)
+    config.dtype = dtype or config.dtype or torch.float32
+    model = skeleton(config)
+    return model.to(config.dtype) if expert_modules(model) else None
 
 
 _USED_KEYS: Final = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,8 +23,6 @@ from hf_flash.families.base import Family, longest_sequence
 from hf_flash.families.opt import OPT
 from hf_flash.families.recognise import config_object, skeleton
 from hf_flash.runtime.model import find_runtime
-from tests.conftest import ROOT
-
 
 GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 SAMPLE = {  # each with something of its own

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer and a small OPT, Llama, Arcee or Qwen3-MoE from scratch, with few active FFN neurons.
+"""Train a byte-level BPE tokenizer and a small OPT, Llama, Arcee or Qwen3-MoE from scratch, with few active FFN weights.
 
     python scripts/get_corpus.py corpus
     python scripts/train_tiny_model.py --corpus corpus/bible.train.txt corpus/sotu.train.txt \\
@@ -7,6 +7,10 @@
 examples/tiny-llama is made with `--architecture llama --hidden 192 --ffn 768 --layers 4 --heads 6`: a gated FFN
 whose gate goes through ReLU, as ReluLLaMA's does, in 50 minutes on one thread with `--l1 0.003`. An Arcee has two matrices and
 squared ReLU.
+
+examples/tiny-moe is made with `--architecture qwen3_moe --hidden 128 --ffn 80 --layers 4 --heads 4`: a mixture of 16 experts a
+layer, of which a token goes to 4. It saw 9.8 M tokens (2395 steps) on one thread with `--precision bf16 --minutes 45`. SiLU
+leaves no neuron at zero: what is sparse is the choice of experts. The penalty is on their uneven use, in each layer by itself.
 
 Sparse inference lives off FFN hidden layers that are mostly zero, as those of large ReLU models are. A
 small model needs a push that way, so the loss carries a penalty on the hidden activations. The defaults are
@@ -348,7 +352,11 @@ def build_model(args: argparse.Namespace, vocab: int) -> PreTrainedModel:
 
 
 def build_optimizers(model: PreTrainedModel, lr: float, precision: str) -> list[torch.optim.Optimizer]:
-    """Give the weight matrices to Muon, which gets further in a short run, and all else to AdamW."""
+    """Give the weight matrices to Muon, which gets further in a short run, and all else to AdamW.
+
+    The experts of a layer lie in parameters of three dimensions. In 60 steps AdamW got further with them than Muon, expert by
+    expert: a held-out loss of 5.70 and not 5.99.
+    """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrices, others = [], []
     for name, parameter in model.named_parameters():

@@ -51,6 +51,7 @@ from hf_flash.errors import BudgetError, UnsupportedModelError
 from hf_flash.families import family_of
 from hf_flash.families.base import longest_sequence
 from hf_flash.packing.checkpoint_folder import repacked_config
+from hf_flash.packing.expert_folder import refuse_mixture
 from hf_flash.predictors.choice import check_predictors
 from hf_flash.runtime.model import close, find_runtime
 from hf_flash.store.layout import FlashStore
@@ -102,8 +103,10 @@ def calibrate(
         StoreError: the folder is no repacked checkpoint, or a layer file is damaged.
         DiskSpaceError: no room for the activations, or for a second copy of a layer.
         UnsupportedModelError: the activation leaves no exact zeros.
+        UsageError: the folder holds a mixture of experts, which has nothing to calibrate.
     """
     folder = Path(folder).resolve()
+    refuse_mixture(folder, "calibrate")
     store, config = FlashStore.open_folder(folder), repacked_config(folder)
     check_predictors(store)
     model_config = AutoConfig.from_pretrained(folder)

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from hf_flash.base.folders import scratch_folder
 from hf_flash.calibration.text import tokenizer_of
 from hf_flash.commands.live_view import LiveView, view
-from hf_flash.commands.store_facts import describe, facts
+from hf_flash.commands.store_facts import describe, describe_experts, expert_facts, facts
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError
 from hf_flash.families.base import longest_sequence
+from hf_flash.packing.expert_folder import mixture_in, open_mixture
 from hf_flash.packing.repacking import repack
 from hf_flash.planning.planner import needs
+from hf_flash.runtime.counters import NeuronStats
 from hf_flash.runtime.model import stats
 from hf_flash.runtime.observing import TokenSeen, watched
+from hf_flash.store.checkpoint import resolve_folder
 from hf_flash.store.layout import FlashStore
 
-_SHARE_TO_WATCH: Final = 0.3  # of the FFN fits into the budget of `watch`, so that neurons come and go
+_SHARE_TO_WATCH: Final = 0.3  # of the FFN fits into the budget of `watch`, so that neurons, or experts, come and go
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ def demo(
 ) -> dict[str, Any]:
     """Repack a model, generate with its FFN on flash, and compare the tokens of both predictors with the stock model's.
 
+    A mixture of experts is not repacked, and needs no predictor: it is loaded as it is.
+
     Args:
         source: folder or Hub repository of a plain checkpoint, with its tokenizer.
         prompt: text to continue.
@@ -70,34 +76,48 @@ def demo(
         CalibrationError: there is no tokenizer.
     """
     logging.disable_progress_bar()
-    with scratch_folder(Path(tempfile.gettempdir()), "demo") as place:
-        packed = repack(source, place / "packed")
-        tell(f"\n{describe(facts(FlashStore.open_folder(packed)))}\n")
-        tokenizer = tokenizer_of(packed)
+    with _prepared(source) as (folder, about):
+        tell(f"\n{about}\n")
+        tokenizer = tokenizer_of(folder)
         inputs = tokenizer(prompt, return_tensors="pt")
         if watch and memory_budget is None:
-            memory_budget = _budget_to_watch(packed)
-        model = _load(packed, FlashOffloadConfig(memory_budget=memory_budget))
+            memory_budget = _budget_to_watch(folder)
+        model = _load(folder, FlashOffloadConfig(memory_budget=memory_budget))
         _check_room(model, inputs.input_ids.shape[1], tokens)
         if watch:
-            about = {"about": f"hf_flash: {Path(source).name}, token by token", "found": stats(model), "prompt": prompt,
+            shown = {"about": f"hf_flash: {Path(source).name}, token by token", "found": stats(model), "prompt": prompt,
                      "decode": lambda ids: tokenizer.decode(ids, skip_special_tokens=True), "total": tokens}  # fmt: skip
-            with view(console or Console(), tell, **about) as show:
+            with view(console or Console(), tell, **shown) as show:
                 flash = _generate_watched(model, inputs, tokens, show, pace)
         else:
             flash = _generate_timed(model, inputs, tokens, lambda: stats(model, reset=True))
         text, snapshot = tokenizer.decode(flash.ids, skip_special_tokens=True), stats(model)
         tell(f"{text}\n")
-        stock = _generate_timed(AutoModelForCausalLM.from_pretrained(source), inputs, tokens)
+        stock = _generate_timed(_load_stock(source), inputs, tokens)
         speed, stock_speed = tokens / flash.seconds, tokens / stock.seconds
         tell(f"{snapshot}\n{'tokens per second':<20}{speed:.0f}, the stock model in memory {stock_speed:.0f}\n")
-        exact, _ = _generate(_load(packed, FlashOffloadConfig(memory_budget=memory_budget, predictor="none")), inputs, tokens)
-    same = {"none": exact == stock.ids, snapshot.predictor: flash.ids == stock.ids}
+        same = {"none": flash.ids == stock.ids}
+        if isinstance(snapshot, NeuronStats):
+            config = FlashOffloadConfig(memory_budget=memory_budget, predictor="none")
+            exact, _ = _generate(_load(folder, config), inputs, tokens)
+            same = {"none": exact == stock.ids, snapshot.predictor: flash.ids == stock.ids}
     answers = ", ".join(f"{name}: {'yes' if yes else 'NO'}" for name, yes in same.items())
     tell(f"the same tokens as the stock model?  predictor {answers}")
     report = {"model": source, "prompt": prompt, "text": text, "tokens_per_s": speed, "stock_tokens_per_s": stock_speed,
               "same_tokens": same, "stats": snapshot.to_dict()}  # fmt: skip
     return report | ({"watched": [token.to_dict() for token in flash.watched]} if watch else {})
+
+
+@contextmanager
+def _prepared(source: str) -> Iterator[tuple[Path, str]]:
+    """The folder to load, and what is in it: a mixture of experts as it is, everything else repacked for the time being."""
+    is_mixture = mixture_in(resolve_folder(source, config_only=True)) is not None
+    if is_mixture and (mixture := open_mixture(resolve_folder(source))) is not None:
+        yield mixture.folder, describe_experts(expert_facts(mixture))
+        return
+    with scratch_folder(Path(tempfile.gettempdir()), "demo") as place:
+        packed = repack(source, place / "packed")
+        yield packed, describe(facts(FlashStore.open_folder(packed)))
 
 
 def _generate_watched(model: Any, inputs: Any, tokens: int, show: Callable[[TokenSeen], object], pace: float) -> Generated:
@@ -128,6 +148,13 @@ def _budget_to_watch(folder: Path) -> int:
 
 def _load(folder: Path, config: FlashOffloadConfig) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+def _load_stock(source: str) -> Any:
+    """The plain model. A mixture may have been saved by hf_flash: its config says so, and its files are plain."""
+    config = AutoConfig.from_pretrained(source)
+    config.__dict__.pop("quantization_config", None)
+    return AutoModelForCausalLM.from_pretrained(source, config=config)
 
 
 def _check_room(model: Any, prompt: int, tokens: int) -> None:

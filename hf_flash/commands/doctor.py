@@ -26,6 +26,7 @@ from hf_flash._version import __version__
 from hf_flash.base.folders import scratch_file
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.report import disk_table
+from hf_flash.budget.expert_plan import ExpertPlan
 from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.compute import library as native
 from hf_flash.compute.dram_speed import dram_gb_per_s
@@ -279,8 +280,12 @@ def _model(folder: Path) -> Iterator[Finding]:
     except HfFlashError as error:
         yield Finding("model", BAD, "cannot be loaded", " ".join(str(error).split()))
         return
-    kind = "a plain checkpoint: repacked into the flash cache when it is loaded" if store is None else "repacked"
-    yield Finding("model", GOOD, f"{needed.layers} layers of {needed.d_ff} neurons, {format_bytes(needed.dense_bytes)}; {kind}")
+    if isinstance(needed, ExpertPlan):
+        kind, units, most = "a mixture of experts, read as it is", "experts", max(needed.experts)
+    else:
+        kind = "a plain checkpoint: repacked into the flash cache when it is loaded" if store is None else "repacked"
+        units, most = "neurons", needed.d_ff
+    yield Finding("model", GOOD, f"{needed.layers} layers of {most} {units}, {format_bytes(needed.dense_bytes)}; {kind}")
     budget, least = ceiling_bytes(None), format_bytes(needed.minimum_bytes)
     if budget < needed.minimum_bytes:
         yield Finding(
@@ -288,5 +293,5 @@ def _model(folder: Path) -> Iterator[Finding]:
         )
         return
     given = replace(needed, budget_bytes=budget)
-    found = f"{least} at least; {format_bytes(budget)} hold {given.capacity} of {given.d_ff} neurons a layer"
+    found = f"{least} at least; {format_bytes(budget)} hold {given.capacity} of {most} {units} a layer"
     yield Finding("its memory", FAIR if (short := given.shortage(FlashOffloadConfig().window)) else GOOD, found, short)

@@ -1,4 +1,4 @@
-"""`hf-flash demo`: repack a small model and let it generate beside the stock model."""
+"""`hf-flash demo`: repack a small model, or take a mixture of experts as it is, and let it generate beside the stock model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_flash.commands.arguments import add_json, finish, positive, seconds, siz
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hf-flash demo`."""
     add = parser.add_argument
-    add("model", help="folder or Hub repository of a plain OPT checkpoint")
+    add("model", help="folder or Hub repository of a plain checkpoint")
     add("--prompt", default="In the beginning God created", help="text to continue")
     add("--max-new-tokens", type=positive, default=48, metavar="N", help="tokens to generate (default 48)")
     add("--memory-budget", type=size, metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')

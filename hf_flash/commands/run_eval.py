@@ -1,4 +1,4 @@
-"""`hf-flash eval`: compare predictors with the dense model, on text and on tasks."""
+"""`hf-flash eval`: compare predictors with the dense model, on text and on tasks; of a mixture of experts, measure it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 
 from hf_flash.commands.arguments import DTYPES, add_json, finish, positive, size, tell
+from hf_flash.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hf-flash eval`."""
-    parser.add_argument("folder", help="a repacked checkpoint, with its tokenizer")
+    parser.add_argument("folder", help="a repacked checkpoint or a mixture of experts, with its tokenizer")
     parser.add_argument("--stock", metavar="MODEL", help="plain checkpoint to run the tasks with, too; needs the memory for it")
     add_evaluation_arguments(parser)
 
@@ -40,9 +41,12 @@ def run(args: argparse.Namespace) -> int:
     from hf_flash.bench.plots import check_installed, plot
     from hf_flash.evaluation.compare import describe, evaluate
     from hf_flash.evaluation.tasks import describe_tasks, evaluate_tasks
+    from hf_flash.packing.expert_folder import mixture_in
 
     if args.plots:
         check_installed()
+        if mixture_in(Path(args.folder)) is not None:
+            raise ConfigError("a mixture of experts has no predictors to draw", where="--plots", hint="leave it out")
     report = evaluate(
         args.folder, args.text, tokens=args.tokens, context=args.context, memory_budget=args.memory_budget, dtype=args.dtype,
     )  # fmt: skip

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in (
         "memory", "predictor", "dtype", "disk", "active", "fresh", "predicted", "tokens", "prompt_tokens", "reader", "revision",
     )}  # fmt: skip
-    found: planner.Plan | pairing.Pair
+    found: planner.Plan | planner.ExpertOutlook | pairing.Pair
     if args.assistant:
         drafts = args.draft_tokens or pairing.DRAFT_TOKENS
         found = pairing.plan_pair(args.model, args.assistant, draft_tokens=drafts, **options)

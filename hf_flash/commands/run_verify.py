@@ -29,10 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`hf-flash verify`. Returns the exit code. What an earlier run has finished is not done again."""
     from hf_flash.calibration.job import calibrate
+    from hf_flash.packing.expert_folder import refuse_mixture
     from hf_flash.packing.repacking import repack
+    from hf_flash.store.checkpoint import resolve_folder
     from hf_flash.store.layout import FlashStore
 
     folder = Path(args.folder or f"{Path(args.model).name}-flash")
+    refuse_mixture(folder if folder.exists() else resolve_folder(args.model, config_only=True), "verify")
     if not folder.exists():
         repack(args.model, folder)
     if FlashStore.open_folder(folder).calibration is None:

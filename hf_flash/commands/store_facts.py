@@ -1,15 +1,24 @@
-"""The facts about a repacked checkpoint that `hf-flash inspect` shows, as plain values and as a table."""
+"""The facts about a repacked checkpoint, or a mixture of experts, that `hf-flash inspect` shows, as values and as a table."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
 
+from hf_flash.base.files import StoredFile, read_json
 from hf_flash.base.sizes import format_bytes
 from hf_flash.budget.divide import stored_report
 from hf_flash.commands.calibration_table import describe_placement
+from hf_flash.errors import StoreError
+from hf_flash.packing.expert_folder import Mixture
 from hf_flash.predictors.choice import check_predictors
+from hf_flash.store.experts import ExpertLayer
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import ALIGNMENT
+from hf_flash.store.safetensors_files import nbytes_of
+
+_SHOWN: Final = 4  # experts in the table
 
 
 def facts(store: FlashStore) -> dict[str, Any]:
@@ -46,6 +55,10 @@ def describe(found: dict[str, Any]) -> str:
         ("placement", _placement(found)),
         ("files", f"{len(found['files'])}, {found['files'][0]} ..."),
     ]
+    return _table(rows)
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<18}{value}" for name, value in rows)
 
 
@@ -62,3 +75,108 @@ def _calibration(report: dict[str, Any] | None) -> str:
     ranks = [layer["lowrank"]["rank"] for layer in report["layers"]]
     reached = "reached" if report["reached"] else "not reached"
     return f"on {report['text']['tokens']} tokens; ranks {min(ranks)} to {max(ranks)}, targets {reached}"
+
+
+# --- mixtures of experts -----------------------------------------------------------------------------------------------
+
+
+def expert_facts(mixture: Mixture) -> dict[str, Any]:
+    """Plain values, for JSON. Sizes in bytes, as they lie in the files."""
+    layers, checkpoint = mixture.places.layers, mixture.checkpoint
+    first = layers[0]
+    return {
+        **mixture.source,
+        "model_type": mixture.model.config.model_type,
+        "plain": not read_json(mixture.folder / "config.json").get("quantization_config"),
+        "layers": len(layers),
+        "experts": max(layer.experts for layer in layers),
+        "experts_per_token": mixture.used,
+        "d_model": first.width,
+        "neurons": max(layer.neurons for layer in layers),
+        "expert_bytes": max(layer.expert_bytes for layer in layers),
+        "experts_bytes": mixture.places.nbytes,
+        "active_bytes": mixture.active_bytes,
+        "other_bytes": sum(map(nbytes_of, checkpoint.specs.values())) - mixture.places.nbytes,
+        "pieces": list(_pieces(first)),
+        "alike": all(layer.pieces == first.pieces for layer in layers),
+        "first_layer": first.name,
+        "first_layer_experts": [list(_where(mixture, 0, expert)) for expert in range(first.experts)],
+        "reads": max(len(mixture.places[0, expert].ranges) for expert in range(first.experts)),
+        "files": [path.name for path in checkpoint.files],
+    }
+
+
+def _pieces(layer: ExpertLayer) -> Iterator[dict[str, Any]]:
+    """What an expert of a layer is made of, with the names of expert 0."""
+    for piece, tensor in zip(layer.pieces, layer.tensors[0], strict=True):
+        yield {
+            "tensor": tensor, "part_of": piece.param, "shape": [piece.rows, piece.columns],
+            "dtype": str(piece.dtype).removeprefix("torch."), "bytes": piece.nbytes, "turned": piece.turned,
+        }  # fmt: skip
+
+
+def _where(mixture: Mixture, layer: int, expert: int) -> Iterator[dict[str, Any]]:
+    """Where an expert lies: the file of each piece, the byte where it begins there, and its bytes."""
+    found = mixture.places.layers[layer]
+    for piece, tensor, byte in zip(found.pieces, found.tensors[expert], found.begin[expert].tolist(), strict=True):
+        path, offset = mixture.checkpoint.place(tensor)
+        yield {"file": path.name, "begin": offset + byte, "bytes": piece.nbytes}
+
+
+def describe_experts(found: dict[str, Any]) -> str:
+    """[`expert_facts`] as a table."""
+    expert, active, every, other = (
+        format_bytes(found[name]) for name in ("expert_bytes", "active_bytes", "experts_bytes", "other_bytes")
+    )
+    kind = "a plain checkpoint" if found["plain"] else "saved by hf_flash: a plain checkpoint that says so"
+    rows = [
+        ("source", f"{found['source']} {found['revision']}".rstrip()),
+        ("kind", f"{found['model_type']}, a mixture of experts; {kind}"),
+        ("layers", f"{found['layers']} with experts, d_model {found['d_model']}"),
+        ("experts", f"{found['experts']} a layer, {found['neurons']} neurons each; a token uses {found['experts_per_token']}"),
+        ("sizes", f"{expert} an expert, {active} a token, {every} all; the rest {other}"),
+        ("pieces", f"{len(found['pieces'])} an expert" + ("" if found["alike"] else "; in other layers otherwise")),
+        *(("", _piece(piece)) for piece in found["pieces"]),
+        ("first layer", f"{found['first_layer']}; ranges that are read for an expert: {found['reads']} at most"),
+        *((f"  expert {number}", _ranges(found["first_layer_experts"][number])) for number in range(found["experts"])[:_SHOWN]),
+        ("files", f"{len(found['files'])}, {found['files'][0]}" + (" ..." if len(found["files"]) > 1 else "")),
+    ]
+    return _table(rows)
+
+
+def _piece(piece: dict[str, Any]) -> str:
+    rows, columns = piece["shape"]
+    turned = ", a row for each input" if piece["turned"] else ""
+    return f"{piece['tensor']}: {rows} x {columns} {piece['dtype']}{turned}, of {piece['part_of']}"
+
+
+def _ranges(pieces: list[dict[str, Any]]) -> str:
+    """Bytes of pieces, by file."""
+    files = dict.fromkeys(piece["file"] for piece in pieces)
+    parts = {name: [f"{p['begin']}+{p['bytes']}" for p in pieces if p["file"] == name] for name in files}
+    return "; ".join(f"{name} at {', '.join(found)}" for name, found in parts.items())
+
+
+def check_experts(mixture: Mixture, progress: Callable[[Any], Iterable[Path]]) -> list[str]:
+    """What is wrong with a mixture's files: experts that do not lie in their tensors, and what cannot be read.
+
+    Everything is read once. A plain checkpoint has no checksums: bytes that were changed are not found.
+
+    Args:
+        progress: is given the files, and yields them.
+    """
+    problems = [
+        f"{layer.name}, expert {expert}: byte {byte} to {byte + piece.nbytes} of {tensor}, which is shorter"
+        for layer in mixture.places.layers
+        for expert in range(layer.experts)
+        for piece, tensor, byte in zip(layer.pieces, layer.tensors[expert], layer.begin[expert].tolist(), strict=True)
+        if byte + piece.nbytes > nbytes_of(mixture.checkpoint.specs[tensor])
+    ]
+    for path in progress(mixture.checkpoint.files):
+        try:
+            with StoredFile(path) as file:
+                for _ in file.blocks(0):
+                    pass
+        except StoreError as error:
+            problems.append(str(error))
+    return problems

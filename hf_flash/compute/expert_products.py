@@ -57,6 +57,11 @@ class Waiting(Protocol):
         """What came of it."""
 
 
+def reads_as(piece: Piece, dtype: torch.dtype) -> bool:
+    """Whether the compiled part computes in this dtype with a piece as it is stored."""
+    return piece.dtype == dtype or (piece.dtype, dtype) in _WIDENED
+
+
 class ExpertProducts:
     """The products with one parameter of a layer's experts.
 
@@ -73,7 +78,7 @@ class ExpertProducts:
         order = np.concatenate([piece.order for piece in pieces])
         in_order = np.array_equal(order, np.arange(self.outputs))
         self._order = None if in_order else torch.from_numpy(np.argsort(order))
-        known = all(piece.dtype == dtype or (piece.dtype, dtype) in _WIDENED for piece in pieces)
+        known = all(reads_as(piece, dtype) for piece in pieces)
         self._compiled = native.library() is not None and known
         self._template = self._jobs()
 

@@ -32,6 +32,7 @@ from hf_flash.base import dtypes
 logger = logging.getLogger("hf_flash")
 
 ABI: Final = 18  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
+MOST_PIECES: Final = 8  # of an expert (MOST_PIECES of native.h)
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final[Mapping[torch.dtype, int]] = {getattr(torch, name): number for number, name in enumerate(dtypes.DTYPES)}
 """Those of compute, as numbered in native.h."""
@@ -177,9 +178,46 @@ class Step(ctypes.Structure):
     )  # fmt: skip
 
 
+class ExpertWindow(ctypes.Structure):
+    """The arrays and numbers of runtime/expert_slots.py."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("slots", "slot_of", "last_used", "free_slots")),
+        *((name, _long) for name in ("experts", "capacity", "slot_bytes", "free", "clock")),
+    )
+
+
+class ExpertGate(ctypes.Structure):
+    """What is done between the products of an expert."""
+
+    _fields_ = (("limit", ctypes.c_float), ("alpha", ctypes.c_float), ("code", _int))
+
+
+class ExpertPiece(ctypes.Structure):
+    """A piece of every expert."""
+
+    _fields_ = (*((name, _long) for name in ("outputs", "inputs", "first_output")), ("dtype", _int), ("turned", _int))
+
+
+class ExpertStep(ctypes.Structure):
+    """A few tokens through the experts of a layer."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("window", "passing", "reader", "files", "orders", "first_order", "reads", "at")),
+        ("piece", ExpertPiece * MOST_PIECES),
+        *((name, _long) for name in ("pieces", "up_pieces", "up_outputs", "neurons", "width")),
+        ("up_bias", _pointer), ("down_bias", _pointer), ("gate", ExpertGate),
+        *((name, _pointer) for name in ("x", "index", "weights", "out")),
+        *((name, _long) for name in ("tokens", "k", "most_reads")),
+        *((name, _int) for name in ("dtype", "weights_dtype", "threads", "no_avx512")),
+        *((name, _long) for name in ("used", "hits", "read_bytes", "chunks", "failed")),
+        ("error", _int), ("unused", _int), ("managed_s", _double), ("waited_s", _double),
+    )  # fmt: skip
+
+
 STRUCTURES: Final = (  # in the order of `hf_sizes`
     RowLayout, TokenJob, TokensJob, ProductJob, LinearJob, CopyJob, File, Order, Window, Step, QuantizeJob,
-    LinearsJob,
+    LinearsJob, ExpertWindow, ExpertGate, ExpertPiece, ExpertStep,
 )  # fmt: skip
 
 
@@ -218,6 +256,8 @@ def _declare(found: ctypes.CDLL) -> None:
     found.hf_quantize.argtypes = [ctypes.POINTER(QuantizeJob)]
     found.hf_copy.argtypes = [ctypes.POINTER(CopyJob)]
     found.hf_step.argtypes = [ctypes.POINTER(Step)]
+    found.hf_expert_step.argtypes = [ctypes.POINTER(ExpertStep)]
+    found.hf_expert_gate.argtypes = [ctypes.POINTER(ExpertGate), _pointer, _pointer, _long, _long, _int]
     found.hf_reader_open.argtypes, found.hf_reader_open.restype = [_int, _int, _pointer], _pointer
     found.hf_reader_has_ring.argtypes = found.hf_reader_close.argtypes = [_pointer]
     found.hf_read_start.argtypes, found.hf_read_start.restype = [_pointer, _pointer, ctypes.POINTER(Order)], _long

@@ -10,6 +10,7 @@
 #include "parallel.h"
 
 enum { TILE_ROWS = 4, TILE_TOKENS = 4 }; /* sums that registers have room for */
+enum { AHEAD_BYTES = 1 << 14 };          /* at least, from where rows are multiplied to where they are fetched */
 enum { LINEAR_ROWS = 32 };               /* that a thread takes at a time */
 enum { STRIP = 512 };                    /* outputs of a turned matrix that a thread takes at a time */
 

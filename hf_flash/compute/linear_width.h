@@ -5,10 +5,11 @@
 
 #include "width.h"
 
-/* TILE_ROWS rows are as many streams, and the next tile is fetched ahead, in the order in which it lies in memory. One or two are
- * fetched ahead best by processors themselves. */
+/* TILE_ROWS rows are as many streams, and the next tile is fetched ahead, in the order in which it lies in memory. Two, which one
+ * token in fp32 takes, are fetched ahead best by processors themselves. */
 OF_WIDTH(void) NAME(tile)(const LinearJob *job, int64_t row, int64_t token, int rows, int tokens, int dtype) {
-    const int64_t size = size_of(dtype), stride = job->columns * size, ahead = TILE_ROWS * stride;
+    const int64_t size = size_of(dtype), stride = job->columns * size;
+    const int64_t ahead = TILE_ROWS * stride > AHEAD_BYTES ? TILE_ROWS * stride : AHEAD_BYTES;
     const char *weight = (const char *)job->weight + row * stride;
     const float *x = job->x_f32 + token * job->columns;
     VECTOR sums[TILE_ROWS][TILE_TOKENS][PARTS];
@@ -65,7 +66,7 @@ OF_WIDTH(void) NAME(linear_share)(LinearJob *job, int dtype) {
         if (row >= job->rows)
             return;
         const int64_t end = row + LINEAR_ROWS < job->rows ? row + LINEAR_ROWS : job->rows;
-        for (; job->tokens > 1 && row + TILE_ROWS <= end; row += TILE_ROWS)
+        for (; (job->tokens > 1 || dtype != F32) && row + TILE_ROWS <= end; row += TILE_ROWS)
             NAME(tiles)(job, row, TILE_ROWS, dtype);
         for (; row + 2 <= end; row += 2) /* one row alone would wait for its own sums */
             NAME(tiles)(job, row, 2, dtype);

@@ -15,6 +15,7 @@
  *     copy.c              scattered rows to scattered places
  *     read_queue.c        reads of a file into scattered memory; read_plain.c and read_ring.c do them
  *     step.c              a few tokens through one layer: window, reads and neurons in one call
+ *     experts.c           the same with the experts of a layer
  *     about.c             what this library is; parallel.c: its threads; numbers.h: its arithmetic
  *
  * torch gathers rows into a buffer before it multiplies, and starts a parallel region for each step. Here rows are multiplied
@@ -281,6 +282,67 @@ void hf_read_settle(Reader *reader, int32_t forget);
 
 /* Whether this process may use io_uring: 0, or the error that says why not. */
 int32_t hf_try_ring(void);
+
+/* --- experts.c: a few tokens through the experts of a layer (hf_flash/runtime/expert_step.py) */
+
+/* The arrays and numbers of hf_flash/runtime/expert_slots.py. */
+typedef struct {
+    char *slots;         /* [capacity, slot_bytes] */
+    int64_t *slot_of;    /* [experts] the slot of an expert, or -1 */
+    int64_t *last_used;  /* [experts] the token that used an expert last, from 1 on */
+    int64_t *free_slots; /* [capacity] a stack, of which `free` are there */
+    int64_t experts, capacity, slot_bytes, free;
+    int64_t clock;       /* tokens seen */
+} ExpertWindow;
+
+/* What is done between the products of an expert (hf_flash/compute/expert_gate.py). SILU: silu(gate) * up, the gate being the first
+ * half; SWIGLU: gate and up take turns, and up + 1 is multiplied with gate * sigmoid(alpha * gate). Both clamp by `limit`. RELU2
+ * has no gate. */
+enum { EXPERT_SILU, EXPERT_SWIGLU, EXPERT_RELU2 };
+
+typedef struct {
+    float limit, alpha; /* infinity: no limit */
+    int32_t code;
+} ExpertGate;
+
+/* A piece of every expert (hf_flash/store/experts.py: Piece). */
+typedef struct {
+    int64_t outputs, inputs, first_output;
+    int32_t dtype, turned;
+} ExpertPiece;
+
+enum { MOST_PIECES = 8 }; /* of an expert, before and behind the gate */
+
+typedef struct {
+    ExpertWindow *window, *passing;       /* of the layer; for experts that are not kept */
+    Reader *reader;
+    File *const *files;
+    const int64_t *orders;                /* [orders, 3] of reads of one file: which file, the first read, how many */
+    const int64_t *first_order;           /* [experts + 1] */
+    const int64_t *reads;                 /* [reads, 3] byte of the file, byte of the slot, bytes */
+    const int64_t *at;                    /* [experts, pieces] the byte of a slot where a piece begins */
+    ExpertPiece piece[MOST_PIECES];       /* those before the gate come first */
+    int64_t pieces, up_pieces, up_outputs, neurons, width;
+    const void *up_bias, *down_bias;      /* [experts, up_outputs], [experts, width] of `dtype`; or null */
+    ExpertGate gate;
+    const void *x;                        /* [tokens, width] of `dtype` */
+    const int64_t *index;                 /* [tokens, k] experts; what is none of the layer's adds nothing */
+    const void *weights;                  /* [tokens, k] of `weights_dtype` */
+    void *out;                            /* [tokens, width] of `dtype` */
+    int64_t tokens, k, most_reads;        /* most_reads: of one order */
+    int32_t dtype, weights_dtype, threads, no_avx512;
+    int64_t used, hits, read_bytes, chunks; /* out: experts; those that were there; what was read for the others */
+    int64_t failed;                         /* out: 1 + the expert that could not be read */
+    int32_t error, unused;                  /* out: why, as `hf_read_wait` says it */
+    double managed_s, waited_s;             /* out: seconds that the slots took, and that reading took this thread */
+} ExpertStep;
+
+/* Some tokens through a layer: makes room, reads what is missing, computes `out`. Returns whether there was memory for it; if not,
+ * nothing was changed. After a failure nobody knows what is in the slots. */
+int hf_expert_step(ExpertStep *step);
+
+/* hidden [rows, neurons] = the gate of products [rows, outputs], both of `dtype`. */
+void hf_expert_gate(const ExpertGate *gate, const void *products, void *hidden, int64_t rows, int64_t neurons, int32_t dtype);
 
 /* --- step.c: a few tokens through one layer (hf_flash/runtime/token_step.py) */
 

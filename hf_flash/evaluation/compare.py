@@ -8,7 +8,8 @@ predictor in the store is asked about the same inputs (judging.py):
     extra    predicted and not active (false positives), of the inactive: costs reads, changes nothing
     selected predicted neurons per active one
 
-Then each predictor runs by itself: perplexity on the text, and time per token when generating (measuring.py).
+Then each predictor runs by itself: perplexity on the text, and time per token when generating (measuring.py). A mixture of
+experts has no predictor, and gets these two figures alone (mixtures.py).
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from hf_flash.calibration.text import Text, seen_share, token_windows
 from hf_flash.evaluation.candidates import candidates, install, load_for
 from hf_flash.evaluation.judging import BINS, Tally, judging, mean_use, total
 from hf_flash.evaluation.measuring import perplexity, time_tokens
+from hf_flash.evaluation.mixtures import describe_mixture, evaluate_mixture
 from hf_flash.families.base import longest_sequence
 from hf_flash.packing.checkpoint_folder import repacked_config
+from hf_flash.packing.expert_folder import mixture_in
 from hf_flash.predictors.base import read_tensors
 from hf_flash.predictors.quantized import quantized_formats
 from hf_flash.runtime.model import close, find_runtime
@@ -50,7 +53,7 @@ def evaluate(
     """Compare all predictors of a repacked model on a text.
 
     Args:
-        folder: a repacked checkpoint, with its tokenizer.
+        folder: a repacked checkpoint, or a mixture of experts as it is; with its tokenizer.
         text: as in [`hf_flash.calibrate`]; taken from its beginning. It should not be what the predictors were trained on;
             the share of it that is gets reported.
         tokens: of the text to use at most.
@@ -60,12 +63,15 @@ def evaluate(
         dtype: of compute.
 
     Returns:
-        `text`, `perplexity` (dense), `predictors`: by name, with `layers`; plain values for JSON.
+        `text`, `perplexity` (dense), `predictors`: by name, with `layers`; plain values for JSON. Of a mixture of experts, in
+        place of predictors, what a token takes.
 
     Raises:
         CalibrationError: the text is empty, too short, or does not fit the model. Others as in `from_pretrained`.
     """
     folder = Path(folder).resolve()
+    if mixture_in(folder) is not None:
+        return evaluate_mixture(folder, text, tokens, context, new_tokens, memory_budget, dtype)
     store = FlashStore.open_folder(folder)
     repacked_config(folder)
     every = candidates(store)
@@ -133,6 +139,8 @@ def _by_layer(tallies: Sequence[Tally]) -> dict[str, Any]:
 
 def describe(report: dict[str, Any]) -> str:
     """A report as a table."""
+    if "predictors" not in report:
+        return describe_mixture(report)
     text = report["text"]
     rows = [
         f"{text['tokens']} tokens in windows of {text['context']}, {report['dtype']}",

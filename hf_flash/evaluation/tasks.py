@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_flash.errors import ConfigError
 from hf_flash.evaluation.candidates import candidates, install, load_for
+from hf_flash.evaluation.mixtures import load_mixture
+from hf_flash.packing.expert_folder import mixture_in
 from hf_flash.runtime.model import close
 from hf_flash.store.layout import FlashStore
 
@@ -73,19 +75,24 @@ def evaluate_tasks(
         stock: the plain checkpoint; unset: the dense figures are those of predictor "none", whose logits are the same.
 
     Returns:
-        By predictor ("stock" first, if asked for) and task, the metrics.
+        By predictor ("stock" first, if asked for) and task, the metrics. A mixture of experts has "none".
     """
     folder = Path(folder).resolve()
-    store, tokenizer = FlashStore.open_folder(folder), AutoTokenizer.from_pretrained(folder)
+    store = FlashStore.open_folder(folder) if mixture_in(folder) is None else None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     runner = TaskRunner(tasks, limit=limit, include_path=include_path)
     results = {}
     if stock is not None:
         results["stock"] = runner.run(AutoModelForCausalLM.from_pretrained(stock, dtype=dtype).eval(), tokenizer)
-    every = candidates(store)
-    model = load_for(every, folder, store, memory_budget, dtype)
-    for candidate in every:
-        install(candidate, model, store)
-        results[candidate.name] = runner.run(model, tokenizer)
+    if store is None:
+        model = load_mixture(folder, memory_budget, dtype)
+        results["none"] = runner.run(model, tokenizer)
+    else:
+        every = candidates(store)
+        model = load_for(every, folder, store, memory_budget, dtype)
+        for candidate in every:
+            install(candidate, model, store)
+            results[candidate.name] = runner.run(model, tokenizer)
     close(model)
     return results
 

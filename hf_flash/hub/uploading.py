@@ -1,4 +1,4 @@
-"""Uploading a repacked folder to the Hub: the files of its store as they are, and a model card."""
+"""Uploading a folder to the Hub, repacked or with a mixture of experts: its files as they are, and a model card."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from hf_flash.base.folders import locked
 from hf_flash.base.locks import hold_folder, is_held
 from hf_flash.errors import ConfigError
-from hf_flash.hub.card import base_model, model_card
+from hf_flash.hub.card import card_of, model_card
+from hf_flash.hub.card_subjects import CardSubject, subject_of
 from hf_flash.packing.checkpoint_folder import link_or_copy
+from hf_flash.packing.expert_folder import SOURCE
 from hf_flash.packing.flash_cache import cache_folder
-from hf_flash.store.layout import FlashStore
 
 logger = logging.getLogger("hf_flash")
 
@@ -31,7 +32,9 @@ _REPLACED: Final = [
     "model.safetensors",
     "model-?????-of-?????.safetensors",
     "model-?????-of-?????-*.safetensors",
+    "model-added-?????.safetensors",
     "model.safetensors.index.json",
+    SOURCE,
     "flash-layer-*.safetensors",
     "flash-predictor-*.safetensors",
     "flash-calibration.safetensors",
@@ -53,14 +56,14 @@ def push(
     create_pr: bool = False,
     bench: str | os.PathLike[str] | None = None,
 ) -> Any:
-    """Upload a repacked folder to the Hub, its files as they are. Weights of another layout in the repository are replaced.
+    """Upload a folder to the Hub, its files as they are. Weights of another layout in the repository are replaced.
 
     A model card is written for the repository: where the model comes from, its licence, how to load it, what it takes. The
     folder's own README.md is kept below it, else that of the repository, else the source's, and its metadata merged; the
     folder stays as it is. An upload that was interrupted goes on when it is started again: what the Hub has is not sent again.
 
     Args:
-        folder: as [`repack`] or `save_pretrained` made it.
+        folder: as [`repack`] or `save_pretrained` made it; of a mixture of experts, which is not repacked, as the latter did.
         repo_id: the repository, created if it is not there.
         commit_message, commit_description: of the commit.
         private: for a new repository.
@@ -72,7 +75,7 @@ def push(
         The Hub's `CommitInfo`.
 
     Raises:
-        StoreError: the folder is no repacked checkpoint.
+        StoreError: the folder is neither.
         ConfigError: both `revision` and `create_pr`, `bench` is of another model, or the metadata of README.md cannot be read.
     """
     folder = Path(folder)
@@ -132,8 +135,8 @@ def upload(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(name, branch=revision, exist_ok=True)
     kept = if_missing if set(if_missing) & set(api.list_repo_files(name, revision=revision)) else ()
-    text = _card_so_far(api, folder, name, revision)
-    card = model_card(folder, name, text, bench=bench)
+    subject = subject_of(folder)
+    card = card_of(subject, name, _card_so_far(api, folder, subject, name, revision), bench=bench)
     if tags:
         tagged = huggingface_hub.ModelCard(card)
         tagged.data.tags = [*dict.fromkeys([*(tagged.data.tags or ()), *tags])]
@@ -152,13 +155,12 @@ def upload(
     )
 
 
-def _card_so_far(api: huggingface_hub.HfApi, folder: Path, name: str, revision: str | None) -> str:
+def _card_so_far(api: huggingface_hub.HfApi, folder: Path, subject: CardSubject, name: str, revision: str | None) -> str:
     """The folder's own card, else the repository's, else that of the source, from which the licence is known."""
     if (folder / CARD).is_file():
         return _read(folder / CARD)
-    store = FlashStore.open_folder(folder)
-    base = base_model(store)
-    for repo, commit in [(name, revision), (base, store.metadata["revision"])]:
+    base = subject.base
+    for repo, commit in [(name, revision), (base, subject.source["revision"])]:
         try:
             if repo is not None:
                 return _read(Path(api.hf_hub_download(repo, CARD, revision=commit)))

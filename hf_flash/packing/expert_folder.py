@@ -1,6 +1,7 @@
-"""A loaded mixture of experts as a folder: the checkpoint's files as they are, and what was changed of the other weights.
+"""A mixture of experts as a folder: opened before it is loaded, saved afterwards, made plain again.
 
-Nothing is converted: the folder is a plain checkpoint, whose config.json says that it is to be loaded with hf_flash.
+Saved are the checkpoint's files as they are, and what was changed of the other weights. Nothing is converted: the folder is a
+plain checkpoint, whose config.json says that it is to be loaded with hf_flash. A small file says where it came from.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from huggingface_hub.utils import tqdm
 
-from hf_flash.base.files import write_json, writing
-from hf_flash.errors import UsageError
+from hf_flash.base.files import read_json, write_json, writing
+from hf_flash.errors import StoreFormatError, UsageError
+from hf_flash.families.experts import experts_per_token, locate_experts, mixture_of
 from hf_flash.packing.checkpoint_folder import divide_into_shards, link_or_copy, remove_stale
+from hf_flash.reading.experts import ExpertPlaces
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.names import INDEX_NAME
 from hf_flash.store.safetensors_files import TensorSpec
@@ -24,6 +29,94 @@ from hf_flash.store.writer import write_safetensors
 
 _METADATA: Final = {"format": "pt"}
 _SINGLE: Final = "model.safetensors"
+SOURCE: Final = "flash-source.json"  # in a saved folder: what its checkpoint was loaded from
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts in a folder, before it is loaded.
+
+    Attributes:
+        folder: a plain checkpoint, or what `save_pretrained` made.
+        model: without memory.
+        places: where its experts lie.
+    """
+
+    folder: Path
+    model: Any
+    checkpoint: Checkpoint
+    places: ExpertPlaces
+
+    @property
+    def used(self) -> int:
+        """Experts that a token uses in a layer."""
+        return min(experts_per_token(self.model), max(layer.experts for layer in self.places.layers))
+
+    @property
+    def active_bytes(self) -> int:
+        """Of all experts that a token uses, as they lie in the files."""
+        return sum(min(self.used, layer.experts) * layer.expert_bytes for layer in self.places.layers)
+
+    @property
+    def source(self) -> dict[str, str]:
+        """`source` and `revision`, as a store's metadata has them: of what it was saved from, else its own."""
+        return _source_of(self.checkpoint)
+
+
+def mixture_in(folder: Path) -> Any:
+    """The model in a folder, without memory, if it is a mixture of experts; else `None`. config.json is enough."""
+    if not (folder / "config.json").is_file() or any(folder.glob("flash-layer-*.safetensors")):
+        return None
+    with suppress(Exception):  # of a config that no model can be made of: whoever loads it says what is wrong
+        return mixture_of(folder)
+    return None
+
+
+def open_mixture(folder: Path) -> Mixture | None:
+    """The mixture of experts in a folder; `None` if it holds something else.
+
+    Raises:
+        UnsupportedModelError, StoreError: its experts cannot be found in its files.
+    """
+    model = mixture_in(folder)
+    if model is None:
+        return None
+    checkpoint = Checkpoint.open_folder(folder)
+    return Mixture(folder, model, checkpoint, ExpertPlaces(locate_experts(model, checkpoint), checkpoint))
+
+
+def refuse_mixture(folder: Path, what: str) -> None:
+    """Refuse to do to a mixture of experts what is done to layers of neurons.
+
+    Args:
+        what: a verb, for the message.
+
+    Raises:
+        UsageError: the folder holds one.
+    """
+    if mixture_in(folder) is not None:
+        raise UsageError(
+            f"there is nothing to {what} in a mixture of experts: its router says what a token needs, and its experts are read "
+            "where they lie",
+            where=folder,
+            hint="load it as it is: from_pretrained(..., quantization_config=hf_flash.FlashOffloadConfig())",
+        )
+
+
+def _source_of(checkpoint: Checkpoint) -> dict[str, str]:
+    path, names = checkpoint.files[0].parent / SOURCE, ("source", "revision")
+    found = read_json(path) if path.is_file() else checkpoint.origin()
+    if not all(isinstance(found.get(name), str) for name in names):
+        raise StoreFormatError("not what says where a checkpoint came from", where=path, expected=", ".join(names))
+    return {name: found[name] for name in names}
+
+
+def copy_checkpoint(checkpoint: Checkpoint, target: Path) -> None:
+    """Copy a checkpoint's weights as they are, with their index, into another folder."""
+    for path in tqdm(checkpoint.files, desc="Copying the checkpoint", unit="file", delay=1):
+        _copy(path, target / path.name, link=False)
+    if [path.name for path in checkpoint.files] != [_SINGLE]:
+        _copy(checkpoint.files[0].parent / INDEX_NAME, target / INDEX_NAME, link=False)
 
 
 def save_experts(
@@ -63,6 +156,7 @@ def save_experts(
     added = {name: tensor for name, tensor in changed.items() if name not in weight_map}
     weight_map |= _write_added(target, added)
     _write_index(target, weight_map)
+    write_json(target / SOURCE, _source_of(checkpoint))
     write_json(target / "config.json", config)
     remove_stale(target, set(weight_map.values()))
 

@@ -6,6 +6,8 @@
 Both stream: at most one layer's bundles are in memory. They write into a folder beside the target, `.<name>.partial`, and
 rename it at the end. So a run that dies leaves the source whole and nothing that looks finished, and the next run of `repack`
 takes the complete layers from there and goes on.
+
+A mixture of experts is never repacked. What `save_pretrained` made of one is restored by copying its files (expert_folder.py).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from hf_flash.families import family_of
 from hf_flash.packing import source_cache
 from hf_flash.packing.bundling import build_store
 from hf_flash.packing.checkpoint_folder import divide_into_shards, finish_folder, other_weights, repacked_config
+from hf_flash.packing.expert_folder import SOURCE, copy_checkpoint, open_mixture, refuse_mixture
 from hf_flash.packing.readme import without_ours
 from hf_flash.predictors.choice import check_predictors, fresh_format, stored_choice
 from hf_flash.store.checkpoint import Checkpoint, find_snapshot, resolve_folder
@@ -67,6 +70,7 @@ def repack(
     Raises:
         TargetExistsError, DiskSpaceError, InvalidWeightsError, RepackError: nothing is left at `target`.
         StoreError, UnsupportedModelError, ConfigError: the source cannot be repacked.
+        UsageError: it is a mixture of experts, which is loaded as it is.
     """
     target = Path(target).resolve()
     wish = FlashOffloadConfig(predictor=predictor, predictor_bits=predictor_bits, predictor_group_size=predictor_group_size)
@@ -81,6 +85,7 @@ def repack(
         )
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
     folder = resolve_folder(source, config_only=True, revision=revision, **hub)
+    refuse_mixture(folder, "repack")
     config = _plain_config(folder)
     family = family_of(config)
     fmt = fresh_format(wish, family, config)
@@ -117,14 +122,33 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     """Undo [`repack`]: every tensor of the plain checkpoint with its name, dtype, shape and bytes, in safetensors files.
 
     Args:
-        folder: a repacked checkpoint.
+        folder: a repacked checkpoint; or a mixture of experts that `save_pretrained` made, whose files are copied as they are.
         target: the folder to make; it must not exist or be empty.
 
     Returns:
         The target folder.
+
+    Raises:
+        TargetExistsError, DiskSpaceError, RepackError: nothing is left at `target`.
+        StoreError: the folder is neither, or is damaged.
     """
     folder, target = Path(folder), Path(target).resolve()
     check_target(target)
+    mixture = open_mixture(folder)
+    if mixture is None:
+        _restore_neurons(folder, target)
+        return target
+    config = repacked_config(folder)
+    with locked(target), partial_folder(target) as partial:
+        copy_checkpoint(mixture.checkpoint, partial)
+        _finish_plain(folder, partial, config)
+        (partial / SOURCE).unlink(missing_ok=True)
+        mixture.checkpoint.check_unchanged()
+    return target
+
+
+def _restore_neurons(folder: Path, target: Path) -> None:
+    """The plain checkpoint of a repacked one."""
     store = FlashStore.open_folder(folder)
     check_predictors(store)
     store.check_others()
@@ -134,7 +158,6 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
         ffn |= layer.plain_specs
     rest = other_weights(checkpoint, store)
     config = repacked_config(folder)
-    del config["quantization_config"]
     with locked(target), partial_folder(target) as partial:
         shards = divide_into_shards(rest | ffn)
         pieces = _restored(checkpoint, store, rest)
@@ -146,12 +169,16 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
         if len(shards) > 1:
             size = sum(map(nbytes_of, (rest | ffn).values()))
             write_json(partial / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        write_json(partial / "config.json", config)
-        copy_small_files(folder, partial)
-        _plain_card(partial / "README.md")
+        _finish_plain(folder, partial, config)
         store.check_unchanged()
         checkpoint.check_unchanged()
-    return target
+
+
+def _finish_plain(folder: Path, partial: Path, config: dict[str, Any]) -> None:
+    """Everything beside the weights of a plain checkpoint."""
+    write_json(partial / "config.json", {key: value for key, value in config.items() if key != "quantization_config"})
+    copy_small_files(folder, partial)
+    _plain_card(partial / "README.md")
 
 
 def _plain_card(path: Path) -> None:

@@ -1,12 +1,14 @@
 """What this machine does: the times that the cost model of planner.py is made of.
 
 The times of flash come from a [`ModelSlice`], a few layers in the model's real shape. The dense model takes the slice's time
-outside the FFN, with torch's own products, plus two matrix-vector products a layer.
+outside the FFN, with torch's own products, plus two matrix-vector products a layer. Of a mixture of experts nothing runs: the
+speeds of disk and DRAM are enough.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +24,9 @@ from hf_flash.base.buffers import aligned_empty
 from hf_flash.base.folders import scratch_file
 from hf_flash.base.heap import trim_heap
 from hf_flash.compute.arithmetic import arithmetic_for
+from hf_flash.compute.dram_speed import dram_gb_per_s
 from hf_flash.config_arguments import ARGUMENTS
+from hf_flash.machine.disk import disk_curve, rate_at
 from hf_flash.planning.model import PlannedModel
 from hf_flash.planning.slice import WINDOW_BYTES, ModelSlice
 from hf_flash.reading.reader import READERS, open_reader
@@ -35,6 +39,8 @@ from hf_flash.store.unit import UnitLayout
 _SCRATCH_BYTES: Final = 128 << 20  # of a file to read from, where there is none
 _SLICE_BYTES: Final = 280 << 20  # attention in a slice
 _SLICE_LAYERS: Final = 4
+_LEAST_FILE: Final = 32 << 20  # to measure a disk with
+_DEPTHS: Final = (8, 32)  # reads at a time, as for the experts of a layer
 
 
 @dataclass(frozen=True)
@@ -175,3 +181,40 @@ def _readable(model: PlannedModel, disk: Path, layers: int) -> Iterator[FlashSto
     with scratch_file(disk, "plan", rows * unit.row_bytes, blocks) as path:
         layer = LayerStore(0, path, 0, "scratch", rows, unit, ("",) * len(unit.parts), "")
         yield FlashStore(tuple(replace(layer, index=index) for index in range(layers)), {}, None, (), {})
+
+
+# --- a mixture of experts
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What bounds a mixture of experts."""
+
+    disk: str  # where it was measured
+    read_size: int  # bytes of a read
+    disk_gb_per_s: float
+    dram_gb_per_s: float
+    torch_threads: int
+
+
+def measure_speeds(disk: Path, read_size: int) -> Speeds:
+    """Measure disk and DRAM.
+
+    Args:
+        disk: the folder to read from.
+        read_size: bytes of a read, a multiple of 4096.
+    """
+    with _large_file(disk) as path:
+        rate = rate_at(disk_curve(path, sizes=(read_size,), depths=_DEPTHS), read_size)
+    return Speeds(str(disk), read_size, rate, dram_gb_per_s(128 << 20, 3), torch.get_num_threads())
+
+
+@contextmanager
+def _large_file(folder: Path) -> Iterator[Path]:
+    """A folder with files to measure with; else a scratch file in it."""
+    if any(path.stat().st_size >= _LEAST_FILE for path in folder.glob("*.safetensors")):
+        yield folder
+        return
+    noise = (os.urandom(1 << 20) for _ in range(_SCRATCH_BYTES >> 20))
+    with scratch_file(folder, "plan", _SCRATCH_BYTES, noise) as path:
+        yield path

@@ -82,9 +82,7 @@ def open_model(source: str | os.PathLike[str], predictor: str | None, dtype: str
     folder = resolve_folder(source, config_only=True, **hub)
     plain = read_json(folder / "config.json")
     family = family_of(plain)
-    stored = plain.pop("quantization_config", None) or {}
-    if stored and stored.get("quant_method") != METHOD:
-        raise ConfigError("the model is quantized in another way", where=folder, got=stored.get("quant_method"))
+    stored = take_stored(plain, folder)
     config = config_object(plain)
     wish = FlashOffloadConfig.from_dict(stored)
     if predictor is not None:
@@ -93,10 +91,23 @@ def open_model(source: str | os.PathLike[str], predictor: str | None, dtype: str
     d_model = family.shape(config).d_model
     unit = store.unit if store else UnitLayout.of(family.parts, d_model, config.dtype or torch.float32)
     fmt = planned_format(wish, family, config, store)
-    return PlannedModel(folder, config, family, store, fmt, _dtype(dtype) or config.dtype or unit.dtype, unit)
+    return PlannedModel(folder, config, family, store, fmt, compute_dtype(dtype) or config.dtype or unit.dtype, unit)
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def take_stored(plain: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Take what config.json says of hf_flash out of it.
+
+    Raises:
+        ConfigError: the model is quantized in another way.
+    """
+    stored: dict[str, Any] = plain.pop("quantization_config", None) or {}
+    if stored and stored.get("quant_method") != METHOD:
+        raise ConfigError("the model is quantized in another way", where=folder, got=stored.get("quant_method"))
+    return stored
+
+
+def compute_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of compute that somebody named. Raises `ConfigError`: there is no such one."""
     if name is not None and name not in DTYPES:
         raise ConfigError("no such dtype of compute", where="dtype", expected=" or ".join(DTYPES), got=repr(name))
     found: torch.dtype | None = getattr(torch, name) if name else None

@@ -7,6 +7,9 @@ other has not, so the division is looked for that makes a round shortest, by the
 
 How many of the drafts are right does not depend on it. A call that checks several tokens needs what they use together, which is
 more than is said here, and more so with less room; so the model is rather given too little than too much.
+
+Of a mixture of experts that error is too large: several tokens use nearly as many experts together as one after the other. So
+mixtures are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from hf_flash.base.sizes import format_bytes, parse_share
-from hf_flash.budget.plan import ceiling_bytes
+from hf_flash.budget.plan import MemoryPlan, ceiling_bytes
 from hf_flash.errors import BudgetError, ConfigError
 from hf_flash.planning.planner import needs, plan
 from hf_flash.planning.report import Plan
@@ -97,7 +100,7 @@ def plan_pair(
         options: of [`plan`], for the model; `dtype`, `disk`, `reader`, and the Hub's but `revision`, for both.
 
     Raises:
-        BudgetError: the two do not fit into it together. Otherwise as [`plan`].
+        BudgetError: the two do not fit into it together. ConfigError: one is a mixture of experts. Otherwise as [`plan`].
     """
     if draft_tokens < 1:
         raise ConfigError("no drafts", where="draft_tokens", expected="at least 1", got=draft_tokens)
@@ -105,7 +108,7 @@ def plan_pair(
     def given(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in (*_OPENING, *names) if name in options}
 
-    whole = needs(model, **given("predictor", "reader", "revision")), needs(assistant, **given("reader"))
+    whole = _needs(model, **given("predictor", "reader", "revision")), _needs(assistant, **given("reader"))
     least = [each.minimum_bytes for each in whole]
     total = ceiling_bytes(None) if memory is None else parse_share(memory, sum(each.dense_bytes for each in whole))
     if total < sum(least):
@@ -118,9 +121,25 @@ def plan_pair(
         )
     target = plan(model, memory=total - least[1], **options)
     draft = plan(assistant, memory=total - least[0], **given("disk", "reader"))
+    assert isinstance(target, Plan)  # `_needs` has refused what is not
+    assert isinstance(draft, Plan)
     shares = np.linspace(least[1], min(total - least[0], max(least[1], whole[1].dense_bytes)), _STEPS + 1).astype(int)
     rounds = [draft_tokens * draft.token_ms(share) + target.token_ms(total - share) for share in shares.tolist()]
     chosen = next(share for share, ms in zip(shares.tolist(), rounds, strict=True) if ms <= _NEARLY * min(rounds))
     return Pair(
         target, draft, total - chosen, chosen, draft_tokens, draft.token_ms(chosen), target.token_ms(total - chosen)
     )  # fmt: skip
+
+
+def _needs(source: str | os.PathLike[str], **options: Any) -> MemoryPlan:
+    """What a model of neurons holds."""
+    found = needs(source, **options)
+    if not isinstance(found, MemoryPlan):
+        raise ConfigError(
+            "a mixture of experts cannot be planned together with an assistant",
+            where=source,
+            expected="two models that are no mixtures",
+            got=f"{max(found.experts)} experts a layer",
+            hint="plan each of the two by itself",
+        )
+    return found

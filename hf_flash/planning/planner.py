@@ -15,34 +15,36 @@ are interpolated.
 
 Left out: the prompt (it is computed, not read, most of the time); attention over a long context; lookahead, which hides reads
 where a core is free; what the disk adds before the page cache holds the store, where memory for that is left.
+
+A mixture of experts has a router and no predictor. What it costs is in mixture.py.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from hf_flash.base.sizes import parse_share
 from hf_flash.budget.demand import Demand, everything, measured, supposed
 from hf_flash.budget.divide import divide_memory, expected_demand, stored_report
+from hf_flash.budget.expert_plan import ExpertPlan
 from hf_flash.budget.plan import MemoryPlan, ceiling_bytes
 from hf_flash.config import AUTO, ReaderName
 from hf_flash.config_arguments import ARGUMENTS, DIRECT, MMAP
-from hf_flash.errors import ConfigError
+from hf_flash.errors import ConfigError, UnsupportedModelError
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.packing.flash_cache import cache_folder
+from hf_flash.planning.budgets import UNLIMITED, budget_to_look_at, suggestion
 from hf_flash.planning.measuring import Measured, measure
+from hf_flash.planning.mixture import PlannedMixture, open_mixture, plan_mixture
+from hf_flash.planning.mixture_report import ExpertOutlook as ExpertOutlook
 from hf_flash.planning.model import PlannedModel, open_model
 from hf_flash.planning.report import Plan as Plan  # importable from here, beside what returns it
 from hf_flash.planning.report import Point
 from hf_flash.reading.reader import READERS
 
 SHARES: Final = (30, 40, 50, 60, 70, 80, 100)  # percent of the dense model that are looked at
-ENOUGH: Final = 1.1  # a suggested budget may be so many times slower than the fastest
-_UNLIMITED: Final = 1 << 59  # a budget that nothing fills
 
 
 def plan(
@@ -59,17 +61,18 @@ def plan(
     prompt_tokens: int = 16,
     reader: ReaderName = AUTO,
     **hub: Any,
-) -> Plan:
+) -> Plan | ExpertOutlook:
     """Predict how fast a model decodes on this machine, and how much memory it should have. Paper: sections 2 and 3.
 
     Needs config.json only; nothing is repacked, and of a Hub repository nothing else is downloaded. Takes some seconds.
+    Of a mixture of experts, `predictor`, `active`, `fresh`, `predicted` and `tokens` have to be left out.
 
     Args:
         model: a repacked folder, a plain checkpoint, a folder with config.json alone, or the name of a Hub repository.
         memory: the budget to look at, a size or a share of the dense model such as `"50%"`. Default: most of what is free.
         predictor: `"quantized"`, `"lowrank"` or `"none"`. Default: the stored one, else as `FlashOffloadConfig` chooses.
         dtype: of compute, such as `"bfloat16"`. Default: the checkpoint's.
-        disk: the folder whose disk is measured. Default: a repacked model's own, else that of the flash cache.
+        disk: the folder whose disk is measured. Default: a repacked model's or a mixture's own, else that of the flash cache.
         active: share of a layer's neurons that a token leaves non-zero. Default: as calibrated, else 0.03.
         fresh: share of them that the 4 tokens before did not use. Default: as calibrated, else 0.24. Where one of these two is
             given, all layers are taken for alike and a calibration is left aside.
@@ -80,26 +83,53 @@ def plan(
         reader: as in `FlashOffloadConfig`; `"auto"` goes through the page cache where the whole store fits into free memory.
         hub: `revision`, `token`, `cache_dir`, `local_files_only`, as in `from_pretrained`.
 
+    Returns:
+        What to expect; of a mixture of experts an [`ExpertOutlook`].
+
     Raises:
         BudgetError: the budget is below the minimum; the message lists what takes it.
-        ConfigError: an argument is out of range. UnsupportedModelError: no family is known for this architecture.
+        ConfigError: an argument is out of range, or means nothing for this model.
+        UnsupportedModelError: no family is known for this architecture.
         StoreError: no config.json, or a damaged store. DiskSpaceError, RepackError: no scratch file can be written.
     """
     if tokens is not None and (tokens < 1 or prompt_tokens < 1):
         raise ConfigError("no tokens", where="tokens, prompt_tokens", expected="at least 1", got=(tokens, prompt_tokens))
-    found = open_model(model, predictor, dtype, **hub)
+    found = _open(model, predictor, dtype, **hub)
+    name, folder = found.folder.name if Path(model).is_dir() else str(model), _measured_folder(disk, found)
+    if isinstance(found, PlannedMixture):
+        _refuse(
+            predictor=None if predictor == "none" else predictor, active=active, fresh=fresh, predicted=predicted, tokens=tokens
+        )
+        return plan_mixture(name, found, memory, folder, reader)
     demand = _demand(found, active, fresh, predicted, stored_report(found.store) if found.store else None)
-    unlimited = _divide(found, _UNLIMITED, demand, reader)
-    wanted = _divide(found, _budget(memory, unlimited), demand, reader)
-    free = available_memory()
-    folder = _measured_folder(disk, found)
-    times = measure(found, demand.selected, demand.predicted, wanted.capacity, folder, _reader(reader, found, wanted, free))
     seen = None if tokens is None else (prompt_tokens, prompt_tokens + tokens - 1)
+    return _plan_neurons(name, found, demand, memory, folder, seen, reader)
+
+
+def _plan_neurons(
+    name: str,
+    found: PlannedModel,
+    demand: Demand,
+    memory: int | str | None,
+    disk: Path,
+    seen: tuple[int, int] | None,
+    reader: ReaderName,
+) -> Plan:
+    """[`plan`] of a model whose tokens need neurons.
+
+    Args:
+        seen: tokens before those whose mean is predicted: of the first and of the last; `None`: the long run.
+    """
+    unlimited = _divide(found, UNLIMITED, demand, reader)
+    whole = max(unlimited.dense_bytes, unlimited.minimum_bytes)  # buffers are more than the FFN of a tiny model
+    wanted = _divide(found, budget_to_look_at(memory, unlimited.dense_bytes, whole), demand, reader)
+    free = available_memory()
+    times = measure(found, demand.selected, demand.predicted, wanted.capacity, disk, _reader(reader, found, wanted, free))
     sizes = {unlimited.dense_bytes * share // 100 for share in SHARES} | {wanted.minimum_bytes, wanted.budget_bytes}
     plans = [replace(wanted, budget_bytes=size) for size in sorted(sizes) if size >= wanted.minimum_bytes]
     points = [_predict(item, found, demand, times, seen) for item in plans]
     return Plan(
-        model=found.folder.name if Path(model).is_dir() else str(model),
+        model=name,
         model_type=found.family.model_type,
         dtype=str(found.dtype).removeprefix("torch."),
         predictor=found.predictor,
@@ -110,22 +140,35 @@ def plan(
         points=tuple(points),
         free_bytes=free,
         dense_token_ms=wanted.layers * (times.stock_rest_ms + times.dense_ffn_ms) + times.stock_head_ms,
-        suggested_bytes=_suggestion(points, ceiling_bytes(None)),
+        suggested_bytes=suggestion(points, ceiling_bytes(None)),
         kv_cache_bytes_per_token=found.shape.kv_bytes(found.dtype.itemsize),
     )
 
 
-def _budget(memory: int | str | None, unlimited: MemoryPlan) -> int | None:
-    """The budget to look at; `None`: most of what is free, where the whole model does not fit into that.
+def _open(
+    source: str | os.PathLike[str], predictor: str | None, dtype: str | None, **hub: Any
+) -> PlannedModel | PlannedMixture:
+    """Find a model, of neurons or of experts."""
+    try:
+        return open_model(source, predictor, dtype, **hub)
+    except UnsupportedModelError:
+        mixture = open_mixture(source, dtype, **hub)
+        if mixture is None:
+            raise
+        return mixture
 
-    Args:
-        memory: as in [`plan`].
-        unlimited: how the model divides a budget without end.
-    """
-    if memory is not None:
-        return parse_share(memory, unlimited.dense_bytes)
-    whole = max(unlimited.dense_bytes, unlimited.minimum_bytes)  # buffers are more than the FFN of a tiny model
-    return None if ceiling_bytes(None) < whole else whole
+
+def _refuse(**given: Any) -> None:
+    """Refuse arguments of [`plan`] that mean nothing for a mixture of experts."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                "a mixture of experts has a router, which says what a token needs",
+                where=name,
+                expected="None, or 'none'" if name == "predictor" else "nothing: it is of models with a predictor",
+                got=repr(value),
+                hint="leave it out",
+            )
 
 
 def _reader(name: ReaderName, model: PlannedModel, memory: MemoryPlan, free: int) -> str:
@@ -134,9 +177,10 @@ def _reader(name: ReaderName, model: PlannedModel, memory: MemoryPlan, free: int
     return DIRECT if READERS[name].wants_direct(sum(memory.widths) * model.unit.row_bytes, spare) else MMAP
 
 
-def _measured_folder(disk: str | os.PathLike[str] | None, model: PlannedModel) -> Path:
+def _measured_folder(disk: str | os.PathLike[str] | None, model: PlannedModel | PlannedMixture) -> Path:
     """The folder whose disk is measured; of one that will be made later, the nearest that exists already."""
-    folder = Path(disk) if disk is not None else model.folder if model.store else cache_folder(None)
+    is_read_there = isinstance(model, PlannedMixture) or model.store is not None
+    folder = Path(disk) if disk is not None else model.folder if is_read_there else cache_folder(None)
     if disk is not None and not folder.is_dir():
         raise ConfigError("not a folder", where="disk", got=str(folder))
     return next(part for part in [folder, *folder.absolute().parents] if part.is_dir())
@@ -151,7 +195,7 @@ def needs(
     dtype: str | None = None,
     reader: ReaderName = AUTO,
     **hub: Any,
-) -> MemoryPlan:
+) -> MemoryPlan | ExpertPlan:
     """What a model holds in memory where it gets all it can use; its minimum. config.json is enough.
 
     Args:
@@ -160,9 +204,12 @@ def needs(
     Raises:
         ConfigError, UnsupportedModelError, StoreError: as [`plan`].
     """
-    found = open_model(source, predictor, dtype, **hub)
+    found = _open(source, predictor, dtype, **hub)
+    if isinstance(found, PlannedMixture):
+        _refuse(predictor=None if predictor == "none" else predictor)
+        return found.divide(UNLIMITED, reader)
     demand = expected_demand(found.fmt, found.shape, found.store) or everything(found.shape.widths)
-    return _divide(found, _UNLIMITED, demand, reader)
+    return _divide(found, UNLIMITED, demand, reader)
 
 
 def _divide(found: PlannedModel, budget: int | str | None, demand: Demand, reader: ReaderName) -> MemoryPlan:
@@ -208,10 +255,3 @@ def _predict(memory: MemoryPlan, model: PlannedModel, demand: Demand, found: Mea
         compute_ms=layers * found.compute_ms,
         rest_ms=layers * found.rest_ms + found.head_ms,
     )
-
-
-def _suggestion(points: Sequence[Point], most: int) -> int | None:
-    """The smallest budget that is nearly as fast as the fastest of those that fit."""
-    fit = [point for point in points if point.budget_bytes <= most]
-    best = min((point.token_ms for point in fit), default=0.0)
-    return next((point.budget_bytes for point in fit if point.token_ms <= ENOUGH * best), None)

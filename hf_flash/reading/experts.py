@@ -49,6 +49,20 @@ class _Range(NamedTuple):
     nbytes: int
 
 
+class ReadPlan(NamedTuple):
+    """The reads of every expert of a layer, for the compiled part.
+
+    Attributes:
+        orders: int64 [orders, 3] of reads of one file: which file, the first read, how many.
+        first_order: int64 [experts + 1] the orders of an expert are those from here to before the next.
+        reads: int64 [reads, 3] the byte of the file, the byte of the slot, bytes.
+    """
+
+    orders: Ids
+    first_order: Ids
+    reads: Ids
+
+
 class _Place(NamedTuple):
     """Where an expert lies."""
 
@@ -139,6 +153,7 @@ class ExpertReader:
         self._fds = list[int]()
         guard = weakref.finalize(self, close_files, self._fds)
         self._files = [open_for_reading(path, align, self._fds, only_contents=True) for path in places.paths]
+        self._file_table = np.array([file.address for file in self._files], np.int64)
         self._queue = open_queue(self._files[0], threads, direct=align > 0)
         self._finalize = weakref.finalize(self, finish_reading, self._queue, self._fds)
         guard.detach()
@@ -157,6 +172,11 @@ class ExpertReader:
     @property
     def where(self) -> Path:
         return self.places.paths[0].parent
+
+    @property
+    def file_table(self) -> int:
+        """The address of a table of the files, for the compiled part."""
+        return int(self._file_table.ctypes.data)
 
     @property
     def queue(self) -> int | None:
@@ -180,18 +200,34 @@ class ExpertReader:
             raise IndexError(f"slot {slot} of {slots.shape}, for {place.nbytes} bytes")
         reading = ExpertReading(self, layer, expert)
         with reading.errors():
-            for part in place.ranges:
-                file = self._files[part.file]
-                nbytes = min(part.nbytes, file.state.size - part.offset)  # the last sector of a file may not be whole
-                whole = nbytes // PAGE * PAGE if file.align else nbytes
-                if whole:
-                    reading.tickets.append(self._queue.start_into(file, _split(part.offset, base + part.at, whole), memory))
-                if nbytes > whole:
-                    rest = np.array([[part.offset + whole, base + part.at + whole, nbytes - whole]])
-                    reading.tickets.append(self._queue.start_into(file, rest, memory))
-                reading.count.nbytes += part.nbytes
+            for file, reads in self._orders(place):
+                reading.tickets.append(self._queue.start_into(self._files[file], reads + np.array([0, base, 0]), memory))
+                reading.count.nbytes += int(reads[:, 2].sum())
                 reading.count.chunks += 1
         return reading
+
+    def _orders(self, place: _Place) -> Iterator[tuple[int, Ids]]:
+        """The reads of an expert, file by file: [reads, 3] byte of the file, byte of the slot, length."""
+        for part in place.ranges:
+            file = self._files[part.file]
+            nbytes = min(part.nbytes, file.state.size - part.offset)  # the last sector of a file may not be whole
+            whole = nbytes // PAGE * PAGE if file.align else nbytes
+            if whole:
+                yield part.file, _split(part.offset, part.at, whole)
+            if nbytes > whole:  # it cannot be read directly
+                yield part.file, np.array([[part.offset + whole, part.at + whole, nbytes - whole]])
+
+    def read_plan(self, layer: int) -> ReadPlan:
+        """The reads of every expert of a layer."""
+        orders, first_order, reads = list[tuple[int, int, int]](), [0], list[Ids]()
+        count = 0
+        for expert in range(self.layers[layer].experts):
+            for file, some in self._orders(self.places[layer, expert]):
+                orders.append((file, count, len(some)))
+                reads.append(some)
+                count += len(some)
+            first_order.append(len(orders))
+        return ReadPlan(np.array(orders, np.int64), np.array(first_order, np.int64), np.concatenate(reads).astype(np.int64))
 
     def wait(self, ticket: Any) -> None:
         self._queue.wait(ticket)

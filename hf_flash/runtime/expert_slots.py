@@ -2,7 +2,7 @@
 
 What was used by the most recent tokens stays: the rule is least recently used, token by token, also inside of a prompt. So
 after a prompt the slots hold what its last tokens used. Of a call that uses more experts than there are slots for, some are not
-kept: they go through slots that all layers share.
+kept: they go through slots that all layers share. compute/experts.c has the same rules and works on the same arrays.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hf_flash.base.arrays import Bytes, Ids
+from hf_flash.compute.library import ExpertWindow
 
 
 class Room(NamedTuple):
@@ -30,7 +31,58 @@ class Room(NamedTuple):
     leaving: list[int]
 
 
-class ExpertSlots:
+class _Slots:
+    """Slots in memory, and which of them are free.
+
+    Args:
+        memory: uint8 [slots, bytes], contiguous.
+        experts: that may be in them.
+    """
+
+    def __init__(self, memory: Bytes, experts: int) -> None:
+        self.memory = memory
+        self.slot_of: Ids = np.full(experts, -1, np.int64)
+        self.last_used: Ids = np.zeros(experts, np.int64)  # the token, from 1 on
+        self._free: Ids = np.arange(len(memory))
+        self.state = ExpertWindow(  # what the compiled part sees of it
+            memory.ctypes.data, *(part.ctypes.data for part in (self.slot_of, self.last_used, self._free)),
+            experts, len(memory), memory.shape[1], len(memory), 0,
+        )  # fmt: skip
+
+    @property
+    def capacity(self) -> int:
+        return len(self.memory)
+
+    @property
+    def free(self) -> int:
+        """How many slots are free."""
+        return int(self.state.free)
+
+    def take(self) -> int:
+        """A free slot, which is not free any more."""
+        self.state.free -= 1
+        return int(self._free[self.state.free])
+
+    def give(self, slot: int) -> None:
+        """A slot is free."""
+        self._free[self.state.free] = slot
+        self.state.free += 1
+
+    def forget(self) -> None:
+        """Nothing is in memory any more."""
+        self.slot_of[:] = -1
+        self._free[:] = np.arange(self.capacity)
+        self.state.free = self.capacity
+
+    def release(self) -> None:
+        """Give the memory back. Nothing can be computed afterwards."""
+        self.memory = np.empty((0, self.memory.shape[1]), np.uint8)
+        self.state.slots, self.state.capacity = self.memory.ctypes.data, 0
+        self.slot_of[:] = -1
+        self.state.free = 0
+
+
+class ExpertSlots(_Slots):
     """The slots of one layer.
 
     Args:
@@ -39,19 +91,12 @@ class ExpertSlots:
     """
 
     def __init__(self, experts: int, memory: Bytes) -> None:
-        self.memory = memory
-        self.last_used: Ids = np.zeros(experts, np.int64)  # the token, from 1 on
-        self.clock = 0  # tokens seen
-        self.forget()
+        super().__init__(memory, experts)
 
     @property
-    def capacity(self) -> int:
-        return len(self.memory)
-
-    def forget(self) -> None:
-        """Nothing is in memory any more."""
-        self.slot_of: Ids = np.full(len(self.last_used), -1, np.int64)
-        self.free = list(range(self.capacity))
+    def clock(self) -> int:
+        """Tokens seen."""
+        return int(self.state.clock)
 
     @property
     def resident(self) -> int:
@@ -66,7 +111,7 @@ class ExpertSlots:
             tokens: of the call.
         """
         self.last_used[used] = self.clock + 1 + last
-        self.clock += tokens
+        self.state.clock += tokens
         there = self.slot_of >= 0
         needed = np.zeros_like(there)
         needed[used] = True
@@ -76,7 +121,7 @@ class ExpertSlots:
         stays = np.zeros_like(there)
         stays[stay] = True
         for expert in np.flatnonzero(there & ~stays & ~needed).tolist():
-            self.release(expert)
+            self.drop(expert)
         missing = ~there[stay]
         return Room(
             hits=used[there[used]].tolist(),
@@ -89,13 +134,14 @@ class ExpertSlots:
         """An expert is in a slot that was free."""
         self.slot_of[expert] = slot
 
-    def release(self, expert: int) -> None:
+    def drop(self, expert: int) -> None:
         """An expert's slot is free."""
-        self.free.append(int(self.slot_of[expert]))
+        slot = int(self.slot_of[expert])
         self.slot_of[expert] = -1
+        self.give(slot)
 
 
-class PassingSlots:
+class PassingSlots(_Slots):
     """Slots that all layers share, for experts that are not kept.
 
     Args:
@@ -107,12 +153,12 @@ class PassingSlots:
     """
 
     def __init__(self, memory: Bytes, kept: Sequence[ExpertSlots]) -> None:
-        self.memory, self.others, self.interrupted = memory, kept, False
-        self.free = list(range(len(memory)))
+        super().__init__(memory, 0)
+        self.others, self.interrupted = kept, False
 
     def forget(self) -> None:
         """Nothing is in memory any more, in any layer. Call it when nothing is read any more."""
         for slots in self.others:
             slots.forget()
-        self.free = list(range(len(self.memory)))
+        super().forget()
         self.interrupted = False

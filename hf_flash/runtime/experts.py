@@ -8,9 +8,10 @@ How tokens flow through it, in `_run`:
     4. compute    experts that are there first, while the others arrive; then each as it arrives
     5. count      bytes, hits, seconds
 
-A call that uses more experts than there are slots, as a prompt does, reads every missing expert once, multiplies all of its
-tokens with it, and lets it go. So results do not depend on what is in memory (contract C3): a pair of a token and an expert is
-computed by itself, and a token's sum is made at the end, in the order in which the router named its experts.
+For a few tokens, as decoding has them, all of this is one call of the compiled part (expert_step.py). A call that uses more
+experts than there are slots, as a prompt does, reads every missing expert once, multiplies all of its tokens with it, and
+lets it go. So results do not depend on what is in memory (contract C3): a pair of a token and an expert is computed by itself, and a
+token's sum is made at the end, in the order in which the router named its experts.
 
 The module keeps the stock one's class as a base: its activation (`_apply_gate`, `act_fn`), its biases, its norm and its names.
 """
@@ -32,11 +33,12 @@ from hf_flash.compute.expert_products import ExpertProducts, Group, Memory
 from hf_flash.reading.experts import ExpertReading
 from hf_flash.runtime.engine import ExpertEngine
 from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
+from hf_flash.runtime.expert_step import ExpertTokenStep, expert_step
 from hf_flash.runtime.flash_weights import OnFlash
 from hf_flash.runtime.inference_only import usable_engine, without_backward
 from hf_flash.store.experts import SECOND, ExpertLayer
 
-_SHARED: Final = ("engine", "layer", "window", "passing", "_wide", "_up", "_down")  # by copies of a layer
+_SHARED: Final = ("engine", "layer", "window", "passing", "_wide", "_up", "_down", "step")  # by copies of a layer
 _SUMMED: Final = 256  # tokens whose experts are summed at a time: of a long prompt all would be large
 
 
@@ -102,12 +104,11 @@ class FlashExperts(OnFlash):
         mine = np.array([piece.param == SECOND for piece in pieces])
         self._up = ExpertProducts(self.layer.of(self.layer.first), at[:, ~mine], engine.dtype)
         self._down = ExpertProducts(self.layer.of(SECOND), at[:, mine], engine.dtype)
+        self.step = expert_step(self, self.layer, self.index, engine.reader, engine.dtype, (slots, passing))
 
     def release(self) -> None:
         """Give the slots' memory back. Nothing can be computed afterwards."""
-        empty = np.empty((0, self.window.memory.shape[1]), np.uint8)
-        self.window.memory = empty
-        self.window.forget()
+        self.window.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlashExperts:
         """A layer with parameters of its own. What is on flash is only read, so everything that reads it is shared."""
@@ -125,16 +126,36 @@ class FlashExperts(OnFlash):
         with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
             engine.check_open()
             x = hidden_states.detach().to(engine.dtype).contiguous()
-            call = _Call(top_k_index.detach().numpy(), self.layer.experts)
+            index, weights = top_k_index.detach().contiguous().numpy(), top_k_weights.detach().contiguous()
             with self._whole_or_nothing(engine):
-                engine.heap.prepare(x.nbytes)
-                pairs = self._run(engine, x, call)
-            out = self._sum(call, pairs, top_k_weights.detach())
+                if self.step is not None and self.step.takes(len(x), weights):
+                    out = self._in_one_call(engine, self.step, x, index, weights)
+                else:
+                    engine.heap.prepare(x.nbytes)
+                    call = _Call(index, self.layer.experts)
+                    out = self._sum(call, self._run(engine, x, call), weights)
             if self.index == len(engine.reader.layers) - 1:
                 engine.heap.prepare(0)
         return without_backward(out.to(hidden_states.dtype), hidden_states, top_k_weights)
 
     # --- the main path
+
+    def _in_one_call(
+        self, engine: ExpertEngine, step: ExpertTokenStep, x: torch.Tensor, index: Ids, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """All of it for a few tokens, in one call of the compiled part."""
+        start, count, found = perf_counter(), engine.counters, step.call
+        out = step.run(x, index, weights, (self._bias_of(self.layer.first), self._bias_of(SECOND)))
+        if found.failed:
+            reading = ExpertReading(engine.reader, self.index, found.failed - 1)
+            reading.waited(found.error, 0.0)
+        count.manage_s += found.managed_s
+        count.io_s += found.waited_s
+        count.compute_s += perf_counter() - start - found.managed_s - found.waited_s
+        count.read_bytes += found.read_bytes
+        count.reads += found.chunks
+        self._count(engine, len(x), found.used, found.hits)
+        return out
 
     def _run(self, engine: ExpertEngine, x: torch.Tensor, call: _Call) -> torch.Tensor:
         """What each expert makes of each of its tokens, [pairs, d_model] in the order of `call.pairs`."""
@@ -148,7 +169,7 @@ class FlashExperts(OnFlash):
         engine.counters.manage_s += perf_counter() - start
         self._compute(engine, x, call, self._groups(call, room.hits, self.window), self.window.memory, arriving, out)
         for expert in room.leaving:
-            self.window.release(expert)
+            self.window.drop(expert)
         while missing or arriving:
             self._start_reads(engine, missing, arriving)
             came = arriving.popleft()
@@ -156,8 +177,8 @@ class FlashExperts(OnFlash):
             group = Group(came.expert, came.slot, *call.bounds[came.expert])
             self._compute(engine, x, call, [group], (self.window if came.kept else self.passing).memory, arriving, out)
             if not came.kept:
-                self.passing.free.append(came.slot)
-        self._count(engine, call, room)
+                self.passing.give(came.slot)
+        self._count(engine, call.tokens, len(call.used), len(room.hits))
         return out
 
     def _start_reads(self, engine: ExpertEngine, missing: deque[tuple[int, bool]], arriving: deque[_Arriving]) -> None:
@@ -168,7 +189,7 @@ class FlashExperts(OnFlash):
             if not slots.free:
                 return
             missing.popleft()
-            slot = slots.free.pop()
+            slot = slots.take()
             arriving.append(_Arriving(expert, slot, engine.reader.start(self.index, expert, slots.memory, slot), kept))
 
     def _take_in(self, engine: ExpertEngine, came: _Arriving) -> None:
@@ -213,20 +234,24 @@ class FlashExperts(OnFlash):
     def _activate(self, products: torch.Tensor, call: _Call, pairs: Ids) -> torch.Tensor:
         """The hidden values [pairs, neurons], by the stock module's own code."""
         stock: Any = self
-        if stock.has_bias:
-            products.add_(self._bias(self.layer.first, call, pairs))
+        self._add_bias(products, self.layer.first, call, pairs)
         hidden: torch.Tensor = stock._apply_gate(products) if stock.has_gate else stock.act_fn(products)
         return hidden.contiguous()
 
     def _finish(self, products: torch.Tensor, call: _Call, pairs: Ids) -> torch.Tensor:
         stock: Any = self
-        if stock.has_bias:
-            products.add_(self._bias(SECOND, call, pairs))
+        self._add_bias(products, SECOND, call, pairs)
         return stock.post_expert_norm(products) if stock.has_post_expert_norm else products
 
-    def _bias(self, param: str, call: _Call, pairs: Ids) -> torch.Tensor:
-        bias: torch.Tensor = getattr(self, f"{param}_bias")
-        return bias.detach().index_select(0, torch.from_numpy(call.experts_of(pairs))).to(self._up.dtype)
+    def _bias_of(self, param: str) -> torch.Tensor | None:
+        """The biases of all experts [experts, outputs] in the dtype of compute, if there are any."""
+        stock: Any = self
+        return getattr(self, f"{param}_bias").detach().to(self._up.dtype).contiguous() if stock.has_bias else None
+
+    def _add_bias(self, products: torch.Tensor, param: str, call: _Call, pairs: Ids) -> None:
+        bias = self._bias_of(param)
+        if bias is not None:
+            products.add_(bias.index_select(0, torch.from_numpy(call.experts_of(pairs))))
 
     def _sum(self, call: _Call, pairs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Each token's experts with the router's weights, in its order; as `grouped_mm` of transformers sums them."""
@@ -238,13 +263,13 @@ class FlashExperts(OnFlash):
             out[part] = (found * weights[part].unsqueeze(-1)).sum(dim=1)
         return out
 
-    def _count(self, engine: ExpertEngine, call: _Call, room: Any) -> None:
+    def _count(self, engine: ExpertEngine, tokens: int, used: int, hits: int) -> None:
         count = engine.counters
         count.calls += 1
-        count.tokens += call.tokens
-        count.selected += len(call.used)
-        count.hits += len(room.hits)
-        count.missing_bytes += (len(room.kept) + len(room.passing)) * self.layer.expert_bytes
+        count.tokens += tokens
+        count.selected += used
+        count.hits += hits
+        count.missing_bytes += (used - hits) * self.layer.expert_bytes
 
     # --- around it
 

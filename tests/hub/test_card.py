@@ -111,7 +111,7 @@ def test_the_lines_for_loading_work_elsewhere(here: Hub, tiny_opt: Path, tmp_pat
     match = re.search("```python\n(.*?)```", text(here, "me/tiny-opt-flash"), re.DOTALL)
     assert match
     assert len(match[1].splitlines()) == 3
-    assert "FlashStats" in here.run(tmp_path, "-c", match[1] + "print(repr(hf_flash.stats(model)))")
+    assert "NeuronStats" in here.run(tmp_path, "-c", match[1] + "print(repr(hf_flash.stats(model)))")
 
 
 def test_the_memory_it_says_is_what_loading_asks_for(

@@ -21,7 +21,7 @@ from hf_flash.base.sizes import parse_bytes
 from hf_flash.budget import divide
 from hf_flash.commands.main import main
 from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
-from hf_flash.planning import measuring, pairing, planner
+from hf_flash.planning import budgets, measuring, pairing, planner
 from hf_flash.planning import report as planner_report
 from hf_flash.runtime.model import find_runtime
 from hf_flash.store.layout import FlashStore
@@ -191,9 +191,9 @@ def test_a_budget_that_makes_windows_useless_is_told_of(
 
 def test_the_least_budget_that_is_nearly_as_fast() -> None:
     points = [planner.Point(size, 1, 0.5, 1.0, io, 1.0, 1.0, 1.0, 6.0) for size, io in ((1, 9.0), (2, 1.5), (3, 1.0), (4, 0.1))]
-    assert planner._suggestion(points, 4) == 3
-    assert planner._suggestion(points, 3) == 2
-    assert planner._suggestion(points, 0) is None
+    assert budgets.suggestion(points, 4) == 3
+    assert budgets.suggestion(points, 3) == 2
+    assert budgets.suggestion(points, 0) is None
 
 
 @pytest.mark.usefixtures("unmeasured")

@@ -37,17 +37,17 @@ def test_after_a_call_the_most_recently_used_are_there(capacity: int, sequence: 
         assert set(room.leaving) <= set(room.hits)
         assert all(slots.slot_of[expert] >= 0 for expert in room.hits), "a hit went before it was computed"
         for expert in room.leaving:
-            slots.release(expert)
-        assert len(slots.free) >= len(room.kept)
+            slots.drop(expert)
+        assert slots.free >= len(room.kept)
         for expert in room.kept:
-            slots.put(expert, slots.free.pop())
+            slots.put(expert, slots.take())
         for number in range(len(call)):  # of a token, those with lower ids count as used later
             for expert in sorted((e for e, at in zip(used.tolist(), last.tolist(), strict=True) if at == number), reverse=True):
                 order = [*(other for other in order if other != expert), expert]
         there = {expert for expert in range(EXPERTS) if slots.slot_of[expert] >= 0}
         assert there == set(order[max(0, len(order) - capacity) :])
         where = [int(slot) for slot in slots.slot_of if slot >= 0]
-        assert sorted([*where, *slots.free]) == list(range(capacity)), "slots were lost"
+        assert sorted([*where, *slots._free[: slots.free].tolist()]) == list(range(capacity)), "slots were lost"
 
 
 def test_what_the_last_tokens_used_survives_a_prompt() -> None:
@@ -61,9 +61,9 @@ def test_after_an_interruption_all_slots_are_free() -> None:
     slots = [slots_of(2), slots_of(3)]
     passing = PassingSlots(np.zeros((2, 4), np.uint8), slots)
     slots[0].make_room(np.array([1]), np.array([0]), 1)
-    slots[0].put(1, slots[0].free.pop())
-    passing.free.pop()
+    slots[0].put(1, slots[0].take())
+    passing.take()
     passing.interrupted = True
     passing.forget()
-    assert [len(one.free) for one in slots] == [2, 3]
-    assert (slots[0].resident, len(passing.free), passing.interrupted) == (0, 2, False)
+    assert [one.free for one in slots] == [2, 3]
+    assert (slots[0].resident, passing.free, passing.interrupted) == (0, 2, False)

@@ -194,7 +194,7 @@ def test_after_an_interruption_answers_are_right(mixture: Any) -> None:
             pass
         assert torch.equal(logits(model, ids), wanted), turn
     window = runtime_of(model).ffns[0].window
-    assert window.resident + len(window.free) == window.capacity
+    assert window.resident + window.free == window.capacity
 
 
 def test_a_forked_process_goes_on_with_reads_of_its_own(mixture: Any) -> None:

@@ -1,0 +1,353 @@
+/* A few tokens through the experts of a layer in one call: slots, reads, products.
+ *
+ * runtime/experts.py does the same step by step, for prompts. In Python it takes a millisecond a layer, because attention has emptied
+ * the caches each time. The rules are those of runtime/expert_slots.py; tests hold both against the same model. Which of the two
+ * does a call follows from the call alone, so results do not depend on what is in memory. */
+
+#include "native.h"
+
+#ifdef HF_NATIVE
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "numbers.h"
+#include "parallel.h"
+
+enum { MOST_ORDERS = 2 * MOST_PIECES };
+
+/* An expert that some tokens of the call use. */
+typedef struct {
+    int64_t expert, first, pairs; /* its pairs are rows from `first` on */
+    char *slot;                   /* where it is; null: it is not there yet */
+    int64_t number;               /* of the slot */
+    int kept;                     /* whether it stays */
+    int64_t tickets[MOST_ORDERS], count;
+} Used;
+
+typedef struct {
+    ExpertStep *s;
+    Used *used;
+    int64_t *pair_of, *row_of;            /* [pairs] the pair (token * k + place) of a row, and the row of a pair, or -1 */
+    char *x, *products, *hidden, *found;  /* [pairs, width], [pairs, up_outputs], [pairs, neurons], [pairs, width] */
+    LinearJob *jobs;
+    int64_t *offsets, *first;             /* room for an `Order` */
+    struct iovec *pieces;
+} Call;
+
+/* --- who uses what */
+
+/* Pairs of a token and an expert, expert by expert. Returns how many experts are used. */
+static int64_t find_used(Call *call) {
+    ExpertStep *s = call->s;
+    const int64_t pairs = s->tokens * s->k;
+    int64_t n = 0, row = 0;
+    for (int64_t pair = 0; pair < pairs; pair++)
+        call->row_of[pair] = -1;
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        const int64_t expert = s->index[pair];
+        if (call->row_of[pair] >= 0 || expert < 0 || expert >= s->window->experts)
+            continue;
+        Used *used = call->used + n++;
+        *used = (Used){.expert = expert, .first = row};
+        for (int64_t other = pair; other < pairs; other++)
+            if (s->index[other] == expert) {
+                call->row_of[other] = row;
+                call->pair_of[row++] = other;
+            }
+        used->pairs = row - used->first;
+    }
+    return n;
+}
+
+static void release(ExpertWindow *w, int64_t slot) { w->free_slots[w->free++] = slot; }
+
+/* Note what is used, and let go what has to go. Hits that are not kept go when they were computed. */
+static void make_room(Call *call, int64_t n, char *stays) {
+    ExpertStep *s = call->s;
+    ExpertWindow *w = s->window;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t last = call->pair_of[call->used[i].first + call->used[i].pairs - 1] / s->k;
+        w->last_used[call->used[i].expert] = w->clock + 1 + last;
+    }
+    w->clock += s->tokens;
+    memset(stays, 0, (size_t)w->experts);
+    for (int64_t i = 0; i < n; i++)
+        stays[call->used[i].expert] = 2; /* needed */
+    for (int64_t e = 0; e < w->experts; e++) {
+        if (!stays[e] && w->slot_of[e] >= 0)
+            stays[e] = 1; /* there */
+        count += stays[e] != 0;
+    }
+    for (; count > w->capacity; count--) { /* the least recently used, of several the last */
+        int64_t worst = -1;
+        for (int64_t e = 0; e < w->experts; e++)
+            if (stays[e] > 0 && (worst < 0 || w->last_used[e] <= w->last_used[worst]))
+                worst = e;
+        if (stays[worst] == 1) {
+            release(w, w->slot_of[worst]);
+            w->slot_of[worst] = -1;
+            stays[worst] = 0;
+        } else {
+            stays[worst] = -1; /* needed, and not kept */
+        }
+    }
+    for (int64_t i = 0; i < n; i++) {
+        Used *used = call->used + i;
+        used->kept = stays[used->expert] > 0;
+        used->number = w->slot_of[used->expert];
+        used->slot = used->number < 0 ? NULL : w->slots + used->number * w->slot_bytes;
+    }
+}
+
+/* --- reading */
+
+/* Begin to read an expert, if there is a free slot. Returns whether there is. */
+static int start_reading(Call *call, Used *used) {
+    ExpertStep *s = call->s;
+    ExpertWindow *w = used->kept ? s->window : s->passing;
+    if (!w->free)
+        return 0;
+    used->number = w->free_slots[--w->free];
+    used->slot = w->slots + used->number * w->slot_bytes;
+    for (int64_t o = s->first_order[used->expert]; o < s->first_order[used->expert + 1]; o++) {
+        const int64_t *order = s->orders + 3 * o, *read = s->reads + 3 * order[1];
+        for (int64_t i = 0; i < order[2]; i++, read += 3) {
+            call->offsets[i] = read[0];
+            call->first[i] = i;
+            call->pieces[i] = (struct iovec){used->slot + read[1], (size_t)read[2]};
+            s->read_bytes += read[2];
+        }
+        call->first[order[2]] = order[2];
+        const Order reads = {call->offsets, call->first, call->pieces, order[2], 1, 1};
+        const int64_t ticket = hf_read_start(s->reader, s->files[order[0]], &reads);
+        if (!ticket && !s->error) {
+            s->error = 12; /* ENOMEM */
+            s->failed = 1 + used->expert;
+        }
+        used->tickets[used->count++] = ticket;
+        s->chunks++;
+    }
+    return 1;
+}
+
+static void note_error(ExpertStep *s, const Used *used, int32_t error) {
+    if (error && !s->error) {
+        s->error = error;
+        s->failed = 1 + used->expert;
+    }
+}
+
+/* The one ticket of an expert that is still to be waited for; 0: none. */
+static int64_t last_ticket(Call *call, Used *used) {
+    while (used->count > 1) {
+        const double start = now_s();
+        note_error(call->s, used, hf_read_wait(call->s->reader, used->tickets[--used->count]));
+        call->s->waited_s += now_s() - start;
+    }
+    return used->count ? used->tickets[--used->count] : 0;
+}
+
+/* --- computing */
+
+INLINE float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+/* One hidden value. Each step is rounded, as torch does it. */
+INLINE float gated(const ExpertGate *g, float gate, float up, int dtype) {
+    const float limit = g->limit;
+    gate = gate > limit ? limit : gate;
+    up = clamped(up, -limit, limit);
+    if (g->code == EXPERT_SILU)
+        return rounded(rounded(gate / (1.0f + expf(-gate)), dtype) * up, dtype);
+    const float share = rounded(1.0f / (1.0f + expf(-rounded(gate * g->alpha, dtype))), dtype);
+    return rounded(rounded(up + 1.0f, dtype) * rounded(gate * share, dtype), dtype);
+}
+
+INLINE void gate_row(const ExpertGate *g, const void *products, void *hidden, int64_t row, int64_t neurons, int dtype) {
+    const int turns = g->code == EXPERT_SWIGLU;
+    const int64_t in = row * neurons * (g->code == EXPERT_RELU2 ? 1 : 2), out = row * neurons;
+    for (int64_t i = 0; i < neurons; i++) {
+        const float first = one(products, in + (turns ? 2 * i : i), dtype);
+        float value;
+        if (g->code == EXPERT_RELU2) {
+            value = first <= 0.0f ? 0.0f : first; /* what is no number stays so */
+            value = rounded(value * value, dtype);
+        } else {
+            value = gated(g, first, one(products, in + (turns ? 2 * i + 1 : neurons + i), dtype), dtype);
+        }
+        put(hidden, out + i, value, dtype);
+    }
+}
+
+void FAST hf_expert_gate(const ExpertGate *gate, const void *products, void *hidden, int64_t rows, int64_t neurons, int32_t dtype) {
+    for (int64_t row = 0; row < rows; row++)
+        BY_DTYPE(dtype, gate_row, gate, products, hidden, row, neurons);
+}
+
+/* Products of some experts with their tokens; meanwhile the calling thread waits for the reads of `next`, or null. */
+static FAST void multiply(Call *call, Used *const *some, int64_t n, int is_down, Used *next) {
+    ExpertStep *s = call->s;
+    const int64_t size = size_of(s->dtype), begin = is_down ? s->up_pieces : 0, end = is_down ? s->pieces : s->up_pieces;
+    const int64_t inputs = is_down ? s->neurons : s->width, outputs = is_down ? s->width : s->up_outputs;
+    const char *x = is_down ? call->hidden : call->x;
+    char *out = is_down ? call->found : call->products;
+    const char *bias = is_down ? s->down_bias : s->up_bias;
+    int64_t jobs = 0;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t p = begin; p < end; p++) {
+            const ExpertPiece *piece = s->piece + p;
+            const int64_t first = some[i]->first;
+            call->jobs[jobs++] = (LinearJob){
+                .weight = some[i]->slot + s->at[some[i]->expert * s->pieces + p],
+                .bias = bias ? bias + (some[i]->expert * outputs + piece->first_output) * size : NULL,
+                .x = x + (!is_down && s->tokens == 1 ? 0 : first * inputs * size),
+                .out = out + (first * outputs + piece->first_output) * size,
+                .rows = piece->outputs, .columns = piece->inputs, .tokens = some[i]->pairs, .out_stride = outputs,
+                .dtype = s->dtype, .weight_dtype = piece->dtype, .turned = piece->turned,
+            };
+        }
+    LinearsJob all = {.jobs = call->jobs, .n = jobs, .reader = s->reader, .threads = s->threads, .no_avx512 = s->no_avx512};
+    all.ticket = next ? last_ticket(call, next) : 0;
+    if (!hf_linears(&all) && !s->error)
+        s->error = 12; /* ENOMEM */
+    s->waited_s += all.waited_s;
+    if (next)
+        note_error(s, next, all.error);
+}
+
+/* Some experts that are there. */
+static FAST void compute(Call *call, Used *const *some, int64_t n, Used *next) {
+    ExpertStep *s = call->s;
+    const int64_t size = size_of(s->dtype), up_bytes = s->up_outputs * size, hidden_bytes = s->neurons * size;
+    if (n)
+        multiply(call, some, n, 0, NULL);
+    for (int64_t i = 0; i < n; i++)
+        hf_expert_gate(&s->gate, call->products + some[i]->first * up_bytes, call->hidden + some[i]->first * hidden_bytes,
+                       some[i]->pairs, s->neurons, s->dtype);
+    if (n || next)
+        multiply(call, some, n, 1, next);
+}
+
+/* Tokens' experts with the router's weights, in the router's order. A product is rounded if both are of the dtype. */
+INLINE void sum_token(const Call *call, int64_t token, int dtype) {
+    const ExpertStep *s = call->s;
+    for (int64_t i = 0; i < s->width; i++) {
+        float sum = 0.0f;
+        for (int64_t k = 0; k < s->k; k++) {
+            const int64_t pair = token * s->k + k, row = call->row_of[pair];
+            if (row < 0)
+                continue;
+            const float product = one(call->found, row * s->width + i, dtype) * one(s->weights, pair, s->weights_dtype);
+            sum += s->weights_dtype == dtype ? rounded(product, dtype) : product;
+        }
+        put(s->out, token * s->width + i, sum, dtype);
+    }
+}
+
+static FAST void sum_tokens(const Call *call) {
+    for (int64_t token = 0; token < call->s->tokens; token++)
+        BY_DTYPE(call->s->dtype, sum_token, call, token);
+}
+
+/* --- the whole */
+
+/* What is there is computed first, then each expert as it arrives. */
+static FAST void compute_all(Call *call, int64_t n, Used **hits, Used **missing) {
+    ExpertStep *s = call->s;
+    int64_t there = 0, lacking = 0, started = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (call->used[i].slot)
+            hits[there++] = call->used + i;
+    for (int kept = 1; kept >= 0; kept--)
+        for (int64_t i = 0; i < n; i++)
+            if (!call->used[i].slot && call->used[i].kept == kept)
+                missing[lacking++] = call->used + i;
+    s->hits = there;
+    while (started < lacking && start_reading(call, missing[started]))
+        started++;
+    compute(call, hits, there, started ? missing[0] : NULL);
+    for (int64_t i = 0; i < there; i++)
+        if (!hits[i]->kept) {
+            s->window->slot_of[hits[i]->expert] = -1;
+            release(s->window, hits[i]->number);
+        }
+    for (int64_t i = 0; i < lacking; i++) {
+        while (started < lacking && start_reading(call, missing[started]))
+            started++;
+        Used *came = missing[i];
+        const int64_t ticket = last_ticket(call, came);
+        if (ticket)
+            note_error(s, came, hf_read_wait(s->reader, ticket));
+        if (came->kept && !s->error)
+            s->window->slot_of[came->expert] = came->number;
+        compute(call, &came, s->error ? 0 : 1, i + 1 < started ? missing[i + 1] : NULL);
+        if (!came->kept)
+            release(s->passing, came->number);
+    }
+}
+
+static FAST void gather_x(Call *call, int64_t n) {
+    ExpertStep *s = call->s;
+    const size_t nbytes = (size_t)(s->width * size_of(s->dtype));
+    if (s->tokens == 1) {
+        memcpy(call->x, s->x, nbytes);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t row = call->used[i].first; row < call->used[i].first + call->used[i].pairs; row++)
+            memcpy(call->x + row * nbytes, (const char *)s->x + call->pair_of[row] / s->k * nbytes, nbytes);
+}
+
+/* Cut a part off a block of memory. */
+static void *cut(char **memory, int64_t nbytes) {
+    void *part = *memory;
+    *memory += (nbytes + 63) & ~(int64_t)63;
+    return part;
+}
+
+int FAST hf_expert_step(ExpertStep *s) {
+    const double start = now_s();
+    const int64_t pairs = s->tokens * s->k, size = size_of(s->dtype), reads = s->most_reads;
+    const int64_t sizes[] = {
+        pairs * (int64_t)sizeof(Used),     8 * pairs,           8 * pairs,       pairs * s->width * size, pairs * s->up_outputs * size,
+        pairs * s->neurons * size,         pairs * s->width * size,
+        pairs * s->pieces * (int64_t)sizeof(LinearJob), 8 * reads, 8 * (reads + 1), reads * (int64_t)sizeof(struct iovec),
+        s->window->experts,                8 * pairs,           8 * pairs,
+    };
+    int64_t total = 64;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        total += (sizes[i] + 63) & ~(int64_t)63;
+    char *const memory = malloc((size_t)total), *at = memory;
+    if (!memory)
+        return 0;
+    Call call = {.s = s};
+    call.used = cut(&at, sizes[0]);
+    call.pair_of = cut(&at, sizes[1]);
+    call.row_of = cut(&at, sizes[2]);
+    call.x = cut(&at, sizes[3]);
+    call.products = cut(&at, sizes[4]);
+    call.hidden = cut(&at, sizes[5]);
+    call.found = cut(&at, sizes[6]);
+    call.jobs = cut(&at, sizes[7]);
+    call.offsets = cut(&at, sizes[8]);
+    call.first = cut(&at, sizes[9]);
+    call.pieces = cut(&at, sizes[10]);
+    char *stays = cut(&at, sizes[11]);
+    Used **hits = cut(&at, sizes[12]), **missing = cut(&at, sizes[13]);
+    s->read_bytes = s->chunks = s->failed = 0;
+    s->error = 0;
+    s->waited_s = 0.0;
+    s->used = find_used(&call);
+    make_room(&call, s->used, stays);
+    gather_x(&call, s->used);
+    s->managed_s = now_s() - start;
+    compute_all(&call, s->used, hits, missing);
+    if (!s->error)
+        sum_tokens(&call);
+    free(memory);
+    return 1;
+}
+
+#endif

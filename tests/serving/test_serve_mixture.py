@@ -1,0 +1,67 @@
+"""`hf-flash serve` with a mixture of experts: the answers of `generate`, and its counters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import requests
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_flash.serving.server import Server
+from tests.conftest import torch_threads
+from tests.packing.talking import make_mixture
+from tests.serving.test_serve import client, serving
+
+PROMPT = "In the beginning"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with torch_threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_mixture(tmp_path_factory.mktemp("serving") / "mixture")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    with serving(folder) as found:
+        yield found
+
+
+@pytest.fixture
+def talk(server: Server) -> Iterator[openai.OpenAI]:
+    with client(server.url) as found:
+        yield found
+
+
+def test_it_answers_as_the_stock_model(folder: Path, talk: openai.OpenAI) -> None:
+    stock, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids = stock.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    answer = talk.completions.create(model=str(folder), prompt=PROMPT, max_tokens=8, temperature=0)
+    assert answer.choices[0].text == tokenizer.decode(ids, skip_special_tokens=True)
+    chat = talk.chat.completions.create(
+        model=str(folder), messages=[{"role": "user", "content": PROMPT}], max_tokens=4, temperature=0
+    )
+    assert chat.choices[0].message.content
+
+
+def test_its_counters_are_those_of_experts(folder: Path, server: Server, talk: openai.OpenAI) -> None:
+    root = server.url.removesuffix("/v1")
+    before = requests.get(f"{root}/flash/stats", timeout=30).json()
+    used = talk.completions.create(model=str(folder), prompt=PROMPT, max_tokens=5, temperature=0).usage
+    after = requests.get(f"{root}/flash/stats", timeout=30).json()
+    assert used is not None
+    assert after["tokens"] - before["tokens"] == used.total_tokens - 1
+    assert (after["experts"], after["experts_per_token"], after["all_experts"]) == (8, 2, 24)
+    assert after["counters"]["selected"] > before["counters"]["selected"]
+    metrics = requests.get(f"{root}/metrics", timeout=30).text
+    assert "experts" in metrics
+    assert "8 experts a layer" in server.describe()

@@ -16,21 +16,22 @@ import torch
 
 from hf_flash.base.buffers import allocate_pages, load_into_memory
 from hf_flash.base.heap import trim_heap
-from hf_flash.budget.expert_plan import PASSING_SLOTS, WIDE_BYTES, ExpertPlan, checked_plan
+from hf_flash.budget.divide_experts import PASSING_SLOTS, divide_experts, wide_numbers
+from hf_flash.budget.expert_plan import ExpertPlan, checked_plan
 from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.config import AUTO, FlashOffloadConfig
 from hf_flash.errors import ConfigError
 from hf_flash.families.expert_check import check_experts
-from hf_flash.families.experts import experts_per_token, first_of, kv_cache_bytes, locate_experts
+from hf_flash.families.experts import experts_per_token, kv_cache_bytes, locate_experts
 from hf_flash.machine.free_memory import available_memory
-from hf_flash.reading.experts import ExpertPlaces, ExpertReader, reader_bytes
+from hf_flash.reading.experts import ExpertPlaces, ExpertReader
 from hf_flash.runtime.engine import ExpertEngine
 from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
 from hf_flash.runtime.expert_weights import ExpertStack
-from hf_flash.runtime.experts import FlashExperts, flash_class
+from hf_flash.runtime.experts import FlashExperts, put_on_flash
 from hf_flash.runtime.model import ExpertRuntime
 from hf_flash.runtime.resident_linear import make_linears_resident
-from hf_flash.runtime.transformers_model import ignore_on_load, mark_as_initialized, resident_bytes
+from hf_flash.runtime.transformers_model import ignore_on_load, resident_bytes
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.experts import SECOND
 
@@ -52,7 +53,7 @@ class ExpertLoading:
         reader = ExpertReader(self.places, config.reader, config.io_threads, spare_bytes)
         self.checkpoint.check_unchanged()  # while it was opened and read
         trim_heap()
-        wide = torch.empty(_wide_numbers(dtype, self.places), dtype=torch.float32, device="cpu")
+        wide = torch.empty(wide_numbers(self.places.layers, dtype), dtype=torch.float32, device="cpu")
         engine = ExpertEngine(reader, dtype, wide)
         windows = [
             ExpertSlots(layer.experts, _memory(count, size))
@@ -87,46 +88,19 @@ def prepare_experts(model: Any, config: FlashOffloadConfig, checkpoint: Checkpoi
         )
     check_experts(model)
     places = ExpertPlaces(locate_experts(model, checkpoint), checkpoint)
-    layers = [_replace(model, index, layer.name, layer) for index, layer in enumerate(places.layers)]
+    layers = [put_on_flash(model.get_submodule(layer.name), index, layer) for index, layer in enumerate(places.layers)]
     plan = _divide(model, config, places)
     ignore_on_load(model, [rf"(^|\.){re.escape(layer.name)}\.({layer.first}|{SECOND})$" for layer in places.layers])
     return ExpertLoading(checkpoint, places, plan, layers)
 
 
-def _replace(model: Any, index: int, name: str, layer: Any) -> FlashExperts:
-    """Take the experts' parameters off a module, and make it read them from flash."""
-    module = model.get_submodule(name)
-    for param in (first_of(module), SECOND):
-        del module._parameters[param]
-    module.__class__ = flash_class(type(module))
-    module.index, module.layer = index, layer
-    mark_as_initialized(module)
-    found: FlashExperts = module
-    return found
-
-
 def _divide(model: Any, config: FlashOffloadConfig, places: ExpertPlaces) -> ExpertPlan:
-    """Divide the memory budget."""
+    """Divide the memory budget. Raises `BudgetError`."""
     budget, dtype = None if config.memory_budget == AUTO else config.memory_budget, model.config.dtype
-    scratch = 4 * _wide_numbers(dtype, places) + PASSING_SLOTS * max(places.slot_bytes)
-    layers = places.layers
-    plan = ExpertPlan(
-        budget_bytes=ceiling_bytes(budget),
-        resident_bytes=resident_bytes(model, dtype),
-        scratch_bytes=scratch + reader_bytes(config.reader, config.io_threads),
-        slot_bytes=places.slot_bytes,
-        experts=tuple(layer.experts for layer in layers),
-        expert_bytes=tuple(sum(p.rows * p.columns for p in layer.pieces) * dtype.itemsize for layer in layers),
-        used=min(experts_per_token(model), max(layer.experts for layer in layers)),
-    )
+    used = min(experts_per_token(model), max(layer.experts for layer in places.layers))
+    sizes = resident_bytes(model, dtype), places.layers, places.slot_bytes, dtype, used
+    plan = divide_experts(ceiling_bytes(budget), *sizes, reader=config.reader, io_threads=config.io_threads)
     return checked_plan(budget, plan)
-
-
-def _wide_numbers(dtype: torch.dtype, places: ExpertPlaces) -> int:
-    """Numbers in the buffer that rows are widened into; one row at least, and next to nothing where nothing is widened."""
-    if dtype == torch.float32:
-        return 1
-    return max(WIDE_BYTES // 4, *(max(piece.columns for piece in layer.pieces) for layer in places.layers))
 
 
 def _memory(count: int, nbytes: int) -> Any:

@@ -11,19 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
 
 from hf_flash.base.sizes import format_bytes
 from hf_flash.errors import BudgetError
 from hf_flash.machine.free_memory import available_memory
 
-PASSING_SLOTS: Final = 3  # one is computed with, two are read into
-WIDE_BYTES: Final = 16 << 20
-
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """What a budget holds, in bytes. Made by loading_experts.py.
+    """What a budget holds, in bytes. Made by `divide_experts`.
 
     Attributes:
         slot_bytes: of each layer with experts; a slot has room for the sectors around an expert.

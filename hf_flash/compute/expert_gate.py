@@ -58,8 +58,7 @@ def known_gate(module: Any) -> ExpertGate | None:
     alpha = float(getattr(module, "alpha", 1.0)) if isinstance(getattr(module, "alpha", 1.0), int | float) else 1.0
     random = torch.Generator().manual_seed(_SEED)
     width = _NEURONS * (2 if module.has_gate else 1)
-    shape = {"generator": random, "dtype": torch.float32, "device": "cpu"}
-    tries = [size * torch.randn(_ROWS, width, **shape) for size in _SIZES]  # type: ignore[call-overload]
+    tries = [size * torch.randn(_ROWS, width, generator=random, dtype=torch.float32, device="cpu") for size in _SIZES]
     with torch.no_grad():
         stock = [_stock(module, products) for products in tries]
     for known in _FUNCTIONS:
@@ -69,9 +68,25 @@ def known_gate(module: Any) -> ExpertGate | None:
     return None
 
 
+def stock_gate(module: Any, products: torch.Tensor) -> torch.Tensor:
+    """What a stock module of experts makes of the products before its gate, by its own code.
+
+    `_apply_gate` of transformers' `use_experts_implementation` (integrations/moe.py), since 5.0: every class that it decorates
+    has one, and `act_fn` where it `has_gate` is false.
+
+    Args:
+        products: [rows, outputs].
+
+    Returns:
+        [rows, neurons].
+    """
+    hidden: torch.Tensor = module._apply_gate(products) if module.has_gate else module.act_fn(products)
+    return hidden
+
+
 def _stock(module: Any, products: torch.Tensor) -> Any:
     try:
-        return module._apply_gate(products) if module.has_gate else module.act_fn(products)
+        return stock_gate(module, products)
     except Exception:  # noqa: BLE001  # of whatever it asks for that is not there
         return None
 

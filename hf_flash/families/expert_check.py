@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from hf_flash.compute.expert_gate import stock_gate
 from hf_flash.errors import UnsupportedModelError
 from hf_flash.families.experts import expert_modules, first_of, sizes_of, small_sizes
 from hf_flash.store.experts import SECOND
@@ -42,10 +43,10 @@ def _check(module: Any, where: str) -> None:
         torch.manual_seed(_SEED)
         small = _small_module(module)
         x, weights = (
-            torch.randn(_TOKENS, small_sizes(module)[width], dtype=torch.float32),
-            torch.rand(_TOKENS, used, dtype=torch.float32),
+            torch.randn(_TOKENS, small_sizes(module)[width], dtype=torch.float32, device="cpu"),
+            torch.rand(_TOKENS, used, dtype=torch.float32, device="cpu"),
         )
-        index = torch.stack([torch.randperm(experts)[:used] for _ in range(_TOKENS)])
+        index = torch.stack([torch.randperm(experts, dtype=torch.int64, device="cpu")[:used] for _ in range(_TOKENS)])
         try:
             stock = type(module).forward(small, x, index, weights)
         except Exception as error:  # of whatever a module asks for that is not there
@@ -62,16 +63,19 @@ def _small_module(module: Any) -> Any:
     kind: Any = type(module)
     small, sizes = kind.__new__(kind), small_sizes(module)
     nn.Module.__init__(small)
-    held = {name: value for name, value in module.__dict__.items() if name not in ("_parameters", "_modules")}
-    small.__dict__.update({name: sizes.get(value, value) if type(value) is int else value for name, value in held.items()})
+    for name, value in vars(module).items():
+        if not name.startswith("_") or type(value) is bool:  # what is nn.Module's own stays new
+            vars(small)[name] = sizes.get(value, value) if type(value) is int else value
     small.num_experts = sizes_of(module)[0]
     small.config = _Eager(module.config)
-    small._modules.update(module._modules)
+    for name, child in module.named_children():
+        small.add_module(name, child)
     if module.has_post_expert_norm:
-        small._modules[_NORM] = nn.RMSNorm(sizes[sizes_of(module)[1]], dtype=torch.float32)
-    for name, parameter in module._parameters.items():
+        small.add_module(_NORM, nn.RMSNorm(sizes[sizes_of(module)[1]], dtype=torch.float32, device="cpu"))
+    for name, parameter in module.named_parameters(recurse=False):
         shape = [parameter.shape[0], *(sizes.get(size, size) for size in parameter.shape[1:])]
-        small._parameters[name] = nn.Parameter(0.5 * torch.randn(shape, dtype=torch.float32), requires_grad=False)
+        values = 0.5 * torch.randn(shape, dtype=torch.float32, device="cpu")
+        small.register_parameter(name, nn.Parameter(values, requires_grad=False))
     return small
 
 
@@ -94,16 +98,16 @@ def _computed(module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.
     for token in range(len(x)):
         for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
             hidden = _product(module, first, expert, x[token : token + 1])
-            hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+            hidden = stock_gate(module, hidden)
             found = _product(module, SECOND, expert, hidden)
             out[token] += weight * (module.post_expert_norm(found) if module.has_post_expert_norm else found)[0]
     return out
 
 
 def _product(module: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-    matrix = module._parameters[name][expert]
+    matrix = module.get_parameter(name)[expert]
     found: torch.Tensor = x @ (matrix if module.is_transposed else matrix.T)
-    return found + module._parameters[f"{name}_bias"][expert] if module.has_bias else found
+    return found + module.get_parameter(f"{name}_bias")[expert] if module.has_bias else found
 
 
 def _differs(where: str, got: str) -> UnsupportedModelError:

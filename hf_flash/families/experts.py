@@ -45,13 +45,13 @@ def expert_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    held = module._parameters
+    held = dict(module.named_parameters(recurse=False))
     return hasattr(module, _MARK) and SECOND in held and any(name in held for name in _FIRST)
 
 
 def first_of(module: Any) -> str:
     """The parameter of an experts module that comes before the activation."""
-    return next(name for name in _FIRST if name in module._parameters)
+    return next(name for name in _FIRST if name in dict(module.named_parameters(recurse=False)))
 
 
 def mixture_of(folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -115,7 +115,7 @@ def locate_experts(model: Any, checkpoint: Checkpoint) -> list[ExpertLayer]:
         StoreFormatError: the checkpoint lacks experts, or has them in other sizes.
     """
     modules = expert_modules(model)
-    wanted = {f"{name}.{param}" for name, module in modules.items() for param in module._parameters}
+    wanted = {f"{name}.{param}" for name, module in modules.items() for param, _ in module.named_parameters(recurse=False)}
     sources = _Conversions(model).sources_of(wanted, list(checkpoint.specs))
     tried: dict[Any, Any] = {}
     return [_layer(model, checkpoint, name, module, sources, tried) for name, module in modules.items()]
@@ -195,7 +195,7 @@ def _layer(
             )
         source = sources[target]
         specs = [checkpoint.specs[tensor] for tensor in source.tensors]
-        shape = tuple(module._parameters[param].shape)
+        shape = tuple(module.get_parameter(param).shape)
         key = (id(source.converter), tuple(len(names) for names in source.names.values()), tuple(specs), shape)
         if key not in tried:
             tried[key] = _try_conversion(model, source, specs, module, param, target)
@@ -211,7 +211,7 @@ def _layer(
 
 def sizes_of(module: Any) -> tuple[int, int, int]:
     """Experts, width and neurons of an experts module."""
-    down = module._parameters[SECOND].shape
+    down = module.get_parameter(SECOND).shape
     return (down[0], down[2], down[1]) if module.is_transposed else (down[0], down[1], down[2])
 
 
@@ -226,7 +226,7 @@ def _try_conversion(
     Returns:
         The pieces of an expert; and for each expert and piece, the number of the tensor and the byte in it.
     """
-    shape = module._parameters[param].shape
+    shape = module.get_parameter(param).shape
     small = small_sizes(module)
     shapes = [_small_shape(spec[1], small, tensor, target) for spec, tensor in zip(specs, source.tensors, strict=True)]
     made = _converted(model, source, shapes, torch.Size(_small_shape(tuple(shape), small, target, target)), target)
@@ -288,7 +288,9 @@ def _run_operations(
     model: Any, source: _Sources, numbers: Iterator[torch.Tensor], wanted: torch.Size, target: str
 ) -> torch.Tensor:
     """The operations of transformers' converter, in its order."""
-    stand_in = SimpleNamespace(get_parameter=lambda name: torch.empty(wanted, device="meta"), config=model.config)
+    stand_in = SimpleNamespace(
+        get_parameter=lambda name: torch.empty(wanted, dtype=torch.int64, device="meta"), config=model.config
+    )
     collected: dict[str, Any] = {pattern: [next(numbers) for _ in names] for pattern, names in source.names.items()}
     patterns = {"source_patterns": source.converter.source_patterns, "target_patterns": source.converter.target_patterns}
     try:

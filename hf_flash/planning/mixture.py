@@ -29,7 +29,8 @@ import torch
 from torch import nn
 
 from hf_flash.base.files import read_json
-from hf_flash.budget.expert_plan import PASSING_SLOTS, WIDE_BYTES, ExpertPlan, checked_plan
+from hf_flash.budget.divide_experts import divide_experts
+from hf_flash.budget.expert_plan import ExpertPlan, checked_plan
 from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.config import ReaderName
 from hf_flash.config_arguments import ARGUMENTS
@@ -41,7 +42,6 @@ from hf_flash.planning.budgets import UNLIMITED, budget_to_look_at, suggestion
 from hf_flash.planning.measuring import Speeds, measure_speeds
 from hf_flash.planning.mixture_report import Expected, ExpertOutlook, ExpertPoint
 from hf_flash.planning.model import compute_dtype, take_stored
-from hf_flash.reading.experts import reader_bytes
 from hf_flash.reading.layer_files import PAGE
 from hf_flash.runtime.transformers_model import plain_state, resident_bytes
 from hf_flash.store.checkpoint import Checkpoint, resolve_folder
@@ -88,19 +88,9 @@ class PlannedMixture:
 
     def divide(self, budget_bytes: int, reader: ReaderName) -> ExpertPlan:
         """Divide a budget as loading_experts.py does, which may be too small."""
-        columns = [piece.columns for layer in self.layers for piece in layer.pieces]
-        wide = 1 if self.dtype == torch.float32 else max(WIDE_BYTES // 4, *columns)
-        slots = tuple(layer.expert_bytes + 2 * PAGE * len(layer.pieces) for layer in self.layers)
-        numbers = (sum(piece.rows * piece.columns for piece in layer.pieces) for layer in self.layers)
-        return ExpertPlan(
-            budget_bytes=budget_bytes,
-            resident_bytes=self.resident_bytes,
-            scratch_bytes=4 * wide + PASSING_SLOTS * max(slots) + reader_bytes(reader, ARGUMENTS["io_threads"].default),
-            slot_bytes=slots,
-            experts=tuple(layer.experts for layer in self.layers),
-            expert_bytes=tuple(count * self.dtype.itemsize for count in numbers),
-            used=self.used,
-        )
+        slots = [layer.expert_bytes + 2 * PAGE * len(layer.pieces) for layer in self.layers]
+        sizes = self.resident_bytes, self.layers, slots, self.dtype, self.used
+        return divide_experts(budget_bytes, *sizes, reader=reader, io_threads=ARGUMENTS["io_threads"].default)
 
 
 def _in_pages(nbytes: int) -> int:
@@ -130,7 +120,7 @@ def open_mixture(source: str | os.PathLike[str], dtype: str | None, **hub: Any) 
     layers = tuple(locate_experts(model, _as_saved(model)))
     for module in modules.values():
         for param in (first_of(module), SECOND):
-            del module._parameters[param]
+            delattr(module, param)
     found = compute_dtype(dtype) or model.config.dtype or torch.float32
     model.config.dtype = found
     resident = resident_bytes(model, found)
@@ -151,7 +141,7 @@ def _as_saved(model: Any) -> Checkpoint:
     experts = {
         f"{name}.{param}": value
         for name, module in expert_modules(model).items()
-        for param, value in module._parameters.items()
+        for param, value in module.named_parameters(recurse=False)
     }
     return Checkpoint([], {name: (value.dtype, tuple(value.shape)) for name, value in plain_state(model, experts).items()})
 

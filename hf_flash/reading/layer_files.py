@@ -181,6 +181,7 @@ def finish_reading(queue: ReadQueue, fds: list[int]) -> None:
 
 
 def close_files(fds: list[int]) -> None:
+    """Close files, and forget them."""
     while fds:
         os.close(fds.pop())
 

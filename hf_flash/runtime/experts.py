@@ -10,8 +10,8 @@ How tokens flow through it, in `_run`:
 
 For a few tokens, as decoding has them, all of this is one call of the compiled part (expert_step.py). A call that uses more
 experts than there are slots, as a prompt does, reads every missing expert once, multiplies all of its tokens with it, and
-lets it go. So results do not depend on what is in memory (contract C3): a pair of a token and an expert is computed by itself, and a
-token's sum is made at the end, in the order in which the router named its experts.
+lets it go. So results do not depend on what is in memory (contract C3): a pair of a token and an expert is computed by itself,
+and a token's sum is made at the end, in the order in which the router named its experts.
 
 The module keeps the stock one's class as a base: its activation (`_apply_gate`, `act_fn`), its biases, its norm and its names.
 """
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from hf_flash.base.arrays import Bytes, Ids
+from hf_flash.compute.expert_gate import stock_gate
 from hf_flash.compute.expert_products import ExpertProducts, Group, Memory
 from hf_flash.reading.experts import ExpertReading
 from hf_flash.runtime.engine import ExpertEngine
@@ -36,6 +37,7 @@ from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
 from hf_flash.runtime.expert_step import ExpertTokenStep, expert_step
 from hf_flash.runtime.flash_weights import OnFlash
 from hf_flash.runtime.inference_only import usable_engine, without_backward
+from hf_flash.runtime.transformers_model import mark_as_initialized
 from hf_flash.store.experts import SECOND, ExpertLayer
 
 _SHARED: Final = ("engine", "layer", "window", "passing", "_wide", "_up", "_down", "step")  # by copies of a layer
@@ -85,7 +87,7 @@ class _Call:
 
 
 class FlashExperts(OnFlash):
-    """Stands where a module of experts stood; [`flash_class`] makes a class of both."""
+    """Stands where a module of experts stood; [`put_on_flash`] makes one of it."""
 
     layer: ExpertLayer
     index: int  # among the layers with experts
@@ -233,10 +235,8 @@ class FlashExperts(OnFlash):
 
     def _activate(self, products: torch.Tensor, call: _Call, pairs: Ids) -> torch.Tensor:
         """The hidden values [pairs, neurons], by the stock module's own code."""
-        stock: Any = self
         self._add_bias(products, self.layer.first, call, pairs)
-        hidden: torch.Tensor = stock._apply_gate(products) if stock.has_gate else stock.act_fn(products)
-        return hidden.contiguous()
+        return stock_gate(self, products).contiguous()
 
     def _finish(self, products: torch.Tensor, call: _Call, pairs: Ids) -> torch.Tensor:
         stock: Any = self
@@ -284,6 +284,18 @@ class FlashExperts(OnFlash):
         self.passing.interrupted = False
 
 
-def flash_class(stock: type) -> type:
-    """A class of experts on flash, under the name of the stock one."""
-    return type(stock.__name__, (FlashExperts, stock), {"__module__": stock.__module__, "__doc__": stock.__doc__})
+def put_on_flash(module: Any, index: int, layer: ExpertLayer) -> FlashExperts:
+    """Make a stock module of experts read them from flash: it loses their parameters, and gets a class of both kinds.
+
+    Args:
+        module: whose parameters are on the meta device.
+        index: among the layers with experts.
+    """
+    for param in (layer.first, SECOND):
+        delattr(module, param)
+    stock = type(module)
+    module.__class__ = type(stock.__name__, (FlashExperts, stock), {"__module__": stock.__module__, "__doc__": stock.__doc__})
+    module.index, module.layer = index, layer
+    mark_as_initialized(module)
+    found: FlashExperts = module
+    return found

@@ -19,7 +19,7 @@ PACKAGE = Path(hf_flash.__file__).parent
 ROOMS = (  # each imports only from those before it
     "_version", "errors", "base", "config_arguments", "config", "machine", "store", "compute", "reading", "families",
     "predictors", "packing", "budget", "runtime", "calibration", "planning", "planner", "bench", "evaluation", "hub", "serving",
-    "loading", "quantizer", "registration", "__init__", "commands", "__main__",
+    "loading_experts", "loading", "quantizer", "registration", "__init__", "commands", "__main__",
 )  # fmt: skip
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 LINES, FUNCTION_LINES, AT_TOP = 500, 45, 12
@@ -63,8 +63,9 @@ def test_every_room_has_a_folder_of_tests() -> None:
 USERS = {  # rooms, or files of them, that use a library; all others do without
     "safetensors": set[str](),
     "transformers": {
-        "config", "registration", "quantizer", "compute/activation", "families/recognise", "runtime/observing", "calibration",
-        "planning", "bench", "evaluation", "serving", "commands/demo", "commands/doctor",
+        "config", "registration", "quantizer", "compute/activation", "families/recognise", "families/experts",
+        "runtime/observing", "runtime/transformers_model", "calibration", "planning", "bench", "evaluation", "serving",
+        "commands/demo", "commands/doctor",
     },
     "huggingface_hub": {"store/checkpoint", "packing", "calibration", "planning", "bench", "evaluation", "hub", "commands"},
 }  # fmt: skip
@@ -101,10 +102,12 @@ def test_the_window_knows_neither_reader_nor_predictor() -> None:
 
 
 PRIVATE = {  # names of libraries that begin with an underscore, or are as private: only in these files
+    "compute/expert_gate.py": {"_apply_gate"},
     "families/decoder.py": {"get_decoder"},
     "packing/readme.py": {"REGEX_YAML_BLOCK"},
     "predictors/low_bit.py": {"_weight_int8pack_mm", "_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu"},
     "registration.py": {"AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING", "LOADING_ATTRIBUTES_CONFIG_TYPES"},
+    "runtime/experts.py": {"__class__"},
     "runtime/flash_weights.py": {"_parameters", "_buffers"},
     "runtime/model_class.py": {"__class__"},
     "runtime/resident_linear.py": {"_parameters", "__class__"},
@@ -114,6 +117,7 @@ PRIVATE = {  # names of libraries that begin with an underscore, or are as priva
     },
     "runtime/transformers_model.py": {
         "_hf_peft_config_loaded", "_keys_to_ignore_on_load_unexpected", "all_tied_weights_keys", "hidden_states",
+        "_is_hf_initialized",
     },
     "serving/fields.py": {"_from_model_config"},
     "serving/transformers_serving.py": {"_GenerationCancelled", "_generate_managers", "_cb", "_model_locks"},

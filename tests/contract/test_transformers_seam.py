@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +40,14 @@ from transformers import (
     pipeline,
 )
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, systemone, utils
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.quantizers import HfQuantizer
 from transformers.utils import chat_template_utils
@@ -919,3 +927,57 @@ def test_the_stock_class_makes_a_model_from_a_config_alone(opt: Callable[..., Pa
     with torch.device("meta"):
         made = stock_class(model)(copy.deepcopy(model.config))
     assert made.state_dict().keys() == model.state_dict().keys()
+
+
+# --- mixtures of experts: families/experts.py, compute/expert_gate.py, runtime/experts.py
+
+
+@pytest.fixture(scope="module")
+def mixture(coverage: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of a small mixture, and the stock model."""
+    folder = tmp_path_factory.mktemp("seam") / "mixtral"
+    return folder, coverage.stock_model("mixtral", folder)[0]
+
+
+def test_modules_of_experts_have_apply_gate_and_say_their_layout(mixture: tuple[Path, Any]) -> None:
+    """`use_experts_implementation`: families/experts.py finds them by `is_concatenated`."""
+    experts = mixture[1].get_submodule("model.layers.0.mlp.experts")
+    assert (experts.has_gate, experts.has_bias, experts.is_transposed, experts.is_concatenated) == (True, False, False, True)
+    assert experts.has_post_expert_norm is False
+    products = torch.randn(3, 2 * experts.down_proj.shape[2])
+    gate, up = products.chunk(2, dim=-1)
+    torch.testing.assert_close(experts._apply_gate(products), torch.nn.functional.silu(gate) * up)
+
+
+def test_rename_source_key_and_the_converters_say_what_becomes_of_a_tensor(mixture: tuple[Path, Any]) -> None:
+    _, stock = mixture
+    mapping = get_model_conversion_mapping(stock)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    name, pattern = rename_source_key(
+        "model.layers.0.block_sparse_moe.experts.3.w1.weight",
+        renamings,
+        converters,
+        stock.base_model_prefix,
+        stock.state_dict(),
+    )
+    assert name == "model.layers.0.mlp.experts.gate_up_proj"
+    (converter,) = [entry for entry in converters if pattern in entry.source_patterns]
+    assert [type(operation).__name__ for operation in converter.operations] == ["MergeModulelist", "Concatenate"]
+    assert sorted(["a.10", "a.9"], key=dot_natural_key) == ["a.9", "a.10"]
+
+
+def test_is_hf_initialized_keeps_the_loader_from_giving_a_module_random_numbers(mixture: tuple[Path, Any]) -> None:
+    stock = copy.deepcopy(mixture[1])
+    experts = stock.get_submodule("model.layers.0.mlp.experts")
+    for module in stock.modules():
+        module._is_hf_initialized = module is experts
+    before = experts.down_proj.clone()
+    del experts.gate_up_proj  # which `_init_weights` would ask for
+    stock.initialize_weights()
+    assert torch.equal(experts.down_proj, before)
+
+
+def test_revert_weight_conversion_gives_the_names_of_the_checkpoint(mixture: tuple[Path, Any]) -> None:
+    folder, stock = mixture
+    assert revert_weight_conversion(stock, dict(stock.state_dict())).keys() == load_file(folder / "model.safetensors").keys()

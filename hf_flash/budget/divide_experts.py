@@ -1,0 +1,57 @@
+"""Divide a memory budget over what a mixture of experts holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from hf_flash.budget.expert_plan import ExpertPlan
+from hf_flash.reading.experts import reader_bytes
+from hf_flash.store.experts import ExpertLayer
+
+PASSING_SLOTS: Final = 3  # one is computed with, two are read into
+_WIDE: Final = 1 << 22  # numbers that rows are widened into, at most, if a row is not longer
+_LEAST_WIDE: Final = 1 << 16
+
+
+def divide_experts(
+    budget_bytes: int,
+    resident_bytes: int,
+    layers: Sequence[ExpertLayer],
+    slot_bytes: Sequence[int],
+    dtype: torch.dtype,
+    used: int,
+    *,
+    reader: str,
+    io_threads: int,
+) -> ExpertPlan:
+    """Divide a memory budget. It may be too small for the plan: ask its `minimum_bytes`.
+
+    Args:
+        resident_bytes: of all weights that are not experts, in the dtype of compute.
+        slot_bytes: what a slot takes in each layer.
+        dtype: of compute.
+        used: experts that a token uses in a layer.
+        reader, io_threads: as in `FlashOffloadConfig`.
+    """
+    numbers = (sum(piece.rows * piece.columns for piece in layer.pieces) for layer in layers)
+    return ExpertPlan(
+        budget_bytes=budget_bytes,
+        resident_bytes=resident_bytes,
+        scratch_bytes=4 * wide_numbers(layers, dtype) + PASSING_SLOTS * max(slot_bytes) + reader_bytes(reader, io_threads),
+        slot_bytes=tuple(slot_bytes),
+        experts=tuple(layer.experts for layer in layers),
+        expert_bytes=tuple(count * dtype.itemsize for count in numbers),
+        used=used,
+    )
+
+
+def wide_numbers(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:
+    """Numbers in the buffer that rows are widened into: a matrix, or some rows; next to nothing where nothing is widened."""
+    if dtype == torch.float32:
+        return 1
+    pieces = [piece for layer in layers for piece in layer.pieces]
+    most = min(_WIDE, max(piece.rows * piece.columns for piece in pieces))
+    return max(_LEAST_WIDE, most, *(piece.columns for piece in pieces))

@@ -26,6 +26,7 @@ from hf_flash.families.experts import experts_per_token, kv_cache_bytes, locate_
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.reading.experts import ExpertPlaces, ExpertReader
 from hf_flash.runtime.engine import ExpertEngine
+from hf_flash.runtime.expert_lookahead import add_expert_lookahead
 from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
 from hf_flash.runtime.expert_weights import ExpertStack
 from hf_flash.runtime.experts import FlashExperts, put_on_flash
@@ -67,6 +68,8 @@ class ExpertLoading:
                 for param in (layer.layer.first, SECOND)
             }
         make_linears_resident(model, engine)
+        if config.lookahead:
+            add_expert_lookahead(model, self.layers, plan.used)
         runtime = ExpertRuntime(config, plan, self.checkpoint, engine, self.layers, kv_cache_bytes(model))
         model.flash_runtime = runtime
         engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle

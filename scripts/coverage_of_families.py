@@ -63,7 +63,16 @@ BUILT: dict[str, dict[str, Any]] = {  # configs that are made small when they ar
     "gemma3n_text": GEMMA | {"intermediate_size": LAYERS * [96], "activation_sparsity_pattern": [0.95, *(LAYERS - 1) * [0.0]]},
 }  # fmt: skip
 MLA = {"num_key_value_heads": 4, "head_dim": 8}
-OWN = {"minicpm3": MLA, "youtu": MLA}  # small values that fit together
+GROUPS = {"n_group": 2, "topk_group": 1}
+OWN = {  # small values that fit together
+    **dict.fromkeys(("minicpm3", "youtu", "axk2", "glm4_moe_lite", "glm_moe_dsa"), MLA),
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "axk1", "bailing_hybrid", "beam"), MLA | GROUPS),
+    "deepseek_v2": MLA | {"num_experts_per_tok": 2},
+    "granitemoehybrid": {"mamba_n_heads": 16, "mamba_d_head": 8, "layer_types": ["mamba", "full_attention", "mamba", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "laguna": {"num_attention_heads_per_layer": LAYERS * [4]},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 MOST = 100e6  # parameters of a model that is still tried
 SECONDS = 90
 

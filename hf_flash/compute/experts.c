@@ -15,16 +15,21 @@
 #include "numbers.h"
 #include "parallel.h"
 
-enum { MOST_ORDERS = 2 * MOST_PIECES };
-
 /* An expert that some tokens of the call use. */
 typedef struct {
     int64_t expert, first, pairs; /* its pairs are rows from `first` on */
     char *slot;                   /* where it is; null: it is not there yet */
     int64_t number;               /* of the slot */
     int kept;                     /* whether it stays */
+    int ahead;                    /* whether it is being read already, into a slot of the layer */
     int64_t tickets[MOST_ORDERS], count;
 } Used;
+
+/* Room for an `Order`. */
+typedef struct {
+    int64_t *offsets, *first;
+    struct iovec *pieces;
+} OrderRoom;
 
 typedef struct {
     ExpertStep *s;
@@ -32,8 +37,7 @@ typedef struct {
     int64_t *pair_of, *row_of;            /* [pairs] the pair (token * k + place) of a row, and the row of a pair, or -1 */
     char *x, *products, *hidden, *found;  /* [pairs, width], [pairs, up_outputs], [pairs, neurons], [pairs, width] */
     LinearJob *jobs;
-    int64_t *offsets, *first;             /* room for an `Order` */
-    struct iovec *pieces;
+    OrderRoom room;
 } Call;
 
 /* --- who uses what */
@@ -63,6 +67,28 @@ static int64_t find_used(Call *call) {
 
 static void release(ExpertWindow *w, int64_t slot) { w->free_slots[w->free++] = slot; }
 
+/* Which of the reads on a guess brings an expert; -1: none. */
+static int64_t ahead_of(const ExpertWindow *w, int64_t expert) {
+    for (int64_t i = 0; i < w->ahead; i++)
+        if (w->ahead_reads[i].expert == expert)
+            return i;
+    return -1;
+}
+
+/* Wait for a read on a guess. If it fails, the expert is not there: whoever needs it reads it again, and says what is wrong. */
+static void wait_for_ahead(ExpertStep *s, int64_t i) {
+    ExpertWindow *w = s->window;
+    AheadRead read = w->ahead_reads[i];
+    int failed = 0;
+    w->ahead_reads[i] = w->ahead_reads[--w->ahead];
+    while (read.count)
+        failed |= hf_read_wait(s->reader, read.tickets[--read.count]) != 0;
+    if (failed) {
+        release(w, w->slot_of[read.expert]);
+        w->slot_of[read.expert] = -1;
+    }
+}
+
 /* Note what is used, and let go what has to go. Hits that are not kept go when they were computed. */
 static void make_room(Call *call, int64_t n, char *stays) {
     ExpertStep *s = call->s;
@@ -81,11 +107,17 @@ static void make_room(Call *call, int64_t n, char *stays) {
             stays[e] = 1; /* there */
         count += stays[e] != 0;
     }
-    for (; count > w->capacity; count--) { /* the least recently used, of several the last */
-        int64_t worst = -1;
+    for (; count > w->capacity; count--) { /* the least recently used, of several the last; what is being read if nothing else */
+        int64_t worst = -1, worst_ahead = -1;
         for (int64_t e = 0; e < w->experts; e++)
-            if (stays[e] > 0 && (worst < 0 || w->last_used[e] <= w->last_used[worst]))
+            if (stays[e] == 1 && ahead_of(w, e) >= 0)
+                worst_ahead = e;
+            else if (stays[e] > 0 && (worst < 0 || w->last_used[e] <= w->last_used[worst]))
                 worst = e;
+        if (worst < 0 || (stays[worst] == 2 && worst_ahead >= 0)) {
+            worst = worst_ahead;
+            wait_for_ahead(s, ahead_of(w, worst));
+        }
         if (stays[worst] == 1) {
             release(w, w->slot_of[worst]);
             w->slot_of[worst] = -1;
@@ -99,37 +131,50 @@ static void make_room(Call *call, int64_t n, char *stays) {
         used->kept = stays[used->expert] > 0;
         used->number = w->slot_of[used->expert];
         used->slot = used->number < 0 ? NULL : w->slots + used->number * w->slot_bytes;
+        const int64_t ahead = ahead_of(w, used->expert);
+        if (ahead < 0)
+            continue;
+        const AheadRead *read = w->ahead_reads + ahead; /* its reads are this call's from here on */
+        used->ahead = 1;
+        used->count = read->count;
+        memcpy(used->tickets, read->tickets, sizeof used->tickets);
+        w->ahead_reads[ahead] = w->ahead_reads[--w->ahead];
+        w->slot_of[used->expert] = -1; /* until it is there */
+        s->ahead_used++;
     }
 }
 
 /* --- reading */
 
-/* Begin to read an expert, if there is a free slot. Returns whether there is. */
+/* Begin to read an expert into a slot. Returns how many tickets there are; one that is 0 is a read that could not begin. */
+static int64_t start_reads(ExpertStep *s, OrderRoom room, int64_t expert, char *slot, int64_t *tickets) {
+    int64_t count = 0;
+    for (int64_t o = s->first_order[expert]; o < s->first_order[expert + 1]; o++) {
+        const int64_t *order = s->orders + 3 * o, *read = s->reads + 3 * order[1];
+        for (int64_t i = 0; i < order[2]; i++, read += 3) {
+            room.offsets[i] = read[0];
+            room.first[i] = i;
+            room.pieces[i] = (struct iovec){slot + read[1], (size_t)read[2]};
+            s->read_bytes += read[2];
+        }
+        room.first[order[2]] = order[2];
+        const Order reads = {room.offsets, room.first, room.pieces, order[2], 1, 1};
+        tickets[count++] = hf_read_start(s->reader, s->files[order[0]], &reads);
+        s->chunks++;
+    }
+    return count;
+}
+
+/* Begin to read an expert, if there is a free slot or it has one already. Returns whether there is. */
 static int start_reading(Call *call, Used *used) {
-    ExpertStep *s = call->s;
-    ExpertWindow *w = used->kept ? s->window : s->passing;
+    ExpertWindow *w = used->kept ? call->s->window : call->s->passing;
+    if (used->ahead)
+        return 1;
     if (!w->free)
         return 0;
     used->number = w->free_slots[--w->free];
     used->slot = w->slots + used->number * w->slot_bytes;
-    for (int64_t o = s->first_order[used->expert]; o < s->first_order[used->expert + 1]; o++) {
-        const int64_t *order = s->orders + 3 * o, *read = s->reads + 3 * order[1];
-        for (int64_t i = 0; i < order[2]; i++, read += 3) {
-            call->offsets[i] = read[0];
-            call->first[i] = i;
-            call->pieces[i] = (struct iovec){used->slot + read[1], (size_t)read[2]};
-            s->read_bytes += read[2];
-        }
-        call->first[order[2]] = order[2];
-        const Order reads = {call->offsets, call->first, call->pieces, order[2], 1, 1};
-        const int64_t ticket = hf_read_start(s->reader, s->files[order[0]], &reads);
-        if (!ticket && !s->error) {
-            s->error = 12; /* ENOMEM */
-            s->failed = 1 + used->expert;
-        }
-        used->tickets[used->count++] = ticket;
-        s->chunks++;
-    }
+    used->count = start_reads(call->s, call->room, used->expert, used->slot, used->tickets);
     return 1;
 }
 
@@ -258,8 +303,10 @@ static FAST void compute_all(Call *call, int64_t n, Used **hits, Used **missing)
     ExpertStep *s = call->s;
     int64_t there = 0, lacking = 0, started = 0;
     for (int64_t i = 0; i < n; i++)
-        if (call->used[i].slot)
+        if (call->used[i].slot && !call->used[i].ahead)
             hits[there++] = call->used + i;
+        else if (call->used[i].ahead)
+            missing[lacking++] = call->used + i; /* it comes first */
     for (int kept = 1; kept >= 0; kept--)
         for (int64_t i = 0; i < n; i++)
             if (!call->used[i].slot && call->used[i].kept == kept)
@@ -284,7 +331,7 @@ static FAST void compute_all(Call *call, int64_t n, Used **hits, Used **missing)
             s->window->slot_of[came->expert] = came->number;
         compute(call, &came, s->error ? 0 : 1, i + 1 < started ? missing[i + 1] : NULL);
         if (!came->kept)
-            release(s->passing, came->number);
+            release(came->ahead ? s->window : s->passing, came->number);
     }
 }
 
@@ -331,12 +378,12 @@ int FAST hf_expert_step(ExpertStep *s) {
     call.hidden = cut(&at, sizes[5]);
     call.found = cut(&at, sizes[6]);
     call.jobs = cut(&at, sizes[7]);
-    call.offsets = cut(&at, sizes[8]);
-    call.first = cut(&at, sizes[9]);
-    call.pieces = cut(&at, sizes[10]);
+    call.room.offsets = cut(&at, sizes[8]);
+    call.room.first = cut(&at, sizes[9]);
+    call.room.pieces = cut(&at, sizes[10]);
     char *stays = cut(&at, sizes[11]);
     Used **hits = cut(&at, sizes[12]), **missing = cut(&at, sizes[13]);
-    s->read_bytes = s->chunks = s->failed = 0;
+    s->read_bytes = s->chunks = s->failed = s->ahead_used = 0;
     s->error = 0;
     s->waited_s = 0.0;
     s->used = find_used(&call);
@@ -348,6 +395,56 @@ int FAST hf_expert_step(ExpertStep *s) {
         sum_tokens(&call);
     free(memory);
     return 1;
+}
+
+/* --- on a guess */
+
+void hf_expert_settle(ExpertStep *s) {
+    while (s->window->ahead)
+        wait_for_ahead(s, s->window->ahead - 1);
+}
+
+/* The expert that was used least recently of those that nobody guesses; -1: there is none. */
+static int64_t least_used(const ExpertStep *s) {
+    const ExpertWindow *w = s->window;
+    int64_t worst = -1;
+    for (int64_t e = 0; e < w->experts; e++) {
+        int guessed = w->slot_of[e] < 0;
+        for (int64_t i = 0; i < s->k; i++)
+            guessed |= s->index[i] == e;
+        if (!guessed && (worst < 0 || w->last_used[e] <= w->last_used[worst]))
+            worst = e;
+    }
+    return worst;
+}
+
+int64_t hf_expert_ahead(ExpertStep *s) {
+    ExpertWindow *w = s->window;
+    char *const memory = malloc((size_t)(s->most_reads * (16 + (int64_t)sizeof(struct iovec)) + 192)), *at = memory;
+    s->read_bytes = s->chunks = 0;
+    hf_expert_settle(s); /* those of the token before, which are there by now */
+    if (!memory)
+        return 0;
+    OrderRoom room = {.offsets = cut(&at, 8 * s->most_reads), .first = cut(&at, 8 * (s->most_reads + 1))};
+    room.pieces = (struct iovec *)at;
+    for (int64_t i = 0; i < s->k && w->ahead < MOST_AHEAD; i++) {
+        const int64_t expert = s->index[i];
+        if (expert < 0 || expert >= w->experts || w->slot_of[expert] >= 0)
+            continue;
+        if (!w->free) {
+            const int64_t worst = least_used(s);
+            if (worst < 0)
+                break;
+            release(w, w->slot_of[worst]);
+            w->slot_of[worst] = -1;
+        }
+        AheadRead *read = w->ahead_reads + w->ahead++;
+        read->expert = expert;
+        w->slot_of[expert] = w->free_slots[--w->free];
+        read->count = start_reads(s, room, expert, w->slots + w->slot_of[expert] * w->slot_bytes, read->tickets);
+    }
+    free(memory);
+    return w->ahead;
 }
 
 #endif

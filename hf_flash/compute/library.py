@@ -178,12 +178,19 @@ class Step(ctypes.Structure):
     )  # fmt: skip
 
 
+class AheadRead(ctypes.Structure):
+    """An expert that is read on a guess."""
+
+    _fields_ = (("expert", _long), ("count", _long), ("tickets", _long * (2 * MOST_PIECES)))
+
+
 class ExpertWindow(ctypes.Structure):
     """The arrays and numbers of runtime/expert_slots.py."""
 
     _fields_ = (
         *((name, _pointer) for name in ("slots", "slot_of", "last_used", "free_slots")),
-        *((name, _long) for name in ("experts", "capacity", "slot_bytes", "free", "clock")),
+        *((name, _long) for name in ("experts", "capacity", "slot_bytes", "free", "clock", "ahead")),
+        ("ahead_reads", AheadRead * 16),
     )
 
 
@@ -210,7 +217,7 @@ class ExpertStep(ctypes.Structure):
         *((name, _pointer) for name in ("x", "index", "weights", "out")),
         *((name, _long) for name in ("tokens", "k", "most_reads")),
         *((name, _int) for name in ("dtype", "weights_dtype", "threads", "no_avx512")),
-        *((name, _long) for name in ("used", "hits", "read_bytes", "chunks", "failed")),
+        *((name, _long) for name in ("used", "hits", "read_bytes", "chunks", "ahead_used", "failed")),
         ("error", _int), ("unused", _int), ("managed_s", _double), ("waited_s", _double),
     )  # fmt: skip
 
@@ -257,6 +264,8 @@ def _declare(found: ctypes.CDLL) -> None:
     found.hf_copy.argtypes = [ctypes.POINTER(CopyJob)]
     found.hf_step.argtypes = [ctypes.POINTER(Step)]
     found.hf_expert_step.argtypes = [ctypes.POINTER(ExpertStep)]
+    found.hf_expert_settle.argtypes = [ctypes.POINTER(ExpertStep)]
+    found.hf_expert_ahead.argtypes, found.hf_expert_ahead.restype = [ctypes.POINTER(ExpertStep)], _long
     found.hf_expert_gate.argtypes = [ctypes.POINTER(ExpertGate), _pointer, _pointer, _long, _long, _int]
     found.hf_reader_open.argtypes, found.hf_reader_open.restype = [_int, _int, _pointer], _pointer
     found.hf_reader_has_ring.argtypes = found.hf_reader_close.argtypes = [_pointer]

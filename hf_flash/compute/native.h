@@ -285,6 +285,14 @@ int32_t hf_try_ring(void);
 
 /* --- experts.c: a few tokens through the experts of a layer (hf_flash/runtime/expert_step.py) */
 
+enum { MOST_PIECES = 8, MOST_ORDERS = 2 * MOST_PIECES }; /* of an expert, before and behind the gate; and reads of files */
+enum { MOST_AHEAD = 16 };
+
+/* An expert that is read on a guess. `slot_of` says so already. */
+typedef struct {
+    int64_t expert, count, tickets[MOST_ORDERS];
+} AheadRead;
+
 /* The arrays and numbers of hf_flash/runtime/expert_slots.py. */
 typedef struct {
     char *slots;         /* [capacity, slot_bytes] */
@@ -293,6 +301,8 @@ typedef struct {
     int64_t *free_slots; /* [capacity] a stack, of which `free` are there */
     int64_t experts, capacity, slot_bytes, free;
     int64_t clock;       /* tokens seen */
+    int64_t ahead;       /* of these that nobody has waited for */
+    AheadRead ahead_reads[MOST_AHEAD];
 } ExpertWindow;
 
 /* What is done between the products of an expert (hf_flash/compute/expert_gate.py). SILU: silu(gate) * up, the gate being the first
@@ -310,8 +320,6 @@ typedef struct {
     int64_t outputs, inputs, first_output;
     int32_t dtype, turned;
 } ExpertPiece;
-
-enum { MOST_PIECES = 8 }; /* of an expert, before and behind the gate */
 
 typedef struct {
     ExpertWindow *window, *passing;       /* of the layer; for experts that are not kept */
@@ -332,6 +340,7 @@ typedef struct {
     int64_t tokens, k, most_reads;        /* most_reads: of one order */
     int32_t dtype, weights_dtype, threads, no_avx512;
     int64_t used, hits, read_bytes, chunks; /* out: experts; those that were there; what was read for the others */
+    int64_t ahead_used;                     /* out: experts that were read on a guess, and used */
     int64_t failed;                         /* out: 1 + the expert that could not be read */
     int32_t error, unused;                  /* out: why, as `hf_read_wait` says it */
     double managed_s, waited_s;             /* out: seconds that the slots took, and that reading took this thread */
@@ -340,6 +349,13 @@ typedef struct {
 /* Some tokens through a layer: makes room, reads what is missing, computes `out`. Returns whether there was memory for it; if not,
  * nothing was changed. After a failure nobody knows what is in the slots. */
 int hf_expert_step(ExpertStep *step);
+
+/* Begin to read experts, on the guess that the next call of the layer uses those of `index` [1, k]. What was used least recently
+ * makes room for them. Returns how many are read; `read_bytes` and `chunks` say what that takes. */
+int64_t hf_expert_ahead(ExpertStep *step);
+
+/* Wait for all that was read on a guess. */
+void hf_expert_settle(ExpertStep *step);
 
 /* hidden [rows, neurons] = the gate of products [rows, outputs], both of `dtype`. */
 void hf_expert_gate(const ExpertGate *gate, const void *products, void *hidden, int64_t rows, int64_t neurons, int32_t dtype);

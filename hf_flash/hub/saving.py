@@ -205,13 +205,15 @@ def _whole(
         if isinstance(part, OnFlash)
         for stored in part.flash_weights.values()
     ]
-    if wrong or found != (loaded := runtime.stored_weights()):
+    loaded = runtime.stored_weights()
+    if wrong or found != loaded:
+        order = list(dict.fromkeys(stored.layer_name for stored in found))
         raise UsageError(
             "the model's layers are not those that were loaded, but what is on flash can only be copied as it is",
             where="saving",
-            expected=f"{_some([stored.name for stored in loaded])}, and the tensors that the config describes",
-            got=_some([stored.name for stored in found]) + ("; without or with other " if wrong else "") + _some(wrong),
-            hint="change the plain model (`hf_flash.restore` writes it), save and repack that",
+            expected=f"the {len({stored.layer_name for stored in loaded})} layers on flash, and what the config describes",
+            got=f"layers {', '.join(order)} of it{'; without or with other ' if wrong else ''}{_some(wrong)}",
+            hint="change the plain model (`hf_flash.restore` writes it), and save that",
         )
     return {name: value for name, value in without_flash_weights(model, state).items() if isinstance(value, torch.Tensor)}
 

@@ -72,14 +72,14 @@ class _Slots:
         """Nothing is in memory any more."""
         self.slot_of[:] = -1
         self._free[:] = np.arange(self.capacity)
-        self.state.free = self.capacity
+        self.state.free, self.state.ahead = self.capacity, 0
 
     def release(self) -> None:
         """Give the memory back. Nothing can be computed afterwards."""
         self.memory = np.empty((0, self.memory.shape[1]), np.uint8)
         self.state.slots, self.state.capacity = self.memory.ctypes.data, 0
         self.slot_of[:] = -1
-        self.state.free = 0
+        self.state.free = self.state.ahead = 0
 
 
 class ExpertSlots(_Slots):

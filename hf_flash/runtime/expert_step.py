@@ -39,7 +39,7 @@ class ExpertTokenStep:
         self._window, self._passing = window, passing
         library = native.loaded()
         assert library is not None  # whoever makes this has asked
-        self._run = library.hf_expert_step
+        self._run, self._ahead, self._settle = library.hf_expert_step, library.hf_expert_ahead, library.hf_expert_settle
 
     def takes(self, tokens: int, top_k_weights: torch.Tensor) -> bool:
         """Whether this is a call of a few tokens."""
@@ -64,6 +64,19 @@ class ExpertTokenStep:
         if not self._run(ctypes.byref(call)):
             raise MemoryError(f"no memory for {index.size} pairs of a token and an expert")
         return out
+
+    def ahead(self, index: Ids) -> int:
+        """Begin to read experts that the next call will probably use; returns how many are read.
+
+        Args:
+            index: [1, k] experts, contiguous.
+        """
+        self.call.index, self.call.k = index.ctypes.data, index.shape[1]
+        return int(self._ahead(ctypes.byref(self.call)))
+
+    def settle(self) -> None:
+        """Wait for what was read on a guess: for those who use the slots without the compiled part."""
+        self._settle(ctypes.byref(self.call))
 
 
 def expert_step(

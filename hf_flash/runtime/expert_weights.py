@@ -36,6 +36,10 @@ class ExpertStack(StoredWeight):
         return f"{self.layer.name}.{self.param}"
 
     @property
+    def layer_name(self) -> str:
+        return self.layer.name
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         pieces = self.layer.of(self.param)
         outputs, inputs = sum(piece.outputs for piece in pieces), pieces[0].inputs

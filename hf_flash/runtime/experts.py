@@ -140,6 +140,24 @@ class FlashExperts(OnFlash):
                 engine.heap.prepare(0)
         return without_backward(out.to(hidden_states.dtype), hidden_states, top_k_weights)
 
+    def look_ahead(self, index: Ids) -> None:
+        """Begin to read what the next call will probably use; that decides nothing of what is computed.
+
+        Args:
+            index: int64 [1, k] experts, contiguous.
+        """
+        engine = self.engine
+        if engine is None or self.step is None:
+            return
+        with engine.lock:
+            if engine.closed or self.passing.interrupted:
+                return
+            self.passing.interrupted = True
+            engine.counters.ahead += self.step.ahead(index)
+            engine.counters.read_bytes += self.step.call.read_bytes
+            engine.counters.reads += self.step.call.chunks
+            self.passing.interrupted = False
+
     # --- the main path
 
     def _in_one_call(
@@ -156,12 +174,15 @@ class FlashExperts(OnFlash):
         count.compute_s += perf_counter() - start - found.managed_s - found.waited_s
         count.read_bytes += found.read_bytes
         count.reads += found.chunks
+        count.ahead_used += found.ahead_used
         self._count(engine, len(x), found.used, found.hits)
         return out
 
     def _run(self, engine: ExpertEngine, x: torch.Tensor, call: _Call) -> torch.Tensor:
         """What each expert makes of each of its tokens, [pairs, d_model] in the order of `call.pairs`."""
         start = perf_counter()
+        if self.step is not None:
+            self.step.settle()
         room = self.window.make_room(call.used, call.last, call.tokens)
         missing = deque([*((expert, True) for expert in room.kept), *((expert, False) for expert in room.passing)])
         call.sort([*room.hits, *room.kept, *room.passing])

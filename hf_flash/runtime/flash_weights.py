@@ -56,6 +56,11 @@ class StoredWeight(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    @abstractmethod
+    def layer_name(self) -> str:
+        """Which layer it is of, for people."""
+
     @abstractmethod
     def _read(self, out: torch.Tensor) -> None:
         """Fill `out`, of its shape and dtype."""
@@ -119,6 +124,10 @@ class Matrix(StoredWeight):
     @property
     def shape(self) -> tuple[int, int]:
         return self._parts[0].plain_shape(self.layer.d_ff, self.layer.d_model)
+
+    @property
+    def layer_name(self) -> str:
+        return str(self.layer.index)
 
     @property
     def _parts(self) -> list[Part]:

@@ -99,6 +99,25 @@ def test_answers_depend_on_neither_budget_nor_history(model_type: str, reader: s
         assert found.dram_bytes <= found.budget_bytes == floor + room * slots
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_guesses_change_bytes_and_nothing_else(model_type: str, mixture: Any) -> None:
+    """`lookahead=1`: the router is asked before attention runs, and may be wrong."""
+    folder, _, ids = mixture(model_type)
+    floor, wanted = least(folder, reader="direct"), answers(load(folder, "1GB", reader="direct"), ids)
+    slots, guessed = sum(runtime_of(load(folder, "1GB")).plan.slot_bytes), 0
+    for room in (0, 1, 2, 3):
+        model = load(folder, floor + room * slots, reader="direct", lookahead=1)
+        for turn in range(3):
+            assert all(map(torch.equal, answers(model, ids), wanted)), (room, turn)
+        count = hf_flash.stats(model).counters
+        assert count.ahead_used <= count.ahead
+        guessed += count.ahead_used
+        for ffn in runtime_of(model).ffns:
+            ffn.step.settle()
+            assert ffn.window.resident + ffn.window.free == ffn.window.capacity == room
+    assert guessed
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_torch_alone_computes_the_same(model_type: str, mixture: Any) -> None:
     folder, stock, ids = mixture(model_type)

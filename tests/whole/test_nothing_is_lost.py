@@ -471,7 +471,7 @@ def test_a_state_dict_is_what_is_saved(flash: Any, stock: Any, tmp_path: Path) -
     stock.load_state_dict(changed, strict=False)
     assert_close(load(tmp_path / "saved"), stock)
     for state, error, match in (
-        ({name: t for name, t in changed.items() if "self_attn" not in name}, ConfigError, "saved from its store"),
+        ({name: t for name, t in changed.items() if "self_attn" not in name}, ConfigError, "saved from its files"),
         (changed | {FC1: changed[FC1] + 1}, UsageError, "layers.1.fc1.weight"),
     ):
         with pytest.raises(error, match=match):
@@ -483,11 +483,11 @@ def test_a_state_dict_is_what_is_saved(flash: Any, stock: Any, tmp_path: Path) -
     "argument", [{"safe_serialization": False}, {"variant": "fp16"}, {"distributed_checkpoint": True}], ids=str
 )
 def test_what_cannot_be_honoured_is_refused_by_name(flash: Any, tmp_path: Path, argument: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=rf"saved from its store[\s\S]*got: {next(iter(argument))}"):
+    with pytest.raises(ConfigError, match=rf"saved from its files[\s\S]*got: {next(iter(argument))}"):
         flash.save_pretrained(tmp_path / "saved", **argument)
     assert not (tmp_path / "saved").exists()
     if "distributed_checkpoint" not in argument:
-        with pytest.raises(ConfigError, match=rf"saved from its store[\s\S]*got: {next(iter(argument))}"):
+        with pytest.raises(ConfigError, match=rf"saved from its files[\s\S]*got: {next(iter(argument))}"):
             flash.push_to_hub("me/model", **argument)
 
 

@@ -68,7 +68,6 @@ OWN = {  # small values that fit together
     **dict.fromkeys(("minicpm3", "youtu", "axk2", "glm4_moe_lite", "glm_moe_dsa"), MLA),
     **dict.fromkeys(("deepseek_v3", "deepseek_v32", "axk1", "bailing_hybrid", "beam"), MLA | GROUPS),
     "deepseek_v2": MLA | {"num_experts_per_tok": 2},
-    "granitemoehybrid": {"mamba_n_heads": 16, "mamba_d_head": 8, "layer_types": ["mamba", "full_attention", "mamba", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "laguna": {"num_attention_heads_per_layer": LAYERS * [4]},
     "zaya": {"num_experts_per_tok": 1},

@@ -144,7 +144,7 @@ def _refuse(where: str, refused: Mapping[str, bool]) -> None:
     """Refuse arguments that a folder with a store cannot follow."""
     if any(refused.values()):
         raise ConfigError(
-            "a flash model is saved from its store",
+            "a flash model is saved from its files",
             where=where,
             expected="safetensors files under their usual names",
             got=", ".join(name for name, wrong in refused.items() if wrong),

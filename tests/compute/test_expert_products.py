@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from hf_flash.compute import dense
 from hf_flash.compute import library as native
+from hf_flash.compute.expert_gate import known_gate, stock_gate
 from hf_flash.compute.expert_products import ExpertProducts, Group, Memory
 from hf_flash.store.experts import Piece
 
@@ -136,6 +138,63 @@ def test_where_16_bits_are_slow_turned_matrices_are_widened_a_few_rows_at_a_time
     monkeypatch.setattr(dense, "_widened_from", lambda dtype: 1)
     x, weight = torch.randn(30, 50).bfloat16(), torch.randn(50, 12).bfloat16()
     assert close(dense.multiply_turned(x, weight, torch.empty(1, 12 * 7 + 3)), x, weight.T)
+
+
+class Gates:
+    """Stock modules of experts, as far as their gates are asked."""
+
+    class Silu:
+        has_gate = True
+
+        def _apply_gate(self, products: torch.Tensor) -> torch.Tensor:
+            gate, up = products.chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate) * up
+
+    class Limited(Silu):
+        swiglu_limit = 7.0
+
+        def _apply_gate(self, products: torch.Tensor) -> torch.Tensor:
+            gate, up = products.chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate.clamp(max=7.0)) * up.clamp(-7.0, 7.0)
+
+    class GptOss:
+        has_gate, limit, alpha = True, 7.0, 1.702
+
+        def _apply_gate(self, products: torch.Tensor) -> torch.Tensor:
+            gate, up = products[..., ::2].clamp(max=7.0), products[..., 1::2].clamp(-7.0, 7.0)
+            return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+    class Relu2:
+        has_gate = False
+
+        def act_fn(self, products: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.relu(products).square()
+
+    class Gelu(Silu):
+        def _apply_gate(self, products: torch.Tensor) -> torch.Tensor:
+            gate, up = products.chunk(2, dim=-1)
+            return torch.nn.functional.gelu(gate) * up
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [Gates.Silu, Gates.Limited, Gates.GptOss, Gates.Relu2])
+def test_known_gates_are_computed_as_the_stock_module_does(kind: Any, dtype: torch.dtype) -> None:
+    module = kind()
+    gate = known_gate(module)
+    assert gate is not None
+    products = (8 * torch.randn(9, 24 if module.has_gate else 12, generator=torch.Generator().manual_seed(2))).to(dtype)
+    products[3, 5] = float("nan")
+    hidden = torch.empty(9, 12, dtype=dtype)
+    native.loaded().hf_expert_gate(  # type: ignore[union-attr]
+        ctypes.byref(gate), products.data_ptr(), hidden.data_ptr(), 9, 12, native.DTYPES[dtype]
+    )
+    wanted = stock_gate(module, products)
+    torch.testing.assert_close(hidden, wanted, rtol=4 * ONE_ROUNDING[dtype], atol=1e-6, equal_nan=True)
+
+
+def test_other_gates_are_left_to_torch() -> None:
+    assert known_gate(Gates.Gelu()) is None
 
 
 @needs_library

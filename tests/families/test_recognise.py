@@ -46,6 +46,19 @@ def test_a_sample_of_the_models_of_transformers_is_equal_to_stock(model_type: st
     assert why.endswith(f"; {activation}") or not activation
 
 
+MIXTURES = (  # each with something of its own
+    "qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3", "granitemoe", "nemotron_h", "inkling2_text", "phimoe",
+    "aria_text", "glm4_moe", "qwen2_moe",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_a_sample_of_the_mixtures_of_transformers_is_equal_to_stock(model_type: str, coverage: ModuleType) -> None:
+    kind, why = coverage.attempt(model_type)
+    assert kind == "equal", why
+    assert why.startswith("experts: ")
+
+
 REFUSED = {
     "llama4_text": "experts of Llama4TextExperts",
     "gemma3n_text": "other numbers on random input", "bitnet": "ffn_sub_norm.weight", "mamba": "with blocks none",

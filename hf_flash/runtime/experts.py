@@ -128,7 +128,8 @@ class FlashExperts(OnFlash):
         with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
             engine.check_open()
             x = hidden_states.detach().to(engine.dtype).contiguous()
-            index, weights = top_k_index.detach().contiguous().numpy(), top_k_weights.detach().contiguous()
+            index = top_k_index.detach().to(torch.int64).contiguous().numpy()
+            weights = top_k_weights.detach().contiguous()
             with self._whole_or_nothing(engine):
                 if self.step is not None and self.step.takes(len(x), weights):
                     out = self._in_one_call(engine, self.step, x, index, weights)

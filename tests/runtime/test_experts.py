@@ -164,6 +164,26 @@ def test_generating_gives_the_stock_tokens(how: dict[str, Any], mixture: Any) ->
     assert found[0] == found[1]
 
 
+def test_experts_may_be_called_by_themselves(mixture: Any) -> None:
+    """With ids of any integer type, ids of no expert, an expert twice, and no token."""
+    folder, stock, _ = mixture("qwen3_moe")
+    name = "model.layers.1.mlp.experts"
+    ours, theirs = load(folder).get_submodule(name), stock.get_submodule(name)
+    x, weights = torch.randn(3, 64), torch.rand(3, 2)
+    index = torch.tensor([[0, 3], [2, 2], [1, 0]])
+    with torch.no_grad():
+        wanted = theirs(x, index, weights)
+        for kind in (torch.int64, torch.int32, torch.uint8):
+            torch.testing.assert_close(ours(x, index.to(kind), weights), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ours(x.repeat(9, 1), index.repeat(9, 1), weights.repeat(9, 1))[:3], wanted, rtol=1e-4, atol=1e-4
+        )
+        elsewhere = ours(x, torch.tensor([[0, 4], [2, 2], [-1, 0]]), weights)  # as experts of another process have them
+        alone = theirs(x, index, weights * torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]))
+        torch.testing.assert_close(elsewhere, alone, rtol=1e-4, atol=1e-4)
+        assert ours(x[:0], index[:0], weights[:0]).shape == (0, 64)
+
+
 # --- what it reads, and what it says
 
 

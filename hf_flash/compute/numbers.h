@@ -37,15 +37,18 @@ INLINE __m256 load(const void *row, int64_t i, int dtype) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-/* The number at index `i`. */
+/* The number at index `i`. A row may begin at any byte: in a file that others made, a matrix lies where it happens to. */
 INLINE float one(const void *row, int64_t i, int dtype) {
-    if (dtype == F32)
-        return ((const float *)row)[i];
-    uint16_t half = ((const uint16_t *)row)[i];
+    float value;
+    uint16_t half;
+    if (dtype == F32) {
+        memcpy(&value, (const char *)row + 4 * i, 4);
+        return value;
+    }
+    memcpy(&half, (const char *)row + 2 * i, 2);
     if (dtype == F16)
         return _cvtsh_ss(half);
     uint32_t bits = (uint32_t)half << 16;
-    float value;
     memcpy(&value, &bits, 4);
     return value;
 }

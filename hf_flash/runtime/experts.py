@@ -31,11 +31,12 @@ import torch
 from hf_flash.base.arrays import Bytes, Ids
 from hf_flash.compute.expert_gate import stock_gate
 from hf_flash.compute.expert_products import ExpertProducts, Group, Memory
+from hf_flash.errors import UsageError
 from hf_flash.reading.experts import ExpertReading
 from hf_flash.runtime.engine import ExpertEngine
 from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
 from hf_flash.runtime.expert_step import ExpertTokenStep, expert_step
-from hf_flash.runtime.flash_weights import OnFlash
+from hf_flash.runtime.flash_weights import OnFlash, is_plain
 from hf_flash.runtime.inference_only import usable_engine, without_backward
 from hf_flash.runtime.transformers_model import mark_as_initialized
 from hf_flash.store.experts import SECOND, ExpertLayer
@@ -130,6 +131,13 @@ class FlashExperts(OnFlash):
             x = hidden_states.detach().to(engine.dtype).contiguous()
             index = top_k_index.detach().to(torch.int64).contiguous().numpy()
             weights = top_k_weights.detach().contiguous()
+            if index.ndim != 2 or tuple(weights.shape) != index.shape or x.shape != (len(index), self.layer.width):
+                raise UsageError(
+                    "experts are called with tokens, and the experts of each of them with their weights",
+                    where=self.layer.name,
+                    expected=f"[tokens, {self.layer.width}], [tokens, k], [tokens, k]",
+                    got=f"{list(x.shape)}, {list(index.shape)}, {list(weights.shape)}",
+                )
             with self._whole_or_nothing(engine):
                 if self.step is not None and self.step.takes(len(x), weights):
                     out = self._in_one_call(engine, self.step, x, index, weights)
@@ -170,6 +178,8 @@ class FlashExperts(OnFlash):
         if found.failed:
             reading = ExpertReading(engine.reader, self.index, found.failed - 1)
             reading.waited(found.error, 0.0)
+        if found.error:
+            raise MemoryError(f"no memory for {index.size} pairs of a token and an expert")
         count.manage_s += found.managed_s
         count.io_s += found.waited_s
         count.compute_s += perf_counter() - start - found.managed_s - found.waited_s
@@ -268,7 +278,15 @@ class FlashExperts(OnFlash):
     def _bias_of(self, param: str) -> torch.Tensor | None:
         """The biases of all experts [experts, outputs] in the dtype of compute, if there are any."""
         stock: Any = self
-        return getattr(self, f"{param}_bias").detach().to(self._up.dtype).contiguous() if stock.has_bias else None
+        if not stock.has_bias:
+            return None
+        bias: torch.Tensor = getattr(self, f"{param}_bias")
+        wanted = (self.layer.experts, (self._down if param == SECOND else self._up).outputs)
+        if tuple(bias.shape) != wanted or not is_plain(bias):
+            raise UsageError(
+                "these biases do not fit the experts", where=f"{self.layer.name}.{param}_bias", expected=wanted, got=bias.shape
+            )
+        return bias.detach().to(self._up.dtype).contiguous()
 
     def _add_bias(self, products: torch.Tensor, param: str, call: _Call, pairs: Ids) -> None:
         bias = self._bias_of(param)

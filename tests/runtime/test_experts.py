@@ -182,6 +182,18 @@ def test_experts_may_be_called_by_themselves(mixture: Any) -> None:
         alone = theirs(x, index, weights * torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]))
         torch.testing.assert_close(elsewhere, alone, rtol=1e-4, atol=1e-4)
         assert ours(x[:0], index[:0], weights[:0]).shape == (0, 64)
+        for wrong in ((x, index[:2], weights[:2]), (x, index, weights[:2]), (x, index[0], weights[0])):
+            with pytest.raises(UsageError, match="experts are called with"):
+                ours(*wrong)
+
+
+def test_biases_that_do_not_fit_are_refused(mixture: Any) -> None:
+    folder, _, ids = mixture("gpt_oss")
+    model = load(folder)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    experts.down_proj_bias = torch.nn.Parameter(experts.down_proj_bias.detach()[:2])
+    with pytest.raises(UsageError, match="biases do not fit"):
+        model(ids)
 
 
 # --- what it reads, and what it says

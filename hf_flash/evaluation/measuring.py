@@ -14,6 +14,7 @@ from hf_flash.runtime.counters import Counters
 from hf_flash.runtime.model import stats
 
 _BATCH: Final = 1024  # tokens through the model at a time
+_LOGITS: Final = 1 << 26  # of one call, if a window does not have more
 
 
 @torch.no_grad()
@@ -23,13 +24,13 @@ def perplexity(model: Any, windows: torch.Tensor) -> float:
     Args:
         windows: token ids [windows, context].
     """
-    step, loss = max(1, _BATCH // windows.shape[1]), 0.0
-    head = model.get_output_embeddings()
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    step, loss = max(1, min(_BATCH, _LOGITS // vocabulary) // windows.shape[1]), 0.0
     with tqdm(total=windows.numel(), unit="token", unit_scale=True, desc="Perplexity", delay=1, leave=False) as bar:
         for batch in torch.split(windows, step):
-            hidden = model.base_model(batch, use_cache=False).last_hidden_state
-            for states, ids in zip(hidden, batch, strict=True):  # the logits of one window at a time
-                loss += F.cross_entropy(head(states[:-1]).float(), ids[1:], reduction="sum").item()
+            found = model(batch, use_cache=False).logits  # by the model itself, which may scale or cap them
+            for logits, ids in zip(found, batch, strict=True):
+                loss += F.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum").item()
             bar.update(batch.numel())
     return math.exp(loss / (windows.numel() - len(windows)))
 

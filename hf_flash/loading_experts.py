@@ -100,7 +100,7 @@ def prepare_experts(model: Any, config: FlashOffloadConfig, checkpoint: Checkpoi
 def _divide(model: Any, config: FlashOffloadConfig, places: ExpertPlaces) -> ExpertPlan:
     """Divide the memory budget. Raises `BudgetError`."""
     budget, dtype = None if config.memory_budget == AUTO else config.memory_budget, model.config.dtype
-    used = min(experts_per_token(model), max(layer.experts for layer in places.layers))
+    used = experts_per_token(model, places.layers)
     sizes = resident_bytes(model, dtype), places.layers, places.slot_bytes, dtype, used
     plan = divide_experts(ceiling_bytes(budget), *sizes, reader=config.reader, io_threads=config.io_threads)
     return checked_plan(budget, plan)

@@ -8,8 +8,7 @@ from typing import Any
 
 from hf_flash.base.files import read_json
 from hf_flash.config_arguments import METHOD
-from hf_flash.families.experts import experts_per_token, locate_experts, mixture_of
-from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.packing.expert_folder import Mixture, open_mixture
 from hf_flash.store.layout import FlashStore
 
 
@@ -36,9 +35,8 @@ def find_subject(folder: Path, plain: Path | None) -> Subject:
     Raises:
         StoreError: the folder is neither.
     """
-    is_plain = (folder / "config.json").is_file() and not any(folder.glob("flash-layer-*.safetensors"))
-    model = mixture_of(folder) if is_plain else None
-    return _repacked(folder, plain) if model is None else _mixture(folder, plain, model)
+    found = open_mixture(folder)
+    return _repacked(folder, plain) if found is None else _mixture(found, plain)
 
 
 def _repacked(folder: Path, plain: Path | None) -> Subject:
@@ -54,18 +52,15 @@ def _repacked(folder: Path, plain: Path | None) -> Subject:
     return Subject(folder, plain, False, dense, about)
 
 
-def _mixture(folder: Path, plain: Path | None, model: Any) -> Subject:
-    checkpoint = Checkpoint.open_folder(folder)
-    layers = locate_experts(model, checkpoint)
-    dense = sum(path.stat().st_size for path in checkpoint.files)
+def _mixture(found: Mixture, plain: Path | None) -> Subject:
+    folder, layers = found.folder, found.places.layers
+    dense = sum(path.stat().st_size for path in found.checkpoint.files)
     about = {
-        "folder": folder.name, "source": folder.name, "dense_bytes": dense,
-        "ffn_bytes": sum(layer.experts * layer.expert_bytes for layer in layers), "layers": len(layers),
-        "d_ff": max(layer.neurons for layer in layers), "d_model": layers[0].width,
+        "folder": folder.name, "source": found.source["source"], "dense_bytes": dense, "ffn_bytes": found.places.nbytes,
+        "layers": len(layers), "d_ff": max(layer.neurons for layer in layers), "d_model": layers[0].width,
         "dtype": str(layers[0].pieces[0].dtype).removeprefix("torch."), "experts": max(layer.experts for layer in layers),
-        "experts_per_token": experts_per_token(model), "expert_bytes": max(layer.expert_bytes for layer in layers),
+        "experts_per_token": found.used, "expert_bytes": max(layer.expert_bytes for layer in layers),
     }  # fmt: skip
-    stock = (
-        folder if plain is None and METHOD not in str(read_json(folder / "config.json").get("quantization_config")) else plain
-    )
-    return Subject(folder, stock, True, dense, about)
+    if plain is None and METHOD not in str(read_json(folder / "config.json").get("quantization_config")):
+        plain = folder  # stock loads it, too
+    return Subject(folder, plain, True, dense, about)

@@ -7,7 +7,7 @@ slower for few tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -99,9 +99,3 @@ def _agree(known: _Known, stock: list[Any], tries: list[torch.Tensor], limit: fl
         if not torch.allclose(found, wanted, rtol=1e-5, atol=1e-6):
             return False
     return True
-
-
-CODES: Final[Mapping[int, Callable[[torch.Tensor, float, float], torch.Tensor]]] = {
-    known.code: known.compute for known in _FUNCTIONS
-}
-"""The functions by torch, by their code: what tests hold the compiled part against."""

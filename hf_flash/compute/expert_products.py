@@ -68,7 +68,6 @@ class ExpertProducts:
     Args:
         pieces: of the parameter.
         at: [experts, pieces] the byte of a slot where each begins.
-        slots: [slots, bytes] contiguous; more than one such memory may be used in a call.
         dtype: of compute.
     """
 

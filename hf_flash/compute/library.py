@@ -33,6 +33,7 @@ logger = logging.getLogger("hf_flash")
 
 ABI: Final = 18  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 MOST_PIECES: Final = 8  # of an expert (MOST_PIECES of native.h)
+MOST_AHEAD: Final = 16  # experts that are read on a guess (MOST_AHEAD of native.h)
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
 DTYPES: Final[Mapping[torch.dtype, int]] = {getattr(torch, name): number for number, name in enumerate(dtypes.DTYPES)}
 """Those of compute, as numbered in native.h."""
@@ -190,7 +191,7 @@ class ExpertWindow(ctypes.Structure):
     _fields_ = (
         *((name, _pointer) for name in ("slots", "slot_of", "last_used", "free_slots")),
         *((name, _long) for name in ("experts", "capacity", "slot_bytes", "free", "clock", "ahead")),
-        ("ahead_reads", AheadRead * 16),
+        ("ahead_reads", AheadRead * MOST_AHEAD),
     )
 
 

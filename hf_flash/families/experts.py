@@ -72,13 +72,11 @@ def mixture_of(folder: Path, dtype: torch.dtype | None = None) -> Any:
 _USED_KEYS: Final = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
 
-def experts_per_token(model: Any) -> int:
-    """How many experts of a layer a token uses; of all that it may use, where nothing says how many it does."""
+def experts_per_token(model: Any, layers: Sequence[ExpertLayer]) -> int:
+    """How many experts of a layer a token uses, as far as the config or a router says; else one."""
     found = _number_of(model.config.get_text_config(), _USED_KEYS)
-    if found is not None:
-        return found
     routers = [module.top_k for module in model.modules() if isinstance(getattr(module, "top_k", None), int)]
-    return max(routers, default=1)
+    return min(found or max(routers, default=1), max(layer.experts for layer in layers))
 
 
 def kv_cache_bytes(model: Any) -> int:

@@ -159,6 +159,29 @@ def link_or_copy(path: Path, name: Path) -> None:
         shutil.copyfile(path, name)
 
 
+def is_same_file(path: Path, other: Path) -> bool:
+    """Whether both are one file."""
+    return other.exists() and os.path.samefile(path, other)
+
+
+def copy_whole(path: Path, name: Path, *, link: bool = False) -> None:
+    """Copy a file, which appears under its new name when it is complete; nothing if both are one file.
+
+    Args:
+        link: make a link where the system can.
+    """
+    if is_same_file(path, name):
+        return
+    temporary = name.with_name(name.name + ".tmp")
+    with writing(name, needed=path.stat().st_size):
+        temporary.unlink(missing_ok=True)
+        if link:
+            link_or_copy(path, temporary)
+        else:
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, name)
+
+
 def save_folder(
     target: Path,
     checkpoint: Checkpoint,
@@ -178,16 +201,7 @@ def save_folder(
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
     for path in tqdm(store.files, desc="Copying the store", unit="file", delay=1):
-        copy = target / path.name
-        temporary = copy.with_name(copy.name + ".tmp")
-        if not (copy.exists() and os.path.samefile(path, copy)):
-            with writing(copy, needed=path.stat().st_size):
-                temporary.unlink(missing_ok=True)
-                if link:
-                    link_or_copy(path, temporary)
-                else:
-                    shutil.copyfile(path, temporary)
-                os.replace(temporary, copy)
+        copy_whole(path, target / path.name, link=link)
     finish_folder(target, checkpoint, store, config, changed)
     remove_stale(target, {path.name for path in listed_files(target / INDEX_NAME)})
 

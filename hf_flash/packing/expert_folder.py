@@ -6,8 +6,6 @@ plain checkpoint, whose config.json says that it is to be loaded with hf_flash. 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from huggingface_hub.utils import tqdm
 from hf_flash.base.files import read_json, write_json, writing
 from hf_flash.errors import StoreFormatError, UsageError
 from hf_flash.families.experts import experts_per_token, locate_experts, mixture_of
-from hf_flash.packing.checkpoint_folder import divide_into_shards, link_or_copy, remove_stale
+from hf_flash.packing.checkpoint_folder import copy_whole, divide_into_shards, is_same_file, remove_stale
 from hf_flash.reading.experts import ExpertPlaces
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.names import INDEX_NAME
@@ -50,7 +48,7 @@ class Mixture:
     @property
     def used(self) -> int:
         """Experts that a token uses in a layer."""
-        return min(experts_per_token(self.model), max(layer.experts for layer in self.places.layers))
+        return experts_per_token(self.model, self.places.layers)
 
     @property
     def active_bytes(self) -> int:
@@ -114,9 +112,9 @@ def _source_of(checkpoint: Checkpoint) -> dict[str, str]:
 def copy_checkpoint(checkpoint: Checkpoint, target: Path) -> None:
     """Copy a checkpoint's weights as they are, with their index, into another folder."""
     for path in tqdm(checkpoint.files, desc="Copying the checkpoint", unit="file", delay=1):
-        _copy(path, target / path.name, link=False)
+        copy_whole(path, target / path.name)
     if [path.name for path in checkpoint.files] != [_SINGLE]:
-        _copy(checkpoint.files[0].parent / INDEX_NAME, target / INDEX_NAME, link=False)
+        copy_whole(checkpoint.files[0].parent / INDEX_NAME, target / INDEX_NAME)
 
 
 def save_experts(
@@ -134,7 +132,7 @@ def save_experts(
     """
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
-    if changed and any(_is_same(path, target / path.name) for path in checkpoint.files):
+    if changed and any(is_same_file(path, target / path.name) for path in checkpoint.files):
         raise UsageError(
             "a mixture of experts reads its weights from this folder, and they were changed in memory",
             where=target,
@@ -151,7 +149,7 @@ def save_experts(
         if mine:
             _write(target / path.name, specs, checkpoint, mine)
         else:
-            _copy(path, target / path.name, link=link)
+            copy_whole(path, target / path.name, link=link)
         weight_map |= dict.fromkeys(specs, path.name)
     added = {name: tensor for name, tensor in changed.items() if name not in weight_map}
     weight_map |= _write_added(target, added)
@@ -159,23 +157,6 @@ def save_experts(
     write_json(target / SOURCE, _source_of(checkpoint))
     write_json(target / "config.json", config)
     remove_stale(target, set(weight_map.values()))
-
-
-def _is_same(path: Path, other: Path) -> bool:
-    return other.exists() and os.path.samefile(path, other)
-
-
-def _copy(path: Path, name: Path, *, link: bool) -> None:
-    if _is_same(path, name):
-        return
-    temporary = name.with_name(name.name + ".tmp")
-    with writing(name, needed=path.stat().st_size):
-        temporary.unlink(missing_ok=True)
-        if link:
-            link_or_copy(path, temporary)
-        else:
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, name)
 
 
 def _write(name: Path, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint, changed: Mapping[str, torch.Tensor]) -> None:

@@ -129,7 +129,7 @@ def open_mixture(source: str | os.PathLike[str], dtype: str | None, **hub: Any) 
         model_type=model.config.model_type,
         dtype=found,
         layers=layers,
-        used=min(experts_per_token(model), max(layer.experts for layer in layers)),
+        used=experts_per_token(model, layers),
         resident_bytes=resident,
         touched_bytes=resident - _looked_up(model, found),
         kv_bytes=kv_cache_bytes(model),

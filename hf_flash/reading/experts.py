@@ -7,8 +7,6 @@ in the file. Pieces that are neighbours in the file are one range. Nothing is co
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,23 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_flash.base.arrays import Bytes, Ids
-from hf_flash.config_arguments import DIRECT, MMAP
 from hf_flash.errors import StoreReadError
 from hf_flash.reading.compiled_queue import BOUNCE_BYTES
-from hf_flash.reading.layer_files import (
-    PAGE,
-    close_files,
-    direct_alignment,
-    finish_reading,
-    open_for_reading,
-    open_queue,
-)
+from hf_flash.reading.layer_files import PAGE, OpenFiles
 from hf_flash.reading.open_file import FileChangedError
-from hf_flash.reading.reader import READERS, ReadCount
+from hf_flash.reading.reader import READERS, ReadCount, chosen_alignment
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.experts import ExpertLayer
-
-logger = logging.getLogger("hf_flash")
 
 _READ_BYTES: Final = 1 << 20  # at once: a queue of these keeps the disk busy, one large read does not
 
@@ -136,7 +124,7 @@ def reader_bytes(name: str, threads: int) -> int:
     return (threads + 1) * BOUNCE_BYTES if READERS[name].may_be_direct else 0
 
 
-class ExpertReader:
+class ExpertReader(OpenFiles):
     """Reads experts into slots.
 
     Args:
@@ -147,27 +135,11 @@ class ExpertReader:
     """
 
     def __init__(self, places: ExpertPlaces, name: str, threads: int, spare_bytes: int) -> None:
+        align = chosen_alignment(places.paths[0], places.nbytes, name, spare_bytes)
+        super().__init__(places.paths, align, threads, only_contents=True)
         self.places, self.layers = places, places.layers
-        align = self._alignment(name, spare_bytes)
-        self.name = DIRECT if align else MMAP
-        self._fds = list[int]()
-        guard = weakref.finalize(self, close_files, self._fds)
-        self._files = [open_for_reading(path, align, self._fds, only_contents=True) for path in places.paths]
-        self._file_table = np.array([file.address for file in self._files], np.int64)
-        self._queue = open_queue(self._files[0], threads, direct=align > 0)
-        self._finalize = weakref.finalize(self, finish_reading, self._queue, self._fds)
-        guard.detach()
+        self._file_table = np.array([file.address for file in self.files], np.int64)
         self.buffer_bytes = self._queue.buffer_bytes if align else 0
-
-    def _alignment(self, name: str, spare_bytes: int) -> int:
-        """What direct reads have to be multiples of; 0: experts are read through the page cache."""
-        kind = READERS[name]
-        if not kind.wants_direct(self.places.nbytes, spare_bytes):
-            return 0
-        align, refused = direct_alignment(self.places.paths[0])
-        if refused and not kind.caches_what_fits:
-            logger.warning("hf_flash: reader=%r falls back to %r: %s", name, MMAP, refused)
-        return align
 
     @property
     def where(self) -> Path:
@@ -183,11 +155,6 @@ class ExpertReader:
         """The reader of the compiled part, which may wait for tickets by itself; `None`: there is none."""
         return self._queue.reader
 
-    @property
-    def reads_with(self) -> str:
-        """What it reads with, for people."""
-        return self._queue.description if self.name == DIRECT else "the page cache"
-
     def start(self, layer: int, expert: int, slots: Bytes, slot: int) -> ExpertReading:
         """Begin to read an expert into a slot.
 
@@ -201,7 +168,7 @@ class ExpertReader:
         reading = ExpertReading(self, layer, expert)
         with reading.errors():
             for file, reads in self._orders(place):
-                reading.tickets.append(self._queue.start_into(self._files[file], reads + np.array([0, base, 0]), memory))
+                reading.tickets.append(self._queue.start_into(self.files[file], reads + np.array([0, base, 0]), memory))
                 reading.count.nbytes += int(reads[:, 2].sum())
                 reading.count.chunks += 1
         return reading
@@ -209,7 +176,7 @@ class ExpertReader:
     def _orders(self, place: _Place) -> Iterator[tuple[int, Ids]]:
         """The reads of an expert, file by file: [reads, 3] byte of the file, byte of the slot, length."""
         for part in place.ranges:
-            file = self._files[part.file]
+            file = self.files[part.file]
             nbytes = min(part.nbytes, file.state.size - part.offset)  # the last sector of a file may not be whole
             whole = nbytes // PAGE * PAGE if file.align else nbytes
             if whole:
@@ -236,17 +203,6 @@ class ExpertReader:
         """Raise `OSError` for what the compiled part says of reads that it has waited for, if it is an error."""
         if error:
             self._queue.check(error)
-
-    def settle(self) -> None:
-        """Wait until no read that was ever started writes to memory any more."""
-        self._queue.settle()
-
-    def forget(self) -> None:
-        """The same after an interruption: nobody waits for what was started any more."""
-        self._queue.forget()
-
-    def close(self) -> None:
-        self._finalize()
 
 
 def _split(offset: int, at: int, nbytes: int) -> Ids:

@@ -14,6 +14,7 @@ import logging
 import mmap
 import os
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,23 +47,52 @@ class StepFile(NamedTuple):
     unit: int  # bytes are read by so many at once, and counted so
 
 
-class FileSource:
-    """The layer files of a store.
+class OpenFiles:
+    """Opened files, and the queue that reads them. They are closed with this object.
 
     Args:
         align: what direct reads have to be multiples of; 0: through the page cache.
         threads: how many read directly where io_uring does not.
+        only_contents: as in [`OpenFile`].
     """
 
-    def __init__(self, store: FlashStore, align: int, threads: int) -> None:
+    def __init__(self, paths: Iterable[Path], align: int, threads: int, *, only_contents: bool = False) -> None:
         self.name = DIRECT if align else MMAP
-        self._layers, self._fds = store.layers, list[int]()
+        self._fds = list[int]()
         guard = weakref.finalize(self, close_files, self._fds)
-        self.files = [open_for_reading(layer.path, align, self._fds) for layer in store.layers]
-        self._units = [self._unit(file, layer) for file, layer in zip(self.files, store.layers, strict=True)]
+        self.files = [open_for_reading(path, align, self._fds, only_contents=only_contents) for path in paths]
         self._queue = open_queue(self.files[0], threads, direct=align > 0)
         self._finalize = weakref.finalize(self, finish_reading, self._queue, self._fds)
         guard.detach()
+
+    @property
+    def reads_with(self) -> str:
+        """What it reads with, for people."""
+        return self._queue.description if self.name == DIRECT else "the page cache"
+
+    def settle(self) -> None:
+        """Wait for every read that was started, whether anybody waits for it or not."""
+        self._queue.settle()
+
+    def forget(self) -> None:
+        """Wait as `settle` does, and drop the results: nobody may wait for one of these reads afterwards."""
+        self._queue.forget()
+
+    def close(self) -> None:
+        self._finalize()
+
+
+class FileSource(OpenFiles):
+    """The layer files of a store.
+
+    Args:
+        align, threads: as in [`OpenFiles`].
+    """
+
+    def __init__(self, store: FlashStore, align: int, threads: int) -> None:
+        super().__init__([layer.path for layer in store.layers], align, threads)
+        self._layers = store.layers
+        self._units = [self._unit(file, layer) for file, layer in zip(self.files, store.layers, strict=True)]
         self.buffer_bytes = self._queue.buffer_bytes if max(self._units) > 1 and align else 0
 
     @staticmethod
@@ -71,11 +101,6 @@ class FileSource:
         if not file.align:
             return PAGE
         return file.align if (layer.offset | layer.bundle_bytes) % file.align else 1
-
-    @property
-    def reads_with(self) -> str:
-        """What it reads with, for people."""
-        return self._queue.description if self.name == DIRECT else "the page cache"
 
     def start(self, layer: int, chunks: Chunks, out: Bytes, *, background: bool = False) -> Pending:
         """Begin to fill rows of `out`, uint8 [any, bundle bytes], contiguous.
@@ -105,17 +130,6 @@ class FileSource:
         if self._queue.reader is None:
             return None
         return StepFile(self._queue.reader, self.files[layer].address, self._units[layer])
-
-    def settle(self) -> None:
-        """Wait for every read that was started, whether anybody waits for it or not."""
-        self._queue.settle()
-
-    def forget(self) -> None:
-        """Wait as `settle` does, and drop the results: nobody may wait for one of these reads afterwards."""
-        self._queue.forget()
-
-    def close(self) -> None:
-        self._finalize()
 
 
 @dataclass

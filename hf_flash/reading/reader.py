@@ -291,14 +291,21 @@ def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, 
     `"auto"` takes the page cache when the whole store fits in `spare_bytes`, memory that nobody else claims, and direct I/O
     otherwise. Direct I/O that the system does not offer falls back to mmap and says why, once.
     """
-    return BundleReader(store, FileSource(store, _alignment(store, name, spare_bytes), threads), dtype)
+    align = chosen_alignment(store.layers[0].path, store.nbytes, name, spare_bytes)
+    return BundleReader(store, FileSource(store, align, threads), dtype)
 
 
-def _alignment(store: FlashStore, name: str, spare_bytes: int) -> int:
-    """What direct reads of a store have to be multiples of; 0: it is read through the page cache."""
+def chosen_alignment(path: Path, nbytes: int, name: str, spare_bytes: int) -> int:
+    """What direct reads have to be multiples of; 0: everything is read through the page cache.
+
+    Args:
+        path: one of the files.
+        nbytes: of all that may be read.
+        name, spare_bytes: as in [`open_reader`].
+    """
     kind = READERS[name]
-    direct = kind.wants_direct(store.nbytes, spare_bytes)
-    align, refused = direct_alignment(store.layers[0].path) if direct else (0, "")
+    direct = kind.wants_direct(nbytes, spare_bytes)
+    align, refused = direct_alignment(path) if direct else (0, "")
     if kind.caches_what_fits:
         reason = refused or f"the store {'does not fit' if direct else 'fits'} in free memory"
         logger.info("hf_flash: reader %r takes %r: %s", name, DIRECT if align else MMAP, reason)

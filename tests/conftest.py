@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,13 +68,15 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def in_a_fork(check: Callable[[], bool]) -> bool:
-    """Whether `check` holds in a forked process."""
+    """Whether `check` holds in a forked process; what it raises is printed."""
     child = os.fork()
     if child == 0:
         try:
-            signal.alarm(30)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(120)
             os._exit(0 if check() else 1)
         finally:
+            os.write(2, traceback.format_exc().encode())
             os._exit(2)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

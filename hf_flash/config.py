@@ -37,6 +37,8 @@ class FlashOffloadConfig(QuantizationConfigMixin):
 
     Args:
         {arguments}
+        checkpoint_quantization (`dict`): how the checkpoint is quantized beside that. transformers' own word for it is found in
+            config.json when a model is loaded; nobody has to pass it.
 
     Raises:
         ConfigError: an unknown argument (the message names the nearest valid one), a wrong type or value.
@@ -58,11 +60,13 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         cache_dir: Any = UNSET,
         quant_method: str = METHOD,
         format_version: int = CONFIG_VERSION,
+        checkpoint_quantization: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         _check_format(quant_method, format_version)
         self.quant_method = quant_method
         self.format_version = format_version
+        self.checkpoint_quantization = checkpoint_quantization
         given = {
             "predictor": predictor,
             "predictor_bits": predictor_bits,
@@ -106,9 +110,12 @@ class FlashOffloadConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: the method, the format, and what somebody named for this model."""
         named = self._stored | self._passed
-        return {"quant_method": self.quant_method, "format_version": self.format_version} | {
-            name: named[name] for name, argument in ARGUMENTS.items() if name in named and argument.stored
-        }
+        beside = {} if self.checkpoint_quantization is None else {"checkpoint_quantization": dict(self.checkpoint_quantization)}
+        return (
+            {"quant_method": self.quant_method, "format_version": self.format_version}
+            | beside
+            | {name: named[name] for name, argument in ARGUMENTS.items() if name in named and argument.stored}
+        )
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
@@ -116,6 +123,16 @@ class FlashOffloadConfig(QuantizationConfigMixin):
     def remember(self, **values: Any) -> None:
         """Record what loading decided, so that saving the model stores it. What the user named is not touched."""
         self._stored |= checked_arguments({k: v for k, v in values.items() if v is not None})
+
+    def for_checkpoint(self, quantization: Mapping[str, Any]) -> FlashOffloadConfig:
+        """The same choices, for a checkpoint that is quantized by another method.
+
+        Args:
+            quantization: `quantization_config` of its config.json.
+        """
+        found = type(self)(checkpoint_quantization=quantization)
+        found._passed, found._stored = dict(self._passed), dict(self._stored)
+        return found
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Called by transformers when this config meets the stored one; only what the user named comes along.

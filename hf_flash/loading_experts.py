@@ -45,9 +45,12 @@ class ExpertLoading:
     places: ExpertPlaces
     plan: ExpertPlan
     layers: list[FlashExperts]
+    dtypes: dict[str, torch.dtype]  # of the other weights, as the model was built
 
     def finish(self, model: Any, config: FlashOffloadConfig) -> None:
         """Everything after the other weights are loaded."""
+        for name, weight in model.named_parameters():
+            weight.data = weight.data.to(self.dtypes[name])  # transformers leaves them as they were beside quantized ones
         load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
         plan, dtype = self.plan, model.config.dtype
         spare_bytes = available_memory() - plan.scratch_bytes - plan.window_bytes  # for the page cache
@@ -94,7 +97,7 @@ def prepare_experts(model: Any, config: FlashOffloadConfig, checkpoint: Checkpoi
     layers = [put_on_flash(model.get_submodule(layer.name), index, layer) for index, layer in enumerate(places.layers)]
     plan = _divide(model, config, places)
     ignore_on_load(model, [rf"(^|\.){re.escape(layer.name)}\.({layer.first}|{SECOND})$" for layer in places.layers])
-    return ExpertLoading(checkpoint, places, plan, layers)
+    return ExpertLoading(checkpoint, places, plan, layers, {name: weight.dtype for name, weight in model.named_parameters()})
 
 
 def _divide(model: Any, config: FlashOffloadConfig, places: ExpertPlaces) -> ExpertPlan:

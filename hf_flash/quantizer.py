@@ -49,7 +49,16 @@ class FlashHfQuantizer(HfQuantizer):
     ) -> None:
         from hf_flash import loading
 
-        self._loading = loading.prepare(model, self.quantization_config, checkpoint_files, repacked=self.pre_quantized)
+        repacked = self.pre_quantized and self.quantization_config.checkpoint_quantization is None
+        self._loading = loading.prepare(model, self.quantization_config, checkpoint_files, repacked=repacked)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """What is not on flash becomes plain numbers, by transformers' own quantizer for such a checkpoint."""
+        from hf_flash.families.quantized import dequantizer, quantization_of
+
+        quantization = quantization_of({"quantization_config": self.quantization_config})
+        stock: Any = super() if quantization is None else dequantizer(quantization)
+        return stock.update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from hf_flash import loading

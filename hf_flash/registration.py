@@ -21,11 +21,13 @@ half imported, and while this thread holds the import lock of transformers.quant
 could not be imported there. A module that another thread is importing, and that waits for transformers, would be a deadlock,
 which Python reports as an error.
 
-transformers has functions to register a quantizer and its config. For the two other things we need there is no function; both
+transformers has functions to register a quantizer and its config. For the other things we need there is no function; all
 are used in this module only, and tests/contract/test_public_surface.py names them:
 
     AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING   to take out our entry when hf_flash is imported again
     LOADING_ATTRIBUTES_CONFIG_TYPES                            only classes in it may bring arguments for a stored config
+    AutoHfQuantizer.merge_quantization_configs                 refuses a config of one method for a checkpoint of another. Ours
+                                                               is for both: experts in mxfp4 or fp8 are read as they lie
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from typing import Any, Final
 from hf_flash.config_arguments import METHOD
 
 _QUANTIZERS: Final = "transformers.quantizers"
+_STOCK: Final = "stock_of_hf_flash"
 
 
 def register_when_imported() -> None:
@@ -66,6 +69,21 @@ def register() -> None:
     register_quantizer(METHOD)(FlashHfQuantizer)
     others = [kind for kind in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if not _is_ours(kind)]
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*others, FlashOffloadConfig)
+    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_merging(auto.AutoHfQuantizer.merge_quantization_configs))
+
+
+def _merging(stock: Any) -> Any:
+    """`merge_quantization_configs`, for which ours goes with a checkpoint that is quantized by another method."""
+    stock = getattr(stock, _STOCK, stock)  # of an earlier registration
+
+    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        values = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        if _is_ours(type(quantization_config_from_args)) and values.get("quant_method") != METHOD:
+            return quantization_config_from_args.for_checkpoint(values)
+        return stock(quantization_config, quantization_config_from_args)
+
+    setattr(merge_quantization_configs, _STOCK, stock)
+    return merge_quantization_configs
 
 
 def _is_ours(kind: type) -> bool:

@@ -8,6 +8,7 @@ from typing import Final
 import torch
 
 from hf_flash.budget.expert_plan import ExpertPlan
+from hf_flash.compute.expert_products import decoded_rows
 from hf_flash.reading.experts import reader_bytes
 from hf_flash.store.experts import ExpertLayer
 
@@ -37,15 +38,22 @@ def divide_experts(
         reader, io_threads: as in `FlashOffloadConfig`.
     """
     numbers = (sum(piece.rows * piece.columns for piece in layer.pieces) for layer in layers)
+    scratch = 4 * wide_numbers(layers, dtype) + decoded_bytes(layers, dtype) + PASSING_SLOTS * max(slot_bytes)
     return ExpertPlan(
         budget_bytes=budget_bytes,
         resident_bytes=resident_bytes,
-        scratch_bytes=4 * wide_numbers(layers, dtype) + PASSING_SLOTS * max(slot_bytes) + reader_bytes(reader, io_threads),
+        scratch_bytes=scratch + reader_bytes(reader, io_threads),
         slot_bytes=tuple(slot_bytes),
         experts=tuple(layer.experts for layer in layers),
         expert_bytes=tuple(count * dtype.itemsize for count in numbers),
         used=used,
     )
+
+
+def decoded_bytes(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:
+    """Of plain numbers, made of some rows of numbers with scales at a time."""
+    scaled = (piece for layer in layers for piece in layer.pieces if piece.scales)
+    return max((decoded_rows(piece, dtype) * piece.columns * dtype.itemsize for piece in scaled), default=0)
 
 
 def wide_numbers(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:

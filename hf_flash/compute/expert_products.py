@@ -4,6 +4,7 @@
                                  token gets the same bits beside others and alone
     many                         an expert at a time, the fastest way for whole matrices (dense.py)
     other dtypes in the file     widened by the compiled part on the way; else converted, an expert at a time
+    numbers with scales          multiplied as they lie, or made plain, some rows at a time (coded.py)
 
 Sums are made in fp32 and rounded once to the dtype of compute, as the stock model's are up to their order.
 """
@@ -11,7 +12,7 @@ Sums are made in fp32 and rounded once to the dtype of compute, as the stock mod
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -19,12 +20,14 @@ import numpy.typing as npt
 import torch
 
 from hf_flash.base.arrays import Bytes
-from hf_flash.compute import dense
+from hf_flash.compute import coded, dense
 from hf_flash.compute import library as native
-from hf_flash.compute.library import DTYPES, LinearJob, LinearsJob
-from hf_flash.store.experts import Piece
+from hf_flash.compute.coded import CODES
+from hf_flash.compute.library import DTYPES, LinearJob, LinearsJob, Scales
+from hf_flash.store.experts import ExpertLayer, Piece
 
 _JOB: Final = np.dtype(LinearJob)
+_DECODED_BYTES: Final = 8 << 20  # of plain numbers at a time, if a block of rows is not more
 _WIDENED: Final = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}  # file and compute: exact
 
 
@@ -59,20 +62,32 @@ class Waiting(Protocol):
 
 def reads_as(piece: Piece, dtype: torch.dtype) -> bool:
     """Whether the compiled part computes in this dtype with a piece as it is stored."""
-    return piece.dtype == dtype or (piece.dtype, dtype) in _WIDENED
+    return piece.dtype == dtype or (piece.dtype, dtype) in _WIDENED or coded.is_known(piece)
+
+
+def decoded_rows(piece: Piece, dtype: torch.dtype) -> int:
+    """Rows of a piece with scales that become plain numbers at a time."""
+    assert piece.scales is not None
+    block = piece.scales.block_rows
+    return min(piece.rows, max(1, _DECODED_BYTES // (block * piece.columns * dtype.itemsize)) * block)
 
 
 class ExpertProducts:
     """The products with one parameter of a layer's experts.
 
     Args:
-        pieces: of the parameter.
-        at: [experts, pieces] the byte of a slot where each begins.
+        layer: whose experts.
+        param: which.
+        at: [experts, ranges] the byte of a slot where each range of an expert begins.
         dtype: of compute.
     """
 
-    def __init__(self, pieces: Sequence[Piece], at: npt.NDArray[np.int64], dtype: torch.dtype) -> None:
-        self.pieces, self.at, self.dtype = pieces, at, dtype
+    def __init__(self, layer: ExpertLayer, param: str, at: npt.NDArray[np.int64], dtype: torch.dtype) -> None:
+        mine = [number for number, piece in enumerate(layer.pieces) if piece.param == param]
+        scaled = [layer.scale_places[number] for number in mine]
+        self.pieces, self.dtype = layer.of(param), dtype
+        pieces = self.pieces
+        self.at, self.scales_at = at[:, mine], np.where(np.array(scaled) < 0, 0, at[:, scaled])
         self.outputs, self.inputs = sum(piece.outputs for piece in pieces), pieces[0].inputs
         order = np.concatenate([piece.order for piece in pieces])
         in_order = np.array_equal(order, np.arange(self.outputs))
@@ -86,7 +101,8 @@ class ExpertProducts:
         jobs = np.zeros(len(self.pieces), _JOB)
         for job, piece in zip(jobs, self.pieces, strict=True):
             job["rows"], job["columns"], job["turned"] = piece.outputs, piece.inputs, piece.turned
-            job["out_stride"], job["dtype"], job["weight_dtype"] = self.outputs, DTYPES[self.dtype], DTYPES[piece.dtype]
+            job["out_stride"], job["dtype"], job["weight_dtype"] = self.outputs, DTYPES[self.dtype], CODES[piece.dtype]
+            job["scales"] = np.frombuffer(bytes(coded.scales_of(piece)), np.dtype(Scales))[0]
         return jobs
 
     def few(self, tokens: int) -> bool:
@@ -129,7 +145,8 @@ class ExpertProducts:
         begin, end = (np.array([getattr(group, name) for group in groups], np.int64) - first for name in ("begin", "end"))
         jobs = np.tile(self._template, (len(groups), 1))
         experts = [group.expert for group in groups]
-        jobs["weight"] = np.array([memory.address(group.slot) for group in groups], np.int64)[:, None] + self.at[experts]
+        slots = np.array([memory.address(group.slot) for group in groups], np.int64)[:, None]
+        jobs["weight"], jobs["scales"]["at"] = slots + self.at[experts], slots + self.scales_at[experts]
         jobs["x"] = (x.data_ptr() + (begin * (len(x) > 1)) * self.inputs * size)[:, None]
         jobs["tokens"] = (end - begin)[:, None]
         ahead = np.cumsum([0, *(piece.outputs for piece in self.pieces[:-1])]) * size
@@ -145,14 +162,26 @@ class ExpertProducts:
     def _alone(self, x: torch.Tensor, group: Group, memory: Memory, out: torch.Tensor) -> None:
         """Many tokens with one expert."""
         at = 0
-        for piece, begin in zip(self.pieces, self.at[group.expert].tolist(), strict=True):
-            weight = memory.matrix(group.slot, begin, piece).to(self.dtype)
+        for number, piece in enumerate(self.pieces):
             part = out[:, at : at + piece.outputs]
+            at += piece.outputs
+            begin, scales = int(self.at[group.expert, number]), int(self.scales_at[group.expert, number])
+            if piece.scales is not None:  # whose rows are outputs
+                for rows, weight in self._decoded(piece, memory.part(group.slot, begin), memory.part(group.slot, scales)):
+                    part[:, rows] = dense.multiply(x, weight, None, memory.wide)
+                continue
+            weight = memory.matrix(group.slot, begin, piece).to(self.dtype)
             if piece.turned:
                 part.copy_(dense.multiply_turned(x, weight, memory.wide))
             else:
                 part.copy_(dense.multiply(x, weight, None, memory.wide))
-            at += piece.outputs
+
+    def _decoded(self, piece: Piece, numbers: Bytes, scales: Bytes) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some rows of a piece with scales at a time, [rows, inputs] in the dtype of compute."""
+        step = decoded_rows(piece, self.dtype)
+        for begin in range(0, piece.rows, step):
+            rows = slice(begin, min(begin + step, piece.rows))
+            yield rows, coded.decode(piece, numbers, scales, rows, self.dtype)
 
 
 class Memory:
@@ -171,7 +200,11 @@ class Memory:
     def address(self, slot: int) -> int:
         return int(self._base + slot * self._stride)
 
+    def part(self, slot: int, begin: int) -> Bytes:
+        """The bytes of a slot from one on; they are not copied."""
+        return self.slots[slot, begin:]
+
     def matrix(self, slot: int, begin: int, piece: Piece) -> torch.Tensor:
-        """A piece as it is stored, [rows, columns]; it is not copied."""
+        """A piece without scales as it is stored, [rows, columns]; it is not copied."""
         raw = self.slots[slot, begin : begin + piece.nbytes]
         return torch.from_numpy(raw).view(piece.dtype).view(piece.rows, piece.columns)

@@ -75,6 +75,20 @@ static int64_t ahead_of(const ExpertWindow *w, int64_t expert) {
     return -1;
 }
 
+/* Whether a scale of an expert in a slot is no number. */
+static int is_damaged(const ExpertStep *s, int64_t expert, const char *slot) {
+    for (int64_t p = 0; p < s->pieces; p++) {
+        const ExpertPiece *piece = s->piece + p;
+        if (piece->scale_place < 0)
+            continue;
+        const char *scales = slot + s->at[expert * s->places + piece->scale_place];
+        const int64_t rows = (piece->outputs + piece->scales.block_rows - 1) / piece->scales.block_rows;
+        if (hf_has_no_number(scales, rows * piece->scales.columns, piece->scales.dtype))
+            return 1;
+    }
+    return 0;
+}
+
 /* Wait for a read on a guess. If it fails, the expert is not there: whoever needs it reads it again, and says what is wrong. */
 static void wait_for_ahead(ExpertStep *s, int64_t i) {
     ExpertWindow *w = s->window;
@@ -83,8 +97,9 @@ static void wait_for_ahead(ExpertStep *s, int64_t i) {
     w->ahead_reads[i] = w->ahead_reads[--w->ahead];
     while (read.count)
         failed |= hf_read_wait(s->reader, read.tickets[--read.count]) != 0;
-    if (failed) {
-        release(w, w->slot_of[read.expert]);
+    const int64_t slot = w->slot_of[read.expert];
+    if (failed || is_damaged(s, read.expert, w->slots + slot * w->slot_bytes)) {
+        release(w, slot);
         w->slot_of[read.expert] = -1;
     }
 }
@@ -243,9 +258,11 @@ static FAST void multiply(Call *call, Used *const *some, int64_t n, int is_down,
     for (int64_t i = 0; i < n; i++)
         for (int64_t p = begin; p < end; p++) {
             const ExpertPiece *piece = s->piece + p;
-            const int64_t first = some[i]->first;
+            const int64_t first = some[i]->first, *at = s->at + some[i]->expert * s->places;
+            Scales scales = piece->scales;
+            scales.at = piece->scale_place < 0 ? NULL : some[i]->slot + at[piece->scale_place];
             call->jobs[jobs++] = (LinearJob){
-                .weight = some[i]->slot + s->at[some[i]->expert * s->pieces + p],
+                .weight = some[i]->slot + at[p], .scales = scales,
                 .bias = bias ? bias + (some[i]->expert * outputs + piece->first_output) * size : NULL,
                 .x = x + (!is_down && s->tokens == 1 ? 0 : first * inputs * size),
                 .out = out + (first * outputs + piece->first_output) * size,
@@ -327,9 +344,12 @@ static FAST void compute_all(Call *call, int64_t n, Used **hits, Used **missing)
         const int64_t ticket = last_ticket(call, came);
         if (ticket)
             note_error(s, came, hf_read_wait(s->reader, ticket));
-        if (came->kept && !s->error)
+        if (!s->error && !s->damaged && is_damaged(s, came->expert, came->slot))
+            s->damaged = 1 + came->expert;
+        const int is_whole = !s->error && !s->damaged;
+        if (came->kept && is_whole)
             s->window->slot_of[came->expert] = came->number;
-        compute(call, &came, s->error ? 0 : 1, i + 1 < started ? missing[i + 1] : NULL);
+        compute(call, &came, is_whole, i + 1 < started ? missing[i + 1] : NULL);
         if (!came->kept)
             release(came->ahead ? s->window : s->passing, came->number);
     }
@@ -383,7 +403,7 @@ int FAST hf_expert_step(ExpertStep *s) {
     call.room.pieces = cut(&at, sizes[10]);
     char *stays = cut(&at, sizes[11]);
     Used **hits = cut(&at, sizes[12]), **missing = cut(&at, sizes[13]);
-    s->read_bytes = s->chunks = s->failed = s->ahead_used = 0;
+    s->read_bytes = s->chunks = s->failed = s->damaged = s->ahead_used = 0;
     s->error = 0;
     s->waited_s = 0.0;
     s->used = find_used(&call);
@@ -391,7 +411,7 @@ int FAST hf_expert_step(ExpertStep *s) {
     gather_x(&call, s->used);
     s->managed_s = now_s() - start;
     compute_all(&call, s->used, hits, missing);
-    if (!s->error)
+    if (!s->error && !s->damaged)
         sum_tokens(&call);
     free(memory);
     return 1;

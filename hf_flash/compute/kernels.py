@@ -303,8 +303,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
     rows, columns = weight.shape
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
     job = LinearJob(
-        weight.data_ptr(), address_of(bias), x.data_ptr(), None, out.data_ptr(),
-        rows, columns, x.numel() // columns, rows, DTYPES[x.dtype], DTYPES[x.dtype], False, native.threads(), not avx512,
+        weight=weight.data_ptr(), bias=address_of(bias), x=x.data_ptr(), out=out.data_ptr(), rows=rows, columns=columns,
+        tokens=x.numel() // columns, out_stride=rows, dtype=DTYPES[x.dtype], weight_dtype=DTYPES[x.dtype],
+        threads=native.threads(), no_avx512=not avx512,
     )  # fmt: skip
     if not native.loaded().hf_linear(ctypes.byref(job)):  # type: ignore[union-attr]
         raise MemoryError(f"no memory for {x.numel()} numbers")

@@ -31,7 +31,7 @@ from hf_flash.base import dtypes
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 18  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
+ABI: Final = 19  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 MOST_PIECES: Final = 8  # of an expert (MOST_PIECES of native.h)
 MOST_AHEAD: Final = 16  # experts that are read on a guess (MOST_AHEAD of native.h)
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
@@ -99,12 +99,22 @@ class ProductJob(ctypes.Structure):
     )
 
 
+class Scales(ctypes.Structure):
+    """What numbers in few bits are multiplied with."""
+
+    _fields_ = (
+        ("at", _pointer), *((name, _long) for name in ("block_rows", "block_columns", "columns")), ("dtype", _int),
+        ("unused", _int),
+    )  # fmt: skip
+
+
 class LinearJob(ctypes.Structure):
     """A matrix and some tokens."""
 
     _fields_ = (
         *((name, _pointer) for name in ("weight", "bias", "x", "x_f32", "out")),
         *((name, _long) for name in ("rows", "columns", "tokens", "out_stride")),
+        ("scales", Scales),
         *((name, _int) for name in ("dtype", "weight_dtype", "turned", "threads", "no_avx512", "next")),
     )
 
@@ -182,7 +192,7 @@ class Step(ctypes.Structure):
 class AheadRead(ctypes.Structure):
     """An expert that is read on a guess."""
 
-    _fields_ = (("expert", _long), ("count", _long), ("tickets", _long * (2 * MOST_PIECES)))
+    _fields_ = (("expert", _long), ("count", _long), ("tickets", _long * (4 * MOST_PIECES)))
 
 
 class ExpertWindow(ctypes.Structure):
@@ -204,7 +214,10 @@ class ExpertGate(ctypes.Structure):
 class ExpertPiece(ctypes.Structure):
     """A piece of every expert."""
 
-    _fields_ = (*((name, _long) for name in ("outputs", "inputs", "first_output")), ("dtype", _int), ("turned", _int))
+    _fields_ = (
+        *((name, _long) for name in ("outputs", "inputs", "first_output", "scale_place")),
+        ("scales", Scales), ("dtype", _int), ("turned", _int),
+    )  # fmt: skip
 
 
 class ExpertStep(ctypes.Structure):
@@ -213,12 +226,12 @@ class ExpertStep(ctypes.Structure):
     _fields_ = (
         *((name, _pointer) for name in ("window", "passing", "reader", "files", "orders", "first_order", "reads", "at")),
         ("piece", ExpertPiece * MOST_PIECES),
-        *((name, _long) for name in ("pieces", "up_pieces", "up_outputs", "neurons", "width")),
+        *((name, _long) for name in ("pieces", "places", "up_pieces", "up_outputs", "neurons", "width")),
         ("up_bias", _pointer), ("down_bias", _pointer), ("gate", ExpertGate),
         *((name, _pointer) for name in ("x", "index", "weights", "out")),
         *((name, _long) for name in ("tokens", "k", "most_reads")),
         *((name, _int) for name in ("dtype", "weights_dtype", "threads", "no_avx512")),
-        *((name, _long) for name in ("used", "hits", "read_bytes", "chunks", "ahead_used", "failed")),
+        *((name, _long) for name in ("used", "hits", "read_bytes", "chunks", "ahead_used", "failed", "damaged")),
         ("error", _int), ("unused", _int), ("managed_s", _double), ("waited_s", _double),
     )  # fmt: skip
 
@@ -259,7 +272,7 @@ def _declare(found: ctypes.CDLL) -> None:
     found.hf_several_nonzero.argtypes, found.hf_several_nonzero.restype = [ctypes.POINTER(TokensJob)], _long
     found.hf_count_uses.argtypes = [_pointer, _long, _long, _int, _pointer, _pointer]
     found.hf_multiply.argtypes = [ctypes.POINTER(ProductJob)]
-    found.hf_linear.argtypes = [ctypes.POINTER(LinearJob)]
+    found.hf_linear.argtypes = found.hf_decode.argtypes = [ctypes.POINTER(LinearJob)]
     found.hf_linears.argtypes = [ctypes.POINTER(LinearsJob)]
     found.hf_quantize.argtypes = [ctypes.POINTER(QuantizeJob)]
     found.hf_copy.argtypes = [ctypes.POINTER(CopyJob)]

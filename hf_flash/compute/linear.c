@@ -6,12 +6,14 @@
 
 #include <stdlib.h>
 
+#include "coded.h"
 #include "numbers.h"
 #include "parallel.h"
 
 enum { TILE_ROWS = 4, TILE_TOKENS = 4 }; /* sums that registers have room for */
 enum { AHEAD_BYTES = 1 << 14 };          /* at least, from where rows are multiplied to where they are fetched */
 enum { LINEAR_ROWS = 32 };               /* that a thread takes at a time */
+enum { E4M3_AS = 16 };                   /* plus a dtype: numbers of E4M3 that are rounded to it */
 enum { STRIP = 512 };                    /* outputs of a turned matrix that a thread takes at a time */
 
 /* One output: bias added, rounded once. */
@@ -28,10 +30,20 @@ INLINE void put_sum(const LinearJob *job, int64_t row, int64_t token, float sum)
 #include "linear_width.h"
 #undef LANES
 
+/* The tokens in fp32. Beside numbers in 4 bits, those of a block that go with low halves of bytes come first. */
 static FAST void widen(LinearJob *job, float *room) {
-    for (int64_t i = 0; i < job->tokens * job->columns; i++)
-        room[i] = one(job->x, i, job->dtype);
+    const int64_t n = job->tokens * job->columns, half = E2M1_BLOCK / 2;
     job->x_f32 = room;
+    if (job->weight_dtype != E2M1) {
+        for (int64_t i = 0; i < n; i++)
+            room[i] = one(job->x, i, job->dtype);
+        return;
+    }
+    for (int64_t block = 0; block < n; block += E2M1_BLOCK)
+        for (int64_t i = 0; i < half; i++) {
+            room[block + i] = one(job->x, block + 2 * i, job->dtype);
+            room[block + half + i] = one(job->x, block + 2 * i + 1, job->dtype);
+        }
 }
 
 int hf_linear(LinearJob *job) {
@@ -54,7 +66,8 @@ static void do_nothing(void *data) { (void)data; }
 
 /* Whether two matrices are multiplied with the same tokens. */
 static int same_x(const LinearJob *a, const LinearJob *b) {
-    return a->x == b->x && a->tokens == b->tokens && a->columns == b->columns && a->dtype == b->dtype;
+    return a->x == b->x && a->tokens == b->tokens && a->columns == b->columns && a->dtype == b->dtype &&
+           (a->weight_dtype == E2M1) == (b->weight_dtype == E2M1);
 }
 
 int hf_linears(LinearsJob *all) {

@@ -5,9 +5,11 @@
 
 #include "width.h"
 
+#include "coded_width.h"
+
 /* TILE_ROWS rows are as many streams, and the next tile is fetched ahead, in the order in which it lies in memory. Two, which one
  * token in fp32 takes, are fetched ahead best by processors themselves. */
-OF_WIDTH(void) NAME(tile)(const LinearJob *job, int64_t row, int64_t token, int rows, int tokens, int dtype) {
+OF_WIDTH(void) NAME(plain_tile)(const LinearJob *job, int64_t row, int64_t token, int rows, int tokens, int dtype) {
     const int64_t size = size_of(dtype), stride = job->columns * size;
     const int64_t ahead = TILE_ROWS * stride > AHEAD_BYTES ? TILE_ROWS * stride : AHEAD_BYTES;
     const char *weight = (const char *)job->weight + row * stride;
@@ -43,37 +45,48 @@ OF_WIDTH(void) NAME(tile)(const LinearJob *job, int64_t row, int64_t token, int 
         }
 }
 
+OF_WIDTH(void) NAME(tile)(const LinearJob *job, int64_t row, int64_t token, int rows, int tokens, int code) {
+    if (code == E2M1)
+        NAME(e2m1_tile)(job, row, token, rows, tokens);
+    else if (code >= E4M3_AS)
+        NAME(e4m3_tile)(job, row, token, rows, tokens, code - E4M3_AS);
+    else
+        NAME(plain_tile)(job, row, token, rows, tokens, code);
+}
+
 /* Some rows, with all tokens. */
-OF_WIDTH(void) NAME(tiles)(const LinearJob *job, int64_t row, int rows, int dtype) {
+OF_WIDTH(void) NAME(tiles)(const LinearJob *job, int64_t row, int rows, int code) {
     int64_t t = 0;
     if (LANES == 16)
         for (; t + 4 <= job->tokens; t += 4)
-            NAME(tile)(job, row, t, rows, 4, dtype);
+            NAME(tile)(job, row, t, rows, 4, code);
     for (; t + 2 <= job->tokens; t += 2)
         if (LANES == 16 || rows < TILE_ROWS) {
-            NAME(tile)(job, row, t, rows, 2, dtype);
+            NAME(tile)(job, row, t, rows, 2, code);
         } else { /* there are 16 registers */
-            NAME(tile)(job, row, t, 2, 2, dtype);
-            NAME(tile)(job, row + 2, t, 2, 2, dtype);
+            NAME(tile)(job, row, t, 2, 2, code);
+            NAME(tile)(job, row + 2, t, 2, 2, code);
         }
     if (t < job->tokens)
-        NAME(tile)(job, row, t, rows, 1, dtype);
+        NAME(tile)(job, row, t, rows, 1, code);
 }
 
-OF_WIDTH(void) NAME(linear_share)(LinearJob *job, int dtype) {
+OF_WIDTH(void) NAME(linear_share)(LinearJob *job, int code) {
     for (;;) {
         int64_t row = (int64_t)atomic_fetch_add(&job->next, LINEAR_ROWS);
         if (row >= job->rows)
             return;
         const int64_t end = row + LINEAR_ROWS < job->rows ? row + LINEAR_ROWS : job->rows;
-        for (; (job->tokens > 1 || dtype != F32) && row + TILE_ROWS <= end; row += TILE_ROWS)
-            NAME(tiles)(job, row, TILE_ROWS, dtype);
+        for (; (job->tokens > 1 || code != F32) && row + TILE_ROWS <= end; row += TILE_ROWS)
+            NAME(tiles)(job, row, TILE_ROWS, code);
         for (; row + 2 <= end; row += 2) /* one row alone would wait for its own sums */
-            NAME(tiles)(job, row, 2, dtype);
+            NAME(tiles)(job, row, 2, code);
         for (; row < end; row++)
-            NAME(tiles)(job, row, 1, dtype);
+            NAME(tiles)(job, row, 1, code);
     }
 }
+
+OF_WIDTH(void) NAME(e4m3_share)(LinearJob *job, int dtype) { NAME(linear_share)(job, E4M3_AS + dtype); }
 
 /* Some outputs of a turned matrix, for a few tokens: a row of it is multiplied with one input. An output is one sum in the order of
  * the inputs, whatever the width. */
@@ -128,6 +141,10 @@ BODY NAME(linear_body)(void *data) {
     LinearJob *job = data;
     if (job->turned)
         BY_DTYPE(job->weight_dtype, NAME(turned_share), job);
+    else if (job->weight_dtype == E2M1)
+        NAME(linear_share)(job, E2M1);
+    else if (job->weight_dtype == E4M3)
+        BY_DTYPE(job->dtype, NAME(e4m3_share), job);
     else
         BY_DTYPE(job->weight_dtype, NAME(linear_share), job);
 }

@@ -41,10 +41,10 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-enum { HF_ABI = 18 };
+enum { HF_ABI = 19 };
 
 /* Dtypes: library.py: DTYPES. */
-enum { F32, BF16, F16 };
+enum { F32, BF16, F16, E2M1, E4M3, E8M0 }; /* the last three: numbers of a matrix in 4 bits, in 8 bits, and scales of such numbers */
 
 /* --- about.c, parallel.c */
 
@@ -179,6 +179,14 @@ void hf_multiply(ProductJob *job);
 
 /* --- linear.c: matrices and some tokens (hf_flash/runtime/resident_linear.py, hf_flash/compute/expert_products.py) */
 
+/* Numbers in 4 or 8 bits are multiplied with scales, which blocks of them share. Of E2M1 a byte holds two numbers, the first in its low
+ * half; 32 of a row share a scale of E8M0. */
+typedef struct {
+    const void *at;                /* [rows / block_rows, columns / block_columns], both rounded up; null: there are none */
+    int64_t block_rows, block_columns, columns; /* columns: of scales */
+    int32_t dtype, unused;
+} Scales;
+
 typedef struct {
     const void *weight;            /* [rows, columns] of `weight_dtype`; or, if it is `turned`, [columns, rows] */
     const void *bias, *x;          /* [rows] or null, [tokens, columns]; both of `dtype` */
@@ -186,12 +194,19 @@ typedef struct {
     void *out;                     /* [tokens, rows] of `dtype` */
     int64_t rows, columns, tokens;
     int64_t out_stride;            /* numbers from one token of `out` to the next */
+    Scales scales;
     int32_t dtype, weight_dtype, turned, threads, no_avx512;
     atomic_int next;
 } LinearJob;
 
 /* out = x @ weight.T + bias, each token on its own: accumulated in fp32, rounded once. Returns whether there was memory. */
 int hf_linear(LinearJob *job);
+
+/* out [rows, columns] = the matrix itself, of E2M1 or E4M3, as numbers of `dtype`. */
+void hf_decode(LinearJob *job);
+
+/* Whether one of so many scales is no finite number. */
+int hf_has_no_number(const void *scales, int64_t count, int32_t dtype);
 
 typedef struct {
     LinearJob *jobs;     /* [n] of which `threads`, `no_avx512` and `next` are the function's own */
@@ -285,7 +300,7 @@ int32_t hf_try_ring(void);
 
 /* --- experts.c: a few tokens through the experts of a layer (hf_flash/runtime/expert_step.py) */
 
-enum { MOST_PIECES = 8, MOST_ORDERS = 2 * MOST_PIECES }; /* of an expert, before and behind the gate; and reads of files */
+enum { MOST_PIECES = 8, MOST_ORDERS = 4 * MOST_PIECES }; /* of an expert, before and behind the gate; and reads of files */
 enum { MOST_AHEAD = 16 };
 
 /* An expert that is read on a guess. `slot_of` says so already. */
@@ -318,6 +333,8 @@ typedef struct {
 /* A piece of every expert (hf_flash/store/experts.py: Piece). */
 typedef struct {
     int64_t outputs, inputs, first_output;
+    int64_t scale_place; /* where its scales are in a row of `at`; without scales -1 */
+    Scales scales;       /* of which `at` is of no matter */
     int32_t dtype, turned;
 } ExpertPiece;
 
@@ -328,9 +345,9 @@ typedef struct {
     const int64_t *orders;                /* [orders, 3] of reads of one file: which file, the first read, how many */
     const int64_t *first_order;           /* [experts + 1] */
     const int64_t *reads;                 /* [reads, 3] byte of the file, byte of the slot, bytes */
-    const int64_t *at;                    /* [experts, pieces] the byte of a slot where a piece begins */
+    const int64_t *at;                    /* [experts, places] the byte of a slot where a piece begins, or its scales */
     ExpertPiece piece[MOST_PIECES];       /* those before the gate come first */
-    int64_t pieces, up_pieces, up_outputs, neurons, width;
+    int64_t pieces, places, up_pieces, up_outputs, neurons, width;
     const void *up_bias, *down_bias;      /* [experts, up_outputs], [experts, width] of `dtype`; or null */
     ExpertGate gate;
     const void *x;                        /* [tokens, width] of `dtype` */
@@ -342,6 +359,7 @@ typedef struct {
     int64_t used, hits, read_bytes, chunks; /* out: experts; those that were there; what was read for the others */
     int64_t ahead_used;                     /* out: experts that were read on a guess, and used */
     int64_t failed;                         /* out: 1 + the expert that could not be read */
+    int64_t damaged;                        /* out: 1 + an expert with a scale that is no number */
     int32_t error, unused;                  /* out: why, as `hf_read_wait` says it */
     double managed_s, waited_s;             /* out: seconds that the slots took, and that reading took this thread */
 } ExpertStep;

@@ -19,6 +19,7 @@
 #undef FROM_BF16
 #undef ZERO
 #undef FMA
+#undef TIMES
 #undef SUM_16
 #undef SUM_32
 #undef FILL
@@ -39,6 +40,7 @@
 #define FROM_BF16(bits) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))
 #define ZERO _mm256_setzero_ps
 #define FMA _mm256_fmadd_ps
+#define TIMES _mm256_mul_ps
 #define SUM_16(sum) total((sum)[0], (sum)[1])
 #define SUM_32(sum) total(_mm256_add_ps((sum)[0], (sum)[1]), _mm256_add_ps((sum)[2], (sum)[3]))
 #define FILL _mm256_set1_ps
@@ -57,6 +59,7 @@
 #define FROM_BF16(bits) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))
 #define ZERO _mm512_setzero_ps
 #define FMA _mm512_fmadd_ps
+#define TIMES _mm512_mul_ps
 #define LOW_PLUS_HIGH(sum) _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1))
 #define SUM_16(sum) total(_mm512_castps512_ps256((sum)[0]), _mm512_extractf32x8_ps((sum)[0], 1))
 #define SUM_32(sum) total(LOW_PLUS_HIGH((sum)[0]), LOW_PLUS_HIGH((sum)[1]))

@@ -12,12 +12,12 @@ An expert is then read where it lies: nothing is repacked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,21 @@ import torch
 from torch import nn
 
 from hf_flash.base.files import read_json
+from hf_flash.compute.library import DTYPES
 from hf_flash.errors import StoreFormatError, UnsupportedModelError
 from hf_flash.families.base import get
+from hf_flash.families.quantized import (
+    as_numbers,
+    dequantizer,
+    has_numbers,
+    is_dequantizing,
+    name_of_scales,
+    quantization_of,
+    scales_for,
+)
 from hf_flash.families.recognise import config_object, skeleton
 from hf_flash.store.checkpoint import Checkpoint
-from hf_flash.store.experts import SECOND, ExpertLayer, Piece
+from hf_flash.store.experts import SECOND, ExpertLayer, Piece, bytes_of
 
 _FIRST: Final = ("gate_up_proj", "up_proj")
 _MARK: Final = "is_concatenated"  # every instance of a decorated class has it
@@ -61,9 +71,7 @@ def mixture_of(folder: Path, dtype: torch.dtype | None = None) -> Any:
         folder: config.json is enough.
         dtype: of compute; `None`: as config.json says.
     """
-    plain = read_json(folder / "config.json")
-    plain.pop("quantization_config", None)
-    config = config_object(plain)
+    config = config_object(read_json(folder / "config.json"))
     config.dtype = dtype or config.dtype or torch.float32
     model = skeleton(config)
     return model.to(config.dtype) if expert_modules(model) else None
@@ -135,6 +143,21 @@ class _Sources:
     def tensors(self) -> list[str]:
         return [name for names in self.names.values() for name in names]
 
+    @property
+    def operations(self) -> list[Any]:
+        return [] if self.converter is None else list(self.converter.operations)
+
+    def without_scales(self) -> tuple[_Sources, dict[str, str]]:
+        """The tensors that hold numbers; and for each of these that has any, the tensor of its scales."""
+        if not any(map(is_dequantizing, self.operations)):
+            return self, {}
+        numbers = {pattern: names for pattern, names in self.names.items() if has_numbers(pattern)}
+        pairs = ((names, self.names.get(name_of_scales(pattern), [])) for pattern, names in numbers.items())
+        scales = {
+            name: scale for names, some in pairs if len(names) == len(some) for name, scale in zip(names, some, strict=True)
+        }
+        return _Sources(self.converter, numbers), scales
+
 
 class _Conversions:
     """How transformers renames and converts the tensors of a checkpoint for a model.
@@ -147,7 +170,9 @@ class _Conversions:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        mapping = get_model_conversion_mapping(model)
+        quantization = quantization_of(model.config)
+        quantizer = None if quantization is None else dequantizer(quantization)
+        mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
@@ -182,29 +207,29 @@ def _layer(
 ) -> ExpertLayer:
     first = first_of(module)
     experts, width, neurons = sizes_of(module)
-    pieces: list[Piece] = []
-    tensors: list[list[str]] = [[] for _ in range(experts)]
-    begin: list[list[int]] = [[] for _ in range(experts)]
+    pieces, numbers, of_numbers = list[Piece](), list[_Range](), list[_Range]()  # of_numbers: of their scales
     for param in (first, SECOND):
         target = f"{name}.{param}"
         if target not in sources:
             raise StoreFormatError(
                 "the checkpoint lacks experts", where=target, expected="their weights", got="no tensor of them"
             )
-        source = sources[target]
-        specs = [checkpoint.specs[tensor] for tensor in source.tensors]
+        source, scales = sources[target].without_scales()
+        of_scales = [checkpoint.specs[scales[tensor]] if tensor in scales else None for tensor in source.tensors]
+        specs = [as_numbers(checkpoint.specs[tensor], other) for tensor, other in zip(source.tensors, of_scales, strict=True)]
         shape = tuple(module.get_parameter(param).shape)
-        key = (id(source.converter), tuple(len(names) for names in source.names.values()), tuple(specs), shape)
+        key = (id(source.converter), tuple(len(names) for names in source.names.values()), *specs, *of_scales, shape)
         if key not in tried:
             tried[key] = _try_conversion(model, source, specs, module, param, target)
-        forms, where = tried[key]
-        pieces += forms
-        for expert in range(experts):
-            tensors[expert] += [source.tensors[number] for number, _ in where[expert]]
-            begin[expert] += [byte for _, byte in where[expert]]
-    return ExpertLayer(
-        name, experts, width, neurons, first, tuple(pieces), tuple(map(tuple, tensors)), np.array(begin, np.int64)
-    )
+        for form in tried[key]:
+            piece, where = _scales_in_tensors(form, source.tensors, specs, scales, checkpoint, target)
+            pieces.append(piece)
+            numbers.append(_in_tensors(form, source.tensors, specs))
+            of_numbers += [where] if where else []
+    ranges = numbers + of_numbers
+    tensors = tuple(zip(*(where.tensors for where in ranges), strict=True))
+    begin = np.array([where.begin for where in ranges], np.int64).T
+    return ExpertLayer(name, experts, width, neurons, first, tuple(pieces), tensors, begin)
 
 
 def sizes_of(module: Any) -> tuple[int, int, int]:
@@ -216,29 +241,69 @@ def sizes_of(module: Any) -> tuple[int, int, int]:
 # --- a conversion, tried
 
 
-def _try_conversion(
-    model: Any, source: _Sources, specs: Sequence[Any], module: Any, param: str, target: str
-) -> tuple[list[Piece], list[list[tuple[int, int]]]]:
-    """What a conversion makes of tensors of such shapes.
+class _Form(NamedTuple):
+    """A piece of every expert, and for each of them the number of its tensor, the matrix in that, and the row of the matrix."""
 
-    Returns:
-        The pieces of an expert; and for each expert and piece, the number of the tensor and the byte in it.
-    """
+    piece: Piece
+    places: list[tuple[int, int, int]]
+
+
+def _try_conversion(model: Any, source: _Sources, specs: Sequence[Any], module: Any, param: str, target: str) -> list[_Form]:
+    """What a conversion makes of tensors of such shapes."""
     shape = module.get_parameter(param).shape
     small = small_sizes(module)
     shapes = [_small_shape(spec[1], small, tensor, target) for spec, tensor in zip(specs, source.tensors, strict=True)]
     made = _converted(model, source, shapes, torch.Size(_small_shape(tuple(shape), small, target, target)), target)
-    experts, forms, where = shape[0], None, []
-    for expert in range(experts):
+    forms: list[_Form] = []
+    for expert in range(shape[0]):
         block = made[expert].T if module.is_transposed else made[expert]
         found = [_in_file(run, shapes, specs, param, target) for run in _runs(block, shapes, target)]
-        forms = forms or [piece for piece, _, _ in found]
-        if [piece for piece, _, _ in found] != forms:
+        forms = forms or [_Form(piece, []) for piece, _ in found]
+        if [piece for piece, _ in found] != [form.piece for form in forms]:
             raise _refused(target, f"expert {expert} lies otherwise than expert 0")
-        where.append([(number, byte) for _, number, byte in found])
-    assert forms
-    _check_outputs(forms, shape[1 + bool(module.is_transposed)], target)
-    return forms, where
+        for form, (_, place) in zip(forms, found, strict=True):
+            form.places.append(place)
+    _check_outputs([form.piece for form in forms], shape[1 + bool(module.is_transposed)], target)
+    return forms
+
+
+class _Range(NamedTuple):
+    """For each expert, a tensor of the checkpoint and the byte where a range begins in it."""
+
+    tensors: list[str]
+    begin: list[int]
+
+
+def _in_tensors(form: _Form, names: Sequence[str], specs: Sequence[Any]) -> _Range:
+    """Where the numbers of a piece lie."""
+    shapes = [specs[number][1] for number, _, _ in form.places]
+    begin = [
+        bytes_of((matrix * shape[-2] + row) * shape[-1], form.piece.dtype)
+        for shape, (_, matrix, row) in zip(shapes, form.places, strict=True)
+    ]
+    return _Range([names[number] for number, _, _ in form.places], begin)
+
+
+def _scales_in_tensors(
+    form: _Form, names: Sequence[str], specs: Sequence[Any], scales: Mapping[str, str], checkpoint: Checkpoint, target: str
+) -> tuple[Piece, _Range | None]:
+    """A piece with what is known of its scales, and where these lie."""
+    piece, numbers = form.piece, form.places[0][0]
+    if names[numbers] not in scales:
+        if piece.dtype not in DTYPES:
+            raise _refused(target, f"numbers of {piece.dtype}, without scales")
+        return piece, None
+    of = [scales[names[number]] for number, _, _ in form.places]
+    others = {checkpoint.specs[name] for name in of}
+    found = scales_for(specs[numbers], checkpoint.specs[of[0]]) if len(others) == 1 else None
+    if found is None or piece.turned or any(row % found.block_rows for _, _, row in form.places):
+        shapes = sorted({f"{list(shape)} of {dtype}" for dtype, shape in others})
+        raise _refused(target, f"scales {', '.join(shapes)} for numbers {list(specs[numbers][1])}")
+    begin = []
+    for _, matrix, row in form.places:
+        rows, columns = specs[numbers][1][-2] // found.block_rows, specs[numbers][1][-1] // found.block_columns
+        begin.append((matrix * rows + row // found.block_rows) * columns * found.dtype.itemsize)
+    return replace(piece, scales=found), _Range(of, begin)
 
 
 def small_sizes(module: Any) -> dict[int, int]:
@@ -292,7 +357,10 @@ def _run_operations(
     collected: dict[str, Any] = {pattern: [next(numbers) for _ in names] for pattern, names in source.names.items()}
     patterns = {"source_patterns": source.converter.source_patterns, "target_patterns": source.converter.target_patterns}
     try:
-        for operation in source.converter.operations:
+        for operation in source.operations:
+            if is_dequantizing(operation):
+                collected = _dequantized(operation, collected, target)
+                continue
             collected = operation.convert(
                 collected, **patterns, full_layer_name=target, model=stand_in, config=model.config, missing_keys=None
             )
@@ -305,6 +373,13 @@ def _run_operations(
         raise _refused(target, f"its conversion makes {', '.join(collected)}")
     made: torch.Tensor = mine[0][0] if isinstance(mine[0], list) else mine[0]
     return made
+
+
+def _dequantized(operation: Any, collected: dict[str, Any], target: str) -> dict[str, Any]:
+    """What an operation that makes plain numbers does to their places."""
+    if type(operation).__name__ == "Mxfp4Dequantize":  # its integrations/mxfp4.py: rows of outputs become columns
+        return {target: next(iter(collected.values()))[0].transpose(1, 2)}
+    return {target: collected["weight"]} if "weight" in collected else collected
 
 
 @dataclass(frozen=True)
@@ -346,8 +421,8 @@ def _runs(block: Numbers, shapes: Sequence[tuple[int, ...]], target: str) -> lis
 
 def _in_file(
     run: _Run, shapes: Sequence[tuple[int, ...]], specs: Sequence[Any], param: str, target: str
-) -> tuple[Piece, int, int]:
-    """A run in sizes of the file: its piece, the number of its tensor, and the byte where it begins there."""
+) -> tuple[Piece, tuple[int, int, int]]:
+    """A run in sizes of the file: its piece, and the number of its tensor, the matrix in that, and the row where it begins."""
     ends = np.cumsum([torch.Size(shape).numel() for shape in shapes])
     number = int(np.searchsorted(ends, run.first, side="right"))
     small, (dtype, real) = shapes[number], specs[number]
@@ -357,12 +432,10 @@ def _in_file(
     stored_rows = run.inputs if run.turned else len(run.outputs)
     if column or (row * real[-2]) % small[-2] or (stored_rows * real[-2]) % small[-2]:
         raise _refused(target, "an expert does not begin with a row of its tensor")
-    rows, byte = (
-        stored_rows * real[-2] // small[-2],
-        (matrix * real[-2] + row * real[-2] // small[-2]) * real[-1] * dtype.itemsize,
-    )
+    rows = stored_rows * real[-2] // small[-2]
     first_output, turns = _order(run, real[-1] if run.turned else rows, target)
-    return Piece(param, rows, real[-1], run.turned, first_output, turns, dtype), number, byte
+    place = number, matrix, row * real[-2] // small[-2]
+    return Piece(param, rows, real[-1], run.turned, first_output, turns, dtype), place
 
 
 def _order(run: _Run, count: int, target: str) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import torch
 
 from hf_flash.base.files import write_text
 from hf_flash.errors import ConfigError, UsageError
+from hf_flash.families.quantized import plain_tensor
 from hf_flash.hub.uploading import CARD, staging, upload
 from hf_flash.hub.uploading import push as push  # importable from here, beside the methods that call it
 from hf_flash.packing.checkpoint_folder import save_folder
@@ -234,7 +235,7 @@ def _changed(state: Mapping[str, torch.Tensor], checkpoint: Checkpoint, store: F
         value, stored = state[mine], checkpoint.tensor(name)
         matched.add(mine)
         seen.add(value.data_ptr())
-        if value.shape != stored.shape or not _same(value, stored):
+        if not _same(value, stored):
             changed[name] = value
     return changed | {n: v for n, v in state.items() if n not in matched and v.data_ptr() not in seen}
 
@@ -249,13 +250,15 @@ def _changed_beside_experts(model: Any, runtime: ExpertRuntime, state: Mapping[s
         known = checkpoint.specs.get(name)
         if name in experts:
             continue
-        if known is None or known[1] != tuple(value.shape) or not _same(value, checkpoint.tensor(name)):
+        if known is None or not _same(value, plain_tensor(checkpoint, name, value.dtype)):
             changed[name] = value
     return changed
 
 
 def _same(value: torch.Tensor, stored: torch.Tensor) -> bool:
     """Whether `value` is `stored` in its own dtype; compared in parts, since embeddings are large."""
+    if value.shape != stored.shape:
+        return False
     mine, theirs = value.reshape(-1), stored.reshape(-1)
     step = 1 << 22
     parts = (slice(at, at + step) for at in range(0, len(mine), step))

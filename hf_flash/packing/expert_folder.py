@@ -18,6 +18,7 @@ from huggingface_hub.utils import tqdm
 from hf_flash.base.files import read_json, write_json, writing
 from hf_flash.errors import StoreFormatError, UsageError
 from hf_flash.families.experts import experts_per_token, locate_experts, mixture_of
+from hf_flash.families.quantized import scales_in
 from hf_flash.packing.checkpoint_folder import copy_whole, divide_into_shards, is_same_file, remove_stale
 from hf_flash.reading.experts import ExpertPlaces
 from hf_flash.store.checkpoint import Checkpoint
@@ -141,12 +142,13 @@ def save_experts(
         )
     weight_map: dict[str, str] = {}
     by_file = checkpoint.tensors_by_file()
+    without = {scales_in(checkpoint, name) for name in changed}  # what is plain by now has no scales
     for path in tqdm(checkpoint.files, desc="Copying the checkpoint", unit="file", delay=1):
-        specs = {name: checkpoint.specs[name] for name in by_file[path]}
+        specs = {name: checkpoint.specs[name] for name in by_file[path] if name not in without}
         if path.name == _SINGLE:  # transformers would look no further
             specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in changed.items() if name not in specs}
         mine = {name: changed[name] for name in specs if name in changed}
-        if mine:
+        if mine or len(specs) < len(by_file[path]):
             _write(target / path.name, specs, checkpoint, mine)
         else:
             copy_whole(path, target / path.name, link=link)

@@ -26,6 +26,7 @@ from hf_flash.config import FlashOffloadConfig
 from hf_flash.config_arguments import CopiedName, PredictorBits
 from hf_flash.errors import ConfigError, UnsupportedModelError
 from hf_flash.families import family_of
+from hf_flash.families.quantized import quantization_of
 from hf_flash.packing import source_cache
 from hf_flash.packing.bundling import build_store
 from hf_flash.packing.checkpoint_folder import divide_into_shards, finish_folder, other_weights, repacked_config
@@ -176,7 +177,10 @@ def _restore_neurons(folder: Path, target: Path) -> None:
 
 def _finish_plain(folder: Path, partial: Path, config: dict[str, Any]) -> None:
     """Everything beside the weights of a plain checkpoint."""
-    write_json(partial / "config.json", {key: value for key, value in config.items() if key != "quantization_config"})
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if quantization := quantization_of(config):
+        plain["quantization_config"] = quantization
+    write_json(partial / "config.json", plain)
     copy_small_files(folder, partial)
     _plain_card(partial / "README.md")
 

@@ -9,7 +9,7 @@ disk are measured here. How many experts are missing is *assumed*, in two ways, 
 routing names every expert as often as any other, whatever came before: that is the pessimist's view. *Typical* routing names
 again what it named before, as others have measured it.
 
-Where the experts of a checkpoint lie is not known yet, so slots are counted with two pages more for each piece of an expert: a
+Where the experts of a checkpoint lie is not known yet, so slots are counted with two pages more for each range of an expert: a
 little more than loading takes.
 
 Left out: Python; the prompt; attention over a long context; the page cache, which makes reads faster where memory for that is
@@ -36,12 +36,13 @@ from hf_flash.config import ReaderName
 from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.families.expert_check import check_experts
 from hf_flash.families.experts import expert_modules, experts_per_token, first_of, kv_cache_bytes, locate_experts
+from hf_flash.families.quantized import as_quantized, quantization_of
 from hf_flash.families.recognise import skeleton
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.planning.budgets import UNLIMITED, budget_to_look_at, suggestion
 from hf_flash.planning.measuring import Speeds, measure_speeds
 from hf_flash.planning.mixture_report import Expected, ExpertOutlook, ExpertPoint
-from hf_flash.planning.model import compute_dtype, take_stored
+from hf_flash.planning.model import compute_dtype
 from hf_flash.reading.layer_files import PAGE
 from hf_flash.runtime.transformers_model import plain_state, resident_bytes
 from hf_flash.store.checkpoint import Checkpoint, resolve_folder
@@ -88,7 +89,7 @@ class PlannedMixture:
 
     def divide(self, budget_bytes: int, reader: ReaderName) -> ExpertPlan:
         """Divide a budget as loading_experts.py does, which may be too small."""
-        slots = [layer.expert_bytes + 2 * PAGE * len(layer.pieces) for layer in self.layers]
+        slots = [layer.expert_bytes + 2 * PAGE * len(layer.ranges) for layer in self.layers]
         sizes = self.resident_bytes, self.layers, slots, self.dtype, self.used
         return divide_experts(budget_bytes, *sizes, reader=reader, io_threads=ARGUMENTS["io_threads"].default)
 
@@ -109,13 +110,10 @@ def open_mixture(source: str | os.PathLike[str], dtype: str | None, **hub: Any) 
         StoreError: no config.json.
     """
     folder = resolve_folder(source, config_only=True, **hub)
-    plain = read_json(folder / "config.json")
-    quantization = {"quantization_config": plain.pop("quantization_config", None)}
-    model = skeleton(plain)
+    model = skeleton(read_json(folder / "config.json"))
     modules = expert_modules(model)
     if not modules:
         return None
-    take_stored(quantization, folder)
     check_experts(model)
     layers = tuple(locate_experts(model, _as_saved(model)))
     for module in modules.values():
@@ -143,7 +141,9 @@ def _as_saved(model: Any) -> Checkpoint:
         for name, module in expert_modules(model).items()
         for param, value in module.named_parameters(recurse=False)
     }
-    return Checkpoint([], {name: (value.dtype, tuple(value.shape)) for name, value in plain_state(model, experts).items()})
+    specs = {name: (value.dtype, tuple(value.shape)) for name, value in plain_state(model, experts).items()}
+    quantization = quantization_of(model.config)
+    return Checkpoint([], as_quantized(specs, quantization) if quantization else specs)
 
 
 def _looked_up(model: Any, dtype: torch.dtype) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_flash.base.arrays import Bytes, Ids
-from hf_flash.errors import StoreReadError
+from hf_flash.errors import StoreFormatError, StoreReadError
 from hf_flash.reading.compiled_queue import BOUNCE_BYTES
 from hf_flash.reading.layer_files import PAGE, OpenFiles
 from hf_flash.reading.open_file import FileChangedError
@@ -55,14 +55,14 @@ class _Place(NamedTuple):
     """Where an expert lies."""
 
     ranges: tuple[_Range, ...]
-    pieces: tuple[int, ...]  # the byte of the slot where each piece begins
+    at: tuple[int, ...]  # the byte of the slot where each range of the expert begins
     nbytes: int  # of a slot
 
 
 def _place(starts: Sequence[tuple[int, int, int]]) -> _Place:
-    """Where an expert lies whose pieces begin at these bytes (file, byte, length)."""
+    """Where an expert lies whose ranges begin at these bytes (file, byte, length)."""
     ranges: list[_Range] = []
-    pieces, room = [0] * len(starts), 0
+    places, room = [0] * len(starts), 0
     for number in sorted(range(len(starts)), key=lambda number: starts[number][:2]):
         file, start, nbytes = starts[number]
         first, last = start // PAGE * PAGE, -(-(start + nbytes) // PAGE) * PAGE
@@ -72,9 +72,9 @@ def _place(starts: Sequence[tuple[int, int, int]]) -> _Place:
             room -= before.nbytes
         at = room
         ranges.append(_Range(file, first, at, last - first))
-        pieces[number] = at + start - first
+        places[number] = at + start - first
         room += last - first
-    return _Place(tuple(ranges), tuple(pieces), room)
+    return _Place(tuple(ranges), tuple(places), room)
 
 
 class ExpertPlaces:
@@ -95,9 +95,9 @@ class ExpertPlaces:
     @staticmethod
     def _of(layer: ExpertLayer, expert: int, checkpoint: Checkpoint, numbers: dict[Path, int]) -> _Place:
         starts = []
-        for tensor, byte, piece in zip(layer.tensors[expert], layer.begin[expert].tolist(), layer.pieces, strict=True):
+        for tensor, byte, nbytes in zip(layer.tensors[expert], layer.begin[expert].tolist(), layer.ranges, strict=True):
             path, offset = checkpoint.place(tensor)
-            starts.append((numbers.setdefault(path, len(numbers)), offset + byte, piece.nbytes))
+            starts.append((numbers.setdefault(path, len(numbers)), offset + byte, nbytes))
         return _place(starts)
 
     @property
@@ -109,9 +109,9 @@ class ExpertPlaces:
         """Where an expert of a layer lies."""
         return self._places[at[0]][at[1]]
 
-    def pieces(self, layer: int) -> npt.NDArray[np.int64]:
-        """[experts, pieces] the byte of a slot where each piece of each expert begins."""
-        return np.array([place.pieces for place in self._places[layer]], np.int64)
+    def at(self, layer: int) -> npt.NDArray[np.int64]:
+        """[experts, ranges] the byte of a slot where each range of each expert begins."""
+        return np.array([place.at for place in self._places[layer]], np.int64)
 
     def describe(self, layer: int, expert: int) -> str:
         """An expert, and where it lies, for errors."""
@@ -249,6 +249,15 @@ class ExpertReading:
         self.waited_s += seconds
         with self.errors():
             self.reader.check(error)
+
+    def damaged(self) -> StoreFormatError:
+        """The error for an expert that was read, and whose scales are not all numbers."""
+        return StoreFormatError(
+            "an expert has scales that are no numbers",
+            where=self.reader.places.describe(self.layer, self.expert),
+            expected="finite scales",
+            hint="the checkpoint is damaged: download it again",
+        )
 
     @contextmanager
     def errors(self) -> Iterator[None]:

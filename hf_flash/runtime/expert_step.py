@@ -16,6 +16,7 @@ import torch
 from hf_flash.base.arrays import Ids
 from hf_flash.compute import dense
 from hf_flash.compute import library as native
+from hf_flash.compute.coded import CODES, scales_of
 from hf_flash.compute.expert_gate import known_gate
 from hf_flash.compute.expert_products import reads_as
 from hf_flash.compute.library import DTYPES, MOST_PIECES, ExpertPiece, ExpertStep
@@ -101,17 +102,19 @@ def expert_step(
         return None
     first = layer.of(layer.first)
     plan = reader.read_plan(index)
-    at = np.ascontiguousarray(reader.places.pieces(index))
+    at = np.ascontiguousarray(reader.places.at(index))
     call = ExpertStep(
-        reader=reader.queue, pieces=len(layer.pieces), up_pieces=len(first), up_outputs=sum(piece.outputs for piece in first),
+        reader=reader.queue, pieces=len(layer.pieces), places=len(layer.ranges), up_pieces=len(first),
+        up_outputs=sum(piece.outputs for piece in first),
         neurons=layer.neurons, width=layer.width, gate=gate, dtype=DTYPES[dtype], at=at.ctypes.data, files=reader.file_table,
         orders=plan.orders.ctypes.data, first_order=plan.first_order.ctypes.data, reads=plan.reads.ctypes.data,
         most_reads=max(plan.orders[:, 2].tolist()),
     )  # fmt: skip
-    for number, piece in enumerate(layer.pieces):
-        call.piece[number] = _piece(piece)
+    for number, (piece, place) in enumerate(zip(layer.pieces, layer.scale_places, strict=True)):
+        call.piece[number] = _piece(piece, place)
     return ExpertTokenStep(call, [plan, at, reader], dtype, *slots)
 
 
-def _piece(piece: Piece) -> ExpertPiece:
-    return ExpertPiece(piece.outputs, piece.inputs, piece.first_output, DTYPES[piece.dtype], piece.turned)
+def _piece(piece: Piece, place: int) -> ExpertPiece:
+    code = CODES[piece.dtype]
+    return ExpertPiece(piece.outputs, piece.inputs, piece.first_output, place, scales_of(piece), code, piece.turned)

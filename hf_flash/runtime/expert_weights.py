@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from hf_flash.base.arrays import Bytes
 from hf_flash.base.files import StoredFile
+from hf_flash.compute.coded import decode
 from hf_flash.runtime.flash_weights import StoredWeight
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.experts import ExpertLayer
@@ -61,10 +64,21 @@ class ExpertStack(StoredWeight):
 
     def _pieces(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Which outputs, and their rows [outputs, inputs] in the dtype of compute."""
-        for number, piece in enumerate(self.layer.pieces):
+        for number, (piece, place) in enumerate(zip(self.layer.pieces, self.layer.scale_places, strict=True)):
             if piece.param == self.param:
-                path, offset = self.checkpoint.place(self.layer.tensors[expert][number])
-                with StoredFile(path) as file:
-                    raw = bytearray(file.read(piece.nbytes, offset + int(self.layer.begin[expert, number])))
-                stored = torch.frombuffer(raw, dtype=piece.dtype).view(piece.rows, piece.columns)
+                raw = self._range(expert, number)
+                if piece.scales:
+                    yield (
+                        torch.from_numpy(piece.order),
+                        decode(piece, raw, self._range(expert, place), slice(0, piece.rows), self.dtype),
+                    )
+                    continue
+                stored = torch.from_numpy(raw).view(piece.dtype).view(piece.rows, piece.columns)
                 yield torch.from_numpy(piece.order), (stored.T if piece.turned else stored).to(self.dtype)
+
+    def _range(self, expert: int, number: int) -> Bytes:
+        """One of an expert's ranges, as it lies in the file."""
+        path, offset = self.checkpoint.place(self.layer.tensors[expert][number])
+        with StoredFile(path) as file:
+            raw = file.read(self.layer.ranges[number], offset + int(self.layer.begin[expert, number]))
+        return np.frombuffer(bytearray(raw), np.uint8)

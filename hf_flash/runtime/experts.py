@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from hf_flash.base.arrays import Bytes, Ids
+from hf_flash.compute.coded import are_numbers
 from hf_flash.compute.expert_gate import stock_gate
 from hf_flash.compute.expert_products import ExpertProducts, Group, Memory
 from hf_flash.errors import UsageError
@@ -41,7 +42,7 @@ from hf_flash.runtime.inference_only import usable_engine, without_backward
 from hf_flash.runtime.transformers_model import mark_as_initialized
 from hf_flash.store.experts import SECOND, ExpertLayer
 
-_SHARED: Final = ("engine", "layer", "window", "passing", "_wide", "_up", "_down", "step")  # by copies of a layer
+_SHARED: Final = ("engine", "layer", "window", "passing", "_wide", "_at", "_up", "_down", "step")  # by copies of a layer
 _SUMMED: Final = 256  # tokens whose experts are summed at a time: of a long prompt all would be large
 
 
@@ -103,10 +104,9 @@ class FlashExperts(OnFlash):
         """
         self.engine, self.window, self.passing = engine, slots, passing
         self._wide = wide
-        at, pieces = engine.reader.places.pieces(self.index), self.layer.pieces
-        mine = np.array([piece.param == SECOND for piece in pieces])
-        self._up = ExpertProducts(self.layer.of(self.layer.first), at[:, ~mine], engine.dtype)
-        self._down = ExpertProducts(self.layer.of(SECOND), at[:, mine], engine.dtype)
+        self._at = engine.reader.places.at(self.index)
+        self._up = ExpertProducts(self.layer, self.layer.first, self._at, engine.dtype)
+        self._down = ExpertProducts(self.layer, SECOND, self._at, engine.dtype)
         self.step = expert_step(self, self.layer, self.index, engine.reader, engine.dtype, (slots, passing))
 
     def release(self) -> None:
@@ -178,6 +178,8 @@ class FlashExperts(OnFlash):
         if found.failed:
             reading = ExpertReading(engine.reader, self.index, found.failed - 1)
             reading.waited(found.error, 0.0)
+        if found.damaged:
+            raise ExpertReading(engine.reader, self.index, found.damaged - 1).damaged()
         if found.error:
             raise MemoryError(f"no memory for {index.size} pairs of a token and an expert")
         count.manage_s += found.managed_s
@@ -231,8 +233,17 @@ class FlashExperts(OnFlash):
         came.reading.wait()
         engine.counters.io_s += came.reading.waited_s
         engine.counters.add_read(came.reading.count)
+        self._check_scales(came)
         if came.kept:
             self.window.put(came.expert, came.slot)
+
+    def _check_scales(self, came: _Arriving) -> None:
+        """Refuse an expert whose scales are not all numbers."""
+        slot = (self.window if came.kept else self.passing).memory[came.slot]
+        for piece, place in zip(self.layer.pieces, self.layer.scale_places, strict=True):
+            begin = self._at[came.expert, place]
+            if piece.scales and not are_numbers(piece, slot[begin : begin + piece.scale_bytes]):
+                raise came.reading.damaged()
 
     def _compute(
         self, engine: ExpertEngine, x: torch.Tensor, call: _Call, groups: Sequence[Group], slots: Bytes,

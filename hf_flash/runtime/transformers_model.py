@@ -8,6 +8,8 @@ a test in `tests/contract/test_transformers_seam.py` that names it and asks tran
     _keys_to_ignore_on_load_unexpected       ignore_on_load
     _is_hf_initialized                       mark_as_initialized
     revert_weight_conversion                 plain_state
+    _weight_conversions                      plain_state
+    _original_source_patterns, and -target-  plain_state
     how the model calls its decoder          sequence_length
     how the model calls a decoder layer      hidden_of, first_layer_call
     how a decoder layer answers              run_layer
@@ -20,14 +22,16 @@ pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 
 from hf_flash.errors import UnsupportedModelError
+from hf_flash.families.quantized import has_numbers, is_dequantizing
 
 _HIDDEN: Final = "hidden_states"
+_CONVERSIONS: Final = "_weight_conversions"
 
 
 def tied_names(model: Any) -> set[str]:
@@ -40,14 +44,33 @@ def tied_names(model: Any) -> set[str]:
 
 
 def plain_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Some of a model's tensors under the names, and in the form, that its checkpoint has them in.
+    """Some of a model's tensors under the names, and in the form, that its checkpoint has them in; numbers are plain ones.
 
-    `revert_weight_conversion` of core_model_loading.py, since 5.0: `save_pretrained` calls it.
+    `revert_weight_conversion` of core_model_loading.py, since 5.0: `save_pretrained` calls it. It goes by
+    `_weight_conversions`, which loading leaves at the model; those that make plain numbers of others are not reverted.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    found: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    used = getattr(model, _CONVERSIONS, None)
+    if used is not None:
+        setattr(model, _CONVERSIONS, [found for conversion in used for found in _without_dequantizing(conversion)])
+    try:
+        found: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    finally:
+        if used is not None:
+            setattr(model, _CONVERSIONS, used)
     return found
+
+
+def _without_dequantizing(conversion: Any) -> Iterator[Any]:
+    """What a conversion does beside making plain numbers, if anything."""
+    operations = getattr(conversion, "operations", ())
+    left = [operation for operation in operations if not is_dequantizing(operation)]
+    if len(left) == len(operations):
+        yield conversion
+    elif left:
+        sources = [pattern for pattern in conversion._original_source_patterns if has_numbers(pattern)]
+        yield conversion.copy(sources, conversion._original_target_patterns, operations=left)
 
 
 def mark_as_initialized(module: Any) -> None:

@@ -14,6 +14,28 @@ import numpy.typing as npt
 import torch
 
 SECOND: Final = "down_proj"  # the parameter behind the activation
+E2M1: Final = torch.float4_e2m1fn_x2  # 4 bits a number, two in a byte, the first of them in its low half
+E4M3: Final = torch.float8_e4m3fn  # 8 bits a number
+E8M0: Final = torch.float8_e8m0fnu  # a scale: a power of two
+
+
+def bytes_of(count: int, dtype: torch.dtype) -> int:
+    """What so many numbers take in a file."""
+    return count // 2 if dtype == E2M1 else count * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What the numbers of a piece are multiplied with; blocks of them share a scale.
+
+    Attributes:
+        dtype: of a scale in the file.
+        block_rows, block_columns: of numbers that share one.
+    """
+
+    dtype: torch.dtype
+    block_rows: int
+    block_columns: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +48,9 @@ class Piece:
         turned: whether a row holds what one input is multiplied with; otherwise what makes one output.
         first_output, turns: its outputs are those of the parameter from `first_output` on, one after the other; or, with two
             `turns`, one of the first half and one of the second half take turns; or the other way round, where `turns` is -2.
-        dtype: of the file.
+        dtype: of the file; `E2M1` and `E4M3` go with scales.
+        scales: of its numbers, which lie in a tensor of their own, row after row of blocks, and
+            whose rows are outputs; `None`: they are what they are.
     """
 
     param: str
@@ -36,6 +60,7 @@ class Piece:
     first_output: int
     turns: int
     dtype: torch.dtype
+    scales: Scales | None = None
 
     @property
     def outputs(self) -> int:
@@ -47,7 +72,20 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        return self.rows * self.columns * self.dtype.itemsize
+        """Of its numbers."""
+        return bytes_of(self.rows * self.columns, self.dtype)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many scales there are, in rows and columns of blocks."""
+        if self.scales is None:
+            return 0, 0
+        return -(-self.rows // self.scales.block_rows), -(-self.columns // self.scales.block_columns)
+
+    @property
+    def scale_bytes(self) -> int:
+        rows, columns = self.grid
+        return rows * columns * self.scales.dtype.itemsize if self.scales else 0
 
     @property
     def order(self) -> npt.NDArray[np.int64]:
@@ -70,8 +108,8 @@ class ExpertLayer:
         width, neurons: d_model, and the neurons of one expert.
         first: the parameter before the activation.
         pieces: of an expert; those of `first` come first.
-        tensors: for each expert, the checkpoint's tensor that each piece is a part of.
-        begin: [experts, pieces] the byte in that tensor where the piece begins.
+        tensors: for each expert, the checkpoint's tensor that each of its `ranges` is a part of.
+        begin: [experts, ranges] the byte in that tensor where the range begins.
     """
 
     name: str
@@ -84,9 +122,20 @@ class ExpertLayer:
     begin: npt.NDArray[np.int64]
 
     @property
+    def ranges(self) -> tuple[int, ...]:
+        """What an expert has in the files, in bytes: each piece, then the scales of each piece that has any."""
+        return (*(piece.nbytes for piece in self.pieces), *(piece.scale_bytes for piece in self.pieces if piece.scales))
+
+    @property
     def expert_bytes(self) -> int:
         """Of one expert, as it lies in the files."""
-        return sum(piece.nbytes for piece in self.pieces)
+        return sum(self.ranges)
+
+    @property
+    def scale_places(self) -> tuple[int, ...]:
+        """For each piece, which of `ranges` its scales are; -1: it has none."""
+        scaled = [number for number, piece in enumerate(self.pieces) if piece.scales]
+        return tuple(len(self.pieces) + scaled.index(n) if n in scaled else -1 for n in range(len(self.pieces)))
 
     def of(self, param: str) -> tuple[Piece, ...]:
         """The pieces of a parameter."""

@@ -32,6 +32,8 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "BOOL": torch.bool,
 }
 DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}

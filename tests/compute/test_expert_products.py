@@ -15,7 +15,7 @@ from hf_flash.compute import dense
 from hf_flash.compute import library as native
 from hf_flash.compute.expert_gate import known_gate, stock_gate
 from hf_flash.compute.expert_products import ExpertProducts, Group, Memory
-from hf_flash.store.experts import Piece
+from hf_flash.store.experts import ExpertLayer, Piece
 
 ONE_ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 DTYPES = list(ONE_ROUNDING)
@@ -58,6 +58,11 @@ def stored(pieces: tuple[Piece, ...], experts: int, gap: int, seed: int) -> tupl
     return slots, at, whole
 
 
+def products_of(pieces: tuple[Piece, ...], at: Any, dtype: torch.dtype) -> ExpertProducts:
+    layer = ExpertLayer("experts", len(at), pieces[0].inputs, 1, "up", pieces, ((),) * len(at), at)
+    return ExpertProducts(layer, "up", at, dtype)
+
+
 def close(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> bool:
     exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     return bool(((found.double() - exact).abs() <= ONE_ROUNDING[found.dtype] * exact.abs() + 2e-6 * size + 1e-7).all())
@@ -84,7 +89,7 @@ def test_products_are_those_of_the_parameter(
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
             patch.setattr(native, "library", lambda: None)
-        products = ExpertProducts(pieces, at, dtype)
+        products = products_of(pieces, at, dtype)
         found = products.multiply(x, groups, memory)
         for group in groups:
             rows = slice(group.begin, group.end)
@@ -103,7 +108,7 @@ def test_a_token_gets_the_same_bits_in_every_company(
 ) -> None:
     pieces = pieces_of(outputs, inputs, turned, "whole", dtype)
     slots, at, _ = stored(pieces, 1, 0, seed)
-    memory, products = Memory(slots, torch.empty(1, 4096)), ExpertProducts(pieces, at, dtype)
+    memory, products = Memory(slots, torch.empty(1, 4096)), products_of(pieces, at, dtype)
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "threads", lambda: threads)
@@ -118,7 +123,7 @@ def test_a_token_gets_the_same_bits_in_every_company(
 def test_a_file_of_16_bits_is_computed_in_32_exactly(dtype: torch.dtype, turned: bool) -> None:
     pieces = pieces_of(24, 40, turned, "whole", dtype)
     slots, at, whole = stored(pieces, 1, 0, 5)
-    products = ExpertProducts(pieces, at, torch.float32)
+    products = products_of(pieces, at, torch.float32)
     x = torch.randn(3, 40)
     assert products.few(3)
     assert close(products.multiply(x, [Group(0, 0, 0, 3)], Memory(slots, torch.empty(1, 4096))), x, whole[0])
@@ -128,7 +133,7 @@ def test_a_file_of_16_bits_is_computed_in_32_exactly(dtype: torch.dtype, turned:
 def test_a_file_of_32_bits_is_rounded_to_16_as_loading_would(turned: bool) -> None:
     pieces = pieces_of(24, 40, turned, "halves", torch.float32)
     slots, at, whole = stored(pieces, 1, 0, 5)
-    products = ExpertProducts(pieces, at, torch.bfloat16)
+    products = products_of(pieces, at, torch.bfloat16)
     x = torch.randn(3, 40).bfloat16()
     found = products.multiply(x, [Group(0, 0, 0, 3)], Memory(slots, torch.empty(1, 4096)))
     assert close(found, x, whole[0].bfloat16())
@@ -201,7 +206,7 @@ def test_other_gates_are_left_to_torch() -> None:
 def test_what_is_not_a_number_stays_so() -> None:
     pieces = pieces_of(20, 12, True, "whole", torch.bfloat16)
     slots, at, _ = stored(pieces, 1, 0, 1)
-    products, memory = ExpertProducts(pieces, at, torch.bfloat16), Memory(slots, torch.empty(1, 64))
+    products, memory = products_of(pieces, at, torch.bfloat16), Memory(slots, torch.empty(1, 64))
     x = torch.randn(5, 12).bfloat16()
     x[1, 7] = float("nan")
     found = products.multiply(x, [Group(0, 0, 0, 5)], memory)

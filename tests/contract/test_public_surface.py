@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GPTQConfig, OPTForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, errors
+from hf_flash import FlashOffloadConfig, errors, registration
 from hf_flash.commands.main import COMMANDS
 from hf_flash.config_arguments import ARGUMENTS
 from tests.conftest import ROOT
@@ -358,6 +358,23 @@ def test_transformers_knows_the_method() -> None:
     assert type(auto.AutoQuantizationConfig.from_dict({"quant_method": "flash"})) is FlashOffloadConfig
 
 
+def test_our_config_meets_a_checkpoint_of_another_method() -> None:
+    """And what is not ours stays transformers' business, however often we are registered."""
+    merge = auto.AutoHfQuantizer.merge_quantization_configs
+    assert [*inspect.signature(merge).parameters] == ["quantization_config", "quantization_config_from_args"]
+    stored = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    passed = FlashOffloadConfig(window=3, checkpoint_quantization=None)
+    found = merge(stored, passed)
+    assert (type(found), found.window, found.checkpoint_quantization) == (FlashOffloadConfig, 3, stored)
+    assert passed.checkpoint_quantization is None
+    assert FlashOffloadConfig.from_dict(found.to_dict()).checkpoint_quantization == stored
+    registration.register()
+    again = auto.AutoHfQuantizer.merge_quantization_configs
+    assert getattr(again, registration._STOCK) is getattr(merge, registration._STOCK)
+    with pytest.raises(ValueError, match="GPTQConfig"):
+        again(stored, GPTQConfig(bits=4))
+
+
 def test_what_is_passed_reaches_a_model_that_has_a_config_without_a_warning(packed: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -474,7 +491,7 @@ def test_none_is_unset_and_not_a_value() -> None:
 
 def test_the_signature_the_table_and_the_docstring_have_the_same_arguments() -> None:
     parameters = inspect.signature(FlashOffloadConfig).parameters
-    assert [*parameters] == [*ARGUMENTS, "quant_method", "format_version", "unknown"]
+    assert [*parameters] == [*ARGUMENTS, "quant_method", "format_version", "checkpoint_quantization", "unknown"]
     assert all(parameters[name].default is None for name in ARGUMENTS)
     text = inspect.getdoc(FlashOffloadConfig) or ""
     words = " ".join(text.split())

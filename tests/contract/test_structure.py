@@ -64,8 +64,8 @@ USERS = {  # rooms, or files of them, that use a library; all others do without
     "safetensors": set[str](),
     "transformers": {
         "config", "registration", "quantizer", "compute/activation", "families/recognise", "families/experts",
-        "runtime/observing", "runtime/transformers_model", "calibration", "planning", "bench", "evaluation", "serving",
-        "commands/demo", "commands/doctor",
+        "families/quantized", "runtime/observing", "runtime/transformers_model", "calibration", "planning", "bench",
+        "evaluation", "serving", "commands/demo", "commands/doctor",
     },
     "huggingface_hub": {"store/checkpoint", "packing", "calibration", "planning", "bench", "evaluation", "hub", "commands"},
 }  # fmt: skip
@@ -104,9 +104,13 @@ def test_the_window_knows_neither_reader_nor_predictor() -> None:
 PRIVATE = {  # names of libraries that begin with an underscore, or are as private: only in these files
     "compute/expert_gate.py": {"_apply_gate"},
     "families/decoder.py": {"get_decoder"},
+    "families/quantized.py": {"_scale_inv"},
     "packing/readme.py": {"REGEX_YAML_BLOCK"},
     "predictors/low_bit.py": {"_weight_int8pack_mm", "_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu"},
-    "registration.py": {"AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING", "LOADING_ATTRIBUTES_CONFIG_TYPES"},
+    "registration.py": {
+        "AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING", "LOADING_ATTRIBUTES_CONFIG_TYPES",
+        "merge_quantization_configs",
+    },
     "runtime/experts.py": {"__class__"},
     "runtime/flash_weights.py": {"_parameters", "_buffers"},
     "runtime/model_class.py": {"__class__"},
@@ -117,7 +121,7 @@ PRIVATE = {  # names of libraries that begin with an underscore, or are as priva
     },
     "runtime/transformers_model.py": {
         "_hf_peft_config_loaded", "_keys_to_ignore_on_load_unexpected", "all_tied_weights_keys", "hidden_states",
-        "_is_hf_initialized",
+        "_is_hf_initialized", "_weight_conversions", "_original_source_patterns", "_original_target_patterns",
     },
     "serving/fields.py": {"_from_model_config"},
     "serving/transformers_serving.py": {"_GenerationCancelled", "_generate_managers", "_cb", "_model_locks"},

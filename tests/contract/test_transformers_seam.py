@@ -42,6 +42,7 @@ from transformers import (
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, systemone, utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -49,6 +50,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers import HfQuantizer
 from transformers.utils import chat_template_utils
 
@@ -56,6 +58,7 @@ import hf_flash
 from hf_flash import FlashOffloadConfig, UnsupportedModelError, loading
 from hf_flash.families.decoder import decoder_layers, decoder_of
 from hf_flash.families.opt import OPT
+from hf_flash.families.quantized import dequantizer, has_numbers, is_dequantizing, name_of_scales
 from hf_flash.hub import saving
 from hf_flash.quantizer import FlashHfQuantizer
 from hf_flash.runtime.devices import METHODS
@@ -65,6 +68,7 @@ from hf_flash.runtime.transformers_model import (
     has_adapter,
     hidden_of,
     ignore_on_load,
+    plain_state,
     run_layer,
     sequence_length,
     tied_names,
@@ -976,6 +980,40 @@ def test_is_hf_initialized_keeps_the_loader_from_giving_a_module_random_numbers(
     del experts.gate_up_proj  # which `_init_weights` would ask for
     stock.initialize_weights()
     assert torch.equal(experts.down_proj, before)
+
+
+@pytest.mark.parametrize(("method", "operation", "param"), [
+    ("mxfp4", "Mxfp4Dequantize", "gate_up_proj"), ("fp8", "Fp8Dequantize", "weight"),
+])  # fmt: skip
+def test_quantizers_of_transformers_make_plain_numbers_where_they_are_told_to(method: str, operation: str, param: str) -> None:
+    """families/quantized.py: `dequantize`, `hf_quantizer` of an operation, and the names that belong together."""
+    found = dequantizer({"quant_method": method})
+    assert isinstance(found, HfQuantizer)
+    assert found.quantization_config.dequantize
+    conversions = [item for item in found.get_weight_conversions() if item._original_target_patterns == [param]]
+    assert [type(item).__name__ for item in conversions[0].operations] == [operation]
+    assert is_dequantizing(conversions[0].operations[0])
+    sources = conversions[0]._original_source_patterns
+    assert {name_of_scales(name) for name in sources if has_numbers(name)} <= set(sources)
+
+
+@pytest.mark.parametrize("kind", [WeightConverter, WeightRenaming])
+def test_of_a_conversion_everything_but_dequantizing_is_reverted(kind: Any) -> None:
+    """runtime/transformers_model.py: `_original_source_patterns` and the like, `copy`, `_weight_conversions`."""
+    stock = WeightConverter(["a.weight", "b.weight"], "c", operations=[Concatenate(dim=0)])
+    both = stock.copy(["a.weight", "a.weight_scale_inv", "b.weight", "b.weight_scale_inv"], ["c"],
+                      operations=[Fp8Dequantize(None), *stock.operations])  # fmt: skip
+    alone = WeightConverter(["weight", "weight_scale_inv"], "weight", operations=[Fp8Dequantize(None)])
+    model: Any = torch.nn.Linear(1, 1)
+    model.config = None
+    model._weight_conversions = [both, alone] if kind is WeightConverter else [WeightRenaming("a", "c")]
+    used = list(model._weight_conversions)
+    found = plain_state(model, {"c" if kind is WeightConverter else "c.weight": torch.arange(4.0).view(4, 1)})
+    assert model._weight_conversions == used
+    if kind is WeightRenaming:
+        assert [*found] == ["a.weight"]
+    else:
+        assert {name: value.flatten().tolist() for name, value in found.items()} == {"a.weight": [0, 1], "b.weight": [2, 3]}
 
 
 def test_revert_weight_conversion_gives_the_names_of_the_checkpoint(mixture: tuple[Path, Any]) -> None:

@@ -1,0 +1,92 @@
+"""Matrices of numbers in 4 or 8 bits with scales, as checkpoints hold them: mxfp4, and fp8 in blocks.
+
+They are multiplied as they lie, by the compiled part, where tokens are few. For many tokens some rows at a time become plain
+numbers. These are what transformers makes of such a checkpoint: numbers times scales in fp32, rounded to the dtype of compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Final
+
+import numpy as np
+import torch
+
+from hf_flash.base.arrays import Bytes
+from hf_flash.compute import library as native
+from hf_flash.compute.library import DTYPES, LinearJob, Scales
+from hf_flash.store.experts import E2M1, E4M3, E8M0, Piece, bytes_of
+
+CODES: Final = {**DTYPES, E2M1: 3, E4M3: 4, E8M0: 5}  # in the order of their numbers in native.h
+_E2M1_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_E2M1_BLOCK: Final = 32  # numbers of a row that share a scale
+
+
+def is_known(piece: Piece) -> bool:
+    """Whether the compiled part multiplies with a piece that has scales, as it lies."""
+    if piece.scales is None or piece.scales.dtype not in CODES:
+        return False
+    if piece.dtype == E2M1:
+        return (piece.scales.dtype, piece.scales.block_rows, piece.scales.block_columns) == (E8M0, 1, _E2M1_BLOCK)
+    return piece.dtype == E4M3
+
+
+def scales_of(piece: Piece) -> Scales:
+    """What the compiled part is told of a piece's scales, but for where they are."""
+    if piece.scales is None:
+        return Scales()
+    return Scales(0, piece.scales.block_rows, piece.scales.block_columns, piece.grid[1], CODES[piece.scales.dtype])
+
+
+def decode(piece: Piece, numbers: Bytes, scales: Bytes, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a piece as plain numbers.
+
+    Args:
+        numbers, scales: the whole piece as it lies in memory, contiguous.
+        rows: from a multiple of the rows that share scales on.
+        dtype: of compute.
+
+    Returns:
+        [rows, columns] in `dtype`.
+    """
+    assert piece.scales is not None
+    count, columns = rows.stop - rows.start, piece.columns
+    first = rows.start // piece.scales.block_rows * piece.grid[1] * piece.scales.dtype.itemsize
+    mine = numbers[bytes_of(rows.start * columns, piece.dtype) : bytes_of(rows.stop * columns, piece.dtype)]
+    library = native.library()
+    if library is None or not is_known(piece):
+        return _decoded(piece, torch.from_numpy(mine), torch.from_numpy(scales[first:]), count).to(dtype)
+    out = torch.empty(count, columns, dtype=dtype, device="cpu")
+    job = LinearJob(
+        weight=mine.ctypes.data, out=out.data_ptr(), rows=count, columns=columns, scales=scales_of(piece), dtype=DTYPES[dtype],
+        weight_dtype=CODES[piece.dtype], threads=native.threads(),
+    )  # fmt: skip
+    job.scales.at = scales.ctypes.data + first
+    library.hf_decode(ctypes.byref(job))
+    return out
+
+
+def _decoded(piece: Piece, numbers: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
+    """The same in fp32, without the compiled part."""
+    assert piece.scales is not None
+    if piece.dtype == E2M1:
+        table = torch.tensor(_E2M1_VALUES, dtype=torch.float32, device="cpu")
+        plain = torch.stack([table[(numbers & 15).long()], table[(numbers >> 4).long()]], dim=-1).view(rows, piece.columns)
+    else:
+        plain = numbers.view(piece.dtype).view(rows, piece.columns).float()
+    blocks = -(-rows // piece.scales.block_rows), piece.grid[1]
+    grid = scales[: blocks[0] * blocks[1] * piece.scales.dtype.itemsize].view(piece.scales.dtype).view(blocks).float()
+    by_row = grid.repeat_interleave(piece.scales.block_rows, 0)[:rows]
+    return plain * by_row.repeat_interleave(piece.scales.block_columns, 1)[:, : piece.columns]
+
+
+def are_numbers(piece: Piece, scales: Bytes) -> bool:
+    """Whether all scales of a piece are numbers.
+
+    Args:
+        scales: all of them as they lie in memory, contiguous.
+    """
+    assert piece.scales is not None
+    if piece.scales.dtype == E8M0:
+        return not bool((scales == 0xFF).any())
+    return bool(torch.from_numpy(np.ascontiguousarray(scales)).view(piece.scales.dtype).isfinite().all())

@@ -1,0 +1,181 @@
+"""Checkpoints that are quantized already, by another method than ours: which are read, and how.
+
+transformers reads such a checkpoint by a quantizer of its own, which can be told to make plain numbers of all of it. Here that
+quantizer does so for everything but the experts. Those stay as they are, on flash: what its conversions say of them says which
+tensor holds the scales of which other.
+
+    mxfp4   gpt-oss: 4 bits a number, 32 of a row share a scale that is a power of two
+    fp8     DeepSeek, Qwen and others: 8 bits a number, scales for blocks of numbers; or 4 bits, as above
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+
+from hf_flash.compute.coded import decode
+from hf_flash.compute.library import DTYPES
+from hf_flash.config_arguments import METHOD
+from hf_flash.errors import ConfigError, StoreFormatError
+from hf_flash.families.base import get
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.experts import E2M1, E4M3, E8M0, Piece, Scales
+from hf_flash.store.safetensors_files import TensorSpec, as_bytes
+
+KEY: Final = "checkpoint_quantization"  # in our own config: what the checkpoint's config.json said
+METHODS: Final = ("mxfp4", "fp8")
+_SCALES: Final = ((re.compile(r"_blocks$"), "_scales"), (re.compile(r"$"), "_scale_inv"))  # names: of numbers, of their scales
+_IN_FILES: Final = ((".weight", ".weight_scale_inv"), (".weight", ".scale"), (".weight", ".qscale_weight"))  # before renaming
+_NO_NUMBERS: Final = re.compile(r"(_scales|_scale_inv|activation_scale)$")
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, E8M0, torch.uint8)  # of scales; a byte is an exponent
+
+
+def quantization_of(config: Any) -> dict[str, Any] | None:
+    """How a checkpoint is quantized apart from hf_flash, as its config.json says; `None`: it is not.
+
+    Args:
+        config: of transformers, or the dictionary in config.json.
+
+    Raises:
+        ConfigError: by a method that is not read.
+    """
+    found = get(config, "quantization_config") or get(get(config, "text_config") or {}, "quantization_config")
+    values = dict(found) if isinstance(found, Mapping) else found.to_dict() if found else {}
+    if values.get("quant_method") == METHOD:
+        values = dict(values.get(KEY) or {})
+    if not values:
+        return None
+    method = values.get("quant_method")
+    method = str(getattr(method, "value", method))
+    if method not in METHODS:
+        raise _not_read(method)
+    return values | {"quant_method": method}
+
+
+def _not_read(got: str) -> ConfigError:
+    return ConfigError(
+        "the checkpoint is quantized in a way that hf_flash does not read",
+        where="quantization_config",
+        expected=f"{' or '.join(METHODS)}, as transformers reads them for this model",
+        got=got,
+        hint="take the checkpoint in bf16",
+    )
+
+
+def dequantizer(quantization: Mapping[str, Any]) -> Any:
+    """The quantizer of transformers for such a checkpoint, told to make plain numbers of it.
+
+    `HfQuantizer` of its quantizers/base.py; `quantization_config.dequantize` of both methods, all since 5.0.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    found = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)
+    found.quantization_config.dequantize = True
+    return found
+
+
+# --- numbers and their scales
+
+
+def is_dequantizing(operation: Any) -> bool:
+    """Whether an operation of a conversion makes plain numbers of those with scales."""
+    return hasattr(operation, "hf_quantizer")
+
+
+def has_numbers(pattern: str) -> bool:
+    """Whether tensors of this name hold numbers, and not what these are multiplied with."""
+    return _NO_NUMBERS.search(pattern) is None
+
+
+def name_of_scales(pattern: str) -> str:
+    """The name of the scales of numbers of this name."""
+    return next(end.sub(ending, pattern, count=1) for end, ending in _SCALES if end.search(pattern))
+
+
+def as_numbers(spec: TensorSpec, scales: TensorSpec | None) -> TensorSpec:
+    """Dtype and shape of a tensor of numbers, where a byte that holds two of them counts as two."""
+    dtype, shape = spec
+    if scales is None or dtype not in (torch.uint8, torch.int8):
+        return spec
+    if len(shape) == len(scales[1]) + 1:  # [..., blocks, bytes of a block]
+        return E2M1, (*shape[:-2], shape[-2] * shape[-1] * 2)
+    return E2M1, (*shape[:-1], shape[-1] * 2)
+
+
+def scales_for(numbers: TensorSpec, scales: TensorSpec) -> Scales | None:
+    """How the scales in one tensor belong to the numbers in another; `None`: not in a way that is known.
+
+    Stock has a matrix of scales for each matrix of numbers, in blocks of one size (`Fp8Dequantize` of its
+    integrations/finegrained_fp8.py, `Mxfp4Dequantize` of mxfp4.py).
+    """
+    (dtype, shape), (scale_dtype, grid) = numbers, scales
+    if torch.Size(grid).numel() == 1:
+        grid = (*(1 for _ in shape[:-2]), 1, 1)
+    if dtype not in (E2M1, E4M3) or scale_dtype not in _DTYPES or len(grid) != len(shape) or grid[:-2] != shape[:-2]:
+        return None
+    if 0 in grid[-2:] or shape[-2] % grid[-2] or shape[-1] % grid[-1]:
+        return None
+    return Scales(
+        E8M0 if scale_dtype == torch.uint8 else scale_dtype, shape[-2] // grid[-2], shape[-1] // grid[-1]
+    )  # a byte alone is such an exponent
+
+
+def scales_in(checkpoint: Checkpoint, name: str) -> str | None:
+    """The tensor of a checkpoint with the scales of another one that is not of an expert; `None`: it has none."""
+    names = (name.removesuffix(end) + ending for end, ending in _IN_FILES if name.endswith(end))
+    return next((found for found in names if found in checkpoint.specs), None)
+
+
+def plain_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a checkpoint, as plain numbers if it has scales.
+
+    Args:
+        dtype: of compute.
+
+    Raises:
+        StoreFormatError: it has scales that nothing is known of.
+    """
+    scales = scales_in(checkpoint, name)
+    if scales is None or dtype not in DTYPES:
+        return checkpoint.tensor(name)
+    spec, of_scales = checkpoint.specs[name], checkpoint.specs[scales]
+    kind, (_, shape) = scales_for(as_numbers(spec, of_scales), of_scales), as_numbers(spec, of_scales)
+    if kind is None or len(shape) != 2:
+        raise StoreFormatError("scales that nothing is known of", where=name, got=f"{of_scales} for {spec}")
+    piece = Piece(name, *shape, turned=False, first_output=0, turns=1, dtype=as_numbers(spec, of_scales)[0], scales=kind)
+    numbers, its_scales = (as_bytes(checkpoint.tensor(found)) for found in (name, scales))
+    return decode(piece, numbers, its_scales, slice(0, piece.rows), dtype)
+
+
+def as_quantized(specs: Mapping[str, TensorSpec], quantization: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """The tensors of experts in a checkpoint that is not there: what a method makes of plain ones.
+
+    Args:
+        specs: of plain experts, under the names of a checkpoint.
+
+    Raises:
+        ConfigError: the method is not for such experts.
+    """
+    found: dict[str, TensorSpec] = {}
+    for name, (dtype, shape) in specs.items():
+        if len(shape) not in (2, 3) or name.endswith("bias"):
+            found[name] = dtype, shape
+        elif quantization["quant_method"] == "mxfp4":
+            if len(shape) != 3:
+                raise _not_read(f"mxfp4 for {name} {list(shape)}")
+            experts, inputs, outputs = shape
+            found[f"{name}_blocks"] = torch.uint8, (experts, outputs, inputs // 32, 16)
+            found[f"{name}_scales"] = torch.uint8, (experts, outputs, inputs // 32)
+        elif quantization.get("expert_dtype") == "fp4":
+            found[name], found[f"{name}_scale_inv"] = (
+                (torch.int8, (shape[0], shape[1] // 2)),
+                (E8M0, (shape[0], shape[1] // 32)),
+            )
+        else:
+            rows, columns = quantization.get("weight_block_size") or shape[-2:]
+            grid = *shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns)
+            found[name], found[f"{name}_scale_inv"] = (E4M3, shape), (torch.float32, grid)
+    return found

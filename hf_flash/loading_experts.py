@@ -30,6 +30,7 @@ from hf_flash.runtime.expert_lookahead import add_expert_lookahead
 from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
 from hf_flash.runtime.expert_weights import ExpertStack
 from hf_flash.runtime.experts import FlashExperts, put_on_flash
+from hf_flash.runtime.flash_embedding import FlashEmbedding, Table, put_table_on_flash, table_to_leave
 from hf_flash.runtime.model import ExpertRuntime
 from hf_flash.runtime.resident_linear import make_linears_resident
 from hf_flash.runtime.transformers_model import ignore_on_load, resident_bytes
@@ -46,6 +47,7 @@ class ExpertLoading:
     plan: ExpertPlan
     layers: list[FlashExperts]
     dtypes: dict[str, torch.dtype]  # of the other weights, as the model was built
+    table: tuple[FlashEmbedding, Table] | None  # of embeddings, if it stays on flash
 
     def finish(self, model: Any, config: FlashOffloadConfig) -> None:
         """Everything after the other weights are loaded."""
@@ -70,10 +72,13 @@ class ExpertLoading:
                 param: ExpertStack(layer.layer, param, self.checkpoint, bool(layer.is_transposed), dtype)
                 for param in (layer.layer.first, SECOND)
             }
+        if self.table is not None:
+            self.table[0].attach(engine, self.table[1])
         make_linears_resident(model, engine)
         if config.lookahead:
             add_expert_lookahead(model, self.layers, plan.used)
-        runtime = ExpertRuntime(config, plan, self.checkpoint, engine, self.layers, kv_cache_bytes(model))
+        table = self.table[0] if self.table else None
+        runtime = ExpertRuntime(config, plan, self.checkpoint, engine, self.layers, table, kv_cache_bytes(model))
         model.flash_runtime = runtime
         engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle
 
@@ -95,16 +100,27 @@ def prepare_experts(model: Any, config: FlashOffloadConfig, checkpoint: Checkpoi
     check_experts(model)
     places = ExpertPlaces(locate_experts(model, checkpoint), checkpoint)
     layers = [put_on_flash(model.get_submodule(layer.name), index, layer) for index, layer in enumerate(places.layers)]
-    plan = _divide(model, config, places)
+    left = table_to_leave(model, checkpoint)
+    plan = _divide(model, config, places, left[0] if left else None)
+    table = None
+    if left and plan.is_table_on_flash:
+        table = put_table_on_flash(model, left[0]), Table(*left, checkpoint, model.config.dtype)
+        ignore_on_load(model, [rf"^{re.escape(left[0])}$"])
     ignore_on_load(model, [rf"(^|\.){re.escape(layer.name)}\.({layer.first}|{SECOND})$" for layer in places.layers])
-    return ExpertLoading(checkpoint, places, plan, layers, {name: weight.dtype for name, weight in model.named_parameters()})
+    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+    return ExpertLoading(checkpoint, places, plan, layers, dtypes, table)
 
 
-def _divide(model: Any, config: FlashOffloadConfig, places: ExpertPlaces) -> ExpertPlan:
-    """Divide the memory budget. Raises `BudgetError`."""
+def _divide(model: Any, config: FlashOffloadConfig, places: ExpertPlaces, table: str | None) -> ExpertPlan:
+    """Divide the memory budget. Raises `BudgetError`.
+
+    Args:
+        table: the parameter that may stay on flash.
+    """
     budget, dtype = None if config.memory_budget == AUTO else config.memory_budget, model.config.dtype
     used = experts_per_token(model, places.layers)
-    sizes = resident_bytes(model, dtype), places.layers, places.slot_bytes, dtype, used
+    table_bytes = model.get_parameter(table).numel() * dtype.itemsize if table else 0
+    sizes = resident_bytes(model, dtype), table_bytes, places.layers, places.slot_bytes, dtype, used
     plan = divide_experts(ceiling_bytes(budget), *sizes, reader=config.reader, io_threads=config.io_threads)
     return checked_plan(budget, plan)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import StoppingCriteria
 
 from hf_flash.runtime.counters import FlashStats
+from hf_flash.runtime.flash_weights import OnFlash
 from hf_flash.runtime.model import FlashRuntime, runtime_of, stats
 
 PARTS: Final = ("io", "manage", "predict", "compute")  # of a token's time, as hf_flash counts it in its layers
@@ -76,7 +77,11 @@ class StepClock(StoppingCriteria):
     def _touched(self, found: FlashStats, steps: int) -> float:
         """Weights in DRAM that a step goes through: all but what is on flash, and the tables of which it looks up a row."""
         head = self.model.get_output_embeddings().weight
-        tables = [item.weight for item in self.model.modules() if isinstance(item, torch.nn.Embedding)]
+        tables = [
+            item.weight
+            for item in self.model.modules()
+            if isinstance(item, torch.nn.Embedding) and not isinstance(item, OnFlash)
+        ]
         resident = found.resident_bytes - sum(table.nbytes for table in tables if table is not head)
         unit = (found.dense_bytes - found.resident_bytes) / found.units
         return float(resident + found.predictor_bytes + unit * found.counters.selected / steps)

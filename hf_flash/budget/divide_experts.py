@@ -20,6 +20,7 @@ _LEAST_WIDE: Final = 1 << 16
 def divide_experts(
     budget_bytes: int,
     resident_bytes: int,
+    table_bytes: int,
     layers: Sequence[ExpertLayer],
     slot_bytes: Sequence[int],
     dtype: torch.dtype,
@@ -32,6 +33,7 @@ def divide_experts(
 
     Args:
         resident_bytes: of all weights that are not experts, in the dtype of compute.
+        table_bytes: of these, what may stay on flash.
         slot_bytes: what a slot takes in each layer.
         dtype: of compute.
         used: experts that a token uses in a layer.
@@ -41,7 +43,8 @@ def divide_experts(
     scratch = 4 * wide_numbers(layers, dtype) + decoded_bytes(layers, dtype) + PASSING_SLOTS * max(slot_bytes)
     return ExpertPlan(
         budget_bytes=budget_bytes,
-        resident_bytes=resident_bytes,
+        all_resident_bytes=resident_bytes,
+        table_bytes=table_bytes,
         scratch_bytes=scratch + reader_bytes(reader, io_threads),
         slot_bytes=tuple(slot_bytes),
         experts=tuple(layer.experts for layer in layers),

@@ -1,10 +1,11 @@
 """What a memory budget holds of a mixture of experts (contract C5).
 
-    resident   everything that is not an expert: embeddings, attention, routers, shared experts, norms
+    resident   everything that is not an expert: attention, routers, shared experts, norms, embeddings
   + scratch    a buffer that rows are widened into, and slots for experts that pass by, both shared by all layers
   + slots      whatever the budget leaves: equally many for each layer, at most as many as it has experts
 
-The first two are the minimum; a budget below it is an error before anything is loaded.
+A table of embeddings of which only rows are looked up is in memory if everything else fits there, too; else it stays on flash.
+The first two without it are the minimum; a budget below that is an error before anything is loaded.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ class ExpertPlan:
         experts: of each such layer.
         expert_bytes: of one expert of each, in the dtype of compute.
         used: experts that a token uses in a layer.
+        all_resident_bytes: of everything that is not an expert. table_bytes: of these, what may stay on flash.
     """
 
     budget_bytes: int
-    resident_bytes: int
+    all_resident_bytes: int
+    table_bytes: int
     scratch_bytes: int
     slot_bytes: tuple[int, ...]
     experts: tuple[int, ...]
@@ -43,12 +46,23 @@ class ExpertPlan:
     @property
     def minimum_bytes(self) -> int:
         """The smallest budget this model runs in: no expert stays in memory."""
-        return self.resident_bytes + self.scratch_bytes
+        return self.all_resident_bytes - self.table_bytes + self.scratch_bytes
+
+    @property
+    def is_table_on_flash(self) -> bool:
+        """Whether rows of the table are read when they are looked up."""
+        slots = sum(count * size for count, size in zip(self.experts, self.slot_bytes, strict=True))
+        return 0 < self.table_bytes and self.budget_bytes < self.all_resident_bytes + self.scratch_bytes + slots
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of what is in memory and no expert."""
+        return self.all_resident_bytes - (self.table_bytes if self.is_table_on_flash else 0)
 
     @cached_property
     def capacities(self) -> tuple[int, ...]:
         """Experts that each layer has slots for."""
-        left = max(0, self.budget_bytes - self.minimum_bytes)
+        left = max(0, self.budget_bytes - self.resident_bytes - self.scratch_bytes)
         each = left // sum(self.slot_bytes)
         found = [min(experts, each) for experts in self.experts]
         left -= sum(count * size for count, size in zip(found, self.slot_bytes, strict=True))
@@ -70,7 +84,7 @@ class ExpertPlan:
     @property
     def dense_bytes(self) -> int:
         """The whole model in DRAM, as stock transformers would hold it."""
-        return self.resident_bytes + sum(n * size for n, size in zip(self.experts, self.expert_bytes, strict=True))
+        return self.all_resident_bytes + sum(n * size for n, size in zip(self.experts, self.expert_bytes, strict=True))
 
     def shortage(self, tokens: int) -> str | None:
         """What to say of slots that do not hold what one token uses; `None` if they do.
@@ -91,7 +105,7 @@ class ExpertPlan:
         low, high = min(self.capacities), max(self.capacities)
         slots = f"{low}" if low == high else f"{low} to {high}"
         rows = [
-            ("embeddings, attention, routers, norms", self.resident_bytes),
+            (f"{'' if self.is_table_on_flash else 'embeddings, '}attention, routers, norms", self.resident_bytes),
             ("scratch buffers", self.scratch_bytes),
             (f"slots for {slots} of {max(self.experts)} experts a layer", self.window_bytes),
         ]

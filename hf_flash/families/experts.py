@@ -28,15 +28,8 @@ from hf_flash.base.files import read_json
 from hf_flash.compute.library import DTYPES
 from hf_flash.errors import StoreFormatError, UnsupportedModelError
 from hf_flash.families.base import get
-from hf_flash.families.quantized import (
-    as_numbers,
-    dequantizer,
-    has_numbers,
-    is_dequantizing,
-    name_of_scales,
-    quantization_of,
-    scales_for,
-)
+from hf_flash.families.conversions import Conversions, Sources
+from hf_flash.families.quantized import as_numbers, is_dequantizing, scales_for
 from hf_flash.families.recognise import config_object, skeleton
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.experts import SECOND, ExpertLayer, Piece, bytes_of
@@ -122,88 +115,13 @@ def locate_experts(model: Any, checkpoint: Checkpoint) -> list[ExpertLayer]:
     """
     modules = expert_modules(model)
     wanted = {f"{name}.{param}" for name, module in modules.items() for param, _ in module.named_parameters(recurse=False)}
-    sources = _Conversions(model).sources_of(wanted, list(checkpoint.specs))
+    sources = Conversions(model).sources_of(wanted, list(checkpoint.specs))
     tried: dict[Any, Any] = {}
     return [_layer(model, checkpoint, name, module, sources, tried) for name, module in modules.items()]
 
 
-@dataclass
-class _Sources:
-    """The tensors of a checkpoint that become one parameter.
-
-    Attributes:
-        converter: of transformers, or `None` if the tensor is taken as it is.
-        names: of the tensors, by the source pattern that they match, in the order in which transformers collects them.
-    """
-
-    converter: Any
-    names: dict[str, list[str]]
-
-    @property
-    def tensors(self) -> list[str]:
-        return [name for names in self.names.values() for name in names]
-
-    @property
-    def operations(self) -> list[Any]:
-        return [] if self.converter is None else list(self.converter.operations)
-
-    def without_scales(self) -> tuple[_Sources, dict[str, str]]:
-        """The tensors that hold numbers; and for each of these that has any, the tensor of its scales."""
-        if not any(map(is_dequantizing, self.operations)):
-            return self, {}
-        numbers = {pattern: names for pattern, names in self.names.items() if has_numbers(pattern)}
-        pairs = ((names, self.names.get(name_of_scales(pattern), [])) for pattern, names in numbers.items())
-        scales = {
-            name: scale for names, some in pairs if len(names) == len(some) for name, scale in zip(names, some, strict=True)
-        }
-        return _Sources(self.converter, numbers), scales
-
-
-class _Conversions:
-    """How transformers renames and converts the tensors of a checkpoint for a model.
-
-    `get_model_conversion_mapping` of its conversion_mapping.py; `rename_source_key`, `WeightConverter`, `WeightRenaming` and
-    `dot_natural_key` of core_model_loading.py, all since 5.0. `convert_and_load_state_dict_in_model` there does what this does.
-    """
-
-    def __init__(self, model: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        quantization = quantization_of(model.config)
-        quantizer = None if quantization is None else dequantizer(quantization)
-        mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
-        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
-        self.prefix, self.state = model.base_model_prefix, model.state_dict()
-
-    def sources_of(self, wanted: set[str], tensors: Sequence[str]) -> dict[str, _Sources]:
-        """For each parameter, what it is made of."""
-        from transformers.core_model_loading import dot_natural_key
-
-        found: dict[str, _Sources] = {}
-        for tensor in sorted(tensors, key=dot_natural_key):
-            for target, pattern in self._targets(tensor):
-                if target in wanted:
-                    sources = found.setdefault(target, _Sources(self.by_pattern.get(pattern or ""), {}))
-                    sources.names.setdefault(pattern or tensor, []).append(tensor)
-        return found
-
-    def _targets(self, tensor: str) -> Iterator[tuple[str, str | None]]:
-        """The parameters that a tensor becomes, or becomes a part of, and the pattern of the converter that says so."""
-        from transformers.core_model_loading import rename_source_key
-
-        name, pattern = rename_source_key(tensor, self.renamings, self.converters, self.prefix, self.state)
-        if name not in self.state and tensor in self.state:
-            name, pattern = rename_source_key(tensor, [], [], self.prefix, self.state)
-        yield name, pattern
-        for other in self.by_pattern[pattern].target_patterns[1:] if pattern is not None else ():
-            yield name.replace(self.by_pattern[pattern].target_patterns[0], other), pattern
-
-
 def _layer(
-    model: Any, checkpoint: Checkpoint, name: str, module: Any, sources: dict[str, _Sources], tried: dict[Any, Any]
+    model: Any, checkpoint: Checkpoint, name: str, module: Any, sources: dict[str, Sources], tried: dict[Any, Any]
 ) -> ExpertLayer:
     first = first_of(module)
     experts, width, neurons = sizes_of(module)
@@ -248,7 +166,7 @@ class _Form(NamedTuple):
     places: list[tuple[int, int, int]]
 
 
-def _try_conversion(model: Any, source: _Sources, specs: Sequence[Any], module: Any, param: str, target: str) -> list[_Form]:
+def _try_conversion(model: Any, source: Sources, specs: Sequence[Any], module: Any, param: str, target: str) -> list[_Form]:
     """What a conversion makes of tensors of such shapes."""
     shape = module.get_parameter(param).shape
     small = small_sizes(module)
@@ -330,7 +248,7 @@ def _small_shape(shape: Sequence[int], small: dict[int, int], name: str, target:
 
 
 def _converted(
-    model: Any, source: _Sources, shapes: Sequence[tuple[int, ...]], wanted: torch.Size, target: str
+    model: Any, source: Sources, shapes: Sequence[tuple[int, ...]], wanted: torch.Size, target: str
 ) -> npt.NDArray[np.int64]:
     """A parameter made of tensors whose numbers say which they are: tensor after tensor, in order."""
     numbers, at = [], 0
@@ -348,7 +266,7 @@ def _converted(
 
 
 def _run_operations(
-    model: Any, source: _Sources, numbers: Iterator[torch.Tensor], wanted: torch.Size, target: str
+    model: Any, source: Sources, numbers: Iterator[torch.Tensor], wanted: torch.Size, target: str
 ) -> torch.Tensor:
     """The operations of transformers' converter, in its order."""
     stand_in = SimpleNamespace(

@@ -23,6 +23,7 @@ from hf_flash.hub.uploading import push as push  # importable from here, beside 
 from hf_flash.packing.checkpoint_folder import save_folder
 from hf_flash.packing.expert_folder import save_experts
 from hf_flash.runtime.devices import METHODS
+from hf_flash.runtime.flash_embedding import Table
 from hf_flash.runtime.flash_weights import OnFlash, without_flash_weights
 from hf_flash.runtime.model import ExpertRuntime, FlashRuntime, runtime_of
 from hf_flash.runtime.model_class import add_methods, stock_class, stock_methods
@@ -207,7 +208,8 @@ def _whole(
         for stored in part.flash_weights.values()
     ]
     loaded = runtime.stored_weights()
-    if wrong or found != loaded:
+    layers, wanted = ([stored for stored in some if not isinstance(stored, Table)] for some in (found, loaded))
+    if wrong or layers != wanted or any(stored not in loaded for stored in found):
         order = list(dict.fromkeys(stored.layer_name for stored in found))
         raise UsageError(
             "the model's layers are not those that were loaded, but what is on flash can only be copied as it is",

@@ -44,6 +44,7 @@ from hf_flash.planning.measuring import Speeds, measure_speeds
 from hf_flash.planning.mixture_report import Expected, ExpertOutlook, ExpertPoint
 from hf_flash.planning.model import compute_dtype
 from hf_flash.reading.layer_files import PAGE
+from hf_flash.runtime.flash_embedding import table_of
 from hf_flash.runtime.transformers_model import plain_state, resident_bytes
 from hf_flash.store.checkpoint import Checkpoint, resolve_folder
 from hf_flash.store.experts import SECOND, ExpertLayer
@@ -60,6 +61,7 @@ class PlannedMixture:
         layers: those with experts, in the dtype of the checkpoint.
         used: experts that a token uses in a layer.
         resident_bytes: of all other weights. touched_bytes: of these, what a token is multiplied with.
+        table_bytes: of these, what may stay on flash.
         kv_bytes: of the KV cache, for a token.
     """
 
@@ -70,6 +72,7 @@ class PlannedMixture:
     used: int
     resident_bytes: int
     touched_bytes: int
+    table_bytes: int
     kv_bytes: int
 
     @property
@@ -90,7 +93,7 @@ class PlannedMixture:
     def divide(self, budget_bytes: int, reader: ReaderName) -> ExpertPlan:
         """Divide a budget as loading_experts.py does, which may be too small."""
         slots = [layer.expert_bytes + 2 * PAGE * len(layer.ranges) for layer in self.layers]
-        sizes = self.resident_bytes, self.layers, slots, self.dtype, self.used
+        sizes = self.resident_bytes, self.table_bytes, self.layers, slots, self.dtype, self.used
         return divide_experts(budget_bytes, *sizes, reader=reader, io_threads=ARGUMENTS["io_threads"].default)
 
 
@@ -130,6 +133,7 @@ def open_mixture(source: str | os.PathLike[str], dtype: str | None, **hub: Any) 
         used=experts_per_token(model, layers),
         resident_bytes=resident,
         touched_bytes=resident - _looked_up(model, found),
+        table_bytes=table[1].weight.numel() * found.itemsize if (table := table_of(model)) else 0,
         kv_bytes=kv_cache_bytes(model),
     )
 
@@ -168,7 +172,7 @@ def plan_mixture(name: str, found: PlannedMixture, memory: int | str | None, dis
         BudgetError, ConfigError, DiskSpaceError, RepackError: as [`hf_flash.planning.planner.plan`].
     """
     most = found.divide(UNLIMITED, reader)
-    whole = most.minimum_bytes + most.window_bytes
+    whole = most.resident_bytes + most.scratch_bytes + most.window_bytes
     budget, free = budget_to_look_at(memory, most.dense_bytes, whole), ceiling_bytes(None)
     wanted = checked_plan(memory, replace(most, budget_bytes=free if budget is None else budget))
     speeds = measure_speeds(disk, found.read_size)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_flash.errors import UsageError
+from hf_flash.runtime.flash_embedding import FlashEmbedding
 from hf_flash.runtime.flash_weights import OnFlash, refuse_adapter, without_flash_weights
 from hf_flash.runtime.model_class import stock_methods
 from hf_flash.runtime.torch_internals import target_device
@@ -69,6 +70,14 @@ def _load_adapter(model: Any, peft_model_id: str | None = None, adapter_name: st
     return info
 
 
+def _resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The table of embeddings is in memory from here on."""
+    for module in model.modules():
+        if isinstance(module, FlashEmbedding) and args + tuple(kwargs.values()):
+            module.into_memory()
+    return stock_methods(model).resize_token_embeddings(*args, **kwargs)
+
+
 def _empty(model: Any) -> Any:
     kind: Any = type(model)
     return kind.__new__(kind)
@@ -103,6 +112,7 @@ METHODS: Final = {
     "_apply": _apply,
     "load_state_dict": _load_state_dict,
     "load_adapter": _load_adapter,
+    "resize_token_embeddings": _resize_token_embeddings,
     "__deepcopy__": _deepcopy,
     "__copy__": _copy,
     "__reduce_ex__": _reduce,

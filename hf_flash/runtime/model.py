@@ -18,6 +18,7 @@ from hf_flash.predictors.base import PredictorFormat
 from hf_flash.runtime.counters import ExpertStats, FlashStats, NeuronStats
 from hf_flash.runtime.engine import Engine, ExpertEngine
 from hf_flash.runtime.experts import FlashExperts
+from hf_flash.runtime.flash_embedding import FlashEmbedding
 from hf_flash.runtime.flash_weights import Matrix, StoredWeight
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.store.checkpoint import Checkpoint
@@ -83,6 +84,7 @@ class ExpertRuntime:
     checkpoint: Checkpoint
     engine: ExpertEngine
     ffns: Sequence[FlashExperts]
+    table: FlashEmbedding | None  # of embeddings, if it is on flash
     kv_bytes: int  # of the KV cache, for a token of a sequence
 
     def __deepcopy__(self, memo: Any) -> ExpertRuntime:
@@ -113,12 +115,15 @@ class ExpertRuntime:
 
     def stored_weights(self) -> list[StoredWeight]:
         """The parameters on flash, in the order of the layers."""
-        return [stored for layer in self.ffns for stored in layer.flash_weights.values()]
+        modules = [*([self.table] if self.table else []), *self.ffns]
+        return [stored for module in modules for stored in module.flash_weights.values()]
 
     def release(self) -> None:
         """Give the slots' memory back."""
         for layer in self.ffns:
             layer.release()
+        if self.table:
+            self.table.table.close()
 
 
 def runtime_of(model: Any) -> FlashRuntime | ExpertRuntime:

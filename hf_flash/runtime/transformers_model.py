@@ -3,7 +3,7 @@
 transformers may change any of them in any release. Each has one function here, which says where transformers has the name, and
 a test in `tests/contract/test_transformers_seam.py` that names it and asks transformers itself.
 
-    all_tied_weights_keys                    tied_names
+    all_tied_weights_keys                    tied_names, tied_pairs
     _hf_peft_config_loaded                   has_adapter
     _keys_to_ignore_on_load_unexpected       ignore_on_load
     _is_hf_initialized                       mark_as_initialized
@@ -40,7 +40,12 @@ def tied_names(model: Any) -> set[str]:
     `all_tied_weights_keys` of `PreTrainedModel`, since 5.0: a dictionary from such a name to that of the other parameter. It is
     set by `post_init`, which a model that somebody wrote may not call.
     """
-    return set(getattr(model, "all_tied_weights_keys", None) or ())
+    return set(tied_pairs(model))
+
+
+def tied_pairs(model: Any) -> dict[str, str]:
+    """The same, each with the name of the parameter that it is."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def plain_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

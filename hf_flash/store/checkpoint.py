@@ -106,6 +106,10 @@ class Checkpoint:
             )
         return path, offset
 
+    def is_safetensors(self, name: str) -> bool:
+        """Whether a tensor is no pickle."""
+        return bool(self._where) and self._where[name][0].suffix == ".safetensors"
+
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in memory; memory-mapped if it is pickled."""
         path, offset = self._where[name]

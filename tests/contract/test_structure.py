@@ -64,7 +64,7 @@ USERS = {  # rooms, or files of them, that use a library; all others do without
     "safetensors": set[str](),
     "transformers": {
         "config", "registration", "quantizer", "compute/activation", "families/recognise", "families/experts",
-        "families/quantized", "runtime/observing", "runtime/transformers_model", "calibration", "planning", "bench",
+        "families/quantized", "families/conversions", "runtime/observing", "runtime/transformers_model", "calibration", "planning", "bench",
         "evaluation", "serving", "commands/demo", "commands/doctor",
     },
     "huggingface_hub": {"store/checkpoint", "packing", "calibration", "planning", "bench", "evaluation", "hub", "commands"},
@@ -112,6 +112,7 @@ PRIVATE = {  # names of libraries that begin with an underscore, or are as priva
         "merge_quantization_configs",
     },
     "runtime/experts.py": {"__class__"},
+    "runtime/flash_embedding.py": {"__class__"},
     "runtime/flash_weights.py": {"_parameters", "_buffers"},
     "runtime/model_class.py": {"__class__"},
     "runtime/resident_linear.py": {"_parameters", "__class__"},

@@ -121,10 +121,10 @@ def test_a_model_that_is_known_by_others_figures(tmp_path: Path) -> None:
     assert found.experts_bytes == 48 * 128 * found.expert_bytes == pytest.approx(58.0e9, rel=1e-3)
     assert found.active_bytes == 48 * 8 * found.expert_bytes == pytest.approx(3.62e9, rel=2e-3)
     table = 151936 * 2048 * 2
-    assert found.touched_bytes == found.memory.resident_bytes - table
-    assert found.memory.resident_bytes == pytest.approx(2 * table + 48 * 2048 * (2 * 4096 + 2 * 512 + 128) * 2, rel=1e-3)
+    assert found.touched_bytes == found.memory.resident_bytes == found.memory.all_resident_bytes - table
+    assert found.memory.all_resident_bytes == pytest.approx(2 * table + 48 * 2048 * (2 * 4096 + 2 * 512 + 128) * 2, rel=1e-3)
     assert found.kv_cache_bytes_per_token == 2 * 48 * 4 * 128 * 2
-    assert found.point.capacity == found.memory.capacity == 12
+    assert found.point.capacity == found.memory.capacity == 13
     said = found.describe()
     assert "48 layers with 128 experts, 8 a token; bfloat16, 56.87 GiB in all" in said
     assert "hit rates are assumed" in said
@@ -173,7 +173,10 @@ def test_more_memory_is_never_slower(bare: Path) -> None:
     found = outlook(bare, memory="50%")
     sizes = [point.budget_bytes for point in found.points]
     assert sizes == sorted(set(sizes))
-    assert (sizes[0], sizes[-1]) == (found.memory.minimum_bytes, held(bare).minimum_bytes + held(bare).window_bytes)
+    assert (sizes[0], sizes[-1]) == (
+        found.memory.minimum_bytes,
+        held(bare).all_resident_bytes + held(bare).scratch_bytes + held(bare).window_bytes,
+    )
     assert found.point in found.points
     assert found.point.budget_bytes == found.memory.dense_bytes // 2
     for routing in ("typical", "uniform"):

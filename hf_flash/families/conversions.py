@@ -1,0 +1,101 @@
+"""Which tensors of a checkpoint become which parameters of a model, by transformers' own conversion mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_flash.families.quantized import dequantizer, has_numbers, is_dequantizing, name_of_scales, quantization_of
+from hf_flash.store.checkpoint import Checkpoint
+from hf_flash.store.codecs import codec_of
+
+
+@dataclass
+class Sources:
+    """The tensors of a checkpoint that become one parameter.
+
+    Attributes:
+        converter: of transformers, or `None` if the tensor is taken as it is.
+        names: of the tensors, by the source pattern that they match, in the order in which transformers collects them.
+    """
+
+    converter: Any
+    names: dict[str, list[str]]
+
+    @property
+    def tensors(self) -> list[str]:
+        return [name for names in self.names.values() for name in names]
+
+    @property
+    def operations(self) -> list[Any]:
+        return [] if self.converter is None else list(self.converter.operations)
+
+    def without_scales(self) -> tuple[Sources, dict[str, str]]:
+        """The tensors that hold numbers; and for each of these that has any, the tensor of its scales."""
+        if not any(map(is_dequantizing, self.operations)):
+            return self, {}
+        numbers = {pattern: names for pattern, names in self.names.items() if has_numbers(pattern)}
+        pairs = ((names, self.names.get(name_of_scales(pattern), [])) for pattern, names in numbers.items())
+        scales = {
+            name: scale for names, some in pairs if len(names) == len(some) for name, scale in zip(names, some, strict=True)
+        }
+        return Sources(self.converter, numbers), scales
+
+
+class Conversions:
+    """How transformers renames and converts the tensors of a checkpoint for a model.
+
+    `get_model_conversion_mapping` of its conversion_mapping.py; `rename_source_key`, `WeightConverter`, `WeightRenaming` and
+    `dot_natural_key` of core_model_loading.py, all since 5.0. `convert_and_load_state_dict_in_model` there does what this does.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        quantization = quantization_of(model.config)
+        quantizer = None if quantization is None else dequantizer(quantization)
+        mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
+        self.prefix, self.state = model.base_model_prefix, model.state_dict()
+
+    def sources_of(self, wanted: set[str], tensors: Sequence[str]) -> dict[str, Sources]:
+        """For each parameter, what it is made of."""
+        from transformers.core_model_loading import dot_natural_key
+
+        found: dict[str, Sources] = {}
+        for tensor in sorted(tensors, key=dot_natural_key):
+            for target, pattern in self._targets(tensor):
+                if target in wanted:
+                    sources = found.setdefault(target, Sources(self.by_pattern.get(pattern or ""), {}))
+                    sources.names.setdefault(pattern or tensor, []).append(tensor)
+        return found
+
+    def _targets(self, tensor: str) -> Iterator[tuple[str, str | None]]:
+        """The parameters that a tensor becomes, or becomes a part of, and the pattern of the converter that says so."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(tensor, self.renamings, self.converters, self.prefix, self.state)
+        if name not in self.state and tensor in self.state:
+            name, pattern = rename_source_key(tensor, [], [], self.prefix, self.state)
+        yield name, pattern
+        for other in self.by_pattern[pattern].target_patterns[1:] if pattern is not None else ():
+            yield name.replace(self.by_pattern[pattern].target_patterns[0], other), pattern
+
+
+def table_on_disk(model: Any, name: str, checkpoint: Checkpoint) -> str | None:
+    """The tensor that a matrix of a model lies in, whole, row after row; `None`: it is made of something else.
+
+    Args:
+        name: of the parameter.
+    """
+    source = Conversions(model).sources_of({name}, list(checkpoint.specs)).get(name)
+    if source is None or len(source.tensors) != 1 or any(not is_dequantizing(operation) for operation in source.operations):
+        return None
+    tensor = source.tensors[0]
+    dtype, shape = checkpoint.specs[tensor]
+    whole = shape == tuple(model.get_parameter(name).shape) and codec_of(dtype) is not None
+    return tensor if whole and checkpoint.is_safetensors(tensor) else None

@@ -83,8 +83,7 @@ class StepClock(StoppingCriteria):
             if isinstance(item, torch.nn.Embedding) and not isinstance(item, OnFlash)
         ]
         resident = found.resident_bytes - sum(table.nbytes for table in tables if table is not head)
-        unit = (found.dense_bytes - found.resident_bytes) / found.units
-        return float(resident + found.predictor_bytes + unit * found.counters.selected / steps)
+        return float(resident + found.predictor_bytes + found.unit_bytes * found.counters.selected / steps)
 
 
 class MemorySampler:

@@ -21,6 +21,7 @@ from hf_flash.commands.store_facts import describe, describe_experts, expert_fac
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError
 from hf_flash.families.base import longest_sequence
+from hf_flash.families.quantized import quantization_of
 from hf_flash.packing.expert_folder import mixture_in, open_mixture
 from hf_flash.packing.repacking import repack
 from hf_flash.planning.planner import needs
@@ -153,7 +154,10 @@ def _load(folder: Path, config: FlashOffloadConfig) -> Any:
 def _load_stock(source: str) -> Any:
     """The plain model. A mixture may have been saved by hf_flash: its config says so, and its files are plain."""
     config = AutoConfig.from_pretrained(source)
+    quantization = quantization_of(config)
     config.__dict__.pop("quantization_config", None)
+    if quantization:
+        config.quantization_config = quantization
     return AutoModelForCausalLM.from_pretrained(source, config=config)
 
 

@@ -78,11 +78,11 @@ COMMANDS: Final = {
             ("hf-flash repack facebook/opt-6.7b opt-6.7b-flash",),
         ),
         Command(
-            "inspect", run_inspect, "Show what is in a repacked checkpoint.",
+            "inspect", run_inspect, "Show what is in a repacked checkpoint or a mixture of experts.",
             ("hf-flash inspect opt-6.7b-flash --check",),
         ),
         Command(
-            "push", run_push, "Upload a repacked checkpoint to the Hub, its files as they are.",
+            "push", run_push, "Upload a saved model to the Hub, its files as they are.",
             ("hf-flash push opt-6.7b-flash me/opt-6.7b-flash --private",),
         ),
         Command(

@@ -10,7 +10,7 @@ from hf_flash.commands.arguments import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hf-flash push`."""
     add = parser.add_argument
-    add("folder", help="a repacked checkpoint")
+    add("folder", help="a repacked checkpoint, or a mixture of experts that save_pretrained made")
     add("repo_id", help="me/opt-6.7b-flash")
     add("--private", action="store_true", default=None, help="make a new repository private")
     add("--revision", help="branch to upload to")

@@ -9,7 +9,7 @@ from hf_flash.commands.arguments import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hf-flash restore`."""
-    parser.add_argument("folder", help="a repacked checkpoint")
+    parser.add_argument("folder", help="a repacked checkpoint, or a mixture of experts that save_pretrained made")
     parser.add_argument("target", help="folder to make")
 
 

@@ -10,6 +10,7 @@ from hf_flash.base.files import StoredFile, read_json
 from hf_flash.base.sizes import format_bytes
 from hf_flash.budget.divide import stored_report
 from hf_flash.commands.calibration_table import describe_placement
+from hf_flash.config_arguments import METHOD
 from hf_flash.errors import StoreError
 from hf_flash.packing.expert_folder import Mixture
 from hf_flash.predictors.choice import check_predictors
@@ -87,7 +88,7 @@ def expert_facts(mixture: Mixture) -> dict[str, Any]:
     return {
         **mixture.source,
         "model_type": mixture.model.config.model_type,
-        "plain": not read_json(mixture.folder / "config.json").get("quantization_config"),
+        "plain": METHOD not in str(read_json(mixture.folder / "config.json").get("quantization_config")),
         "layers": len(layers),
         "experts": max(layer.experts for layer in layers),
         "experts_per_token": mixture.used,
@@ -107,20 +108,25 @@ def expert_facts(mixture: Mixture) -> dict[str, Any]:
 
 
 def _pieces(layer: ExpertLayer) -> Iterator[dict[str, Any]]:
-    """What an expert of a layer is made of, with the names of expert 0."""
-    for piece, tensor in zip(layer.pieces, layer.tensors[0], strict=True):
+    """What an expert of a layer is made of, with the names of expert 0: numbers, then the scales of those that have any."""
+    scaled = [piece for piece in layer.pieces if piece.scales]
+    forms = [
+        *((piece.param, (piece.rows, piece.columns), piece.dtype, piece.turned) for piece in layer.pieces),
+        *((f"{piece.param}, scales", piece.grid, piece.scales.dtype, False) for piece in scaled if piece.scales),
+    ]
+    for (part, shape, dtype, turned), tensor, nbytes in zip(forms, layer.tensors[0], layer.ranges, strict=True):
         yield {
-            "tensor": tensor, "part_of": piece.param, "shape": [piece.rows, piece.columns],
-            "dtype": str(piece.dtype).removeprefix("torch."), "bytes": piece.nbytes, "turned": piece.turned,
+            "tensor": tensor, "part_of": part, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."),
+            "bytes": nbytes, "turned": turned,
         }  # fmt: skip
 
 
 def _where(mixture: Mixture, layer: int, expert: int) -> Iterator[dict[str, Any]]:
-    """Where an expert lies: the file of each piece, the byte where it begins there, and its bytes."""
+    """Where an expert lies: the file of each of its ranges, the byte where it begins there, and its bytes."""
     found = mixture.places.layers[layer]
-    for piece, tensor, byte in zip(found.pieces, found.tensors[expert], found.begin[expert].tolist(), strict=True):
+    for nbytes, tensor, byte in zip(found.ranges, found.tensors[expert], found.begin[expert].tolist(), strict=True):
         path, offset = mixture.checkpoint.place(tensor)
-        yield {"file": path.name, "begin": offset + byte, "bytes": piece.nbytes}
+        yield {"file": path.name, "begin": offset + byte, "bytes": nbytes}
 
 
 def describe_experts(found: dict[str, Any]) -> str:
@@ -166,11 +172,11 @@ def check_experts(mixture: Mixture, progress: Callable[[Any], Iterable[Path]]) -
         progress: is given the files, and yields them.
     """
     problems = [
-        f"{layer.name}, expert {expert}: byte {byte} to {byte + piece.nbytes} of {tensor}, which is shorter"
+        f"{layer.name}, expert {expert}: byte {byte} to {byte + nbytes} of {tensor}, which is shorter"
         for layer in mixture.places.layers
         for expert in range(layer.experts)
-        for piece, tensor, byte in zip(layer.pieces, layer.tensors[expert], layer.begin[expert].tolist(), strict=True)
-        if byte + piece.nbytes > nbytes_of(mixture.checkpoint.specs[tensor])
+        for nbytes, tensor, byte in zip(layer.ranges, layer.tensors[expert], layer.begin[expert].tolist(), strict=True)
+        if byte + nbytes > nbytes_of(mixture.checkpoint.specs[tensor])
     ]
     for path in progress(mixture.checkpoint.files):
         try:

@@ -90,8 +90,8 @@ class FlashStats:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
     @property
-    def units(self) -> int:
-        """Neurons, or experts, of all layers."""
+    def unit_bytes(self) -> float:
+        """What a neuron, or an expert, takes in a window, on average."""
         raise NotImplementedError
 
     @property
@@ -131,8 +131,8 @@ class NeuronStats(FlashStats):
     predictor: str
 
     @property
-    def units(self) -> int:
-        return self.neurons
+    def unit_bytes(self) -> float:
+        return (self.dense_bytes - self.resident_bytes) / self.neurons
 
     @property
     def what_fits(self) -> str:
@@ -158,10 +158,11 @@ class ExpertStats(FlashStats):
     experts_per_token: int
     resident_experts: tuple[int, ...]  # in memory now, of each layer
     all_experts: int  # of all layers
+    experts_bytes: int  # of all experts, as they lie in the files
 
     @property
-    def units(self) -> int:
-        return self.all_experts
+    def unit_bytes(self) -> float:
+        return self.experts_bytes / self.all_experts
 
     @property
     def what_fits(self) -> str:

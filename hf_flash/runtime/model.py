@@ -97,6 +97,7 @@ class ExpertRuntime:
             layers=plan.layers,
             experts=max(plan.experts),
             all_experts=sum(plan.experts),
+            experts_bytes=reader.places.nbytes,
             experts_per_token=plan.used,
             resident_experts=tuple(layer.window.resident for layer in self.ffns),
             capacity=plan.capacity,

@@ -22,6 +22,7 @@ from hf_flash.commands.store_facts import check_experts, expert_facts
 from hf_flash.packing.expert_folder import Mixture, open_mixture
 from tests.conftest import ROOT
 from tests.packing.talking import make_mixture
+from tests.quantized import fp8, fp8_config, make
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,37 @@ def opened(folder: Path) -> Mixture:
     found = open_mixture(folder)
     assert found is not None
     return found
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("quantized")
+    source = make_mixture(place / "source", shards="1GB")
+    AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16").save_pretrained(source)  # as those on the Hub are
+    return make(source, place, fp8((16, 16)), fp8_config((16, 16)))[0]
+
+
+def test_what_is_in_8_bits_is_shown_with_its_scales(in_8_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(in_8_bits), "--check"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "kind              qwen3_moe, a mixture of experts; a plain checkpoint",
+        "experts.0.down_proj.weight: 32 x 48 float8_e4m3fn, of down_proj",
+        "experts.0.down_proj.weight_scale_inv: 2 x 3 float32, of down_proj, scales",
+    ):
+        assert line in said
+    expert = expert_facts(opened(in_8_bits))
+    assert expert["expert_bytes"] == sum(piece["bytes"] for piece in expert["pieces"]) == 3 * 32 * 48 + 3 * 6 * 4
+
+
+def test_demo_of_what_is_in_8_bits_and_was_saved(in_8_bits: Path, tmp_path: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(in_8_bits, quantization_config=FlashOffloadConfig())
+    loaded.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (in_8_bits / name).exists():
+            shutil.copyfile(in_8_bits / name, tmp_path / name)
+    for folder in (in_8_bits, tmp_path):
+        assert demo(str(folder), prompt="a b", tokens=4, tell=lambda text: None)["same_tokens"]
 
 
 # --- inspect -------------------------------------------------------------------------------------------------------

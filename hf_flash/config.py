@@ -66,6 +66,13 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         _check_format(quant_method, format_version)
         self.quant_method = quant_method
         self.format_version = format_version
+        if not isinstance(checkpoint_quantization, Mapping | None):
+            raise ConfigError(
+                "not how a checkpoint is quantized",
+                where="checkpoint_quantization",
+                expected="an object, as config.json has it",
+                got=repr(checkpoint_quantization),
+            )
         self.checkpoint_quantization = checkpoint_quantization
         given = {
             "predictor": predictor,

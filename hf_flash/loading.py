@@ -101,6 +101,13 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
 def _prepare_neurons(
     model: Any, config: FlashOffloadConfig, checkpoint: Checkpoint, found: list[Path], *, repacked: bool
 ) -> Loading:
+    if config.checkpoint_quantization is not None:
+        raise UnsupportedModelError(
+            "only mixtures of experts are read from a checkpoint that is quantized already",
+            where=model.config.name_or_path,
+            got=config.checkpoint_quantization.get("quant_method"),
+            hint="take the checkpoint in bf16",
+        )
     family = family_of(model.config, model)
     store = FlashStore.open(found) if repacked else None
     if store is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,10 @@ from hf_flash.budget.divide_experts import PASSING_SLOTS, divide_experts, wide_n
 from hf_flash.budget.expert_plan import ExpertPlan, checked_plan
 from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.config import AUTO, FlashOffloadConfig
-from hf_flash.errors import ConfigError
+from hf_flash.errors import ConfigError, StoreFormatError
 from hf_flash.families.expert_check import check_experts
 from hf_flash.families.experts import experts_per_token, kv_cache_bytes, locate_experts
+from hf_flash.families.quantized import quantization_of
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.reading.experts import ExpertPlaces, ExpertReader
 from hf_flash.runtime.engine import ExpertEngine
@@ -33,7 +35,7 @@ from hf_flash.runtime.experts import FlashExperts, put_on_flash
 from hf_flash.runtime.flash_embedding import FlashEmbedding, Table, put_table_on_flash, table_to_leave
 from hf_flash.runtime.model import ExpertRuntime
 from hf_flash.runtime.resident_linear import make_linears_resident
-from hf_flash.runtime.transformers_model import ignore_on_load, resident_bytes
+from hf_flash.runtime.transformers_model import ignore_on_load, loaded_dtypes, resident_bytes
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.experts import SECOND
 
@@ -46,13 +48,12 @@ class ExpertLoading:
     places: ExpertPlaces
     plan: ExpertPlan
     layers: list[FlashExperts]
-    dtypes: dict[str, torch.dtype]  # of the other weights, as the model was built
+    dtypes: dict[str, torch.dtype]  # of the other weights, where the checkpoint is quantized
     table: tuple[FlashEmbedding, Table] | None  # of embeddings, if it stays on flash
 
     def finish(self, model: Any, config: FlashOffloadConfig) -> None:
         """Everything after the other weights are loaded."""
-        for name, weight in model.named_parameters():
-            weight.data = weight.data.to(self.dtypes[name])  # transformers leaves them as they were beside quantized ones
+        _as_built(model, self.dtypes)
         load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
         plan, dtype = self.plan, model.config.dtype
         spare_bytes = available_memory() - plan.scratch_bytes - plan.window_bytes  # for the page cache
@@ -107,8 +108,25 @@ def prepare_experts(model: Any, config: FlashOffloadConfig, checkpoint: Checkpoi
         table = put_table_on_flash(model, left[0]), Table(*left, checkpoint, model.config.dtype)
         ignore_on_load(model, [rf"^{re.escape(left[0])}$"])
     ignore_on_load(model, [rf"(^|\.){re.escape(layer.name)}\.({layer.first}|{SECOND})$" for layer in places.layers])
-    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+    dtypes = {} if quantization_of(model.config) is None else loaded_dtypes(model, model.config.dtype)
     return ExpertLoading(checkpoint, places, plan, layers, dtypes, table)
+
+
+def _as_built(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give weights beside quantized ones their dtypes: transformers leaves those without scales as they are in the file.
+
+    Raises:
+        StoreFormatError: numbers that nothing made plain ones of.
+    """
+    for name, weight in model.named_parameters():
+        wanted = dtypes.get(name, weight.dtype)
+        if weight.dtype == wanted:
+            continue
+        if weight.dtype.itemsize == 1 or not weight.is_floating_point():
+            raise StoreFormatError(
+                "the checkpoint has no scales for quantized numbers", where=name, expected=wanted, got=weight.dtype
+            )
+        weight.data = weight.data.to(wanted)
 
 
 def _divide(model: Any, config: FlashOffloadConfig, places: ExpertPlaces, table: str | None) -> ExpertPlan:

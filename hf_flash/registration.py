@@ -77,8 +77,9 @@ def _merging(stock: Any) -> Any:
     stock = getattr(stock, _STOCK, stock)  # of an earlier registration
 
     def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        values = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
-        if _is_ours(type(quantization_config_from_args)) and values.get("quant_method") != METHOD:
+        values = quantization_config.to_dict() if hasattr(quantization_config, "to_dict") else quantization_config
+        is_ours = isinstance(values, dict) and values.get("quant_method") == METHOD
+        if _is_ours(type(quantization_config_from_args)) and not is_ours:
             return quantization_config_from_args.for_checkpoint(values)
         return stock(quantization_config, quantization_config_from_args)
 

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 from hf_flash.budget.expert_plan import ExpertPlan
-from hf_flash.compute.expert_products import decoded_rows
+from hf_flash.compute.expert_products import decoded_rows, decoded_size
 from hf_flash.reading.experts import reader_bytes
 from hf_flash.store.experts import ExpertLayer
 
@@ -56,7 +56,7 @@ def divide_experts(
 def decoded_bytes(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:
     """Of plain numbers, made of some rows of numbers with scales at a time."""
     scaled = (piece for layer in layers for piece in layer.pieces if piece.scales)
-    return max((decoded_rows(piece, dtype) * piece.columns * dtype.itemsize for piece in scaled), default=0)
+    return max((decoded_rows(piece, dtype) * piece.columns * decoded_size(piece, dtype) for piece in scaled), default=0)
 
 
 def wide_numbers(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:

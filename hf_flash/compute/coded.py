@@ -70,14 +70,18 @@ def _decoded(piece: Piece, numbers: torch.Tensor, scales: torch.Tensor, rows: in
     """The same in fp32, without the compiled part."""
     assert piece.scales is not None
     if piece.dtype == E2M1:
-        table = torch.tensor(_E2M1_VALUES, dtype=torch.float32, device="cpu")
-        plain = torch.stack([table[(numbers & 15).long()], table[(numbers >> 4).long()]], dim=-1).view(rows, piece.columns)
+        table, codes = np.array(_E2M1_VALUES, np.float32), numbers.numpy()
+        found = np.empty((len(codes), 2), np.float32)
+        found[:, 0], found[:, 1] = table[codes & 15], table[codes >> 4]
+        plain = torch.from_numpy(found).view(rows, piece.columns)
     else:
         plain = numbers.view(piece.dtype).view(rows, piece.columns).float()
     blocks = -(-rows // piece.scales.block_rows), piece.grid[1]
     grid = scales[: blocks[0] * blocks[1] * piece.scales.dtype.itemsize].view(piece.scales.dtype).view(blocks).float()
     by_row = grid.repeat_interleave(piece.scales.block_rows, 0)[:rows]
-    return plain * by_row.repeat_interleave(piece.scales.block_columns, 1)[:, : piece.columns]
+    for at, part in enumerate(torch.split(plain, piece.scales.block_columns, dim=1)):
+        part.mul_(by_row[:, at : at + 1])
+    return plain
 
 
 def are_numbers(piece: Piece, scales: Bytes) -> bool:

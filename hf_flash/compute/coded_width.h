@@ -4,12 +4,12 @@
  * with their scale and rounded to the dtype of compute. Those of E2M1 times a power of two need no rounding, so a block is summed up
  * before it is scaled. */
 
-/* LANES numbers of E4M3, to be multiplied with `E4M3_UNIT`. */
+/* LANES numbers of E4M3. */
 OF_WIDTH(VECTOR) NAME(load_e4m3)(const char *at) {
 #if LANES == 8
-    return _mm256_cvtph_ps(e4m3_of_8(at));
+    return TIMES(_mm256_cvtph_ps(e4m3_of_8(at)), FILL(E4M3_UNIT));
 #else
-    return _mm512_cvtph_ps(e4m3_of_16(at));
+    return TIMES(_mm512_cvtph_ps(e4m3_of_16(at)), FILL(E4M3_UNIT));
 #endif
 }
 
@@ -109,7 +109,7 @@ OF_WIDTH(void) NAME(e4m3_tile)(const LinearJob *job, int64_t row, int64_t token,
                 const int64_t at = i + p * LANES;
                 VECTOR w[TILE_ROWS];
                 UNROLLED(int r = 0; r < rows; r++)
-                    w[r] = NAME(round_to)(TIMES(NAME(load_e4m3)(weight + r * stride + at), FILL(scale[r] * E4M3_UNIT)), dtype);
+                    w[r] = NAME(round_to)(TIMES(NAME(load_e4m3)(weight + r * stride + at), FILL(scale[r])), dtype);
                 UNROLLED(int t = 0; t < tokens; t++) {
                     VECTOR some = LOAD(x + t * job->columns + at);
                     UNROLLED(int r = 0; r < rows; r++)

@@ -27,6 +27,7 @@ INLINE void decode_row(const LinearJob *job, int64_t row, int from, int to) {
     const int64_t step = job->scales.block_columns, columns = job->columns;
     const char *weight = (const char *)job->weight + row * coded_bytes(columns, from);
     char *out = (char *)job->out + row * columns * size_of(to);
+    const __m256 unit = _mm256_set1_ps(E4M3_UNIT);
     for (int64_t begin = 0; begin < columns; begin += step) {
         const int64_t end = begin + step < columns ? begin + step : columns;
         const float scale = scale_of(&job->scales, row, begin);
@@ -35,7 +36,7 @@ INLINE void decode_row(const LinearJob *job, int64_t row, int from, int to) {
             if (from == E2M1)
                 put_8(out, i, _mm256_mul_ps(e2m1_of_8(weight + i / 2), _mm256_set1_ps(scale)), to);
             else
-                put_8(out, i, _mm256_mul_ps(_mm256_cvtph_ps(e4m3_of_8(weight + i)), _mm256_set1_ps(scale * E4M3_UNIT)), to);
+                put_8(out, i, _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtph_ps(e4m3_of_8(weight + i)), unit), _mm256_set1_ps(scale)), to);
         }
         for (; i < end; i++) /* a row of E2M1 has whole blocks */
             put(out, i, e4m3((uint8_t)weight[i]) * scale, to);

@@ -69,7 +69,13 @@ def decoded_rows(piece: Piece, dtype: torch.dtype) -> int:
     """Rows of a piece with scales that become plain numbers at a time."""
     assert piece.scales is not None
     block = piece.scales.block_rows
-    return min(piece.rows, max(1, _DECODED_BYTES // (block * piece.columns * dtype.itemsize)) * block)
+    return min(piece.rows, max(1, _DECODED_BYTES // (block * piece.columns * decoded_size(piece, dtype))) * block)
+
+
+def decoded_size(piece: Piece, dtype: torch.dtype) -> int:
+    """The most bytes that a number of a piece with scales takes on its way to a plain one."""
+    compiled = native.library() is not None and coded.is_known(piece)
+    return dtype.itemsize if compiled else dtype.itemsize + 3 * torch.float32.itemsize
 
 
 class ExpertProducts:

@@ -35,6 +35,7 @@ typedef struct {
     ExpertStep *s;
     Used *used;
     int64_t *pair_of, *row_of;            /* [pairs] the pair (token * k + place) of a row, and the row of a pair, or -1 */
+    int is_one;                           /* whether all rows are of one token, and no expert has two of them */
     char *x, *products, *hidden, *found;  /* [pairs, width], [pairs, up_outputs], [pairs, neurons], [pairs, width] */
     LinearJob *jobs;
     OrderRoom room;
@@ -264,7 +265,7 @@ static FAST void multiply(Call *call, Used *const *some, int64_t n, int is_down,
             call->jobs[jobs++] = (LinearJob){
                 .weight = some[i]->slot + at[p], .scales = scales,
                 .bias = bias ? bias + (some[i]->expert * outputs + piece->first_output) * size : NULL,
-                .x = x + (!is_down && s->tokens == 1 ? 0 : first * inputs * size),
+                .x = x + (!is_down && call->is_one ? 0 : first * inputs * size),
                 .out = out + (first * outputs + piece->first_output) * size,
                 .rows = piece->outputs, .columns = piece->inputs, .tokens = some[i]->pairs, .out_stride = outputs,
                 .dtype = s->dtype, .weight_dtype = piece->dtype, .turned = piece->turned,
@@ -358,7 +359,10 @@ static FAST void compute_all(Call *call, int64_t n, Used **hits, Used **missing)
 static FAST void gather_x(Call *call, int64_t n) {
     ExpertStep *s = call->s;
     const size_t nbytes = (size_t)(s->width * size_of(s->dtype));
-    if (s->tokens == 1) {
+    call->is_one = s->tokens == 1;
+    for (int64_t i = 0; i < n; i++)
+        call->is_one &= call->used[i].pairs == 1;
+    if (call->is_one) {
         memcpy(call->x, s->x, nbytes);
         return;
     }

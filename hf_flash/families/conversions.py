@@ -31,6 +31,12 @@ class Sources:
     def operations(self) -> list[Any]:
         return [] if self.converter is None else list(self.converter.operations)
 
+    @property
+    def as_it_is(self) -> str | None:
+        """The one tensor that the parameter is, but for making plain numbers of it; `None`: it is made in another way."""
+        numbers = self.without_scales()[0].tensors
+        return numbers[0] if len(numbers) == 1 and all(map(is_dequantizing, self.operations)) else None
+
     def without_scales(self) -> tuple[Sources, dict[str, str]]:
         """The tensors that hold numbers; and for each of these that has any, the tensor of its scales."""
         if not any(map(is_dequantizing, self.operations)):
@@ -93,9 +99,9 @@ def table_on_disk(model: Any, name: str, checkpoint: Checkpoint) -> str | None:
         name: of the parameter.
     """
     source = Conversions(model).sources_of({name}, list(checkpoint.specs)).get(name)
-    if source is None or len(source.tensors) != 1 or any(not is_dequantizing(operation) for operation in source.operations):
+    tensor = source.as_it_is if source else None
+    if tensor is None:
         return None
-    tensor = source.tensors[0]
     dtype, shape = checkpoint.specs[tensor]
     whole = shape == tuple(model.get_parameter(name).shape) and codec_of(dtype) is not None
     return tensor if whole and checkpoint.is_safetensors(tensor) else None

@@ -30,7 +30,14 @@ METHODS: Final = ("mxfp4", "fp8")
 _SCALES: Final = ((re.compile(r"_blocks$"), "_scales"), (re.compile(r"$"), "_scale_inv"))  # names: of numbers, of their scales
 _IN_FILES: Final = ((".weight", ".weight_scale_inv"), (".weight", ".scale"), (".weight", ".qscale_weight"))  # before renaming
 _NO_NUMBERS: Final = re.compile(r"(_scales|_scale_inv|activation_scale)$")
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, E8M0, torch.uint8)  # of scales; a byte is an exponent
+_DTYPES: Final = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    E8M0,
+    torch.uint8,
+)  # of scales; a byte is an exponent
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
@@ -43,11 +50,14 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
         ConfigError: by a method that is not read.
     """
     found = get(config, "quantization_config") or get(get(config, "text_config") or {}, "quantization_config")
-    values = dict(found) if isinstance(found, Mapping) else found.to_dict() if found else {}
-    if values.get("quant_method") == METHOD:
-        values = dict(values.get(KEY) or {})
+    values = found.to_dict() if hasattr(found, "to_dict") else found
+    if isinstance(values, Mapping) and values.get("quant_method") == METHOD:
+        values = values.get(KEY)
     if not values:
         return None
+    if not isinstance(values, Mapping):
+        raise _not_read(repr(values))
+    values = dict(values)
     method = values.get("quant_method")
     method = str(getattr(method, "value", method))
     if method not in METHODS:
@@ -69,10 +79,16 @@ def dequantizer(quantization: Mapping[str, Any]) -> Any:
     """The quantizer of transformers for such a checkpoint, told to make plain numbers of it.
 
     `HfQuantizer` of its quantizers/base.py; `quantization_config.dequantize` of both methods, all since 5.0.
+
+    Raises:
+        ConfigError: transformers does not understand it.
     """
     from transformers.quantizers import AutoHfQuantizer
 
-    found = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)
+    try:
+        found = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _not_read(f"{dict(quantization)}: {error}") from error
     found.quantization_config.dequantize = True
     return found
 
@@ -98,11 +114,11 @@ def name_of_scales(pattern: str) -> str:
 def as_numbers(spec: TensorSpec, scales: TensorSpec | None) -> TensorSpec:
     """Dtype and shape of a tensor of numbers, where a byte that holds two of them counts as two."""
     dtype, shape = spec
-    if scales is None or dtype not in (torch.uint8, torch.int8):
+    if scales is None:
         return spec
-    if len(shape) == len(scales[1]) + 1:  # [..., blocks, bytes of a block]
+    if dtype == torch.uint8 and len(shape) == len(scales[1]) + 1:  # mxfp4: [..., blocks, bytes of a block]
         return E2M1, (*shape[:-2], shape[-2] * shape[-1] * 2)
-    return E2M1, (*shape[:-1], shape[-1] * 2)
+    return (E2M1, (*shape[:-1], shape[-1] * 2)) if dtype == torch.int8 else spec
 
 
 def scales_for(numbers: TensorSpec, scales: TensorSpec) -> Scales | None:
@@ -159,9 +175,13 @@ def as_quantized(specs: Mapping[str, TensorSpec], quantization: Mapping[str, Any
     Raises:
         ConfigError: the method is not for such experts.
     """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     found: dict[str, TensorSpec] = {}
+    stock = dequantizer(quantization).quantization_config
     for name, (dtype, shape) in specs.items():
-        if len(shape) not in (2, 3) or name.endswith("bias"):
+        is_plain = not should_convert_module(name.removesuffix(".weight"), stock.modules_to_not_convert)
+        if len(shape) not in (2, 3) or name.endswith("bias") or is_plain:
             found[name] = dtype, shape
         elif quantization["quant_method"] == "mxfp4":
             if len(shape) != 3:
@@ -169,13 +189,13 @@ def as_quantized(specs: Mapping[str, TensorSpec], quantization: Mapping[str, Any
             experts, inputs, outputs = shape
             found[f"{name}_blocks"] = torch.uint8, (experts, outputs, inputs // 32, 16)
             found[f"{name}_scales"] = torch.uint8, (experts, outputs, inputs // 32)
-        elif quantization.get("expert_dtype") == "fp4":
+        elif stock.expert_dtype == "fp4":
             found[name], found[f"{name}_scale_inv"] = (
                 (torch.int8, (shape[0], shape[1] // 2)),
                 (E8M0, (shape[0], shape[1] // 32)),
             )
         else:
-            rows, columns = quantization.get("weight_block_size") or shape[-2:]
+            rows, columns = stock.weight_block_size or shape[-2:]
             grid = *shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns)
             found[name], found[f"{name}_scale_inv"] = (E4M3, shape), (torch.float32, grid)
     return found

@@ -17,6 +17,7 @@ import torch
 
 from hf_flash.base.files import write_text
 from hf_flash.errors import ConfigError, UsageError
+from hf_flash.families.conversions import Conversions
 from hf_flash.families.quantized import plain_tensor
 from hf_flash.hub.uploading import CARD, staging, upload
 from hf_flash.hub.uploading import push as push  # importable from here, beside the methods that call it
@@ -245,10 +246,16 @@ def _changed(state: Mapping[str, torch.Tensor], checkpoint: Checkpoint, store: F
 def _changed_beside_experts(model: Any, runtime: ExpertRuntime, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same for a mixture, whose checkpoint has other names than the model: transformers converts them back."""
     checkpoint, experts = runtime.checkpoint, {name for layer in runtime.ffns for row in layer.layer.tensors for name in row}
-    tied = tied_names(model)
-    plain = plain_state(model, {name: value for name, value in state.items() if name not in tied})
+    sources, tied = Conversions(model).sources_of(set(state), list(checkpoint.specs)), tied_names(model)
     changed: dict[str, torch.Tensor] = {}
-    for name, value in plain.items():
+    others: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        tensor = sources[name].as_it_is if name in sources else None
+        if tensor is None:
+            others |= {} if name in tied else {name: value}
+        elif not _same(value, plain_tensor(checkpoint, tensor, value.dtype)):
+            changed[tensor] = value
+    for name, value in plain_state(model, others).items():
         known = checkpoint.specs.get(name)
         if name in experts:
             continue

@@ -258,7 +258,7 @@ class FlashExperts(OnFlash):
                 break
             begin, end = some[0].begin, some[-1].end
             pairs = call.pairs[begin:end]
-            rows = x if call.tokens == 1 else x.index_select(0, torch.from_numpy(pairs // call.k))
+            rows = x if call.tokens == 1 and len(pairs) == len(some) else x.index_select(0, torch.from_numpy(pairs // call.k))
             hidden = self._activate(self._up.multiply(rows, some, memory), call, pairs)
             out[begin:end] = self._finish(self._down.multiply(hidden, some, memory, reading if is_last else None), call, pairs)
         engine.counters.compute_s += perf_counter() - start - ((reading.waited_s - waited) if reading else 0.0)

@@ -7,6 +7,8 @@ a test in `tests/contract/test_transformers_seam.py` that names it and asks tran
     _hf_peft_config_loaded                   has_adapter
     _keys_to_ignore_on_load_unexpected       ignore_on_load
     _is_hf_initialized                       mark_as_initialized
+    _get_dtype_plan                          loaded_dtypes
+    build_glob_alternation                   loaded_dtypes
     revert_weight_conversion                 plain_state
     _weight_conversions                      plain_state
     _original_source_patterns, and -target-  plain_state
@@ -86,11 +88,37 @@ def mark_as_initialized(module: Any) -> None:
     module._is_hf_initialized = True
 
 
+def loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes that a model's parameters are loaded in: some stay in fp32, such as routers.
+
+    Args:
+        dtype: of compute.
+
+    `_get_dtype_plan` of `PreTrainedModel` and `build_glob_alternation` of core_model_loading.py, since 5.0.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    other, by_group, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
+    found = {}
+    for name, weight in model.named_parameters():
+        match = other.search(name) if other else None
+        plain = dtype if weight.is_floating_point() else weight.dtype
+        found[name] = plan[by_group[match.lastgroup]] if match else plain
+    return found
+
+
 def resident_bytes(model: Any, dtype: torch.dtype) -> int:
-    """Of all weights that a model has, in the dtype of compute; tied ones count once."""
-    tied = tied_names(model)
-    weights = {id(p): p for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
-    return sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in weights.values())
+    """Of all weights that a model has, as they are loaded; tied ones count once.
+
+    Args:
+        dtype: of compute.
+    """
+    tied, dtypes = tied_names(model), loaded_dtypes(model, dtype)
+    weights = {id(p): (name, p) for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
+    return sum(
+        p.numel() * dtypes.get(name, dtype if p.is_floating_point() else p.dtype).itemsize for name, p in weights.values()
+    )
 
 
 def has_adapter(model: Any) -> bool:

@@ -121,6 +121,20 @@ def test_products_are_those_of_these_numbers(
         assert torch.equal(product(piece, numbers, scales, x[token : token + 1])[0], found[token]), "alone"
 
 
+@needs_library
+@pytest.mark.parametrize("scale", [2.0**127, 2.0**-126], ids=["large", "small"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scales_may_be_as_large_and_small_as_numbers_are(scale: float, dtype: torch.dtype) -> None:
+    codes = np.tile(np.array([0, 1, 8, 0x38, 0x80], np.uint8), 16)  # 0, 2**-9, 2**-6, 1, -0
+    piece = Piece("up", 1, 80, False, 0, 1, E4M3, Scales(torch.float32, 1, 80))
+    scales = np.frombuffer(np.float32(scale).tobytes(), np.uint8)
+    plain = torch.from_numpy(codes).view(E4M3).float() * scale
+    assert torch.equal(coded.decode(piece, codes, scales, slice(0, 1), dtype)[0], plain.to(dtype))
+    x = torch.zeros(1, 80, dtype=dtype)
+    x[0, 3] = 1.0
+    assert float(product(piece, codes, scales, x)) == plain[3]
+
+
 @pytest.mark.parametrize(("dtype", "wrong"), [(torch.float32, float("nan")), (torch.bfloat16, float("inf")), (E8M0, None)])
 def test_scales_that_are_no_numbers(dtype: torch.dtype, wrong: float | None) -> None:
     piece = Piece("up", 4, 64, False, 0, 1, E4M3, Scales(dtype, 2, 32))

@@ -123,6 +123,7 @@ PRIVATE = {  # names of libraries that begin with an underscore, or are as priva
     "runtime/transformers_model.py": {
         "_hf_peft_config_loaded", "_keys_to_ignore_on_load_unexpected", "all_tied_weights_keys", "hidden_states",
         "_is_hf_initialized", "_weight_conversions", "_original_source_patterns", "_original_target_patterns",
+        "_get_dtype_plan",
     },
     "serving/fields.py": {"_from_model_config"},
     "serving/transformers_serving.py": {"_GenerationCancelled", "_generate_managers", "_cb", "_model_locks"},

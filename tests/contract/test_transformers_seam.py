@@ -68,6 +68,7 @@ from hf_flash.runtime.transformers_model import (
     has_adapter,
     hidden_of,
     ignore_on_load,
+    loaded_dtypes,
     plain_state,
     run_layer,
     sequence_length,
@@ -995,6 +996,15 @@ def test_quantizers_of_transformers_make_plain_numbers_where_they_are_told_to(me
     assert is_dequantizing(conversions[0].operations[0])
     sources = conversions[0]._original_source_patterns
     assert {name_of_scales(name) for name in sources if has_numbers(name)} <= set(sources)
+
+
+def test_some_parameters_are_loaded_in_32_bits_whatever_the_others_are(coverage: ModuleType, tmp_path: Path) -> None:
+    """runtime/transformers_model.py: `_get_dtype_plan`, `build_glob_alternation`."""
+    coverage.stock_model("beam", tmp_path)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert loaded_dtypes(stock, dtype) == {name: value.dtype for name, value in stock.named_parameters()}
+        assert (set(loaded_dtypes(stock, dtype).values()) == {dtype}) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("kind", [WeightConverter, WeightRenaming])

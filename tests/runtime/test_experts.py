@@ -178,6 +178,8 @@ def test_experts_may_be_called_by_themselves(mixture: Any) -> None:
         torch.testing.assert_close(
             ours(x.repeat(9, 1), index.repeat(9, 1), weights.repeat(9, 1))[:3], wanted, rtol=1e-4, atol=1e-4
         )
+        twice = torch.tensor([[2, 2]])
+        torch.testing.assert_close(ours(x[:1], twice, weights[:1]), theirs(x[:1], twice, weights[:1]), rtol=1e-4, atol=1e-4)
         elsewhere = ours(x, torch.tensor([[0, 4], [2, 2], [-1, 0]]), weights)  # as experts of another process have them
         alone = theirs(x, index, weights * torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]))
         torch.testing.assert_close(elsewhere, alone, rtol=1e-4, atol=1e-4)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoModel, AutoModelForCausalLM, FineGrainedFP8Config
 
 import hf_flash
-from hf_flash import BudgetError, ConfigError, FlashOffloadConfig
+from hf_flash import BudgetError, ConfigError, FlashOffloadConfig, StoreError, UnsupportedModelError
 from hf_flash.compute import library as native
 from hf_flash.planner import plan
 from hf_flash.runtime.experts import FlashExperts
@@ -176,6 +176,51 @@ def test_planned_they_take_what_they_take_loaded(quantized: Any, tmp_path: Path)
         assert outlook.memory.minimum_bytes >= least(folder)
 
 
+def test_what_stays_in_32_bits_does_so_beside_quantized_weights(coverage: ModuleType, tmp_path: Path) -> None:
+    """Beam's router; and of a plain checkpoint nothing is touched."""
+    _, ids = coverage.stock_model("beam", tmp_path / "source")
+    folder, plain = make(tmp_path / "source", tmp_path, fp8((16, 16)), fp8_config((16, 16)))
+    stock = AutoModelForCausalLM.from_pretrained(plain, dtype="bfloat16").eval()
+    kept = {name for name, value in stock.named_parameters() if value.dtype == torch.float32}
+    assert kept
+    for source in (plain, folder):
+        model = load(source, dtype="bfloat16")
+        assert {name for name, value in model.named_parameters() if value.dtype == torch.float32} == kept
+        for name in kept:
+            assert torch.equal(model.get_parameter(name), stock.get_parameter(name))
+        held, buffers = (sum(t.nbytes for t in some) for some in (model.parameters(), model.buffers()))
+        assert held <= hf_flash.stats(model).resident_bytes <= held + buffers
+        found, wanted = (answers(one, ids)[0].float() for one in (model, stock))
+        assert (found - wanted).abs().max() <= 0.05 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "other names"])
+def test_without_its_head_it_is_saved_with_the_names_of_the_checkpoint(kind: str, quantized: Any, tmp_path: Path) -> None:
+    folder, stock, ids = quantized(kind)
+    model = AutoModel.from_pretrained(folder, quantization_config=FlashOffloadConfig(), dtype="float32").eval()
+    model.save_pretrained(tmp_path / "same")
+    assert (tmp_path / "same" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    weight = model.get_parameter("layers.1.self_attn.q_proj.weight")
+    weight.data.mul_(0.37)
+    model.save_pretrained(tmp_path / "changed")
+    changed = copy.deepcopy(stock)
+    changed.get_parameter("model.layers.1.self_attn.q_proj.weight").data.mul_(0.37)
+    torch.testing.assert_close(answers(load(tmp_path / "changed"), ids)[0], answers(changed, ids)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_of_layers_that_stay_plain_the_plan_knows(coverage: ModuleType, tmp_path: Path) -> None:
+    coverage.stock_model("qwen3_moe", tmp_path / "source")
+    some = lambda state: fp8((16, 16))({name: value for name, value in state.items() if "self_attn" in name})  # noqa: E731
+    both = lambda state: tuple(state | part for part in some(state))  # noqa: E731
+    folder, _ = make(tmp_path / "source", tmp_path, both, fp8_config((16, 16), modules_to_not_convert=["model.layers.*.mlp"]))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((folder / "config.json").read_text())
+    places = runtime_of(load(folder)).engine.reader.places
+    assert places.layers[0].pieces[0].dtype == torch.float32
+    assert plan(bare, dtype="float32").expert_bytes == places.layers[0].expert_bytes
+
+
 # --- what is wrong with a checkpoint
 
 
@@ -220,7 +265,7 @@ def test_a_scale_that_is_no_number_is_an_error_that_names_the_expert(
     ("qwen3", lambda state: state.pop(f"{QWEN}_scale_inv"), "layers.1.mlp.experts.gate_up_proj"),
     ("qwen3", lambda state: state.update({f"{QWEN}_scale_inv": torch.ones(7, 4)}), "layers.1.mlp.experts.gate_up_proj"),
     ("qwen3", lambda state: state.update({f"{QWEN}_scale_inv": torch.ones(3, 4).double()}), "layers.1.mlp.experts"),
-    ("qwen3", lambda state: state.update({QWEN: state[QWEN].view(torch.uint8)}), QWEN),
+    ("qwen3", lambda state: state.update({QWEN: state[QWEN].view(torch.uint8)}), "layers.1.mlp.experts.gate_up_proj"),
     ("gpt-oss", lambda state: state.pop(f"{OSS}_scales"), "layers.1.mlp.experts.down_proj"),
     ("gpt-oss", lambda state: state.pop(f"{OSS}_blocks"), "layers.1.mlp.experts.down_proj"),
     ("gpt-oss", lambda state: state.update({f"{OSS}_scales": state[f"{OSS}_scales"][:, :-1]}), "layers.1.mlp.experts"),
@@ -230,6 +275,39 @@ def test_scales_that_do_not_fit_are_refused_by_name(kind: str, how: Any, said: s
     with pytest.raises(hf_flash.HfFlashError) as caught:
         load(change(folder, tmp_path / "changed", how))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["", "_by_another_name"])
+def test_numbers_beside_experts_that_lack_their_scales_are_refused(ending: str, quantized: Any, tmp_path: Path) -> None:
+    """Stock would multiply with the bare codes, if their dtype fitted."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+
+    def rename(state: dict[str, torch.Tensor]) -> None:
+        scales = state.pop(f"{name}_scale_inv")
+        if ending:
+            state[name + ending] = scales
+
+    with pytest.raises(StoreError, match=r"(?s)no scales.*layers\.1\.self_attn\.q_proj"):
+        load(change(quantized("qwen3")[0], tmp_path / "changed", rename))
+
+
+def test_a_config_that_means_nothing_is_an_error(quantized: Any, tmp_path: Path) -> None:
+    folder = change(quantized("qwen3")[0], tmp_path / "changed", lambda state: None)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"weight_block_size": [16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    for attempt in (load, plan):
+        with pytest.raises(ConfigError, match="does not read"):
+            attempt(folder)
+    with pytest.raises(ConfigError, match="how a checkpoint is quantized"):
+        FlashOffloadConfig(checkpoint_quantization="fp8")  # type: ignore[arg-type]
+
+
+def test_a_dense_model_that_is_quantized_already_is_refused(coverage: ModuleType, tmp_path: Path) -> None:
+    coverage.stock_model("llama", tmp_path / "source")
+    folder, _ = make(tmp_path / "source", tmp_path, fp8((16, 16)), fp8_config((16, 16)))
+    with pytest.raises(UnsupportedModelError, match="only mixtures"):
+        load(folder)
 
 
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "compressed-tensors"])

@@ -30,14 +30,8 @@ METHODS: Final = ("mxfp4", "fp8")
 _SCALES: Final = ((re.compile(r"_blocks$"), "_scales"), (re.compile(r"$"), "_scale_inv"))  # names: of numbers, of their scales
 _IN_FILES: Final = ((".weight", ".weight_scale_inv"), (".weight", ".scale"), (".weight", ".qscale_weight"))  # before renaming
 _NO_NUMBERS: Final = re.compile(r"(_scales|_scale_inv|activation_scale)$")
-_DTYPES: Final = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    E8M0,
-    torch.uint8,
-)  # of scales; a byte is an exponent
+_OF_SCALES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E8M0, torch.uint8)  # a byte is an exponent
+_CODED: Final = (E4M3, torch.int8, torch.uint8)  # dtypes of tensors whose numbers have scales
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
@@ -130,7 +124,7 @@ def scales_for(numbers: TensorSpec, scales: TensorSpec) -> Scales | None:
     (dtype, shape), (scale_dtype, grid) = numbers, scales
     if torch.Size(grid).numel() == 1:
         grid = (*(1 for _ in shape[:-2]), 1, 1)
-    if dtype not in (E2M1, E4M3) or scale_dtype not in _DTYPES or len(grid) != len(shape) or grid[:-2] != shape[:-2]:
+    if dtype not in (E2M1, E4M3) or scale_dtype not in _OF_SCALES or len(grid) != len(shape) or grid[:-2] != shape[:-2]:
         return None
     if 0 in grid[-2:] or shape[-2] % grid[-2] or shape[-1] % grid[-1]:
         return None
@@ -141,6 +135,8 @@ def scales_for(numbers: TensorSpec, scales: TensorSpec) -> Scales | None:
 
 def scales_in(checkpoint: Checkpoint, name: str) -> str | None:
     """The tensor of a checkpoint with the scales of another one that is not of an expert; `None`: it has none."""
+    if name not in checkpoint.specs or checkpoint.specs[name][0] not in _CODED:
+        return None
     names = (name.removesuffix(end) + ending for end, ending in _IN_FILES if name.endswith(end))
     return next((found for found in names if found in checkpoint.specs), None)
 

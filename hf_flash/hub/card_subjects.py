@@ -105,12 +105,15 @@ def _memory(
 def _of_mixture(mixture: Mixture) -> CardSubject:
     folder, layers = mixture.folder, mixture.places.layers
     config, plan = repacked_config(folder), needs(folder)
-    rows = {"embeddings, attention, routers, norms": plan.resident_bytes, "buffers": plan.scratch_bytes}
+    assert isinstance(plan, ExpertPlan)
+    always = f"{'' if plan.table_bytes else 'embeddings, '}attention, routers, norms"
+    rows = {always: plan.all_resident_bytes - plan.table_bytes, "buffers": plan.scratch_bytes}
     experts, expert = max(layer.experts for layer in layers), max(layer.expert_bytes for layer in layers)
     kept = (
         f"An expert is {format_bytes(expert)}; {len(layers)} layers have {experts} of them, of which a token uses "
         f"{mixture.used} in each: {format_bytes(mixture.active_bytes)} a token, of which is read what is not in memory. What "
-        "a budget has beyond the least keeps experts that recent tokens used, so that they are not read again."
+        "a budget has beyond the least keeps experts that recent tokens used, so that they are not read again"
+        + (f", and at last the table of embeddings, {format_bytes(plan.table_bytes)}." if plan.table_bytes else ".")
     )
     on_disk = sum(path.stat().st_size for path in mixture.checkpoint.files)
     return CardSubject(

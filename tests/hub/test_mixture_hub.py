@@ -18,6 +18,7 @@ from hf_flash import ConfigError, FlashOffloadConfig, StoreError
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.run import bench
 from hf_flash.packing.expert_folder import SOURCE
+from hf_flash.runtime.model import runtime_of
 from tests.hub_server import UPLOAD_WARNING, Hub
 from tests.packing.talking import make_mixture
 
@@ -67,7 +68,11 @@ def test_the_card_says_where_it_comes_from_what_it_needs_and_how_to_load_it(here
         }  # fmt: skip
         assert f"revision `{commit}`" in text
         assert text.endswith("Of *somebody*.\n")
-        assert f"| embeddings, attention, routers, norms | {format_bytes(found.resident_bytes)} |" in text
+        plan = runtime_of(model).plan
+        always = plan.all_resident_bytes - plan.table_bytes
+        assert f"| attention, routers, norms | {format_bytes(always)} |" in text
+        assert f"the table of embeddings, {format_bytes(plan.table_bytes)}." in text
+        assert plan.minimum_bytes == always + plan.scratch_bytes
         assert f"stock transformers holds it | {format_bytes(found.dense_bytes)} |" in text
         assert "An expert is 18.0 KiB; 3 layers have 8 of them, of which a token uses 2 in each: 108.0 KiB a token" in text
         assert "Answers are exact" in text

@@ -33,7 +33,11 @@ def from_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
 
 
 def to_fp8(weight: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows, columns] in 8 bits, and scales of a dtype, one for each block."""
+    """[rows, columns] in 8 bits, and scales of a dtype, one for each block; the last ones need not be whole."""
+    (rows, columns), (high, wide) = weight.shape, block
+    if rows % high or columns % wide:
+        numbers, scales = to_fp8(torch.nn.functional.pad(weight, (0, -columns % wide, 0, -rows % high)), block, dtype)
+        return numbers[:rows, :columns].contiguous(), scales
     blocks = weight.float().unflatten(0, (-1, block[0])).unflatten(-1, (-1, block[1]))
     scales = (blocks.abs().amax((1, 3)) / 448).to(dtype)
     if dtype == torch.float8_e8m0fnu:
@@ -41,12 +45,10 @@ def to_fp8(weight: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> 
     return (blocks / scales.float()[:, None, :, None]).view(weight.shape).to(torch.float8_e4m3fn), scales
 
 
-def from_fp8(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def from_fp8(numbers: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """What [`to_fp8`] made, in fp32."""
-    wide = scales.float()
-    for dim in (0, 1):
-        wide = wide.repeat_interleave(numbers.shape[dim] // wide.shape[dim], dim)
-    return numbers.float() * wide
+    wide = scales.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return numbers.float() * wide[: numbers.shape[0], : numbers.shape[1]]
 
 
 def mxfp4_as_gpt_oss(state: State) -> tuple[State, State]:
@@ -62,19 +64,21 @@ def mxfp4_as_gpt_oss(state: State) -> tuple[State, State]:
     return found, plain
 
 
-def fp8(block: tuple[int, int], dtype: torch.dtype = torch.float32, *, ending: str = "weight_scale_inv") -> Any:
-    """A function as [`mxfp4_as_gpt_oss`], for matrices of experts and of attention that have whole blocks."""
+def fp8(
+    block: tuple[int, int], dtype: torch.dtype = torch.float32, *, ending: str = "weight_scale_inv", uneven: bool = False
+) -> Any:
+    """A function as [`mxfp4_as_gpt_oss`], for matrices of experts and of attention that have whole blocks, or all of them."""
 
     def quantize(state: State) -> tuple[State, State]:
         found, plain = State(), State()
         for name, value in state.items():
-            whole = value.ndim == 2 and value.shape[0] % block[0] == 0 and value.shape[1] % block[1] == 0
+            whole = value.ndim == 2 and (uneven or (value.shape[0] % block[0] == 0 and value.shape[1] % block[1] == 0))
             if not whole or "proj" not in name:
                 found[name] = plain[name] = value
                 continue
             numbers, scales = to_fp8(value, block, dtype)
             found[name], found[name.removesuffix("weight") + ending] = numbers, scales
-            plain[name] = from_fp8(numbers, scales)
+            plain[name] = from_fp8(numbers, scales, block)
         return found, plain
 
     return quantize

@@ -29,7 +29,7 @@ from hf_flash.compute.library import DTYPES
 from hf_flash.errors import StoreFormatError, UnsupportedModelError
 from hf_flash.families.base import get
 from hf_flash.families.conversions import Conversions, Sources
-from hf_flash.families.quantized import as_numbers, is_dequantizing, scales_for
+from hf_flash.families.quantized import as_numbers, block_of, is_dequantizing, quantization_of, scales_for
 from hf_flash.families.recognise import config_object, skeleton
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.experts import SECOND, ExpertLayer, Piece, bytes_of
@@ -140,7 +140,8 @@ def _layer(
         if key not in tried:
             tried[key] = _try_conversion(model, source, specs, module, param, target)
         for form in tried[key]:
-            piece, where = _scales_in_tensors(form, source.tensors, specs, scales, checkpoint, target)
+            block = block_of(quantization_of(model.config))
+            piece, where = _scales_in_tensors(form, source.tensors, specs, scales, checkpoint, target, block)
             pieces.append(piece)
             numbers.append(_in_tensors(form, source.tensors, specs))
             of_numbers += [where] if where else []
@@ -203,8 +204,9 @@ def _in_tensors(form: _Form, names: Sequence[str], specs: Sequence[Any]) -> _Ran
 
 
 def _scales_in_tensors(
-    form: _Form, names: Sequence[str], specs: Sequence[Any], scales: Mapping[str, str], checkpoint: Checkpoint, target: str
-) -> tuple[Piece, _Range | None]:
+    form: _Form, names: Sequence[str], specs: Sequence[Any], scales: Mapping[str, str], checkpoint: Checkpoint, target: str,
+    block: tuple[int, int] | None,
+) -> tuple[Piece, _Range | None]:  # fmt: skip
     """A piece with what is known of its scales, and where these lie."""
     piece, numbers = form.piece, form.places[0][0]
     if names[numbers] not in scales:
@@ -213,13 +215,13 @@ def _scales_in_tensors(
         return piece, None
     of = [scales[names[number]] for number, _, _ in form.places]
     others = {checkpoint.specs[name] for name in of}
-    found = scales_for(specs[numbers], checkpoint.specs[of[0]]) if len(others) == 1 else None
+    found = scales_for(specs[numbers], checkpoint.specs[of[0]], block) if len(others) == 1 else None
     if found is None or piece.turned or any(row % found.block_rows for _, _, row in form.places):
         shapes = sorted({f"{list(shape)} of {dtype}" for dtype, shape in others})
         raise _refused(target, f"scales {', '.join(shapes)} for numbers {list(specs[numbers][1])}")
     begin = []
     for _, matrix, row in form.places:
-        rows, columns = specs[numbers][1][-2] // found.block_rows, specs[numbers][1][-1] // found.block_columns
+        rows, columns = -(-specs[numbers][1][-2] // found.block_rows), -(-specs[numbers][1][-1] // found.block_columns)
         begin.append((matrix * rows + row // found.block_rows) * columns * found.dtype.itemsize)
     return replace(piece, scales=found), _Range(of, begin)
 

@@ -84,7 +84,43 @@ def dequantizer(quantization: Mapping[str, Any]) -> Any:
     except (TypeError, ValueError, AttributeError) as error:
         raise _not_read(f"{dict(quantization)}: {error}") from error
     found.quantization_config.dequantize = True
+    if (block := block_of(quantization)) is not None:
+        operation = _with_uneven_blocks(found.get_load_operations()["dequantize"], block)
+        found.get_load_operations = lambda: {"dequantize": operation}
     return found
+
+
+def block_of(quantization: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """Rows and columns of the blocks that share a scale, where config.json says so."""
+    found = (quantization or {}).get("weight_block_size")
+    return (int(found[0]), int(found[1])) if found else None
+
+
+def _with_uneven_blocks(operation: Any, block: tuple[int, int]) -> Any:
+    """`Fp8Dequantize` of integrations/finegrained_fp8.py for matrices whose last blocks are not whole.
+
+    DeepSeek-V3 has some, 576 rows in blocks of 128. Stock refuses these, or takes the blocks for smaller ones. Here they are
+    filled up with zeros, which are cut off again.
+    """
+
+    class Dequantize(operation):
+        def _dequantize_one(self, quantized: torch.Tensor, scales: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            rows, columns = quantized.shape[-2:]
+            if quantized.dtype != E4M3 or not _is_uneven((rows, columns), tuple(scales.shape), block):
+                plain: torch.Tensor = super()._dequantize_one(quantized, scales, *args, **kwargs)
+                return plain
+            whole = quantized.new_zeros(scales.shape[0] * block[0], scales.shape[1] * block[1], dtype=torch.uint8)
+            whole[:rows, :columns] = quantized.view(torch.uint8)
+            plain = super()._dequantize_one(whole.view(quantized.dtype), scales, *args, **kwargs)
+            return plain[:rows, :columns].contiguous()
+
+    return Dequantize
+
+
+def _is_uneven(shape: tuple[int, ...], grid: tuple[int, ...], block: tuple[int, int]) -> bool:
+    """Whether a matrix has blocks of this size, of which the last are not whole."""
+    blocks = tuple(-(-size // each) for size, each in zip(shape, block, strict=True))
+    return grid == blocks and any(size % each for size, each in zip(shape, block, strict=True))
 
 
 # --- numbers and their scales
@@ -115,8 +151,11 @@ def as_numbers(spec: TensorSpec, scales: TensorSpec | None) -> TensorSpec:
     return (E2M1, (*shape[:-1], shape[-1] * 2)) if dtype == torch.int8 else spec
 
 
-def scales_for(numbers: TensorSpec, scales: TensorSpec) -> Scales | None:
+def scales_for(numbers: TensorSpec, scales: TensorSpec, block: tuple[int, int] | None = None) -> Scales | None:
     """How the scales in one tensor belong to the numbers in another; `None`: not in a way that is known.
+
+    Args:
+        block: as config.json says: it is asked where blocks are not all whole.
 
     Stock has a matrix of scales for each matrix of numbers, in blocks of one size (`Fp8Dequantize` of its
     integrations/finegrained_fp8.py, `Mxfp4Dequantize` of mxfp4.py).
@@ -126,11 +165,12 @@ def scales_for(numbers: TensorSpec, scales: TensorSpec) -> Scales | None:
         grid = (*(1 for _ in shape[:-2]), 1, 1)
     if dtype not in (E2M1, E4M3) or scale_dtype not in _OF_SCALES or len(grid) != len(shape) or grid[:-2] != shape[:-2]:
         return None
+    kind = E8M0 if scale_dtype == torch.uint8 else scale_dtype  # a byte alone is such an exponent
+    if block and dtype == E4M3 and _is_uneven(shape[-2:], grid[-2:], block):
+        return Scales(kind, *block)
     if 0 in grid[-2:] or shape[-2] % grid[-2] or shape[-1] % grid[-1]:
         return None
-    return Scales(
-        E8M0 if scale_dtype == torch.uint8 else scale_dtype, shape[-2] // grid[-2], shape[-1] // grid[-1]
-    )  # a byte alone is such an exponent
+    return Scales(kind, shape[-2] // grid[-2], shape[-1] // grid[-1])
 
 
 def scales_in(checkpoint: Checkpoint, name: str) -> str | None:
@@ -141,11 +181,12 @@ def scales_in(checkpoint: Checkpoint, name: str) -> str | None:
     return next((found for found in names if found in checkpoint.specs), None)
 
 
-def plain_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+def plain_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype, block: tuple[int, int] | None = None) -> torch.Tensor:
     """A tensor of a checkpoint, as plain numbers if it has scales.
 
     Args:
         dtype: of compute.
+        block: as in [`scales_for`].
 
     Raises:
         StoreFormatError: it has scales that nothing is known of.
@@ -154,7 +195,7 @@ def plain_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch
     if scales is None or dtype not in DTYPES:
         return checkpoint.tensor(name)
     spec, of_scales = checkpoint.specs[name], checkpoint.specs[scales]
-    kind, (_, shape) = scales_for(as_numbers(spec, of_scales), of_scales), as_numbers(spec, of_scales)
+    kind, (_, shape) = scales_for(as_numbers(spec, of_scales), of_scales, block), as_numbers(spec, of_scales)
     if kind is None or len(shape) != 2:
         raise StoreFormatError("scales that nothing is known of", where=name, got=f"{of_scales} for {spec}")
     piece = Piece(name, *shape, turned=False, first_output=0, turns=1, dtype=as_numbers(spec, of_scales)[0], scales=kind)

@@ -18,7 +18,7 @@ import torch
 from hf_flash.base.files import write_text
 from hf_flash.errors import ConfigError, UsageError
 from hf_flash.families.conversions import Conversions
-from hf_flash.families.quantized import plain_tensor
+from hf_flash.families.quantized import block_of, plain_tensor, quantization_of
 from hf_flash.hub.uploading import CARD, staging, upload
 from hf_flash.hub.uploading import push as push  # importable from here, beside the methods that call it
 from hf_flash.packing.checkpoint_folder import save_folder
@@ -247,19 +247,20 @@ def _changed_beside_experts(model: Any, runtime: ExpertRuntime, state: Mapping[s
     """The same for a mixture, whose checkpoint has other names than the model: transformers converts them back."""
     checkpoint, experts = runtime.checkpoint, {name for layer in runtime.ffns for row in layer.layer.tensors for name in row}
     sources, tied = Conversions(model).sources_of(set(state), list(checkpoint.specs)), tied_names(model)
+    block = block_of(quantization_of(model.config))
     changed: dict[str, torch.Tensor] = {}
     others: dict[str, torch.Tensor] = {}
     for name, value in state.items():
         tensor = sources[name].as_it_is if name in sources else None
         if tensor is None:
             others |= {} if name in tied else {name: value}
-        elif not _same(value, plain_tensor(checkpoint, tensor, value.dtype)):
+        elif not _same(value, plain_tensor(checkpoint, tensor, value.dtype, block)):
             changed[tensor] = value
     for name, value in plain_state(model, others).items():
         known = checkpoint.specs.get(name)
         if name in experts:
             continue
-        if known is None or not _same(value, plain_tensor(checkpoint, name, value.dtype)):
+        if known is None or not _same(value, plain_tensor(checkpoint, name, value.dtype, block)):
             changed[name] = value
     return changed
 

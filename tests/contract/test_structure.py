@@ -104,7 +104,7 @@ def test_the_window_knows_neither_reader_nor_predictor() -> None:
 PRIVATE = {  # names of libraries that begin with an underscore, or are as private: only in these files
     "compute/expert_gate.py": {"_apply_gate"},
     "families/decoder.py": {"get_decoder"},
-    "families/quantized.py": {"_scale_inv"},
+    "families/quantized.py": {"_scale_inv", "_dequantize_one"},
     "packing/readme.py": {"REGEX_YAML_BLOCK"},
     "predictors/low_bit.py": {"_weight_int8pack_mm", "_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu"},
     "registration.py": {

@@ -77,6 +77,7 @@ from hf_flash.runtime.transformers_model import (
 from hf_flash.serving import fields, transformers_serving
 from hf_flash.serving.transformers_serving import Generations, OneModel
 from tests.conftest import ROOT, TINY_OPT
+from tests.quantized import from_fp8, to_fp8
 
 PACKAGE = Path(hf_flash.__file__).parent
 
@@ -1005,6 +1006,17 @@ def test_some_parameters_are_loaded_in_32_bits_whatever_the_others_are(coverage:
         stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
         assert loaded_dtypes(stock, dtype) == {name: value.dtype for name, value in stock.named_parameters()}
         assert (set(loaded_dtypes(stock, dtype).values()) == {dtype}) == (dtype == torch.float32)
+
+
+def test_blocks_that_are_not_whole_are_made_plain() -> None:
+    """families/quantized.py: `_dequantize_one`; stock takes blocks of 128 for blocks of 65, or refuses them."""
+    numbers, scales = to_fp8(torch.randn(130, 131), (128, 128), torch.float32)
+    found = dequantizer({"quant_method": "fp8", "weight_block_size": [128, 128]})
+    (conversion,) = found.get_weight_conversions()
+    plain = conversion.operations[0].convert({"weight": [numbers], "weight_scale_inv": [scales]})["weight"]
+    assert torch.equal(plain, from_fp8(numbers, scales, (128, 128)))
+    with pytest.raises(ValueError, match="not divisible"):
+        Fp8Dequantize(None).convert({"weight": [numbers], "weight_scale_inv": [scales]})
 
 
 @pytest.mark.parametrize("kind", [WeightConverter, WeightRenaming])

@@ -26,7 +26,7 @@ def test_only_coded_numbers_have_scales(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open([tmp_path / "m.safetensors"])
     assert (scales_in(checkpoint, "a.weight"), scales_in(checkpoint, "b.weight")) == (None, "b.scale")
     assert torch.equal(plain_tensor(checkpoint, "a.weight", torch.float32), weight)
-    assert torch.equal(plain_tensor(checkpoint, "b.weight", torch.bfloat16), from_fp8(numbers, scales).bfloat16())
+    assert torch.equal(plain_tensor(checkpoint, "b.weight", torch.bfloat16), from_fp8(numbers, scales, (16, 16)).bfloat16())
 
 
 F32 = torch.float32
@@ -48,6 +48,14 @@ F32 = torch.float32
 ])  # fmt: skip
 def test_scales_belong_to_blocks_of_one_size(numbers: Any, scales: Any, wanted: Scales | None) -> None:
     assert scales_for(numbers, scales) == wanted
+
+
+def test_the_last_block_of_a_matrix_need_not_be_whole() -> None:
+    """576 rows in blocks of 128, as DeepSeek-V3's `kv_a_proj_with_mqa`."""
+    numbers, scales = (E4M3, (576, 7168)), (F32, (5, 56))
+    assert scales_for(numbers, scales) is None
+    assert scales_for(numbers, scales, (128, 128)) == Scales(F32, 128, 128)
+    assert scales_for(numbers, scales, (64, 128)) is None
 
 
 def test_what_config_json_says_beside_ours() -> None:

@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "gpt-oss": ("gpt_oss", mxfp4_as_gpt_oss, MXFP4),
     "qwen3": ("qwen3_moe", fp8((16, 16)), fp8_config((16, 16))),
     "deepseek": ("deepseek_v3", fp8((16, 16), torch.bfloat16), fp8_config((16, 16))),
+    "uneven": ("deepseek_v3", fp8((40, 40), uneven=True), fp8_config((40, 40))),
     "wide blocks": ("glm4_moe", fp8((48, 16)), fp8_config((48, 16))),
     "exponents": ("qwen3_moe", fp8((16, 32), E8M0), fp8_config((16, 32), scale_fmt="ue8m0")),
     "other names": ("mixtral", fp8((16, 16), ending="scale"), fp8_config((16, 16))),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from hf_flash.calibration.text import token_windows
 from hf_flash.commands.main import main
 from hf_flash.evaluation.compare import describe, evaluate
+from hf_flash.planner import needs
 from tests.conftest import ROOT
 from tests.packing.talking import make_mixture
 
@@ -25,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_its_perplexity_is_that_of_the_stock_model(folder: Path) -> None:
-    report = evaluate(folder, TEXT, tokens=512, new_tokens=2, memory_budget="2.4MB", dtype=torch.float32)
+    least = needs(folder, dtype="float32").minimum_bytes
+    report = evaluate(folder, TEXT, tokens=512, new_tokens=2, memory_budget=least, dtype=torch.float32)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         loss = (

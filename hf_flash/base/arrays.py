@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 Bytes = npt.NDArray[np.uint8]
+
+
+def runs(ascending: npt.NDArray[np.integer[Any]]) -> Iterator[tuple[int, int]]:
+    """Where ids follow one another without a gap: the first index of each run, and the one behind its last."""
+    breaks = (np.flatnonzero(np.diff(ascending) != 1) + 1).tolist()
+    return ((begin, end) for begin, end in pairwise([0, *breaks, len(ascending)]) if begin < end)
 
 
 def count_uses(selected: Mask) -> Ids:

@@ -98,10 +98,10 @@ def table_on_disk(model: Any, name: str, checkpoint: Checkpoint) -> str | None:
     Args:
         name: of the parameter.
     """
-    source = Conversions(model).sources_of({name}, list(checkpoint.specs)).get(name)
+    wanted = tuple(model.get_parameter(name).shape)
+    alike = [tensor for tensor, (_, shape) in checkpoint.specs.items() if shape == wanted]  # of all, each would be renamed
+    source = Conversions(model).sources_of({name}, alike).get(name)
     tensor = source.as_it_is if source else None
-    if tensor is None:
+    if tensor is None or codec_of(checkpoint.specs[tensor][0]) is None:
         return None
-    dtype, shape = checkpoint.specs[tensor]
-    whole = shape == tuple(model.get_parameter(name).shape) and codec_of(dtype) is not None
-    return tensor if whole and checkpoint.is_safetensors(tensor) else None
+    return tensor if checkpoint.is_safetensors(tensor) else None

@@ -125,6 +125,7 @@ def _layer(
 ) -> ExpertLayer:
     first = first_of(module)
     experts, width, neurons = sizes_of(module)
+    block = block_of(quantization_of(model.config))
     pieces, numbers, of_numbers = list[Piece](), list[_Range](), list[_Range]()  # of_numbers: of their scales
     for param in (first, SECOND):
         target = f"{name}.{param}"
@@ -140,7 +141,6 @@ def _layer(
         if key not in tried:
             tried[key] = _try_conversion(model, source, specs, module, param, target)
         for form in tried[key]:
-            block = block_of(quantization_of(model.config))
             piece, where = _scales_in_tensors(form, source.tensors, specs, scales, checkpoint, target, block)
             pieces.append(piece)
             numbers.append(_in_tensors(form, source.tensors, specs))

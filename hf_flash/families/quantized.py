@@ -194,11 +194,12 @@ def plain_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype, block: t
     scales = scales_in(checkpoint, name)
     if scales is None or dtype not in DTYPES:
         return checkpoint.tensor(name)
-    spec, of_scales = checkpoint.specs[name], checkpoint.specs[scales]
-    kind, (_, shape) = scales_for(as_numbers(spec, of_scales), of_scales, block), as_numbers(spec, of_scales)
+    of_scales = checkpoint.specs[scales]
+    coded, shape = as_numbers(checkpoint.specs[name], of_scales)
+    kind = scales_for((coded, shape), of_scales, block)
     if kind is None or len(shape) != 2:
-        raise StoreFormatError("scales that nothing is known of", where=name, got=f"{of_scales} for {spec}")
-    piece = Piece(name, *shape, turned=False, first_output=0, turns=1, dtype=as_numbers(spec, of_scales)[0], scales=kind)
+        raise StoreFormatError("scales that nothing is known of", where=name, got=f"{of_scales} for {checkpoint.specs[name]}")
+    piece = Piece(name, *shape, turned=False, first_output=0, turns=1, dtype=coded, scales=kind)
     numbers, its_scales = (as_bytes(checkpoint.tensor(found)) for found in (name, scales))
     return decode(piece, numbers, its_scales, slice(0, piece.rows), dtype)
 

@@ -246,7 +246,8 @@ def _changed(state: Mapping[str, torch.Tensor], checkpoint: Checkpoint, store: F
 def _changed_beside_experts(model: Any, runtime: ExpertRuntime, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same for a mixture, whose checkpoint has other names than the model: transformers converts them back."""
     checkpoint, experts = runtime.checkpoint, {name for layer in runtime.ffns for row in layer.layer.tensors for name in row}
-    sources, tied = Conversions(model).sources_of(set(state), list(checkpoint.specs)), tied_names(model)
+    beside = [name for name in checkpoint.specs if name not in experts]
+    sources, tied = Conversions(model).sources_of(set(state), beside), tied_names(model)
     block = block_of(quantization_of(model.config))
     changed: dict[str, torch.Tensor] = {}
     others: dict[str, torch.Tensor] = {}

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import weakref
-from itertools import pairwise
-from pathlib import Path
 
-import numpy as np
 import torch
 
-from hf_flash.base.arrays import Ids
+from hf_flash.base.arrays import Ids, runs
 from hf_flash.base.files import read_at
 from hf_flash.errors import StoreReadError
 from hf_flash.reading.layer_files import close_files, open_for_reading
@@ -27,15 +24,11 @@ class TableReader:
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self.name, (self.dtype, (self.rows, self.width)) = name, checkpoint.specs[name]
+        self.name, (self.dtype, (_, self.width)) = name, checkpoint.specs[name]
         self.path, self._offset = checkpoint.place(name)
         fds = list[int]()
         self._close = weakref.finalize(self, close_files, fds)
         self._file = open_for_reading(self.path, 0, fds, only_contents=True)
-
-    @property
-    def where(self) -> Path:
-        return self.path
 
     def close(self) -> None:
         self._close()
@@ -51,17 +44,12 @@ class TableReader:
         """
         found = torch.empty(len(ids), self.width, dtype=self.dtype, device="cpu")
         memory, nbytes = as_bytes(found).data, self.width * self.dtype.itemsize
-        breaks = (np.flatnonzero(np.diff(ids) != 1) + 1).tolist()
-        runs = [
-            (self._offset + int(ids[begin]) * nbytes, begin * nbytes, end * nbytes)
-            for begin, end in pairwise([0, *breaks, len(ids)])
-            if begin < end
-        ]
+        reads = [(self._offset + int(ids[begin]) * nbytes, begin * nbytes, end * nbytes) for begin, end in runs(ids)]
         try:
-            if len(runs) > 1 and hasattr(os, "posix_fadvise"):
-                for offset, begin, end in runs:  # all at once: the disk is asked for many rows at a time
+            if len(reads) > 1 and hasattr(os, "posix_fadvise"):
+                for offset, begin, end in reads:  # all at once: the disk is asked for many rows at a time
                     os.posix_fadvise(self._file.fd, offset, end - begin, os.POSIX_FADV_WILLNEED)
-            for offset, begin, end in runs:
+            for offset, begin, end in reads:
                 self._read(memory[begin:end], offset)
             if self._file.changed:
                 raise FileChangedError

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_flash.base.arrays import Bytes
+from hf_flash.base.arrays import Bytes, runs
 from hf_flash.base.buffers import aligned_empty
 from hf_flash.base.files import DIGITS, TEXT_BYTES, StoredFile, parse_json
 from hf_flash.errors import StoreFormatError
@@ -264,11 +264,8 @@ class Rows:
         """Rows of the file in any order, whole. `buffer` is as large, for what lies together is read together."""
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
-        ends = [*(np.flatnonzero(np.diff(ascending) != 1) + 1).tolist(), len(rows)]
-        at = 0
-        for end in ends:
-            self._read(int(ascending[at]), buffer[at:end])
-            at = end
+        for begin, end in runs(ascending):
+            self._read(int(ascending[begin]), buffer[begin:end])
         back = np.empty(len(rows), np.int64)
         back[order] = np.arange(len(rows))
         return buffer[torch.from_numpy(back)]

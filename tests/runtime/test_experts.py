@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,20 +29,6 @@ TYPES = ("qwen3_moe", "gpt_oss", "nemotron_h", "mixtral")  # gate and up apart; 
 def _one_thread() -> Any:
     with torch_threads(1):
         yield
-
-
-@pytest.fixture(scope="session")
-def mixture(coverage: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any, torch.Tensor]]:
-    """`mixture("mixtral")`: the folder of a small random mixture, the stock model, and some token ids."""
-    made: dict[str, tuple[Path, Any, torch.Tensor]] = {}
-
-    def get(model_type: str) -> tuple[Path, Any, torch.Tensor]:
-        if model_type not in made:
-            folder = tmp_path_factory.mktemp(model_type) / "model"
-            made[model_type] = (folder, *coverage.stock_model(model_type, folder))
-        return made[model_type]
-
-    return get
 
 
 def load(folder: Path, budget: int | str | None = None, **arguments: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import BudgetError, FlashOffloadConfig, StoreReadError, UsageError
+from hf_flash import StoreReadError, UsageError
 from hf_flash.runtime.flash_embedding import FlashEmbedding
 from hf_flash.runtime.model import runtime_of
 from tests.conftest import torch_threads
+from tests.runtime.test_experts import least, load, logits
 
 NAME = "model.embed_tokens.weight"
 
@@ -29,43 +28,11 @@ def _one_thread() -> Any:
         yield
 
 
-@pytest.fixture(scope="module")
-def mixture(coverage: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any, torch.Tensor]]:
-    made: dict[str, tuple[Path, Any, torch.Tensor]] = {}
-
-    def get(model_type: str) -> tuple[Path, Any, torch.Tensor]:
-        if model_type not in made:
-            folder = tmp_path_factory.mktemp(model_type) / "model"
-            made[model_type] = folder, *coverage.stock_model(model_type, folder)
-        return made[model_type]
-
-    return get
-
-
-def load(folder: Path, budget: int | str | None = None, **kwargs: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=FlashOffloadConfig(memory_budget=budget), **kwargs
-    ).eval()
-
-
-def least(folder: Path, **kwargs: Any) -> int:
-    with pytest.raises(BudgetError) as caught:
-        load(folder, 1, **kwargs)
-    assert caught.value.minimum_bytes is not None
-    return caught.value.minimum_bytes
-
-
 @pytest.fixture
 def tight(mixture: Any) -> tuple[Any, Any, torch.Tensor]:
     """A model whose table is on flash, the stock one, token ids."""
     folder, stock, ids = mixture("qwen3_moe")
     return load(folder, least(folder)), stock, ids
-
-
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(ids).logits
-    return found
 
 
 def test_it_is_in_memory_if_everything_else_is(mixture: Any) -> None:

@@ -1,5 +1,5 @@
 """`python -m hf_flash` is `hf-flash`."""
 
-from hf_flash.commands.main import main
+from hf_flash.commands.main import program
 
-raise SystemExit(main())
+raise SystemExit(program())

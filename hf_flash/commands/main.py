@@ -18,6 +18,7 @@ usage must answer at once, so neither this module nor those of the table import 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
@@ -39,6 +40,7 @@ from hf_flash.commands import (
     run_verify,
 )
 from hf_flash.commands.arguments import WIKITEXT, forgiving, quiet_pipe
+from hf_flash.commands.interrupts import interrupted_outside_imports
 from hf_flash.errors import HfFlashError
 
 
@@ -147,15 +149,27 @@ exit codes: 0 done; 1 an error, or a check that failed; 2 wrong usage; 130 inter
 hf-flash COMMAND --help explains a command, with an example."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def program() -> int:
     """Entry point of the console command. Returns the exit code."""
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, but to end the interpreter takes half a second
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code.
+
+    Args:
+        argv: what follows the program's name. Default: of this process.
+    """
     forgiving(sys.stdout, sys.stderr)
     try:
-        args = _parser().parse_args(argv)
-        code: int = args.run(args)
-        if sys.stdout is not None:  # it is closed otherwise
-            sys.stdout.flush()
-        return code
+        with interrupted_outside_imports(__name__):
+            args = _parser().parse_args(argv)
+            code: int = args.run(args)
+            if sys.stdout is not None:  # it is closed otherwise
+                sys.stdout.flush()
+            return code
     except HfFlashError as error:
         return _failed(error)
     except BrokenPipeError:

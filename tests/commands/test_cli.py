@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import pty
@@ -11,6 +12,7 @@ import select
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,10 +145,13 @@ def test_a_damaged_store_is_a_failed_check(plain: Path, tmp_path: Path, capsys: 
 # --- real processes ------------------------------------------------------------------------------------------------
 
 
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(home), "TERM": "xterm-256color",
+                         "COLORTERM": "truecolor", "HF_FLASH_CACHE": str(home / "cache")}  # fmt: skip
+
+
 def start(*arguments: str, home: Path, **streams: Any) -> subprocess.Popen[bytes]:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(home), "TERM": "xterm-256color",
-                        "COLORTERM": "truecolor", "HF_FLASH_CACHE": str(home / "cache")}  # fmt: skip
-    return subprocess.Popen([*python(), "-m", "hf_flash", *arguments], env=env, **streams)
+    return subprocess.Popen([*python(), "-m", "hf_flash", *arguments], env=environment(home), **streams)
 
 
 def interrupt_when(process: subprocess.Popen[bytes], there: Callable[[], bool]) -> None:
@@ -159,9 +164,27 @@ def interrupt_when(process: subprocess.Popen[bytes], there: Callable[[], bool]) 
     process.send_signal(signal.SIGINT)
 
 
+SLOW_DISK = """
+import os, time
+
+replace = os.replace
+os.replace = lambda *names: (replace(*names), time.sleep(0.2))
+from hf_flash.commands.main import main
+raise SystemExit(main())
+"""
+
+
 def test_an_interrupted_repack_leaves_nothing_half_written_and_goes_on(tmp_path: Path) -> None:
-    plain, target = make_opt(tmp_path / "plain", num_hidden_layers=24, ffn_dim=2048), tmp_path / "packed"
-    process = start("repack", str(plain), str(target), home=tmp_path, stderr=subprocess.PIPE)
+    plain, target = make_opt(tmp_path / "plain", num_hidden_layers=24), tmp_path / "packed"
+    command = [
+        *python(),
+        "-c",
+        SLOW_DISK,
+        "repack",
+        str(plain),
+        str(target),
+    ]  # or a busy machine sees the file when all is done
+    process = subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE)
     interrupt_when(process, lambda: any("flash-layer-00001.safetensors" in files for _, _, files in os.walk(tmp_path)))
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -183,6 +206,51 @@ def test_an_interrupted_plan_leaves_no_scratch_file(tmp_path: Path) -> None:
     assert out == b""
     assert b"Traceback" not in err
     assert list(disk.iterdir()) == []
+
+
+SWALLOWING = """
+import os, signal
+
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    pass
+over = True
+"""
+
+
+def test_a_library_cannot_swallow_an_interrupt_while_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "swallowing.py").write_text(SWALLOWING)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(_: argparse.Namespace) -> int:
+        importlib.import_module("swallowing")
+        time.sleep(60)
+        return 0
+
+    monkeypatch.setattr(cli.run_doctor, "run", run)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["doctor"]) == 130
+    assert sys.modules.pop("swallowing").over
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+AT_EXIT = """
+import atexit, os, signal
+from hf_flash.commands.main import program
+
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+raise SystemExit(program())
+"""
+
+
+def test_an_interrupt_after_the_work_is_done_changes_nothing(tiny_opt: Path, tmp_path: Path) -> None:
+    command = [*python(), "-c", AT_EXIT, "inspect", str(tiny_opt)]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_an_interrupted_live_view_gives_the_terminal_back(tiny_opt: Path, tmp_path: Path) -> None:

@@ -151,9 +151,10 @@ hf-flash COMMAND --help explains a command, with an example."""
 
 def program() -> int:
     """Entry point of the console command. Returns the exit code."""
-    code = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, but to end the interpreter takes half a second
-    return code
+    try:
+        return main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, but to end the interpreter takes half a second
 
 
 def main(argv: Sequence[str] | None = None) -> int:

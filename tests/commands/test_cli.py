@@ -247,8 +247,9 @@ raise SystemExit(program())
 """
 
 
-def test_an_interrupt_after_the_work_is_done_changes_nothing(tiny_opt: Path, tmp_path: Path) -> None:
-    command = [*python(), "-c", AT_EXIT, "inspect", str(tiny_opt)]
+@pytest.mark.parametrize("arguments", [["--version"], ["cache", "ls"]])
+def test_an_interrupt_after_the_work_is_done_changes_nothing(arguments: list[str], tmp_path: Path) -> None:
+    command = [*python(), "-c", AT_EXIT, *arguments]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
 

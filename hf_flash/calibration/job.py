@@ -26,6 +26,7 @@ training depends on its recorded data and the seed. accelerate starts them (its 
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,17 +42,18 @@ from hf_flash.calibration.forward import run_forward
 from hf_flash.calibration.layer_result import make_layer_result
 from hf_flash.calibration.processes import Processes
 from hf_flash.calibration.publishing import publish
-from hf_flash.calibration.settings import LEAST_WINDOWS, Settings, check_arguments
+from hf_flash.calibration.routing import calibrate_mixture
+from hf_flash.calibration.settings import LEAST_WINDOWS, SAMPLES, Settings, check_arguments
 from hf_flash.calibration.text import Text, text_name, token_windows
 from hf_flash.calibration.training import Targets
 from hf_flash.calibration.work_folder import WorkFolder
 from hf_flash.compute.activation import WITH_ZEROS
 from hf_flash.config import FlashOffloadConfig
-from hf_flash.errors import BudgetError, UnsupportedModelError
+from hf_flash.errors import BudgetError, ConfigError, UnsupportedModelError
 from hf_flash.families import family_of
 from hf_flash.families.base import longest_sequence
 from hf_flash.packing.checkpoint_folder import repacked_config
-from hf_flash.packing.expert_folder import refuse_mixture
+from hf_flash.packing.expert_folder import mixture_in
 from hf_flash.predictors.choice import check_predictors
 from hf_flash.runtime.model import close, find_runtime
 from hf_flash.store.layout import FlashStore
@@ -61,7 +63,7 @@ def calibrate(
     folder: str | os.PathLike[str],
     text: Text,
     *,
-    samples: int = 256,
+    samples: int | None = None,
     context: int | None = None,
     recall: float = 0.96,
     extra: float = 0.07,
@@ -74,15 +76,20 @@ def calibrate(
 ) -> dict[str, Any]:
     """Train low-rank predictors for a repacked model and measure its neurons on text. Paper: section 3.1, appendix B.
 
+    Of a mixture of experts it measures how often experts are used again, which `hf-flash plan` then goes by, and writes
+    `flash-routing.json` (calibration/routing.py). Nothing is trained, so `recall`, `extra`, `rank`, `max_rank`, `epochs` and
+    `placement` have to be left out.
+
     Writes `flash-predictor-lowrank.safetensors` and `flash-calibration.safetensors` into the folder and lists them in its
     index. The low-rank predictor becomes the folder's own if every layer reached its targets and it is smaller than the
     quantized one. A run that was interrupted goes on where it was when it is started again with the same arguments.
 
     Args:
-        folder: a repacked checkpoint, with its tokenizer.
+        folder: a repacked checkpoint, or a mixture's own, with its tokenizer.
         text: a UTF-8 file (documents separated by form feeds), the name of a dataset (`name`, `name:config` or
             `name:config:split`, needs the `datasets` library), or token ids.
-        samples: windows of text; one in eight is held out of the training and used to choose and to measure.
+        samples: windows of text; one in eight is held out of the training and used to choose and to measure. Default: 256, or
+            16 for a mixture.
         context: tokens in a window. Default: 256, or the model's maximum if that is less.
         recall: share of the active neurons that must be predicted; sets each layer's threshold.
         extra: share of the inactive neurons that may be predicted too; sets each layer's rank, the smallest that reaches it.
@@ -95,7 +102,8 @@ def calibrate(
         memory_budget: ceiling on weights and training state in DRAM, of each process. Default: most of what is free.
 
     Returns:
-        What was measured, as stored in the folder: `text`, `targets`, `layers`, `reached`.
+        What was measured, as stored in the folder: `text`, `targets`, `layers`, `reached`; of a mixture
+            [`hf_flash.budget.routing.Routing`], as plain values.
 
     Raises:
         CalibrationError: the text is empty, too short or does not fit the model, or activations are NaN.
@@ -103,16 +111,18 @@ def calibrate(
         StoreError: the folder is no repacked checkpoint, or a layer file is damaged.
         DiskSpaceError: no room for the activations, or for a second copy of a layer.
         UnsupportedModelError: the activation leaves no exact zeros.
-        UsageError: the folder holds a mixture of experts, which has nothing to calibrate.
     """
     folder = Path(folder).resolve()
-    refuse_mixture(folder, "calibrate")
+    if mixture_in(folder) is not None:
+        _check_nothing_is_trained(recall=recall, extra=extra, rank=rank, max_rank=max_rank, epochs=epochs, placement=placement)
+        return calibrate_mixture(folder, text, samples=samples, context=context, seed=seed, memory_budget=memory_budget)
     store, config = FlashStore.open_folder(folder), repacked_config(folder)
     check_predictors(store)
     model_config = AutoConfig.from_pretrained(folder)
     if not family_of(config).activation_of(config).zeros:
         wanted = " or ".join(WITH_ZEROS)
         raise UnsupportedModelError("nothing to predict: the activation leaves no exact zeros", where=folder, expected=wanted)
+    samples = SAMPLES if samples is None else samples
     targets, longest = Targets(recall, extra, rank, max_rank), longest_sequence(model_config)
     context = min(256, longest) if context is None else context
     d_model = store.unit.width
@@ -129,6 +139,21 @@ def calibrate(
             work.check_room(processes.count)
             _run_layers(settings, work, processes, budget)
         return publish(settings, work, processes, config)
+
+
+def _check_nothing_is_trained(**given: Any) -> None:
+    """Refuse what only predictors and neurons have, for a mixture; one process alone measures it."""
+    defaults = {name: inspect.signature(calibrate).parameters[name].default for name in given}
+    wrong = {name: value for name, value in given.items() if value != defaults[name]}
+    if Processes.of_environment().count > 1:
+        wrong["processes"] = Processes.of_environment().count
+    if wrong:
+        raise ConfigError(
+            "of a mixture of experts nothing is trained: what its router does is measured, by one process",
+            where="calibrate",
+            got=", ".join(f"{name}={value!r}" for name, value in wrong.items()),
+            hint="leave it out",
+        )
 
 
 def _run_layers(settings: Settings, work: WorkFolder, processes: Processes, budget: int) -> None:

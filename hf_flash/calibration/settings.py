@@ -15,6 +15,7 @@ from hf_flash.predictors.quantized import quantized_formats
 from hf_flash.store.layout import FlashStore
 
 LEAST_WINDOWS: Final = 8
+SAMPLES: Final = 256  # windows
 _HELD_OUT: Final = 8  # one window in so many is kept from training
 _RESULTS: Final = 2  # version of a layer's result file
 

@@ -98,7 +98,7 @@ COMMANDS: Final = {
     ),
     "make it read less, and see whether it still answers well": (
         Command(
-            "calibrate", run_calibrate, "Train predictors on text and measure what the neurons do; goes on if interrupted.",
+            "calibrate", run_calibrate, "Train predictors on text, measure neurons or routers; goes on if interrupted.",
             ("hf-flash calibrate opt-6.7b-flash --text my.txt --memory-budget 6GiB",
              f"hf-flash calibrate opt-6.7b-flash --text {WIKITEXT}:train     # a dataset of the Hub"),
         ),

@@ -1,4 +1,4 @@
-"""`hf-flash calibrate`: train predictors on text and measure what the neurons do."""
+"""`hf-flash calibrate`: train predictors on text and measure what the neurons do, or the routers of a mixture."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `hf-flash calibrate` shares with `python -m hf_flash.calibration`."""
     add = parser.add_argument
-    add("folder", help="a repacked checkpoint, with its tokenizer")
+    add("folder", help="a repacked checkpoint, or a mixture's own, with its tokenizer")
     add("--text", required=True, help="a UTF-8 file, or a dataset as name[:config[:split]]")
-    add("--samples", type=int, default=256, metavar="N", help="windows of text (default 256)")
+    add("--samples", type=int, metavar="N", help="windows of text (default 256; for a mixture 16)")
     add("--context", type=int, metavar="N", help="tokens in a window (default 256)")
     add("--recall", type=float, default=0.96, metavar="X", help="active neurons to find (default 0.96)")
     add("--extra", type=float, default=0.07, metavar="X", help="inactive neurons allowed (default 0.07)")

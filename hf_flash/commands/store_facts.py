@@ -9,6 +9,7 @@ from typing import Any, Final
 from hf_flash.base.files import StoredFile, read_json
 from hf_flash.base.sizes import format_bytes
 from hf_flash.budget.divide import stored_report
+from hf_flash.budget.routing import Routing, routing_in
 from hf_flash.commands.calibration_table import describe_placement
 from hf_flash.config_arguments import METHOD
 from hf_flash.errors import StoreError
@@ -84,7 +85,7 @@ def _calibration(report: dict[str, Any] | None) -> str:
 def expert_facts(mixture: Mixture) -> dict[str, Any]:
     """Plain values, for JSON. Sizes in bytes, as they lie in the files."""
     layers, checkpoint = mixture.places.layers, mixture.checkpoint
-    first = layers[0]
+    first, routing = layers[0], routing_in(mixture.folder, [layer.experts for layer in layers])
     return {
         **mixture.source,
         "model_type": mixture.model.config.model_type,
@@ -104,7 +105,13 @@ def expert_facts(mixture: Mixture) -> dict[str, Any]:
         "first_layer_experts": [list(_where(mixture, 0, expert)) for expert in range(first.experts)],
         "reads": max(len(mixture.places[0, expert].ranges) for expert in range(first.experts)),
         "files": [path.name for path in checkpoint.files],
+        "routing": None if routing is None else _measured(routing),
     }
+
+
+def _measured(routing: Routing) -> dict[str, Any]:
+    half = [(len(layer.hits) - 1) // 2 for layer in routing.layers]
+    return {"text": routing.name, "tokens": routing.counted, "reuse": routing.reuse, "half": routing.hit_rate(half)}
 
 
 def _pieces(layer: ExpertLayer) -> Iterator[dict[str, Any]]:
@@ -146,8 +153,18 @@ def describe_experts(found: dict[str, Any]) -> str:
         ("first layer", f"{found['first_layer']}; ranges that are read for an expert: {found['reads']} at most"),
         *((f"  expert {number}", _ranges(found["first_layer_experts"][number])) for number in range(found["experts"])[:_SHOWN]),
         ("files", f"{len(found['files'])}, {found['files'][0]}" + (" ..." if len(found["files"]) > 1 else "")),
+        ("routing", _routing(found["routing"])),
     ]
     return _table(rows)
+
+
+def _routing(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not measured: `hf-flash calibrate`"
+    return (
+        f"of a token's experts {found['half']:.1%} are in memory if it holds half of all, and the token before used "
+        f"{found['reuse']:.1%}; {found['tokens']} tokens of {found['text']}"
+    )
 
 
 def _piece(piece: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ The cost of a decoded token, with what it touches of everything that is not an e
 Experts in memory, the hits, are multiplied while the missing ones arrive, and those afterwards (runtime/experts.py). DRAM and
 disk are measured here. How many experts are missing is *assumed*, in two ways, because the model has not run yet. *Uniform*
 routing names every expert as often as any other, whatever came before: that is the pessimist's view. *Typical* routing names
-again what it named before, as others have measured it.
+again what it named before, as others have measured it; or, if the mixture was calibrated, as it did on that text.
 
 Where the experts of a checkpoint lie is not known yet, so slots are counted with two pages more for each range of an expert: a
 little more than loading takes.
@@ -19,7 +19,7 @@ left.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +32,7 @@ from hf_flash.base.files import read_json
 from hf_flash.budget.divide_experts import divide_experts
 from hf_flash.budget.expert_plan import ExpertPlan, checked_plan
 from hf_flash.budget.plan import ceiling_bytes
+from hf_flash.budget.routing import Routing, routing_in
 from hf_flash.config import ReaderName
 from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.families.expert_check import check_experts
@@ -63,6 +64,7 @@ class PlannedMixture:
         resident_bytes: of all other weights. touched_bytes: of these, what a token is multiplied with.
         table_bytes: of these, what may stay on flash.
         kv_bytes: of the KV cache, for a token.
+        routing: what was measured of its routers.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class PlannedMixture:
     touched_bytes: int
     table_bytes: int
     kv_bytes: int
+    routing: Routing | None
 
     @property
     def expert_bytes(self) -> int:
@@ -135,6 +138,7 @@ def open_mixture(source: str | os.PathLike[str], dtype: str | None, **hub: Any) 
         touched_bytes=resident - _looked_up(model, found),
         table_bytes=table[1].weight.numel() * found.itemsize if (table := table_of(model)) else 0,
         kv_bytes=kv_cache_bytes(model),
+        routing=routing_in(folder, [layer.experts for layer in layers]),
     )
 
 
@@ -195,19 +199,28 @@ def plan_mixture(name: str, found: PlannedMixture, memory: int | str | None, dis
         free_bytes=available_memory(),
         suggested_bytes=suggestion(points, free),
         kv_cache_bytes_per_token=found.kv_bytes,
+        measured_on=found.routing.name if found.routing else None,
     )
 
 
 def _predict(memory: ExpertPlan, model: PlannedMixture, speeds: Speeds) -> ExpertPoint:
     """The cost model, for one budget."""
-    typical, uniform = (_expected(memory, model, speeds, rule) for rule in (typical_hits, uniform_hits))
+    rules = [_by_rule(memory, model, rule) for rule in (typical_hits, uniform_hits)]
+    if model.routing:
+        rules[0] = [layer.hits[slots] for layer, slots in zip(model.routing.layers, memory.capacities, strict=True)]
+    typical, uniform = (_expected(memory, model, speeds, hits) for hits in rules)
     return ExpertPoint(memory.budget_bytes, memory.capacity, typical, uniform)
 
 
-def _expected(memory: ExpertPlan, model: PlannedMixture, speeds: Speeds, rule: HitRate) -> Expected:
+def _by_rule(memory: ExpertPlan, model: PlannedMixture, rule: HitRate) -> list[float]:
+    """The share of a token's experts that is there, in each layer."""
+    found = zip(memory.capacities, memory.experts, strict=True)
+    return [rule(slots, experts, min(model.used, experts)) for slots, experts in found]
+
+
+def _expected(memory: ExpertPlan, model: PlannedMixture, speeds: Speeds, hits: Sequence[float]) -> Expected:
     used = [min(model.used, count) for count in memory.experts]
-    found = zip(memory.capacities, memory.experts, used, strict=True)
-    missing = [count * (1.0 - rule(slots, experts, count)) for slots, experts, count in found]
+    missing = [count * (1.0 - hit) for count, hit in zip(used, hits, strict=True)]
     read = sum(count * layer.expert_bytes for count, layer in zip(missing, model.layers, strict=True))
     per_ms = 1e6 * speeds.dram_gb_per_s
     return Expected(

@@ -17,7 +17,7 @@ from hf_flash.planning.measuring import Speeds
 class Expected:
     """What a token costs if experts are used again so often. Times in milliseconds per decoded token."""
 
-    hit_rate: float  # assumed
+    hit_rate: float  # assumed, or measured by calibrate
     read_bytes: float
     resident_ms: float  # everything that is not an expert
     read_ms: float
@@ -61,6 +61,7 @@ class ExpertOutlook:
     free_bytes: int
     suggested_bytes: int | None  # `None`: the model needs more than is free
     kv_cache_bytes_per_token: int
+    measured_on: str | None  # the text on which typical routing was measured; `None`: it is as others measured it
 
     @property
     def dense_fits(self) -> bool:
@@ -105,7 +106,8 @@ class ExpertOutlook:
 
     def _table(self) -> Iterator[str]:
         parts = "ms a token = resident + max(reading, hits) + missing"
-        yield f"{'typical routing, as others measured it':>76}{'uniform routing':>52}"
+        typical = "typical routing, as others measured it" if self.measured_on is None else "routing as measured"
+        yield f"{typical:>76}{'uniform routing':>52}"
         yield f"predicted:  budget  of dense  experts   hits %  MB read  {parts}   hits %  ms a token"
         for p in self.points:
             share, usual, even = p.budget_bytes / self.memory.dense_bytes, p.typical, p.uniform
@@ -117,7 +119,11 @@ class ExpertOutlook:
             )
 
     def _advice(self) -> Iterator[str]:
-        yield "hit rates are assumed: stats(model) says what a model does. Python comes on top of the times"
+        if self.measured_on is None:
+            yield "hit rates are assumed: `hf-flash calibrate` measures them on text, stats(model) says what a model does"
+        else:
+            yield f"hit rates were measured by `hf-flash calibrate`, on {self.measured_on}"
+        yield "Python comes on top of the times"
         yield f"on top of a budget come about 0.3 GB and {format_bytes(self.kv_cache_bytes_per_token)} of KV cache a token"
         if shortage := self.memory.shortage(FlashOffloadConfig().window):
             yield shortage

@@ -158,7 +158,7 @@ def find_runtime(model: Any) -> FlashRuntime:
     raise UsageError(
         "this is for feed-forward layers of neurons, not for a mixture of experts",
         got=type(model).__name__,
-        hint="its router says what a token needs: there is nothing to predict, calibrate or repack",
+        hint="its router says what a token needs: there is nothing to predict or repack",
     )
 
 

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from hf_flash.base.buffers import copy_to_memory
 from hf_flash.base.files import StoredFile, absolute, check_inside, exists, is_plain_name, listed_files, reading
 from hf_flash.errors import ConfigError, RepackError, StoreFormatError, StoreMissingError
-from hf_flash.store.names import FORMAT_VERSION
+from hf_flash.store.names import FORMAT_VERSION, ROUTING_FILE
 from hf_flash.store.safetensors_files import DTYPE_NAMES, Rows, TensorSpec, read_header, read_pieces, read_tensor
 
 logger = logging.getLogger("hf_flash")
@@ -313,7 +313,7 @@ def resolve_folder(
     """The local folder of a checkpoint, downloaded from the Hub if `source` is a repository's name.
 
     Safetensors weights are preferred; pickles are downloaded only where there are none. `subfolder`: where in the repository
-    or folder it is. `config_only` fetches nothing else.
+    or folder it is. `config_only` fetches nothing else but what was measured of a mixture's routers.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -330,7 +330,7 @@ def resolve_folder(
 
     try:
         if config_only:
-            return download(["config.json"], [])
+            return download(["config.json", ROUTING_FILE], [])
         small = ["*.json", "*.txt", "*.model", "*.md", "*.jinja", "LICENSE*"]
         others = ["*/*", "*.*.safetensors", "pytorch_model.*.bin"]  # subfolders and variants
         for weights in ("model*.safetensors", "pytorch_model*.bin"):

@@ -14,6 +14,7 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 LAYER_FILE: Final = "flash-layer-{:05d}.safetensors"
 PREDICTOR_FILE: Final = "flash-predictor-{}.safetensors"
 CALIBRATION_FILE: Final = "flash-calibration.safetensors"
+ROUTING_FILE: Final = "flash-routing.json"  # beside a mixture's checkpoint
 META: Final = "hf_flash."
 HEADERS: Final = "hf_flash_headers"  # in the index's metadata: what identifies each file of other weights, by name
 NOTICE: Final = "this model needs hf_flash: pip install hf-flash, then import hf_flash before loading it"  # an empty tensor

@@ -20,7 +20,6 @@ from hf_flash.commands.demo import demo
 from hf_flash.commands.main import main
 from hf_flash.commands.store_facts import check_experts, expert_facts
 from hf_flash.packing.expert_folder import Mixture, open_mixture
-from tests.conftest import ROOT
 from tests.packing.talking import make_mixture
 from tests.quantized import fp8, fp8_config, make
 
@@ -183,7 +182,6 @@ def test_doctor_says_how_many_experts_fit(folder: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("arguments", [
     ["repack", "MIXTURE", "NEW"], ["verify", "MIXTURE", "NEW"], ["verify", "nowhere/at-all", "MIXTURE"],
-    ["calibrate", "MIXTURE", "--text", str(ROOT / "examples" / "text" / "bible.valid.txt")],
 ])  # fmt: skip
 def test_what_is_for_neurons_is_refused(
     arguments: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

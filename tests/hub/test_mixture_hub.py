@@ -18,6 +18,9 @@ from hf_flash import ConfigError, FlashOffloadConfig, StoreError
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.run import bench
 from hf_flash.packing.expert_folder import SOURCE
+from hf_flash.planning import mixture as planning
+from hf_flash.planning import planner
+from hf_flash.planning.measuring import Speeds
 from hf_flash.runtime.model import runtime_of
 from tests.hub_server import UPLOAD_WARNING, Hub
 from tests.packing.talking import make_mixture
@@ -144,3 +147,17 @@ def test_speed_is_told_from_a_report_on_this_model_only(here: Hub, mixture: Path
     path.write_text(json.dumps(report))
     with pytest.raises(ConfigError, match="bench"):
         hf_flash.push(tmp_path / "saved", "me/x", bench=path)
+
+
+def test_what_was_measured_of_its_routers_is_pushed_and_planned_with(
+    here: Hub, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = Speeds("a disk", 1 << 20, disk_gb_per_s=2.0, dram_gb_per_s=20.0, torch_threads=2)
+    monkeypatch.setattr(planning, "measure_speeds", lambda *args: speeds)
+    folder = Path(shutil.copytree(mixture, tmp_path / "copy"))
+    hf_flash.calibrate(folder, torch.arange(512) % 4096, samples=2)
+    load(folder).push_to_hub("me/x")
+    found = planner.plan("me/x", cache_dir=str(tmp_path / "hub"))
+    assert isinstance(found, planner.ExpertOutlook)
+    assert found.measured_on == "token ids"
+    assert [path.suffix for path in (tmp_path / "hub").rglob("snapshots/*/*")] == [".json"] * 2

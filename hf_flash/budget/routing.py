@@ -1,0 +1,126 @@
+"""`Routing`: what the routers of a mixture of experts did on text, as `hf_flash.calibrate` measures it.
+
+It lies beside the weights, in a file of its own, since a mixture's checkpoint stays as it is. Nothing that is computed depends
+on it: it says how often experts will be found in memory, before the model has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hf_flash.base.files import read_json, write_json
+from hf_flash.errors import StoreFormatError
+from hf_flash.store.names import ROUTING_FILE
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """One layer. All are shares of the experts that tokens used.
+
+    Attributes:
+        reuse: those that the token before used, too.
+        hits: those in memory, with 0 slots, 1 slot and so on, up to as many as there are experts.
+    """
+
+    reuse: float
+    hits: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """All layers.
+
+    Attributes:
+        text: what the text is called; `None`: it was given as token ids.
+        sha256: of its token ids.
+        tokens: that the model has seen. counted: of these, the ones whose experts were counted.
+    """
+
+    text: str | None
+    sha256: str
+    tokens: int
+    counted: int
+    layers: tuple[LayerRouting, ...]
+
+    @property
+    def name(self) -> str:
+        return self.text or "token ids"
+
+    def hit_rate(self, slots: Sequence[int]) -> float:
+        """With so many slots in each layer. Layers count alike, as a token uses equally many experts of each."""
+        return sum(layer.hits[have] for layer, have in zip(self.layers, slots, strict=True)) / len(self.layers)
+
+    @property
+    def reuse(self) -> float:
+        """Of all layers."""
+        return sum(layer.reuse for layer in self.layers) / len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def write_routing(folder: Path, found: Routing) -> None:
+    """Write `flash-routing.json` into a folder."""
+    write_json(folder / ROUTING_FILE, found.to_dict())
+
+
+def routing_in(folder: Path, experts: Sequence[int]) -> Routing | None:
+    """What was measured of the mixture in a folder; `None`: nothing.
+
+    Args:
+        experts: of each layer.
+
+    Raises:
+        StoreFormatError: the file holds something else, or was made of another model.
+    """
+    path = folder / ROUTING_FILE
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    layers = found.get("layers")
+    if not isinstance(layers, list) or len(layers) != len(experts):
+        raise _wrong(path, f"a list of {len(experts)} layers", layers)
+    return Routing(
+        text=_checked(path, "text", found.get("text"), found.get("text") is None or isinstance(found["text"], str)),
+        sha256=_checked(path, "sha256", found.get("sha256"), isinstance(found.get("sha256"), str)),
+        tokens=_checked(path, "tokens", found.get("tokens"), _is_count(found.get("tokens"))),
+        counted=_checked(path, "counted", found.get("counted"), _is_count(found.get("counted"))),
+        layers=tuple(_layer(path, layer, count) for layer, count in zip(layers, experts, strict=True)),
+    )
+
+
+def _layer(path: Path, layer: Any, experts: int) -> LayerRouting:
+    if not isinstance(layer, dict):
+        raise _wrong(path, "an object for each layer", layer)
+    hits = layer.get("hits")
+    if not isinstance(hits, list) or len(hits) != experts + 1 or not all(map(_is_share, hits)):
+        raise _wrong(path, f"{experts + 1} shares as `hits`", hits)
+    if any(fewer > more for fewer, more in pairwise(hits)):
+        raise _wrong(path, "no fewer hits with more slots", hits)
+    return LayerRouting(_checked(path, "reuse", layer.get("reuse"), _is_share(layer.get("reuse"))), tuple(hits))
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _checked(path: Path, name: str, value: Any, is_valid: bool) -> Any:
+    if not is_valid:
+        raise _wrong(path, f"a valid `{name}`", value)
+    return value
+
+
+def _wrong(path: Path, expected: str, got: object) -> StoreFormatError:
+    hint = "calibrate the model again, or remove the file: nothing needs it but plan"
+    return StoreFormatError(
+        "not what was measured of this model's routers", where=path, expected=expected, got=ascii(got)[:200], hint=hint
+    )

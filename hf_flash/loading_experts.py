@@ -27,6 +27,7 @@ from hf_flash.families.experts import experts_per_token, kv_cache_bytes, locate_
 from hf_flash.families.quantized import quantization_of
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.reading.experts import ExpertPlaces, ExpertReader
+from hf_flash.runtime.attention import make_attention_resident
 from hf_flash.runtime.engine import ExpertEngine
 from hf_flash.runtime.expert_lookahead import add_expert_lookahead
 from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
@@ -76,6 +77,7 @@ class ExpertLoading:
         if self.table is not None:
             self.table[0].attach(engine, self.table[1])
         make_linears_resident(model, engine)
+        make_attention_resident(model)
         if config.lookahead:
             add_expert_lookahead(model, self.layers, plan.used)
         table = self.table[0] if self.table else None

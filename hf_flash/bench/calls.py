@@ -20,7 +20,7 @@ _TIMED: Final = 5
 _SEED: Final = 1
 
 
-def time_calls(model: Any, calls: Sequence[Sequence[int]], prompt_tokens: int) -> dict[str, float]:
+def time_calls(model: Any, calls: Sequence[Sequence[int]], prompt_tokens: int, given: Sequence[int] = ()) -> dict[str, float]:
     """The median milliseconds of calls, by name.
 
     Args:
@@ -28,19 +28,34 @@ def time_calls(model: Any, calls: Sequence[Sequence[int]], prompt_tokens: int) -
         calls: rows and tokens of each kind. Up to `prompt_tokens` tokens continue sequences that began with a prompt of so
             many, and one another; more are prompts themselves.
         prompt_tokens: as above.
+        given: the tokens of a sequence, over and over again; a second row begins elsewhere in it. None: random ones.
     """
-    return {f"{rows}x{tokens}": _median_ms(model, rows, tokens, prompt_tokens) for rows, tokens in calls}
+    return {f"{rows}x{tokens}": _median_ms(model, _Text(model, rows, given), tokens, prompt_tokens) for rows, tokens in calls}
 
 
-def _median_ms(model: Any, rows: int, tokens: int, prompt_tokens: int) -> float:
-    random = torch.Generator().manual_seed(_SEED)
-    vocabulary = model.config.get_text_config().vocab_size
+class _Text:
+    """What the rows of a batch are made of; arguments as in [`time_calls`]."""
+
+    def __init__(self, model: Any, rows: int, given: Sequence[int]) -> None:
+        self._random, self._vocabulary = torch.Generator().manual_seed(_SEED), model.config.get_text_config().vocab_size
+        self._given, self._at = np.asarray(given, np.int64), np.arange(rows)[:, None] * len(given) // rows
+
+    def next(self, tokens: int) -> torch.Tensor:
+        """The next ids, int64 [rows, tokens]."""
+        if not len(self._given):
+            shape = (len(self._at), tokens)
+            return torch.randint(4, self._vocabulary, shape, generator=self._random, dtype=torch.int64, device="cpu")
+        places = self._at + np.arange(tokens)
+        self._at = self._at + tokens
+        return torch.from_numpy(self._given[places % len(self._given)])
+
+
+def _median_ms(model: Any, text: _Text, tokens: int, prompt_tokens: int) -> float:
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def call(tokens: int, past: Any, **arguments: Any) -> Any:
-        ids = torch.randint(4, vocabulary, (rows, tokens), generator=random, dtype=torch.int64, device="cpu")
         with torch.no_grad():
-            return model(ids, past_key_values=past, use_cache=True, **arguments).past_key_values
+            return model(text.next(tokens), past_key_values=past, use_cache=True, **arguments).past_key_values
 
     is_prompt, ms = tokens > prompt_tokens, list[float]()
     past = None if is_prompt else call(prompt_tokens, None, **last_only)

@@ -84,7 +84,8 @@ def bench(
         cap: `False` runs everything without a ceiling.
         check: whether "flash" must generate the tokens of "flash-uncapped", which is added.
         forced: token ids that follow the prompt, whatever a model would choose: what it generates with random weights may
-            repeat itself, which windows like. One for each of `tokens`, or a number that seeds random ones. For one sequence.
+            repeat itself, which windows like. One for each of `tokens`, or more, or a number that seeds random ones. For one
+            sequence. Calls are of these tokens, too.
         arguments: of FlashOffloadConfig, for every row of hf_flash that does not name them itself.
         timeout: seconds for a system.
         disk_seconds: for each point of the disk's curve, which is measured between the rows: disks drift.
@@ -173,14 +174,14 @@ def _random_ids(folder: Path, shape: tuple[int, int], seed: int) -> list[list[in
 
 
 def _forced(folder: Path, forced: Sequence[int] | int | None, tokens: int, batch_size: int) -> list[int]:
-    """The token ids that are to follow the prompt; none: those that a model chooses."""
+    """The token ids that are to follow the prompt, or more; none: those that a model chooses."""
     if forced is None:
         return []
     follow = _random_ids(folder, (1, tokens), forced)[0] if isinstance(forced, int) else list(forced)
     if batch_size > 1 or len(follow) < tokens:
         expected = f"{tokens} tokens for one sequence"
         raise ConfigError("not what can follow the prompt", where="forced", expected=expected, got=f"{len(follow)} tokens")
-    return follow[:tokens]
+    return follow
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------

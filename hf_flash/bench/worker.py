@@ -64,7 +64,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
             "cgroup_peak_bytes": memory_peak(),
         } | clock.summary() | memory.stop()  # fmt: skip
         prompts = spec["prompts"]
-        found["calls_ms"] = time_calls(model, spec["calls"], len(prompts[0]))
+        found["calls_ms"] = time_calls(model, spec["calls"], len(prompts[0]), spec["forced"])
         if spec["kind"] != "flash":
             return found
         if isinstance(runtime_of(model), ExpertRuntime):  # the law is of windows of neurons

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calls", default=[], type=argument_type(parse_calls), metavar="8x1,1x4,1x256",
         help="time calls, too: rows x tokens, of batches, drafts and prompts")  # fmt: skip
     add("--forced", metavar="SEED|FILE", type=_forced,
-        help="tokens that follow the prompt in all systems: random ones, or a JSON list of ids")  # fmt: skip
+        help="tokens that follow the prompt in all systems, and of --calls: random ones, or a JSON list of ids")  # fmt: skip
     add("--memory", metavar="SIZE", help='weights in DRAM: a size, or a share of the model (default "50%%")')
     add("--headroom", type=size, metavar="SIZE", help='what the cap allows beyond it (default "0.6GB")')
     add("--repeats", type=positive, metavar="N", help="rounds; a row shows its median one (default 1)")

@@ -16,7 +16,7 @@ int hf_sizes(int64_t *out) {
     const int64_t sizes[] = {
         sizeof(RowLayout), sizeof(TokenJob), sizeof(TokensJob), sizeof(ProductJob), sizeof(LinearJob), sizeof(CopyJob),
         sizeof(File),      sizeof(Order),    sizeof(Window),    sizeof(Step),       sizeof(QuantizeJob), sizeof(LinearsJob),
-        sizeof(ExpertWindow), sizeof(ExpertGate), sizeof(ExpertPiece), sizeof(ExpertStep),
+        sizeof(ExpertWindow), sizeof(ExpertGate), sizeof(ExpertPiece), sizeof(ExpertStep), sizeof(AttentionJob),
     };
     memcpy(out, sizes, sizeof sizes);
     return sizeof sizes / sizeof *sizes;

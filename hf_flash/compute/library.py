@@ -31,7 +31,7 @@ from hf_flash.base import dtypes
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 19  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
+ABI: Final = 20  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
 MOST_PIECES: Final = 8  # of an expert (MOST_PIECES of native.h)
 MOST_AHEAD: Final = 16  # experts that are read on a guess (MOST_AHEAD of native.h)
 GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
@@ -125,6 +125,18 @@ class LinearsJob(ctypes.Structure):
     _fields_ = (
         ("jobs", _pointer), ("n", _long), ("reader", _pointer), ("ticket", _long), ("meanwhile", Meanwhile),
         ("waited_s", _double), *((name, _int) for name in ("error", "threads", "no_avx512")),
+    )  # fmt: skip
+
+
+class AttentionJob(ctypes.Structure):
+    """Attention of a few tokens."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("query", "key", "value", "mask", "out")),
+        *((name, _long) for name in ("batch", "heads", "key_heads", "tokens", "length", "width", "value_width")),
+        *((name, _long * 3) for name in ("query_steps", "key_steps", "value_steps")), ("mask_steps", _long * 4),
+        ("room", _pointer), ("scale", ctypes.c_float),
+        *((name, _int) for name in ("dtype", "mask_dtype", "threads", "no_avx512", "next")),
     )  # fmt: skip
 
 
@@ -238,7 +250,7 @@ class ExpertStep(ctypes.Structure):
 
 STRUCTURES: Final = (  # in the order of `hf_sizes`
     RowLayout, TokenJob, TokensJob, ProductJob, LinearJob, CopyJob, File, Order, Window, Step, QuantizeJob,
-    LinearsJob, ExpertWindow, ExpertGate, ExpertPiece, ExpertStep,
+    LinearsJob, ExpertWindow, ExpertGate, ExpertPiece, ExpertStep, AttentionJob,
 )  # fmt: skip
 
 
@@ -274,6 +286,7 @@ def _declare(found: ctypes.CDLL) -> None:
     found.hf_multiply.argtypes = [ctypes.POINTER(ProductJob)]
     found.hf_linear.argtypes = found.hf_decode.argtypes = [ctypes.POINTER(LinearJob)]
     found.hf_linears.argtypes = [ctypes.POINTER(LinearsJob)]
+    found.hf_attention.argtypes = [ctypes.POINTER(AttentionJob)]
     found.hf_quantize.argtypes = [ctypes.POINTER(QuantizeJob)]
     found.hf_copy.argtypes = [ctypes.POINTER(CopyJob)]
     found.hf_step.argtypes = [ctypes.POINTER(Step)]

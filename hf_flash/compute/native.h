@@ -41,7 +41,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-enum { HF_ABI = 19 };
+enum { HF_ABI = 20 };
 
 /* Dtypes: library.py: DTYPES. */
 enum { F32, BF16, F16, E2M1, E4M3, E8M0 }; /* the last three: numbers of a matrix in 4 bits, in 8 bits, and scales of such numbers */
@@ -221,6 +221,29 @@ typedef struct {
 
 /* Several matrices at once, each as `hf_linear` does it. Returns whether there was memory; the reads are waited for in any case. */
 int hf_linears(LinearsJob *all);
+
+/* --- attention.c: attention of a few tokens over keys that are in memory */
+
+enum { BYTES = -1 }; /* instead of a dtype: what a mask may be made of */
+
+typedef struct {
+    const void *query; /* [batch, heads, tokens, width] of `dtype` */
+    const void *key;   /* [batch, key_heads, length, width], each head's for heads / key_heads heads of `query` */
+    const void *value; /* [batch, key_heads, length, value_width] */
+    const void *mask;  /* null, or [batch, heads, tokens, length]: bytes that are 0 where nothing is seen; or numbers to add */
+    void *out;         /* [batch, tokens, heads, value_width] */
+    int64_t batch, heads, key_heads, tokens, length, width, value_width;
+    int64_t query_steps[3], key_steps[3], value_steps[3]; /* numbers from one to the next, of all dimensions but the last */
+    int64_t mask_steps[4];                                /* of all */
+    float *room;                                          /* the function's own */
+    float scale;                                          /* of products of query and key */
+    int32_t dtype, mask_dtype, threads, no_avx512;        /* mask_dtype: a dtype, or BYTES */
+    atomic_int next;                                      /* the function's own */
+} AttentionJob;
+
+/* out = softmax(query @ key.T * scale + mask) @ value, accumulated in fp32 and rounded once. A token that sees nothing gets zeros.
+ * Returns whether there was memory. */
+int hf_attention(AttentionJob *job);
 
 /* --- quantize.c: a matrix in 8 or 4 bits (hf_flash/predictors/low_bit.py) */
 

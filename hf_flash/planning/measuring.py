@@ -30,6 +30,7 @@ from hf_flash.machine.disk import disk_curve, rate_at
 from hf_flash.planning.model import PlannedModel
 from hf_flash.planning.slice import WINDOW_BYTES, ModelSlice
 from hf_flash.reading.reader import READERS, open_reader
+from hf_flash.runtime.attention import make_attention_resident
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.resident_linear import make_linears_resident
 from hf_flash.store.layer_file import LayerStore
@@ -132,6 +133,7 @@ def _run_slice(
         cut = ModelSlice(model, neurons, predicted, engine, len(store.layers), rows, capacity)
         stock = cut.run(cut.misses[0])
         make_linears_resident(cut.model, engine)
+        make_attention_resident(cut.model)
         runs = [cut.run(count) for count in tqdm(cut.misses, desc="Measuring", unit="setting", delay=2)]
     finally:
         engine.close()

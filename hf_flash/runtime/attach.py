@@ -17,6 +17,7 @@ from hf_flash.families.decoder import decoder_of
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.predictors.base import NoPredictor, PredictorFormat
 from hf_flash.reading.reader import open_reader
+from hf_flash.runtime.attention import make_attention_resident
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.flash_weights import Matrix
 from hf_flash.runtime.layer import FlashFFN
@@ -68,6 +69,7 @@ def attach(
             layer = store.layers[module.index]
             module.put(Matrix(layer, layer.name(module.role), in_memory.dtype))
     make_linears_resident(model, engine)
+    make_attention_resident(model)
     if fmt is not None:
         engine.sequences.watch(decoder_of(model))
     runtime = FlashRuntime(config, plan, store, checkpoint, fmt, shape, engine, ffns)

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +140,24 @@ def test_calls_go_on_with_their_rows_or_are_prompts() -> None:
 
     assert list(time_calls(Model(), [(2, 1), (1, 9)], 8)) == ["2x1", "1x9"]
     assert seen == [((2, 8), None, 1), *(((2, 1), past, 0) for past in range(1, 8)), *[((1, 9), None, 1)] * 7]
+
+
+def test_calls_of_given_tokens_go_through_the_text_and_rows_begin_apart() -> None:
+    seen: list[list[list[int]]] = []
+
+    class Model:
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=50))
+
+        def forward(self, ids: torch.Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+            seen.append(ids.tolist())
+            return SimpleNamespace(past_key_values=0)
+
+        __call__ = forward
+
+    time_calls(Model(), [(2, 3)], 4, list(range(10, 30)))
+    text = [*range(10, 30), *range(10, 30)]
+    assert seen[0] == [text[:4], text[10:14]]
+    assert seen[1:] == [[text[at : at + 3], text[10 + at : 13 + at]] for at in range(4, 25, 3)]
 
 
 def test_rows_of_hf_flash_are_held_against_law_disk_and_floor(made: tuple[int, dict[str, Any], Path]) -> None:

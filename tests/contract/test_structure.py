@@ -64,8 +64,8 @@ USERS = {  # rooms, or files of them, that use a library; all others do without
     "safetensors": set[str](),
     "transformers": {
         "config", "registration", "quantizer", "compute/activation", "families/recognise", "families/experts",
-        "families/conversions", "families/quantized", "runtime/observing", "runtime/transformers_model", "calibration",
-        "planning", "bench", "evaluation", "serving", "commands/demo", "commands/doctor",
+        "families/conversions", "families/quantized", "runtime/observing", "runtime/transformers_model", "runtime/attention",
+        "calibration", "planning", "bench", "evaluation", "serving", "commands/demo", "commands/doctor",
     },
     "huggingface_hub": {"store/checkpoint", "packing", "calibration", "planning", "bench", "evaluation", "hub", "commands"},
 }  # fmt: skip

@@ -29,6 +29,7 @@ from huggingface_hub.utils import httpx
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     ContinuousBatchingConfig,
@@ -51,6 +52,7 @@ from transformers.core_model_loading import (
 )
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.quantizers import HfQuantizer
 from transformers.utils import chat_template_utils
 
@@ -61,6 +63,7 @@ from hf_flash.families.opt import OPT
 from hf_flash.families.quantized import dequantizer, has_numbers, is_dequantizing, name_of_scales
 from hf_flash.hub import saving
 from hf_flash.quantizer import FlashHfQuantizer
+from hf_flash.runtime.attention import _UNKNOWN
 from hf_flash.runtime.devices import METHODS
 from hf_flash.runtime.model_class import add_methods, stock_class, stock_methods
 from hf_flash.runtime.transformers_model import (
@@ -1041,3 +1044,12 @@ def test_of_a_conversion_everything_but_dequantizing_is_reverted(kind: Any) -> N
 def test_revert_weight_conversion_gives_the_names_of_the_checkpoint(mixture: tuple[Path, Any]) -> None:
     folder, stock = mixture
     assert revert_weight_conversion(stock, dict(stock.state_dict())).keys() == load_file(folder / "model.safetensors").keys()
+
+
+def test_sdpa_attention_forward_takes_nothing_that_is_not_known() -> None:
+    """`runtime/attention.py` answers in its place: what it does not know of must not change the result."""
+    known = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
+    assert set(inspect.signature(sdpa_attention_forward).parameters) <= known | {"kwargs", *_UNKNOWN}
+    asked = re.findall(r'kwargs\.get\("(\w+)"', inspect.getsource(sdpa_attention_forward))
+    assert set(asked) <= {*_UNKNOWN, "output_attentions"}
+    assert AttentionInterface()["sdpa"] is not None

@@ -1,0 +1,128 @@
+/* Attention of a few tokens, as decoding has them: what it costs is to fetch keys and values once.
+ *
+ * Queries that share a head of keys are rows that are multiplied together. Keys are cut into pieces of fixed length. A piece gives
+ * each row its highest score, the sum of its weights, and the weighted sum of its values; at the end the pieces of a row are put
+ * together in their order. So the bits of a row depend neither on others nor on the number of threads. */
+
+#include "native.h"
+
+#ifdef HF_NATIVE
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "numbers.h"
+#include "parallel.h"
+
+enum { PIECE = 256 };                  /* keys */
+enum { TILE_KEYS = 4, TILE_ROWS = 4 }; /* that are multiplied in registers */
+enum { STRIP_VECTORS = 4 };            /* of a value, that are summed there */
+
+/* What a piece says of a row: highest score, sum of weights, then `value_width` weighted sums of values. */
+enum { HIGHEST, SUM, VALUES };
+
+INLINE int64_t pieces_of(const AttentionJob *job) { return (job->length + PIECE - 1) / PIECE; }
+
+/* Rows that share a head of keys. */
+INLINE int64_t rows_of(const AttentionJob *job) { return job->heads / job->key_heads * job->tokens; }
+
+INLINE const char *at(const void *begin, const int64_t *steps, int64_t batch, int64_t head, int64_t token, int dtype) {
+    return (const char *)begin + (batch * steps[0] + head * steps[1] + token * steps[2]) * size_of(dtype);
+}
+
+/* The mask of a row, from a key on. */
+INLINE const char *mask_of(const AttentionJob *job, int64_t batch, int64_t head, int64_t token, int64_t key) {
+    const int64_t *steps = job->mask_steps;
+    const int64_t size = job->mask_dtype == BYTES ? 1 : size_of(job->mask_dtype);
+    return (const char *)job->mask + (batch * steps[0] + head * steps[1] + token * steps[2] + key * steps[3]) * size;
+}
+
+/* Adds the mask of a row to its scores. */
+INLINE void add_mask(const AttentionJob *job, const char *mask, int64_t keys, float *scores) {
+    const int64_t step = job->mask_steps[3];
+    for (int64_t k = 0; k < keys; k++)
+        if (job->mask_dtype == BYTES)
+            scores[k] = mask[k * step] ? scores[k] : -INFINITY;
+        else
+            scores[k] += one(mask, k * step, job->mask_dtype);
+}
+
+/* Whether none of the rows of a head of keys sees any of these keys, as with what a cache has no tokens for yet. */
+INLINE int is_hidden(const AttentionJob *job, int64_t batch, int64_t head, int64_t key, int64_t keys) {
+    if (!job->mask || job->mask_dtype != BYTES)
+        return 0;
+    for (int64_t row = 0; row < rows_of(job); row++) {
+        const char *mask = mask_of(job, batch, head + row / job->tokens, row % job->tokens, key);
+        for (int64_t k = 0; k < keys; k++)
+            if (mask[k * job->mask_steps[3]])
+                return 0;
+    }
+    return 1;
+}
+
+/* What a piece says of a row. */
+INLINE float *found_of(const AttentionJob *job, int64_t row, int64_t piece) {
+    const int64_t rows = job->batch * job->heads * job->tokens;
+    return job->room + rows * job->width + (row * pieces_of(job) + piece) * (job->value_width + VALUES);
+}
+
+#define LANES 8
+#include "attention_width.h"
+#undef LANES
+
+#define LANES 16
+#include "attention_width.h"
+#undef LANES
+
+/* The pieces of a row put together, and rounded. */
+static FAST void put_together(const AttentionJob *job, int64_t row, int64_t out) {
+    const int64_t pieces = pieces_of(job), stride = job->value_width + VALUES;
+    const float *found = found_of(job, row, 0);
+    float highest = -INFINITY, sum = 0.0f;
+    for (int64_t p = 0; p < pieces; p++)
+        if (found[p * stride + SUM] != 0.0f && found[p * stride + HIGHEST] > highest)
+            highest = found[p * stride + HIGHEST];
+    float part[pieces];
+    for (int64_t p = 0; p < pieces; p++) {
+        const float *piece = found + p * stride;
+        part[p] = piece[SUM] == 0.0f ? 0.0f : expf(piece[HIGHEST] - highest);
+        sum += part[p] * piece[SUM];
+    }
+    for (int64_t i = 0; i < job->value_width; i++) {
+        float value = 0.0f;
+        for (int64_t p = 0; p < pieces; p++)
+            if (part[p] != 0.0f)
+                value += part[p] * found[p * stride + VALUES + i];
+        put(job->out, out + i, sum == 0.0f ? 0.0f : value / sum, job->dtype);
+    }
+}
+
+static FAST void widen_queries(const AttentionJob *job, float *wide) {
+    for (int64_t b = 0; b < job->batch; b++)
+        for (int64_t h = 0; h < job->heads; h++)
+            for (int64_t t = 0; t < job->tokens; t++) {
+                const char *row = at(job->query, job->query_steps, b, h, t, job->dtype);
+                for (int64_t i = 0; i < job->width; i++)
+                    *wide++ = one(row, i, job->dtype) * job->scale;
+            }
+}
+
+FAST int hf_attention(AttentionJob *job) {
+    const int64_t rows = job->batch * job->heads * job->tokens;
+    const int64_t numbers = rows * (job->width + pieces_of(job) * (job->value_width + VALUES));
+    job->room = malloc((size_t)numbers * sizeof(float));
+    if (!job->room)
+        return 0;
+    widen_queries(job, job->room);
+    atomic_store(&job->next, 0);
+    run_on_threads(job->no_avx512 || !has_avx512() ? attention_body_of_8 : attention_body_of_16, job, job->threads);
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t token = row % job->tokens, head = row / job->tokens % job->heads, batch = row / job->tokens / job->heads;
+        const int64_t out = ((batch * job->tokens + token) * job->heads + head) * job->value_width;
+        put_together(job, row, out);
+    }
+    free(job->room);
+    return 1;
+}
+
+#endif

@@ -28,7 +28,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -173,11 +173,14 @@ def _random_ids(folder: Path, shape: tuple[int, int], seed: int) -> list[list[in
     return ids
 
 
+_RANDOM: Final = 1 << 13  # tokens at least: with fewer, calls of many would repeat them
+
+
 def _forced(folder: Path, forced: Sequence[int] | int | None, tokens: int, batch_size: int) -> list[int]:
     """The token ids that are to follow the prompt, or more; none: those that a model chooses."""
     if forced is None:
         return []
-    follow = _random_ids(folder, (1, tokens), forced)[0] if isinstance(forced, int) else list(forced)
+    follow = _random_ids(folder, (1, max(tokens, _RANDOM)), forced)[0] if isinstance(forced, int) else list(forced)
     if batch_size > 1 or len(follow) < tokens:
         expected = f"{tokens} tokens for one sequence"
         raise ConfigError("not what can follow the prompt", where="forced", expected=expected, got=f"{len(follow)} tokens")

@@ -6,15 +6,20 @@ on it: it says how often experts will be found in memory, before the model has r
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hf_flash.base.files import read_json, write_json
-from hf_flash.errors import StoreFormatError
+from hf_flash.base.files import check_inside, new_file, read_json, write_json, writing
+from hf_flash.errors import StoreError, StoreFormatError
 from hf_flash.store.names import ROUTING_FILE
+
+logger = logging.getLogger("hf_flash")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Routing:
 
     @property
     def name(self) -> str:
-        return self.text or "token ids"
+        """For people: what is not to be printed of a name is replaced."""
+        return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in self.text or "token ids")
 
     def hit_rate(self, slots: Sequence[int]) -> float:
         """With so many slots in each layer. Layers count alike, as a token uses equally many experts of each."""
@@ -65,8 +71,40 @@ class Routing:
 
 
 def write_routing(folder: Path, found: Routing) -> None:
-    """Write `flash-routing.json` into a folder."""
+    """Write `flash-routing.json` into a folder. Raises `RepackError`: it cannot be written."""
     write_json(folder / ROUTING_FILE, found.to_dict())
+
+
+def check_writable(folder: Path) -> None:
+    """Find out whether [`write_routing`] can write into a folder, before there is anything to write.
+
+    Raises:
+        RepackError: it cannot.
+    """
+    path = folder / ROUTING_FILE
+    scratch = path.with_name(path.name + ".tmp")
+    with writing(path):
+        new_file(scratch).close()
+        scratch.unlink()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+
+def copy_routing(source: Path, target: Path, experts: Sequence[int]) -> None:
+    """Let a folder have what was measured of the mixture in another; of any other mixture it has nothing then.
+
+    Args:
+        experts: of each layer.
+    """
+    try:
+        found = routing_in(source, experts)
+    except StoreError as error:
+        logger.warning("hf_flash: what was measured of its routers is not saved with the model: %s", error)
+        found = None
+    if found is not None:
+        write_routing(target, found)
+    elif source.resolve() != target.resolve():
+        (target / ROUTING_FILE).unlink(missing_ok=True)
 
 
 def routing_in(folder: Path, experts: Sequence[int]) -> Routing | None:
@@ -76,11 +114,12 @@ def routing_in(folder: Path, experts: Sequence[int]) -> Routing | None:
         experts: of each layer.
 
     Raises:
-        StoreFormatError: the file holds something else, or was made of another model.
+        StoreFormatError: the file lies elsewhere, holds something else, or was made of a model with other layers.
     """
     path = folder / ROUTING_FILE
     if not path.is_file():
         return None
+    check_inside(folder, [path])
     found = read_json(path)
     layers = found.get("layers")
     if not isinstance(layers, list) or len(layers) != len(experts):
@@ -120,7 +159,7 @@ def _checked(path: Path, name: str, value: Any, is_valid: bool) -> Any:
 
 
 def _wrong(path: Path, expected: str, got: object) -> StoreFormatError:
-    hint = "calibrate the model again, or remove the file: nothing needs it but plan"
+    hint = "calibrate the model again, or remove the file"
     return StoreFormatError(
         "not what was measured of this model's routers", where=path, expected=expected, got=ascii(got)[:200], hint=hint
     )

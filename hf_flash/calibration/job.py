@@ -113,9 +113,9 @@ def calibrate(
         UnsupportedModelError: the activation leaves no exact zeros.
     """
     folder = Path(folder).resolve()
-    if mixture_in(folder) is not None:
+    if (mixture := mixture_in(folder)) is not None:
         _check_nothing_is_trained(recall=recall, extra=extra, rank=rank, max_rank=max_rank, epochs=epochs, placement=placement)
-        return calibrate_mixture(folder, text, samples=samples, context=context, seed=seed, memory_budget=memory_budget)
+        return calibrate_mixture(mixture, folder, text, samples, context, seed, memory_budget)
     store, config = FlashStore.open_folder(folder), repacked_config(folder)
     check_predictors(store)
     model_config = AutoConfig.from_pretrained(folder)

@@ -18,10 +18,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_flash.base.arrays import Ids
-from hf_flash.budget.routing import LayerRouting, Routing, write_routing
+from hf_flash.budget.routing import LayerRouting, Routing, check_writable, write_routing
 from hf_flash.calibration.text import Text, text_name, token_windows
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError, UnsupportedModelError
@@ -64,19 +63,24 @@ class LayerHits:
             self._clock += 1
             self._last[used] = self._clock
 
+    @property
+    def uses(self) -> int:
+        """Of experts, by the tokens that were counted."""
+        return int(self._deep.sum())
+
     def found(self) -> LayerRouting:
-        """The shares."""
-        uses = max(1, int(self._deep.sum()))
-        hits = np.concatenate([[0], self._deep[:-1].cumsum()]) / uses
-        return LayerRouting(self._again / uses, tuple(hits.tolist()))
+        """The shares, if there were any uses."""
+        hits = np.concatenate([[0], self._deep[:-1].cumsum()]) / self.uses
+        return LayerRouting(self._again / self.uses, tuple(hits.tolist()))
 
 
 def calibrate_mixture(
-    folder: Path, text: Text, *, samples: int | None, context: int | None, seed: int, memory_budget: int | str | None
+    mixture: Any, folder: Path, text: Text, samples: int | None, context: int | None, seed: int, memory_budget: int | str | None
 ) -> dict[str, Any]:
     """Measure how often a mixture's experts are used again, and write that into its folder as `flash-routing.json`.
 
     Args:
+        mixture: the model in the folder, without memory.
         folder, text, samples, context, seed, memory_budget: as in [`hf_flash.calibrate`].
 
     Returns:
@@ -84,10 +88,13 @@ def calibrate_mixture(
 
     Raises:
         CalibrationError, ConfigError, BudgetError, StoreError: as in [`hf_flash.calibrate`].
+        RepackError: the folder cannot be written.
+        UnsupportedModelError: the experts of a layer do not see every token, or none.
     """
-    windows = _windows(folder, text, samples, context, seed)
+    windows = _windows(mixture.config.get_text_config(), folder, text, samples, context, seed)
+    check_writable(folder)
     quantization = FlashOffloadConfig(memory_budget=memory_budget)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype="auto").eval()
+    model = type(mixture).from_pretrained(folder, quantization_config=quantization, dtype="auto").eval()
     try:
         layers = [module for module in model.modules() if isinstance(module, FlashExperts)]
         counts = [LayerHits(layer.layer.experts) for layer in layers]
@@ -95,6 +102,9 @@ def calibrate_mixture(
             bar.reset(total=windows.numel() * len(layers))
             for batch in torch.split(windows, max(1, _AT_ONCE // windows.shape[1])):
                 model.base_model(input_ids=batch, use_cache=False)
+        for layer, count in zip(layers, counts, strict=True):
+            if not count.uses:
+                raise UnsupportedModelError("no token uses the experts of this layer", where=layer.layer.name)
     finally:
         close(model)
     found = Routing(
@@ -108,9 +118,8 @@ def calibrate_mixture(
     return found.to_dict()
 
 
-def _windows(folder: Path, text: Text, samples: int | None, context: int | None, seed: int) -> torch.Tensor:
+def _windows(config: Any, folder: Path, text: Text, samples: int | None, context: int | None, seed: int) -> torch.Tensor:
     """The text, int64 [windows, context]."""
-    config = AutoConfig.from_pretrained(folder).get_text_config()
     longest = longest_sequence(config)
     samples, context = SAMPLES if samples is None else samples, min(256, longest) if context is None else context
     for name, value, low, high in (

@@ -18,6 +18,7 @@ usage must answer at once, so neither this module nor those of the table import 
 from __future__ import annotations
 
 import argparse
+import atexit
 import signal
 import sys
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from hf_flash.commands import (
     run_verify,
 )
 from hf_flash.commands.arguments import WIKITEXT, forgiving, quiet_pipe
-from hf_flash.commands.interrupts import interrupted_outside_imports
+from hf_flash.commands.interrupts import INTERRUPTED, end_at_once, interrupted_outside_imports
 from hf_flash.errors import HfFlashError
 
 
@@ -153,8 +154,9 @@ def program() -> int:
     """Entry point of the console command. Returns the exit code."""
     try:
         return main()
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, but to end the interpreter takes half a second
+    finally:  # all is done, but to end the interpreter takes half a second, and the end of every thread
+        signal.signal(signal.SIGINT, end_at_once)
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         print("hf-flash: interrupted; what was finished is kept, run it again to go on", file=sys.stderr)  # noqa: T201
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if (problem := _problem_of_the_hub(error)) is not None:
             return _failed(problem)

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from hf_flash.base.files import write_text
+from hf_flash.budget.routing import copy_routing
 from hf_flash.errors import ConfigError, UsageError
 from hf_flash.families.conversions import Conversions
 from hf_flash.families.quantized import block_of, plain_tensor, quantization_of
@@ -171,6 +172,7 @@ def _save(model: Any, folder: Path, state_dict: Mapping[str, Any] | None = None,
     config = json.loads(model.config.to_json_string())
     if isinstance(runtime, ExpertRuntime):
         save_experts(folder, runtime.checkpoint, config, _changed_beside_experts(model, runtime, state), link=link)
+        copy_routing(runtime.checkpoint.files[0].parent, folder, runtime.plan.experts)
     else:
         changed = _changed(state, runtime.checkpoint, runtime.store)
         save_folder(folder, runtime.checkpoint, runtime.store, config, changed, link=link)

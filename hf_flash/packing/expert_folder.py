@@ -15,14 +15,14 @@ from typing import Any, Final
 import torch
 from huggingface_hub.utils import tqdm
 
-from hf_flash.base.files import exists, read_json, write_json, writing
+from hf_flash.base.files import read_json, write_json, writing
 from hf_flash.errors import StoreFormatError, UsageError
 from hf_flash.families.experts import experts_per_token, locate_experts, mixture_of
 from hf_flash.families.quantized import scales_in
 from hf_flash.packing.checkpoint_folder import copy_whole, divide_into_shards, is_same_file, remove_stale
 from hf_flash.reading.experts import ExpertPlaces
 from hf_flash.store.checkpoint import Checkpoint
-from hf_flash.store.names import INDEX_NAME, ROUTING_FILE
+from hf_flash.store.names import INDEX_NAME
 from hf_flash.store.safetensors_files import TensorSpec
 from hf_flash.store.writer import write_safetensors
 
@@ -157,8 +157,6 @@ def save_experts(
     weight_map |= _write_added(target, added)
     _write_index(target, weight_map)
     write_json(target / SOURCE, _source_of(checkpoint))
-    if exists(measured := checkpoint.files[0].parent / ROUTING_FILE):
-        copy_whole(measured, target / ROUTING_FILE)
     write_json(target / "config.json", config)
     remove_stale(target, set(weight_map.values()))
 

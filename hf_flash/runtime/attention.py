@@ -15,6 +15,7 @@ from torch import nn
 
 from hf_flash.compute import attention
 from hf_flash.compute.library import DTYPES
+from hf_flash.runtime.flash_weights import is_in_memory
 
 _MARK: Final = "is_on_flash_model"
 _UNKNOWN: Final = ("position_bias", "cache", "softcap")  # what changes the result, and is not computed here
@@ -51,11 +52,10 @@ def _attend(
 
 
 def _is_inference(*tensors: torch.Tensor) -> bool:
-    """Whether these are ordinary tensors on the CPU, of which nobody wants gradients."""
+    """Whether these are ordinary tensors on the CPU, of which nobody wants gradients or makes a graph."""
     return (
-        all(type(tensor) is torch.Tensor and tensor.is_cpu and tensor.stride(-1) == 1 for tensor in tensors)
+        all(is_in_memory(tensor) and tensor.stride(-1) == 1 for tensor in tensors)
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not torch.is_autocast_enabled("cpu")
     )
@@ -67,17 +67,18 @@ def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
         return False
     batch, heads, tokens, width = query.shape
     length, shared = key.shape[2], key.shape[1]
-    if key.shape != (batch, shared, length, width) or value.shape[:3] != key.shape[:3] or heads % max(1, shared):
+    if key.shape != (batch, shared, length, width) or value.shape[:3] != key.shape[:3] or not heads * shared * width:
+        return False
+    if heads % shared:
         return False
     if mask is None:
         return tokens == 1 and attention.few(query, key)
     sizes = zip(mask.shape, (batch, heads, tokens, length), strict=False)
     return (
-        type(mask) is torch.Tensor
+        is_in_memory(mask)
         and mask.ndim == 4
         and all(mine in (1, wanted) for mine, wanted in sizes)
         and (mask.dtype == torch.bool or mask.dtype in DTYPES)
-        and mask.is_cpu
         and not mask.requires_grad
         and attention.few(query, key)
     )

@@ -322,6 +322,11 @@ def stand_in(x: Any) -> str | None:
     return transforming(x)
 
 
+def is_in_memory(x: Any) -> bool:
+    """Whether the numbers of a tensor are its own and lie in this machine's memory, where compiled code may read them."""
+    return type(x) in (torch.Tensor, nn.Parameter) and stand_in(x) is None and x.is_cpu and not x.is_neg() and x.data_ptr() != 0
+
+
 def refuse_tracing(got: str) -> NoReturn:
     """Say that a layer cannot be made a graph of."""
     raise UsageError(

@@ -54,7 +54,7 @@ class _NoBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return out
+        return out.clone()  # itself it would be a view, which models may not add to in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

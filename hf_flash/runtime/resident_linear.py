@@ -19,6 +19,7 @@ from torch import nn
 from hf_flash.compute import dense
 from hf_flash.compute.library import DTYPES
 from hf_flash.runtime.engine import SharedByLayers
+from hf_flash.runtime.flash_weights import is_in_memory
 
 _WORTH_BYTES: Final = 1 << 19  # of a matrix; below, calling the compiled part takes as long as torch's product
 
@@ -29,7 +30,7 @@ class ResidentLinear(nn.Linear):
     engine: SharedByLayers  # its `wide` is what rows are widened into
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        if torch.compiler.is_compiling() or not is_in_memory(x):
             return super().forward(x)
         tokens = x.numel() // self.in_features
         few = dense.few(tokens, x.dtype)
@@ -57,7 +58,6 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         type(weight) is nn.Parameter
         and x.dtype == weight.dtype
         and (bias is None or (type(bias) is nn.Parameter and bias.dtype == x.dtype and bias.is_contiguous()))
-        and x.is_cpu
         and weight.is_cpu
         and x.shape[-1:] == weight.shape[-1:]
         and x.numel() > 0

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3MoeForCausalLM, Qwen3VLMoeConfig
 
 import hf_flash
-from hf_flash import BudgetError, CalibrationError, ConfigError, FlashOffloadConfig, StoreFormatError
+from hf_flash import BudgetError, CalibrationError, ConfigError, FlashOffloadConfig, RepackError, StoreFormatError
 from hf_flash.budget.routing import routing_in
 from hf_flash.calibration import job
 from hf_flash.calibration.routing import LayerHits
@@ -52,7 +52,7 @@ def some_tokens(count: int, vocabulary: int = 4096) -> torch.Tensor:
 # --- what is counted
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 9, 40])
+@pytest.mark.parametrize("tokens", [2, 3, 9, 40])
 @pytest.mark.parametrize("slots", range(EXPERTS + 1))
 def test_hits_are_those_of_the_slots(slots: int, tokens: int) -> None:
     """Prompts and decoding in turn, some tokens naming an expert twice, or one that is elsewhere."""
@@ -71,7 +71,8 @@ def test_hits_are_those_of_the_slots(slots: int, tokens: int) -> None:
             if 2 * number >= tokens:
                 hits, uses = hits + len(room.hits), uses + len(used)
     found = count.found()
-    assert found.hits[slots] == (pytest.approx(hits / uses) if uses else 0)
+    assert count.uses == uses
+    assert found.hits[slots] == pytest.approx(hits / uses)
     assert len(found.hits) == EXPERTS + 1
     assert found.hits[0] == 0
 
@@ -167,6 +168,33 @@ def test_it_goes_along_where_the_model_is_saved(copy: Path, tmp_path: Path) -> N
     assert (restored / ROUTING_FILE).read_bytes() == (copy / ROUTING_FILE).read_bytes()
 
 
+def test_what_was_measured_of_another_model_does_not_stay(folder: Path, copy: Path, tmp_path: Path) -> None:
+    hf_flash.calibrate(copy, some_tokens(512), samples=1)
+    load(copy).save_pretrained(tmp_path / "saved")
+    load(folder).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / ROUTING_FILE).exists()
+    again = load(tmp_path / "saved")
+    hf_flash.calibrate(tmp_path / "saved", some_tokens(512), samples=1)
+    again.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / ROUTING_FILE).exists()
+
+
+def test_a_mixture_that_looks_at_images(coverage: ModuleType, tmp_path: Path) -> None:
+    config = Qwen3VLMoeConfig(
+        text_config={
+            "hidden_size": 32, "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99, "intermediate_size": 32,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32,
+                       "deepstack_visual_indexes": []},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    found = hf_flash.calibrate(tmp_path, some_tokens(64, 90), samples=2, context=16)
+    assert [len(layer["hits"]) for layer in found["layers"]] == [5, 5]
+
+
 # --- what is refused
 
 
@@ -197,6 +225,35 @@ def test_several_processes_are_refused(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(job.Processes, "of_environment", lambda: SimpleNamespace(count=2))
     with pytest.raises(ConfigError, match=r"by one process(.|\n)*processes=2"):
         hf_flash.calibrate(folder, some_tokens(512))
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / ROUTING_FILE).mkdir()
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "from_pretrained", None)
+    with pytest.raises(RepackError, match=ROUTING_FILE):
+        hf_flash.calibrate(copy, some_tokens(512))
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_link_to_elsewhere_is_neither_read_nor_saved(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = load(copy)
+    hf_flash.calibrate(copy, some_tokens(512), samples=1)
+    (copy / ROUTING_FILE).rename(tmp_path / "elsewhere.json")
+    (copy / ROUTING_FILE).symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(StoreFormatError, match="outside its folder"):
+        outlook(copy)
+    model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / ROUTING_FILE).exists()
+    assert "is not saved with the model" in caplog.text
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_names_of_texts_cannot_write_to_the_terminal(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf_flash.calibrate(copy, some_tokens(512), samples=1)
+    damaged(lambda found: found.update(text="a\x1b[31mb\nc"))(copy / ROUTING_FILE)
+    assert main(["inspect", str(copy)]) == 0
+    said = capsys.readouterr().out + outlook(copy).describe()
+    assert said.count("a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}c") == 2
 
 
 def damaged(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

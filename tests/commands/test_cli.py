@@ -238,6 +238,58 @@ def test_a_library_cannot_swallow_an_interrupt_while_it_is_imported(
     assert signal.getsignal(signal.SIGINT) is before
 
 
+TWICE = """
+import os, signal, time
+
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(0.3)  # the first one waits
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+IMPORTING = """
+import sys, threading
+from hf_flash.commands import main as cli
+
+def run(args):
+    import slow
+    threading.Event().wait(60)
+
+cli.run_doctor.run = run
+raise SystemExit(cli.program())
+"""
+
+
+@pytest.mark.parametrize("module", [TWICE, SWALLOWING])
+def test_an_interrupt_in_an_import_ends_what_comes_next_and_a_second_one_all(module: str, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(module)
+    command, env = [*python(), "-c", IMPORTING, "doctor"], environment(tmp_path)
+    env["PYTHONPATH"] += f":{tmp_path}"
+    done = subprocess.run(command, env=env, capture_output=True, timeout=30, text=True)
+    assert done.returncode == 130
+    assert done.stderr.startswith("hf-flash: interrupted; ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+THREAD = """
+import os, signal, threading, time
+from hf_flash.commands import main as cli
+
+def interrupt():
+    while signal.getsignal(signal.SIGINT) is not cli.end_at_once:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+cli.run_doctor.run = lambda args: threading.Thread(target=interrupt).start() or 0
+raise SystemExit(cli.program())
+"""
+
+
+def test_a_process_that_cannot_end_can_be_interrupted(tmp_path: Path) -> None:
+    done = subprocess.run([*python(), "-c", THREAD, "doctor"], env=environment(tmp_path), capture_output=True, timeout=30)
+    assert done.returncode == 130
+
+
 AT_EXIT = """
 import atexit, os, signal
 from hf_flash.commands.main import program

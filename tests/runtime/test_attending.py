@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_flash import FlashOffloadConfig
 from hf_flash.compute import attention
 from hf_flash.compute import library as native
+from hf_flash.runtime import attention as attending
 from tests.conftest import TINY_OPT
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled part")
@@ -148,3 +154,70 @@ def test_where_more_is_asked_stock_answers(grouped: Path, shapes: list[tuple[int
         model.config._attn_implementation = "sdpa"
         model(PROMPT[:, :1], past_key_values=past)
         assert len(shapes) == 2
+
+
+# --- tensors that are not what they seem
+
+
+class Module(torch.nn.Module):
+    is_on_flash_model = True
+    is_causal = True
+
+
+def ours(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    return attending._attend(sdpa_attention_forward, Module(), query, key, value, mask)[0]
+
+
+def theirs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    found: torch.Tensor = sdpa_attention_forward(Module(), query, key, value, mask)[0]
+    return found
+
+
+def parts(heads: int = 4, key_heads: int = 4, length: int = 5, width: int = 8) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    sizes = (heads, 1), (key_heads, length), (key_heads, length)
+    return [torch.randn(1, count, tokens, width, generator=random) for count, tokens in sizes]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_transforms_and_tracers_get_stock(shapes: list[tuple[int, ...]]) -> None:
+    query, key, value = parts()
+    wanted = theirs(query, key, value)
+    assert torch.equal(torch.func.functionalize(ours)(query, key, value), wanted)
+    assert torch.equal(torch.func.vmap(ours)(query[None], key[None], value[None])[0], wanted)
+    graph = make_fx(lambda *given: ours(*given))(query, key, value)
+    assert torch.equal(graph(2 * query, key, value), theirs(2 * query, key, value))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert ours(query, key, value).shape == wanted.shape
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        twice = forward_ad.make_dual(query, torch.ones_like(query))
+        assert forward_ad.unpack_dual(ours(twice, key, value)).tangent is not None
+    assert shapes == []
+    torch.testing.assert_close(ours(query, key, value), wanted)
+    assert shapes == [(1, 1)]
+
+
+def test_numbers_that_lie_elsewhere_or_nowhere(shapes: list[tuple[int, ...]]) -> None:
+    query, key, value = parts()
+    negative = torch.complex(torch.zeros(5), torch.ones(5)).conj().imag
+    assert negative.is_neg()
+    mask = negative[None, None, None]
+    for given in ([torch._neg_view(query), key, value], [query, torch._neg_view(key), value], [query, key, value, mask]):
+        assert torch.equal(ours(*given), theirs(*given))
+    key.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="storage"):
+        ours(query, key, value)
+    assert shapes == []
+
+
+@pytest.mark.parametrize("sizes", [{"heads": 0, "key_heads": 0}, {"key_heads": 0}, {"width": 0}, {"heads": 0, "key_heads": 2}])
+def test_nothing_at_all_is_for_stock(sizes: dict[str, int]) -> None:
+    given = parts(**sizes)
+    try:
+        wanted = theirs(*given)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:40])):
+            ours(*given)
+    else:
+        assert torch.equal(ours(*given), wanted)

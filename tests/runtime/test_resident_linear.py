@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM
 
@@ -189,6 +190,11 @@ def test_more_than_inference_is_left_to_torch(tokens: int, monkeypatch: pytest.M
         assert torch.equal(torch.jit.trace(ours, x, check_trace=False)(x), stock(x))
         assert torch.equal(torch.compile(ours, backend="eager", fullgraph=True)(x), stock(x))
         assert torch.equal(ours(x.as_subclass(Marked)), stock(x))
+        assert torch.equal(torch.func.functionalize(ours)(x), stock(x))
+        assert torch.equal(torch.func.vmap(ours)(x[None]), torch.func.vmap(stock)(x[None]))
+        assert torch.equal(ours(torch._neg_view(x)), stock(torch._neg_view(x)))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert ours(x).shape == (tokens, 12)
         for wrong in (x.float(), x[:, :31]):
             with pytest.raises(RuntimeError):
                 ours(wrong)

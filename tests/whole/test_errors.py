@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     OPTForCausalLM,
@@ -806,6 +808,15 @@ def test_moving_the_model_away_from_the_cpu_is_refused(packed: Path) -> None:
     with pytest.raises(UsageError, match="computes on the CPU") as caught:
         ffn(torch.empty(1, 32, device="meta"))
     names_all(caught.value, "where", "expected", "got: meta", "to do")
+
+
+def test_a_model_that_adds_to_a_layers_output_in_place_runs_without_no_grad(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stock = FalconForCausalLM(FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)).eval()
+    stock.save_pretrained(tmp_path)
+    flash = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=FlashOffloadConfig(predictor="none"))
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(flash(ids).logits, stock(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_backward_pass_is_refused_instead_of_being_wrong(packed: Path) -> None:

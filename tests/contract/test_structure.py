@@ -102,6 +102,7 @@ def test_the_window_knows_neither_reader_nor_predictor() -> None:
 
 
 PRIVATE = {  # names of libraries that begin with an underscore, or are as private: only in these files
+    "commands/interrupts.py": {"_exit"},
     "compute/expert_gate.py": {"_apply_gate"},
     "families/decoder.py": {"get_decoder"},
     "families/quantized.py": {"_scale_inv", "_dequantize_one"},

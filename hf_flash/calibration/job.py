@@ -29,6 +29,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from hf_flash.packing.checkpoint_folder import repacked_config
 from hf_flash.packing.expert_folder import mixture_in
 from hf_flash.predictors.choice import check_predictors
 from hf_flash.runtime.model import close, find_runtime
+from hf_flash.store.checkpoint import resolve_folder
 from hf_flash.store.layout import FlashStore
 
 
@@ -85,7 +87,8 @@ def calibrate(
     quantized one. A run that was interrupted goes on where it was when it is started again with the same arguments.
 
     Args:
-        folder: a repacked checkpoint, or a mixture's own, with its tokenizer.
+        folder: a repacked checkpoint, with its tokenizer. Of a mixture its own checkpoint, which may be a Hub repository: then
+            the result lies in the Hub's cache, where `plan` finds it.
         text: a UTF-8 file (documents separated by form feeds), the name of a dataset (`name`, `name:config` or
             `name:config:split`, needs the `datasets` library), or token ids.
         samples: windows of text; one in eight is held out of the training and used to choose and to measure. Default: 256, or
@@ -112,7 +115,7 @@ def calibrate(
         DiskSpaceError: no room for the activations, or for a second copy of a layer.
         UnsupportedModelError: the activation leaves no exact zeros.
     """
-    folder = Path(folder).resolve()
+    folder = _folder_of(folder)
     if (mixture := mixture_in(folder)) is not None:
         _check_nothing_is_trained(recall=recall, extra=extra, rank=rank, max_rank=max_rank, epochs=epochs, placement=placement)
         return calibrate_mixture(mixture, folder, text, samples, context, seed, memory_budget)
@@ -139,6 +142,15 @@ def calibrate(
             work.check_room(processes.count)
             _run_layers(settings, work, processes, budget)
         return publish(settings, work, processes, config)
+
+
+def _folder_of(model: str | os.PathLike[str]) -> Path:
+    """A folder as it was given; or that of a mixture in the Hub's cache, where it is downloaded to."""
+    if not Path(model).exists():
+        with suppress(ConfigError):  # no name of a repository either: whoever opens it says so
+            if mixture_in(resolve_folder(model, config_only=True)) is not None:
+                return resolve_folder(model)
+    return Path(model).resolve()
 
 
 def _check_nothing_is_trained(**given: Any) -> None:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `hf-flash calibrate` shares with `python -m hf_flash.calibration`."""
     add = parser.add_argument
-    add("folder", help="a repacked checkpoint, or a mixture's own, with its tokenizer")
+    add("folder", help="a repacked checkpoint, with its tokenizer; of a mixture its own, or a Hub repository")
     add("--text", required=True, help="a UTF-8 file, or a dataset as name[:config[:split]]")
     add("--samples", type=int, metavar="N", help="windows of text (default 256; for a mixture 16)")
     add("--context", type=int, metavar="N", help="tokens in a window (default 256)")

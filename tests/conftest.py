@@ -165,6 +165,7 @@ def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # one for the process: of whichever Hub was asked first
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path.with_name(f"{tmp_path.name}-hub")))
     monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path.with_name(f"{tmp_path.name}-harnesses")), raising=False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants, snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForCausalLM
 
 import hf_flash
@@ -165,7 +165,6 @@ def test_what_was_measured_of_its_routers_is_pushed_and_planned_with(
 
 @pytest.mark.usefixtures("commit")
 def test_a_mixture_is_calibrated_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     speeds = Speeds("a disk", 1 << 20, disk_gb_per_s=2.0, dram_gb_per_s=20.0, torch_threads=2)
     monkeypatch.setattr(planning, "measure_speeds", lambda *args: speeds)
     found = hf_flash.calibrate("them/moe", torch.arange(512) % 4096, samples=2)

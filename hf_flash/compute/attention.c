@@ -82,19 +82,19 @@ static FAST void put_together(const AttentionJob *job, int64_t row, int64_t out)
     for (int64_t p = 0; p < pieces; p++)
         if (found[p * stride + SUM] != 0.0f && found[p * stride + HIGHEST] > highest)
             highest = found[p * stride + HIGHEST];
-    float part[pieces];
+    float values[job->value_width];
+    memset(values, 0, sizeof values);
     for (int64_t p = 0; p < pieces; p++) {
         const float *piece = found + p * stride;
-        part[p] = piece[SUM] == 0.0f ? 0.0f : expf(piece[HIGHEST] - highest);
-        sum += part[p] * piece[SUM];
+        if (piece[SUM] == 0.0f)
+            continue;
+        const float part = expf(piece[HIGHEST] - highest);
+        sum += part * piece[SUM];
+        for (int64_t i = 0; i < job->value_width; i++)
+            values[i] += part * piece[VALUES + i];
     }
-    for (int64_t i = 0; i < job->value_width; i++) {
-        float value = 0.0f;
-        for (int64_t p = 0; p < pieces; p++)
-            if (part[p] != 0.0f)
-                value += part[p] * found[p * stride + VALUES + i];
-        put(job->out, out + i, sum == 0.0f ? 0.0f : value / sum, job->dtype);
-    }
+    for (int64_t i = 0; i < job->value_width; i++)
+        put(job->out, out + i, sum == 0.0f ? 0.0f : values[i] / sum, job->dtype);
 }
 
 static FAST void widen_queries(const AttentionJob *job, float *wide) {

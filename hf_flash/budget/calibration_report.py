@@ -15,7 +15,8 @@ from hf_flash.predictors.choice import is_predictor
 Check = Callable[[Any], bool]
 
 
-def _whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether this is a number of things."""
     return type(value) is int and 0 <= value < 1 << 62
 
 
@@ -27,11 +28,13 @@ def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether this is a text."""
     return isinstance(value, str)
 
 
-def _text_or_none(value: Any) -> bool:
+def is_text_or_none(value: Any) -> bool:
+    """Whether this is a text, or nothing."""
     return value is None or isinstance(value, str)
 
 
@@ -60,11 +63,11 @@ def _reads(value: Any) -> bool:
 # What has to be there, as the values that are used of it; `?`: only in newer reports.
 _REPORT: Final[Mapping[str, Check]] = {"reached": _flag, "placement?": _flag}
 _TEXT: Final[Mapping[str, Check]] = {
-    "tokens": _whole, "held_out": _whole, "context": _whole, "sha256": _text, "name?": _text_or_none
+    "tokens": is_whole, "held_out": is_whole, "context": is_whole, "sha256": is_text, "name?": is_text_or_none
 }  # fmt: skip
 _TARGETS: Final[Mapping[str, Check]] = {"recall": _amount, "extra": _amount}
 _LAYER: Final[Mapping[str, Check]] = {"active": _amount, "use": _use, "reads?": _reads}
-_LOWRANK: Final[Mapping[str, Check]] = {"rank": _whole, "recall": _amount, "selected": _amount, "use?": _use}
+_LOWRANK: Final[Mapping[str, Check]] = {"rank": is_whole, "recall": _amount, "selected": _amount, "use?": _use}
 _MEASURED: Final[Mapping[str, Check]] = {"recall": _amount, "selected": _amount, "use?": _use}
 
 
@@ -78,9 +81,9 @@ def parse_report(text: str, where: object, layers: int) -> dict[str, Any]:
         StoreFormatError: it is no JSON, or a value in it is missing or of another kind.
     """
     report = parse_json(text, where)
-    _check(report, _REPORT, where, "the report")
-    _check(report.get("text"), _TEXT, where, "text")
-    _check(report.get("targets"), _TARGETS, where, "targets")
+    check_values(report, _REPORT, where, "the report")
+    check_values(report.get("text"), _TEXT, where, "text")
+    check_values(report.get("targets"), _TARGETS, where, "targets")
     found = report.get("layers")
     if not isinstance(found, list) or len(found) != layers:
         raise _wrong(where, f"a list of {layers} layers", found)
@@ -94,13 +97,22 @@ def parse_report(text: str, where: object, layers: int) -> dict[str, Any]:
 
 def check_layer(layer: Any, where: object) -> None:
     """Refuse what is no layer's part of a report."""
-    _check(layer, _LAYER, where, "a layer")
-    _check(layer.get("lowrank"), _LOWRANK, where, "lowrank")
+    check_values(layer, _LAYER, where, "a layer")
+    check_values(layer.get("lowrank"), _LOWRANK, where, "lowrank")
     for name in filter(is_predictor, layer):
-        _check(layer[name], _MEASURED, where, name)
+        check_values(layer[name], _MEASURED, where, name)
 
 
-def _check(value: Any, checks: Mapping[str, Check], where: object, what: str) -> None:
+def check_values(value: Any, checks: Mapping[str, Check], where: object, what: str) -> None:
+    """Refuse what is no object with values that these checks accept.
+
+    Args:
+        checks: by key; one that ends in `?` may be missing.
+        what: it is, for the message.
+
+    Raises:
+        StoreFormatError: with the first that is wrong.
+    """
     if not isinstance(value, dict):
         raise _wrong(where, f"{what}, an object", value)
     for name, check in checks.items():

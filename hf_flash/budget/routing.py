@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hf_flash.base.files import check_inside, new_file, read_json, write_json, writing
-from hf_flash.errors import StoreError, StoreFormatError
+from hf_flash.budget.calibration_report import Check, check_values, is_text, is_text_or_none, is_whole
+from hf_flash.errors import StoreError
 from hf_flash.store.names import ROUTING_FILE
 
 logger = logging.getLogger("hf_flash")
@@ -121,45 +123,29 @@ def routing_in(folder: Path, experts: Sequence[int]) -> Routing | None:
         return None
     check_inside(folder, [path])
     found = read_json(path)
-    layers = found.get("layers")
-    if not isinstance(layers, list) or len(layers) != len(experts):
-        raise _wrong(path, f"a list of {len(experts)} layers", layers)
-    return Routing(
-        text=_checked(path, "text", found.get("text"), found.get("text") is None or isinstance(found["text"], str)),
-        sha256=_checked(path, "sha256", found.get("sha256"), isinstance(found.get("sha256"), str)),
-        tokens=_checked(path, "tokens", found.get("tokens"), _is_count(found.get("tokens"))),
-        counted=_checked(path, "counted", found.get("counted"), _is_count(found.get("counted"))),
-        layers=tuple(_layer(path, layer, count) for layer, count in zip(layers, experts, strict=True)),
-    )
+    check_values(found, {**_ROUTING, "layers": partial(_is_list_of, len(experts))}, path, _WHAT)
+    for layer, count in zip(found["layers"], experts, strict=True):
+        check_values(layer, {"reuse": _is_share, "hits": partial(_are_hits, count)}, path, "a layer")
+    layers = tuple(LayerRouting(layer["reuse"], tuple(layer["hits"])) for layer in found["layers"])
+    return Routing(found.get("text"), found["sha256"], found["tokens"], found["counted"], layers)
 
 
-def _layer(path: Path, layer: Any, experts: int) -> LayerRouting:
-    if not isinstance(layer, dict):
-        raise _wrong(path, "an object for each layer", layer)
-    hits = layer.get("hits")
-    if not isinstance(hits, list) or len(hits) != experts + 1 or not all(map(_is_share, hits)):
-        raise _wrong(path, f"{experts + 1} shares as `hits`", hits)
-    if any(fewer > more for fewer, more in pairwise(hits)):
-        raise _wrong(path, "no fewer hits with more slots", hits)
-    return LayerRouting(_checked(path, "reuse", layer.get("reuse"), _is_share(layer.get("reuse"))), tuple(hits))
+def _is_list_of(count: int, value: Any) -> bool:
+    return isinstance(value, list) and len(value) == count
 
 
 def _is_share(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
+def _are_hits(experts: int, value: Any) -> bool:
+    """Whether these are shares for every number of slots, and no fewer with more of them."""
+    if not _is_list_of(experts + 1, value) or not all(map(_is_share, value)):
+        return False
+    return all(fewer <= more for fewer, more in pairwise(value))
 
 
-def _checked(path: Path, name: str, value: Any, is_valid: bool) -> Any:
-    if not is_valid:
-        raise _wrong(path, f"a valid `{name}`", value)
-    return value
-
-
-def _wrong(path: Path, expected: str, got: object) -> StoreFormatError:
-    hint = "calibrate the model again, or remove the file"
-    return StoreFormatError(
-        "not what was measured of this model's routers", where=path, expected=expected, got=ascii(got)[:200], hint=hint
-    )
+_WHAT: Final = "what was measured of this model's routers"
+_ROUTING: Final[Mapping[str, Check]] = {
+    "text?": is_text_or_none, "sha256": is_text, "tokens": is_whole, "counted": is_whole
+}  # fmt: skip

@@ -21,9 +21,10 @@ from huggingface_hub.utils import tqdm
 
 from hf_flash.base.arrays import Ids
 from hf_flash.budget.routing import LayerRouting, Routing, check_writable, write_routing
+from hf_flash.calibration.settings import check_ranges
 from hf_flash.calibration.text import Text, text_name, token_windows
 from hf_flash.config import FlashOffloadConfig
-from hf_flash.errors import ConfigError, UnsupportedModelError
+from hf_flash.errors import UnsupportedModelError
 from hf_flash.families.base import longest_sequence
 from hf_flash.runtime.experts import FlashExperts
 from hf_flash.runtime.model import close
@@ -122,13 +123,7 @@ def _windows(config: Any, folder: Path, text: Text, samples: int | None, context
     """The text, int64 [windows, context]."""
     longest = longest_sequence(config)
     samples, context = SAMPLES if samples is None else samples, min(256, longest) if context is None else context
-    for name, value, low, high in (
-        ("samples", samples, 1, 1 << 31),
-        ("context", context, 2, longest),
-        ("seed", seed, 0, 1 << 62),
-    ):
-        if type(value) is not int or not low <= value <= high:
-            raise ConfigError(f"{name} is not valid", where="calibrate", expected=f"{low} to {high}", got=repr(value))
+    check_ranges({"samples": (samples, 1, 1 << 31), "context": (context, 2, longest), "seed": (seed, 0, 1 << 62)})
     return token_windows(folder, text, context, config.vocab_size, most=samples, seed=seed)
 
 

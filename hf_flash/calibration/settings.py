@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -103,9 +104,18 @@ def check_arguments(
         "epochs": (epochs, 0, 1 << 31),
         "seed": (seed, 0, (1 << 63) - 1),
     }
+    check_ranges(ranges)
+    if not isinstance(placement, bool):
+        raise ConfigError("placement is not valid", where="calibrate", expected="True or False", got=repr(placement))
+
+
+def check_ranges(ranges: Mapping[str, tuple[Any, float, float]]) -> None:
+    """Refuse arguments of [`calibrate`], each given with its least and its largest value, that are out of range.
+
+    Raises:
+        ConfigError: with the name of the first.
+    """
     for name, (value, low, high) in ranges.items():
         numbers = float | int if name in ("recall", "extra") else int
         if isinstance(value, bool) or not isinstance(value, numbers) or not low <= value <= high:
             raise ConfigError(f"{name} is not valid", where="calibrate", expected=f"{low} to {high}", got=repr(value))
-    if not isinstance(placement, bool):
-        raise ConfigError("placement is not valid", where="calibrate", expected="True or False", got=repr(placement))

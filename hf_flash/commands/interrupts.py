@@ -52,11 +52,10 @@ class _Handler:
             raise KeyboardInterrupt
         if self._waits and not again:
             end_at_once()
-        if again or not self._waits:
-            self._waits = True
-            timer = threading.Timer(_AGAIN_S, self._interrupt_again)
-            timer.daemon = True
-            timer.start()
+        self._waits = True
+        timer = threading.Timer(_AGAIN_S, self._interrupt_again)
+        timer.daemon = True
+        timer.start()
 
     def _in_import(self, frame: FrameType | None) -> bool:
         while frame is not None and frame.f_globals.get("__name__") != self._caller:

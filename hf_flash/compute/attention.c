@@ -23,6 +23,14 @@ enum { HIGHEST, SUM, VALUES };
 
 INLINE int64_t pieces_of(const AttentionJob *job) { return (job->length + PIECE - 1) / PIECE; }
 
+INLINE int64_t keys_of(const AttentionJob *job, int64_t piece) {
+    const int64_t begin = piece * PIECE;
+    return begin + PIECE < job->length ? PIECE : job->length - begin;
+}
+
+/* The first head of queries that goes with a head of keys. */
+INLINE int64_t first_head(const AttentionJob *job, int64_t key_head) { return key_head * (job->heads / job->key_heads); }
+
 /* Rows that share a head of keys. */
 INLINE int64_t rows_of(const AttentionJob *job) { return job->heads / job->key_heads * job->tokens; }
 
@@ -47,13 +55,13 @@ INLINE void add_mask(const AttentionJob *job, const char *mask, int64_t keys, fl
             scores[k] += one(mask, k * step, job->mask_dtype);
 }
 
-/* Whether none of the rows of a head of keys sees any of these keys, as with what a cache has no tokens for yet. */
-INLINE int is_hidden(const AttentionJob *job, int64_t batch, int64_t head, int64_t key, int64_t keys) {
+/* Whether none of the rows of a head of keys sees any of a piece, as with what a cache has no tokens for yet. */
+INLINE int is_hidden(const AttentionJob *job, int64_t batch, int64_t head, int64_t piece) {
     if (!job->mask || job->mask_dtype != BYTES)
         return 0;
     for (int64_t row = 0; row < rows_of(job); row++) {
-        const char *mask = mask_of(job, batch, head + row / job->tokens, row % job->tokens, key);
-        for (int64_t k = 0; k < keys; k++)
+        const char *mask = mask_of(job, batch, head + row / job->tokens, row % job->tokens, piece * PIECE);
+        for (int64_t k = 0; k < keys_of(job, piece); k++)
             if (mask[k * job->mask_steps[3]])
                 return 0;
     }

@@ -149,8 +149,8 @@ NAME(values)(const float (*weights)[PIECE], const char *value, int64_t stride, i
 /* Some rows with a piece of their keys. */
 OF_WIDTH(void)
 NAME(piece_of_rows)(const AttentionJob *job, int64_t batch, int64_t key_head, int64_t first, int rows, int64_t piece, int dtype) {
-    const int64_t begin = piece * PIECE, keys = begin + PIECE < job->length ? PIECE : job->length - begin;
-    const int64_t head = key_head * (job->heads / job->key_heads), size = size_of(dtype);
+    const int64_t begin = piece * PIECE, keys = keys_of(job, piece);
+    const int64_t head = first_head(job, key_head), size = size_of(dtype);
     const int64_t row = (batch * job->heads + head) * job->tokens + first;
     const int64_t row_stride = found_of(job, 1, 0) - found_of(job, 0, 0);
     float *found = found_of(job, row, piece);
@@ -171,9 +171,9 @@ OF_WIDTH(void) NAME(attention_share)(AttentionJob *job, int dtype) {
     const int64_t pieces = pieces_of(job), rows = rows_of(job);
     for (int64_t task; (task = atomic_fetch_add(&job->next, 1)) < job->batch * job->key_heads * pieces;) {
         const int64_t piece = task % pieces, key_head = task / pieces % job->key_heads, batch = task / pieces / job->key_heads;
-        const int64_t head = key_head * (job->heads / job->key_heads), begin = piece * PIECE;
+        const int64_t head = first_head(job, key_head);
         int64_t row = 0;
-        if (is_hidden(job, batch, head, begin, begin + PIECE < job->length ? PIECE : job->length - begin)) {
+        if (is_hidden(job, batch, head, piece)) {
             for (; row < rows; row++)
                 found_of(job, (batch * job->heads + head) * job->tokens + row, piece)[SUM] = 0.0f;
         }

@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers.utils.hub
 from huggingface_hub import constants
+from hypothesis import settings
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +38,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "no_bias": {"enable_bias": False},
     "odd": {"hidden_size": 36, "word_embed_proj_dim": 36, "ffn_dim": 100, "num_attention_heads": 3},
 }
+
+
+settings.register_profile("tests", deadline=None)  # a busy machine takes its time: no test may depend on it
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

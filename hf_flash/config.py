@@ -54,7 +54,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         predictor_margin: float | None = UNSET,
         window: int | None = UNSET,
         lookahead: int | None = UNSET,
-        memory_budget: int | str | None = UNSET,
+        memory_budget: int | str | Mapping[str | int, int | str] | None = UNSET,
         reader: ReaderName | None = UNSET,
         io_threads: int | None = UNSET,
         cache_dir: Any = UNSET,
@@ -121,7 +121,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         return (
             {"quant_method": self.quant_method, "format_version": self.format_version}
             | beside
-            | {name: named[name] for name, argument in ARGUMENTS.items() if name in named and argument.stored}
+            | {name: named[name] for name, argument in ARGUMENTS.items() if name in named and argument.is_stored(named[name])}
         )
 
     def __iter__(self) -> Any:

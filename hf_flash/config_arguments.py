@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
-from hf_flash.base.sizes import parse_bytes
+from hf_flash.base.sizes import parse_bytes, parse_places
 from hf_flash.errors import ConfigError
 
 AUTO: Final = "auto"  # a memory budget that is worked out when the model is loaded
@@ -60,6 +60,10 @@ class Argument:
     default: Any = None
     default_text: str | None = None
     stored: bool = True
+
+    def is_stored(self, value: Any) -> bool:
+        """Whether a value is written to config.json: what names devices of one machine is not, either."""
+        return self.stored and not isinstance(value, Mapping)
 
     def reference_row(self) -> str:
         """Its line in the table of docs/reference.md."""
@@ -106,7 +110,7 @@ def _margin(value: Any) -> str | None:
 
 
 def _budget(value: Any) -> str | None:
-    if value != AUTO:
+    if value != AUTO and parse_places(value) is None:
         parse_bytes(value)
     return None
 
@@ -182,12 +186,13 @@ _TABLE: Final = (
     Argument(
         "memory_budget",
         _budget,
-        types="`int` or `str`",
-        about='ceiling on all weight bytes in DRAM, as bytes or text such as `"6GiB"`. Unset or `"auto"`: what is free on '
-        'this machine or in its cgroup; `"auto"` also where the model stores a budget.',
+        types="`int`, `str` or `dict`",
+        about='ceiling on all weight bytes in memory, as bytes or text such as `"6GiB"`. On a GPU it is of the GPU\'s memory; '
+        '`{"cuda:0": "8GiB", "cpu": "16GiB"}` lets what left the GPU stay in this machine\'s. Unset or `"auto"`: what is free, '
+        'also in the cgroup; `"auto"` also where the model stores a budget.',
         default_text="what is free",
-        reference='`"6GiB"` or bytes, or `"auto"` ([budget](budget.md))',
-        option={"metavar": "SIZE", "help": 'weights in DRAM at most, such as "6GiB"'},
+        reference='`"6GiB"` or bytes, `{"cuda:0": "8GiB", "cpu": "16GiB"}`, or `"auto"` ([budget](budget.md))',
+        option={"metavar": "SIZE", "help": 'weights in memory at most, such as "6GiB"'},
     ),
     Argument(
         "reader",
@@ -227,7 +232,7 @@ ARGUMENTS: Final[Mapping[str, Argument]] = {argument.name: argument for argument
 
 
 def checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, paths as text, if every name, type and value is valid.
+    """The arguments, paths as text and budgets of several devices by their full names, if every name, type and value is valid.
 
     Raises:
         ConfigError: an unknown argument (the message names the nearest valid one), a wrong type or value.
@@ -235,6 +240,8 @@ def checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(arguments)
     if isinstance(found.get("cache_dir"), os.PathLike):
         found["cache_dir"] = os.fspath(found["cache_dir"])
+    if (places := parse_places(found.get("memory_budget"))) is not None:
+        found["memory_budget"] = places
     for name, value in found.items():
         if name not in ARGUMENTS:
             near = difflib.get_close_matches(name, ARGUMENTS, n=1)

@@ -1,8 +1,10 @@
-"""Sizes in bytes as people write and read them: `"6GiB"`, `"50%"`, `"1.5 KiB"`."""
+"""Sizes in bytes as people write and read them: `"6GiB"`, `"50%"`, `"1.5 KiB"`, and those of several devices."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any, Final
 
 from hf_flash.errors import ConfigError
 
@@ -28,6 +30,40 @@ def parse_bytes(value: float | str) -> int:
             "not a size", where="memory_budget", expected='a positive number of bytes, or text such as "6GiB"', got=repr(value)
         )
     return size
+
+
+_DEVICE: Final = re.compile(r"([a-z]+)(?::(\d+))?|(\d+)")
+
+
+def parse_places(value: Any) -> dict[str, int | str] | None:
+    """Sizes by device: `{"cuda:0": "8GiB", "cpu": "16GiB"}`, keys as `max_memory` of transformers has them, or the text
+    `"cuda:0=8GiB,cpu=16GiB"`. `None`: it is no such thing.
+
+    Returns:
+        Sizes by full names: a number means one of CUDA's, and a type without a number its first.
+
+    Raises:
+        ConfigError: a key that names no device, or one twice, or a value that is no size.
+    """
+    if isinstance(value, str) and "=" in value:
+        value = dict(part.partition("=")[::2] for part in value.split(","))
+    if not isinstance(value, Mapping):
+        return None
+    found: dict[str, int | str] = {}
+    for key, size in value.items():
+        match = _DEVICE.fullmatch(str(key).strip()) if isinstance(key, int | str) and not isinstance(key, bool) else None
+        kind, index = (match[1] or "cuda", match[2] or match[3]) if match else ("", None)
+        name = kind if kind == "cpu" and index is None else f"{kind}:{int(index or 0)}"
+        if match is None or name in found:
+            raise ConfigError(
+                "this device is named twice" if match else "not a device", where="memory_budget",
+                expected='devices such as "cuda:0", 0 or "cpu", each with a size', got=repr(key),
+            )  # fmt: skip
+        parse_bytes(size)
+        found[name] = size
+    if not found:
+        raise ConfigError("no device has a size", where="memory_budget", expected='{"cuda:0": "8GiB"}', got=repr(value))
+    return found
 
 
 def parse_share(value: float | str, whole: int) -> int:

@@ -9,9 +9,12 @@ import torch
 from hf_flash.budget.calibration_report import parse_report
 from hf_flash.budget.demand import Demand, measured, supposed
 from hf_flash.budget.plan import MemoryPlan, plan_memory
-from hf_flash.compute.arithmetic import Arithmetic
+from hf_flash.compute.arithmetic import Arithmetic, block_rows
+from hf_flash.compute.device_arithmetic import DeviceArithmetic
 from hf_flash.families.base import Shape
 from hf_flash.predictors.base import PredictorFormat
+from hf_flash.predictors.low_bit import DeviceMatrix
+from hf_flash.reading.on_device import DeviceReader
 from hf_flash.reading.reader import reader_buffer_bytes
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import META
@@ -20,7 +23,7 @@ from hf_flash.store.unit import UnitLayout
 
 
 def divide_memory(
-    budget: int | str | None,
+    budget: Any,
     resident_bytes: int,
     fmt: PredictorFormat | None,
     shape: Shape,
@@ -30,27 +33,36 @@ def divide_memory(
     reader: str,
     io_threads: int,
     demand: Demand | None,
+    device: torch.device | None = None,
 ) -> MemoryPlan:
     """Divide a memory budget over what a model holds.
 
     Args:
-        budget: a size, or `None` for most of what is free.
+        budget: as `FlashOffloadConfig` takes it; `None` for most of what is free.
         resident_bytes: of all weights that are not FFN matrices, in the dtype of compute.
         fmt: the predictor; `None` for none.
         unit: a neuron on flash.
         dtype: of compute.
         reader, io_threads: as in `FlashOffloadConfig`.
         demand: what tokens need, by which windows are divided; `None`: evenly.
+        device: where the model computes, if that is not this machine's processor.
 
     Raises:
         BudgetError: the budget is below the minimum.
     """
     in_memory = unit.as_dtype(dtype)
+    scratch, buffers = Arithmetic.size(shape.d_ff, in_memory), reader_buffer_bytes(unit, dtype, reader, io_threads)
+    if device is not None:
+        lanes = DeviceReader.device_bytes(in_memory, block_rows(shape.d_ff, 2))
+        widened = 0 if fmt is None else DeviceMatrix.scratch_bytes(shape.d_ff, shape.d_model)
+        scratch, buffers = DeviceArithmetic.size(shape.d_ff, in_memory) + lanes + widened, buffers + lanes
     return plan_memory(
         budget,
         resident_bytes=resident_bytes,
         predictor_bytes=fmt.dram_bytes(shape) if fmt else 0,
-        scratch_bytes=Arithmetic.size(shape.d_ff, in_memory) + reader_buffer_bytes(unit, dtype, reader, io_threads),
+        scratch_bytes=scratch if device is not None else scratch + buffers,
+        device=None if device is None else str(device),
+        buffer_bytes=buffers,
         widths=shape.widths,
         bundle_bytes=in_memory.row_bytes,
         demand=demand,

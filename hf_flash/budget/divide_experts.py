@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
 
+from hf_flash.budget.ceilings import Ceilings
 from hf_flash.budget.expert_plan import ExpertPlan
+from hf_flash.budget.host_tier import HostTier
 from hf_flash.compute.expert_products import decoded_rows, decoded_size
-from hf_flash.reading.experts import reader_bytes
+from hf_flash.reading.experts import ExpertPlaces, reader_bytes
 from hf_flash.store.experts import ExpertLayer
 
 PASSING_SLOTS: Final = 3  # one is computed with, two are read into
+RING_SLOTS: Final = 4  # of host memory that experts for a device are read into, before they are copied
 _WIDE: Final = 1 << 22  # numbers that rows are widened into, at most, if a row is not longer
 _LEAST_WIDE: Final = 1 << 16
 
@@ -53,10 +57,67 @@ def divide_experts(
     )
 
 
-def decoded_bytes(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:
+def divide_experts_on_device(
+    ceilings: Ceilings,
+    resident_bytes: int,
+    table_bytes: int,
+    places: ExpertPlaces,
+    dtype: torch.dtype,
+    used: int,
+    *,
+    reader: str,
+    io_threads: int,
+) -> ExpertPlan:
+    """Divide a memory budget for a device, and one for this machine. They may be too small: `checked_plan` says it.
+
+    Args:
+        ceilings: of both. The others as in [`divide_experts`].
+    """
+    layers = places.layers
+    slot_bytes = tuple(layer.packed_bytes for layer in layers)
+    pieces = [piece for layer in layers for piece in layer.pieces]
+    converted = max((piece.rows * piece.columns * dtype.itemsize for piece in pieces if piece.dtype != dtype), default=0)
+    scaled = decoded_bytes(layers, dtype, with_torch=True)
+    whole = all(piece.scales for piece in pieces if piece.dtype != dtype)
+    plan = ExpertPlan(
+        budget_bytes=ceilings.device_bytes,
+        all_resident_bytes=resident_bytes,
+        table_bytes=table_bytes,
+        scratch_bytes=PASSING_SLOTS * max(slot_bytes) + max(scaled, 0 if whole else converted),
+        slot_bytes=slot_bytes,
+        experts=tuple(layer.experts for layer in layers),
+        expert_bytes=tuple(sum(p.rows * p.columns for p in layer.pieces) * dtype.itemsize for layer in layers),
+        used=used,
+        device=ceilings.device or "cpu",
+    )
+    buffers = RING_SLOTS * max(places.slot_bytes) + reader_bytes(reader, io_threads)
+    return replace(plan, host=_host_tier(ceilings.host_bytes, buffers, plan))
+
+
+def _host_tier(budget_bytes: int | None, buffer_bytes: int, plan: ExpertPlan) -> HostTier:
+    """Slots for what the device has no room for: equally many for each layer, of which one is always free."""
+    if budget_bytes is None:
+        return HostTier(None, buffer_bytes, (0,) * plan.layers, plan.slot_bytes)
+    each = max(0, budget_bytes - buffer_bytes) // sum(plan.slot_bytes)
+    rest = (experts - there for experts, there in zip(plan.experts, plan.capacities, strict=True))
+    slots = tuple(min(each, left + 1) if min(each, left) else 0 for left in rest)
+    slots = tuple(count if count > 1 else 0 for count in slots)  # one that is always free is of no use alone
+    return HostTier(budget_bytes, buffer_bytes, slots, plan.slot_bytes)
+
+
+def decoded_bytes(layers: Sequence[ExpertLayer], dtype: torch.dtype, *, with_torch: bool = False) -> int:
     """Of plain numbers, made of some rows of numbers with scales at a time."""
-    scaled = (piece for layer in layers for piece in layer.pieces if piece.scales)
-    return max((decoded_rows(piece, dtype) * piece.columns * decoded_size(piece, dtype) for piece in scaled), default=0)
+    return max(
+        (
+            decoded_rows(piece, dtype, with_torch=with_torch)
+            * piece.columns
+            * decoded_size(piece, dtype, with_torch=with_torch)
+            for layer in layers
+            for piece in layer.pieces
+            if piece.scales
+        ),
+        default=0,
+    )
 
 
 def wide_numbers(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:

@@ -6,6 +6,9 @@
 
 A table of embeddings of which only rows are looked up is in memory if everything else fits there, too; else it stays on flash.
 The first two without it are the minimum; a budget below that is an error before anything is loaded.
+
+With a device such as a GPU all of this is there, and in this machine's memory there are buffers that experts are read into, and
+what its own budget leaves for experts that left the device ([`HostTier`]).
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.budget.host_tier import HostTier, spread, table
 from hf_flash.errors import BudgetError
-from hf_flash.machine.free_memory import available_memory
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class ExpertPlan:
         expert_bytes: of one expert of each, in the dtype of compute.
         used: experts that a token uses in a layer.
         all_resident_bytes: of everything that is not an expert. table_bytes: of these, what may stay on flash.
+        device: where it is; of a device such as a GPU there is a `host`, too.
     """
 
     budget_bytes: int
@@ -38,6 +42,8 @@ class ExpertPlan:
     experts: tuple[int, ...]
     expert_bytes: tuple[int, ...]
     used: int
+    device: str = "cpu"
+    host: HostTier | None = None
 
     @property
     def layers(self) -> int:
@@ -102,35 +108,42 @@ class ExpertPlan:
 
     def describe(self) -> str:
         """The parts, one a line."""
-        low, high = min(self.capacities), max(self.capacities)
-        slots = f"{low}" if low == high else f"{low} to {high}"
-        rows = [
+        return table(self._rows + (self.host.rows if self.host else []))
+
+    @property
+    def _rows(self) -> list[tuple[str, int]]:
+        return [
             (f"{'' if self.is_table_on_flash else 'embeddings, '}attention, routers, norms", self.resident_bytes),
             ("scratch buffers", self.scratch_bytes),
-            (f"slots for {slots} of {max(self.experts)} experts a layer", self.window_bytes),
+            (f"slots for {spread(self.capacities) or 0} of {max(self.experts)} experts a layer", self.window_bytes),
         ]
-        return "\n".join(f"{name:<44}{format_bytes(size):>12}" for name, size in rows)
+
+    @property
+    def least(self) -> str:
+        """What the minimum consists of, one a line."""
+        return table(self._rows[:-1])
 
 
-def checked_plan(budget: int | str | None, plan: ExpertPlan) -> ExpertPlan:
+def checked_plan(plan: ExpertPlan, *, is_given: bool) -> ExpertPlan:
     """The plan, if the budget that it was made for is enough.
 
     Args:
-        budget: as the user gave it.
+        is_given: whether the user named that budget.
 
     Raises:
         BudgetError: the budget is below the minimum; the message lists what takes it.
     """
+    where = "memory_budget" if plan.host is None else f"memory_budget of {plan.device}"
     if plan.budget_bytes < plan.minimum_bytes:
-        parts = plan.describe().rsplit("\n", 1)[0].replace("\n", "\n    ")
+        parts = plan.least.replace("\n", "\n    ")
         raise BudgetError(
             "the memory budget is too small for this model",
             minimum_bytes=plan.minimum_bytes,
-            where="memory_budget"
-            if budget is not None
-            else f"memory_budget unset: {format_bytes(available_memory())} are free",
+            where=where if is_given else f"memory_budget unset: {format_bytes(plan.budget_bytes)} of what is free",
             expected=f"at least {format_bytes(plan.minimum_bytes)} ({plan.minimum_bytes} bytes):\n    {parts}",
             got=f"{format_bytes(plan.budget_bytes)} ({plan.budget_bytes} bytes)",
-            hint="raise memory_budget, or load in a smaller dtype",
+            hint="raise memory_budget, or load in a smaller dtype" + (', or with device_map="cpu"' if plan.host else ""),
         )
+    if plan.host is not None:
+        plan.host.check()
     return plan

@@ -14,20 +14,20 @@ activations and the KV cache come on top: about 0.3 GB plus the KV cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
-from hf_flash.base.sizes import format_bytes, parse_bytes
+from hf_flash.base.sizes import format_bytes
+from hf_flash.budget.ceilings import ceilings_of
 from hf_flash.budget.demand import LONGEST, Demand
+from hf_flash.budget.host_tier import HostTier, table
 from hf_flash.errors import BudgetError
-from hf_flash.machine.free_memory import available_memory
-
-_HEADROOM = 0.9  # share of the free memory that a budget of None takes: activations and the KV cache need the rest
 
 
-def ceiling_bytes(budget: int | str | None) -> int:
-    """A budget in bytes; `None` takes most of what is free on this machine."""
-    return int(available_memory() * _HEADROOM) if budget is None else parse_bytes(budget)
+def ceiling_bytes(budget: Any) -> int:
+    """A budget for a model that computes on the CPU, in bytes; `None` takes most of what is free on this machine."""
+    return ceilings_of(budget, None).host_bytes or 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class MemoryPlan:
     demand: Demand | None = field(
         default=None, repr=False, compare=False
     )  # what tokens need, where they do not need everything
+    device: str = "cpu"  # where all of this is
+    host: HostTier | None = None  # what is in this machine's memory, where that is a device such as a GPU
 
     @property
     def layers(self) -> int:
@@ -61,7 +63,10 @@ class MemoryPlan:
     @cached_property
     def capacities(self) -> tuple[int, ...]:
         """Neurons that each layer's window can hold."""
-        total = max(0, self.budget_bytes - self.minimum_bytes) // self.bundle_bytes
+        return self.divided(max(0, self.budget_bytes - self.minimum_bytes) // self.bundle_bytes)
+
+    def divided(self, total: int) -> tuple[int, ...]:
+        """How many of so many neurons each layer has room for."""
         if self.demand is not None:
             return self.demand.divide(total)
         return tuple(min(d_ff, total // self.layers) for d_ff in self.widths)
@@ -98,19 +103,27 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """The parts, one a line."""
+        return table(self._rows + (self.host.rows if self.host else []))
+
+    @property
+    def _rows(self) -> list[tuple[str, int]]:
         low, high = min(self.capacities), max(self.capacities)
         spread = f" ({low} to {high})" if low < high else ""
-        rows = [
+        return [
             ("embeddings, attention, norms, biases", self.resident_bytes),
             ("predictor", self.predictor_bytes),
             ("scratch buffers", self.scratch_bytes),
             (f"windows, {self.capacity} of {self.d_ff} neurons a layer{spread}", self.window_bytes),
         ]
-        return "\n".join(f"{name:<44}{format_bytes(size):>12}" for name, size in rows)
+
+    @property
+    def least(self) -> str:
+        """What the minimum consists of, one a line."""
+        return table(self._rows[:-1])
 
 
 def plan_memory(
-    budget: int | str | None,
+    budget: Any,
     *,
     resident_bytes: int,
     predictor_bytes: int,
@@ -118,22 +131,41 @@ def plan_memory(
     widths: tuple[int, ...],
     bundle_bytes: int,
     demand: Demand | None = None,
+    device: str | None = None,
+    buffer_bytes: int = 0,
 ) -> MemoryPlan:
-    """Divide a budget; `None` takes most of what is free on this machine.
+    """Divide a budget; `None` takes most of what is free on this machine, or on the device.
+
+    Args:
+        device: where the model computes, if that is not this machine's processor. buffer_bytes: here, then.
 
     Raises:
         BudgetError: the budget is below the minimum, its `minimum_bytes`; the message lists what takes it.
+        ConfigError: it is for another device.
     """
-    free, ceiling = available_memory(), ceiling_bytes(budget)
-    plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, widths, bundle_bytes, demand)
+    ceilings = ceilings_of(budget, device)
+    ceiling = (ceilings.host_bytes or 0) if device is None else ceilings.device_bytes
+    plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, widths, bundle_bytes, demand, device or "cpu")
+    if device is not None:
+        plan = replace(plan, host=_host_tier(ceilings.host_bytes, buffer_bytes, plan))
+    where = "memory_budget" if device is None else f"memory_budget of {device}"
     if ceiling < plan.minimum_bytes:
-        parts = plan.describe().rsplit("\n", 1)[0].replace("\n", "\n    ")
+        parts = plan.least.replace("\n", "\n    ")
         raise BudgetError(
             "the memory budget is too small for this model",
             minimum_bytes=plan.minimum_bytes,
-            where="memory_budget" if budget is not None else f"memory_budget unset: {format_bytes(free)} are free",
+            where=where if ceilings.is_given else f"memory_budget unset: {format_bytes(ceiling)} of what is free",
             expected=f"at least {format_bytes(plan.minimum_bytes)} ({plan.minimum_bytes} bytes):\n    {parts}",
             got=f"{format_bytes(ceiling)} ({ceiling} bytes)",
             hint="raise memory_budget, or load in a smaller dtype" + (", or without a predictor" if predictor_bytes else ""),
         )
+    if plan.host is not None:
+        plan.host.check()
     return plan
+
+
+def _host_tier(budget_bytes: int | None, buffer_bytes: int, plan: MemoryPlan) -> HostTier:
+    """Room for equally many tokens, or neurons, of each layer in this machine's memory."""
+    total = max(0, (budget_bytes or 0) - buffer_bytes) // plan.bundle_bytes
+    slots = plan.divided(total) if min(plan.capacities) < plan.d_ff else (0,) * plan.layers
+    return HostTier(budget_bytes, buffer_bytes, slots, (plan.bundle_bytes,) * plan.layers)

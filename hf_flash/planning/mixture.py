@@ -178,7 +178,7 @@ def plan_mixture(name: str, found: PlannedMixture, memory: int | str | None, dis
     most = found.divide(UNLIMITED, reader)
     whole = most.resident_bytes + most.scratch_bytes + most.window_bytes
     budget, free = budget_to_look_at(memory, most.dense_bytes, whole), ceiling_bytes(None)
-    wanted = checked_plan(memory, replace(most, budget_bytes=free if budget is None else budget))
+    wanted = checked_plan(replace(most, budget_bytes=free if budget is None else budget), is_given=memory is not None)
     speeds = measure_speeds(disk, found.read_size)
     shares = {most.dense_bytes * share // 100 for share in SHARES}
     sizes = shares | {most.minimum_bytes, min(free, whole), whole, wanted.budget_bytes}

@@ -631,7 +631,7 @@ def test_a_plan_never_exceeds_its_budget_and_wastes_none(
 @given(free=st.integers(0, 1 << 34))
 def test_an_unset_budget_stays_below_what_is_free(free: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_flash.budget.plan.available_memory", lambda: free)
+        patch.setattr("hf_flash.budget.ceilings.available_memory", lambda: free)
         plan = plan_memory(None, resident_bytes=0, predictor_bytes=0, scratch_bytes=0, widths=(8, 8), bundle_bytes=64)
     assert plan.window_bytes <= plan.budget_bytes <= free
 

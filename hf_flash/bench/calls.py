@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hf_flash.bench.clock import SLOW_S
+from hf_flash.bench.device import finish
 
 _WARM: Final = 2  # calls of a kind that are not timed
 _TIMED: Final = 5
@@ -55,13 +56,15 @@ def _median_ms(model: Any, text: _Text, tokens: int, prompt_tokens: int) -> floa
 
     def call(tokens: int, past: Any, **arguments: Any) -> Any:
         with torch.no_grad():
-            return model(text.next(tokens), past_key_values=past, use_cache=True, **arguments).past_key_values
+            return model(text.next(tokens).to(device), past_key_values=past, use_cache=True, **arguments).past_key_values
 
+    device = getattr(model, "device", torch.device("cpu"))
     is_prompt, ms = tokens > prompt_tokens, list[float]()
     past = None if is_prompt else call(prompt_tokens, None, **last_only)
     for _ in range(_WARM + _TIMED):
         start = perf_counter()
         after = call(tokens, past, **(last_only if is_prompt else {}))
+        finish(device)
         ms.append(1e3 * (perf_counter() - start))
         past = None if is_prompt else after
         if len(ms) > _WARM and ms[-1] > 1e3 * SLOW_S:

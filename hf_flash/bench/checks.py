@@ -56,12 +56,20 @@ def window_law(used: npt.NDArray[np.bool_], first: int, capacity: int) -> tuple[
     return read, kept
 
 
-def add_checks(row: dict[str, Any], points: Sequence[DiskPoint], dram_gb_per_s: float) -> dict[str, Any]:
-    """A row of hf_flash with `expected_ratio`, `disk_rate_share` and `floor_ms`; other rows as they are."""
+def add_checks(
+    row: dict[str, Any], points: Sequence[DiskPoint], dram_gb_per_s: float, bus_gb_per_s: float | None = None
+) -> dict[str, Any]:
+    """A row of hf_flash with `expected_ratio`, `disk_rate_share`, `floor_ms` and `bus_ms`; other rows as they are.
+
+    Args:
+        dram_gb_per_s: of the memory where layers compute. bus_gb_per_s: to it from this machine's, if that is another.
+    """
     if "stats" not in row:
         return row
     expected, count = row["expected_bytes"], row["stats"]["counters"]
     dram_ms, disk_ms = 1e3 * row["touched_bytes"] / (1e9 * dram_gb_per_s), 0.0
+    if bus_gb_per_s is not None:
+        row = row | {"bus_ms": 1e3 * row["bus_bytes"] / (1e9 * bus_gb_per_s)}
     share = None
     if row["stats"]["reader"] == DIRECT and count["reads"]:
         size, depth = row["run_bytes"], count["reads"] / count["calls"]

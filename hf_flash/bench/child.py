@@ -33,6 +33,7 @@ class Job:
     timeout: float
     calls: Sequence[tuple[int, int]] = ()  # rows and tokens
     forced: Sequence[int] = ()  # token ids that follow the prompt; none: those that the model chooses
+    device: str | None = None  # where all systems compute, if that is not this machine's processor
 
     def budget(self, system: System) -> int:
         """Bytes for weights in DRAM; the cap follows it."""
@@ -43,6 +44,7 @@ class Job:
         return {
             "kind": system.kind, "folder": str(self.folder if system.kind == "flash" else self.plain), "prompts": self.prompts,
             "tokens": self.tokens, "calls": self.calls, "forced": self.forced,
+            "device": self.device, "ffn_only": system.ffn_only,
             "in_memory": system.in_memory, "window_off": system.window_off, "torn": system.torn,
             "arguments": {"memory_budget": self.budget(system)} | system.arguments,
         }  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria
 
+from hf_flash.bench.device import finish
 from hf_flash.runtime.counters import FlashStats
 from hf_flash.runtime.flash_weights import OnFlash
 from hf_flash.runtime.model import FlashRuntime, runtime_of, stats
@@ -26,9 +27,11 @@ class StepClock(StoppingCriteria):
     Args:
         model: the flash model whose counters to read, if it is one.
         batch_size: sequences.
+        device: where the system computes.
     """
 
-    def __init__(self, model: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, batch_size: int, device: torch.device) -> None:
+        self._device = device
         self.model, self.times, self._disk_bytes = model, list[float](), list[int | None]()
         self._batch_size = batch_size
 
@@ -37,10 +40,11 @@ class StepClock(StoppingCriteria):
             stats(self.model, reset=True)
         if len(self.times) < 2:
             self._disk_bytes.append(_disk_bytes())
+        finish(self._device)
         self.times.append(perf_counter())
         steps = len(self.times) - 1
         slow = steps >= _SLOW_TOKENS and self.times[-1] - self.times[0] > SLOW_S * steps
-        return torch.full((len(input_ids),), slow, dtype=torch.bool, device="cpu")
+        return torch.full((len(input_ids),), slow, dtype=torch.bool, device=input_ids.device)
 
     def summary(self) -> dict[str, Any]:
         """Per step: milliseconds, and where they and the bytes went."""
@@ -67,6 +71,7 @@ class StepClock(StoppingCriteria):
             "read_bytes": count.read_bytes / steps,
             "missing_bytes": (count.missing_bytes + count.ahead_used * unit_bytes) / steps,  # without wrong guesses
             "touched_bytes": self._touched(snapshot, steps),
+            "bus_bytes": count.bus_bytes / steps,
             "reads": count.reads / steps,
             "run_bytes": count.read_bytes / max(1, count.reads),
             "read_gb_per_s": snapshot.read_gb_per_s,

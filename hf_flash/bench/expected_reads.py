@@ -74,13 +74,14 @@ class SelectionRecorder(Predictor):
 
     def select(self, x: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor | None:
         self._predictor.bias = self.bias
-        self._last = self._predictor.select(x, allowed)
-        return self._last
+        selected = self._predictor.select(x, allowed)
+        self._last = None if selected is None else selected.cpu()
+        return selected
 
     def _observe(self, x: torch.Tensor, ids: Ids, found: Values) -> None:
         if len(self._active) != len(x):
             self._active = np.zeros((len(x), self._d_ff), dtype=np.bool_)
-        self._active[:, ids] = self._is_active(found.before).numpy()
+        self._active[:, ids] = self._is_active(found.before).cpu().numpy()
 
     def _keep(self, *args: Any) -> None:
         used = self._active if self._last is None else self._last.numpy()

@@ -10,7 +10,7 @@ from typing import Any
 from hf_flash._version import __version__
 from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.plots import bench_drawings
-from hf_flash.bench.report import COLUMNS, call_names, cells, check_lines, conditions, disk_table, generated, step_name
+from hf_flash.bench.report import call_names, cells, check_lines, columns, conditions, disk_table, generated, step_name
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfd; --card: #fff; --text: #1c2130; --soft: #667085; --lines: #d9dde5;
@@ -54,7 +54,7 @@ def page(report: dict[str, Any]) -> str:
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>", *_about(report), *_cards(report),
         *(f"<h2>{title}</h2><figure>{drawing}</figure>" for title, drawing in bench_drawings(report)),
-        "<h2>All figures</h2>", *_table(report["rows"], step_name(report["settings"])),
+        "<h2>All figures</h2>", *_table(report, step_name(report["settings"])),
         *_calls(report["rows"], call_names(report["settings"])),
         *_lines("What hf_flash is held against", check_lines(report["rows"])),
         *_lines("The disk's curve", disk_table(report["disk"])),
@@ -102,16 +102,17 @@ def _cards(report: dict[str, Any]) -> Iterator[str]:
     yield "</div>"
 
 
-def _table(rows: list[dict[str, Any]], one: str) -> Iterator[str]:
+def _table(report: dict[str, Any], one: str) -> Iterator[str]:
+    rows, shown = report["rows"], columns(report)
     yield f'<div class="table"><table><tr><th>a {one}</th>'
-    yield "".join(f"<th>{heading}</th>" for heading, *_ in COLUMNS) + "<th>with</th></tr>"
+    yield "".join(f"<th>{heading}</th>" for heading, *_ in shown) + "<th>with</th></tr>"
     for row in rows:
         name, ours = escape(row["system"]), ' class="ours"' if row["system"] == "flash" else ""
         if "failed" in row:
-            reason = f'<td class="failed" colspan="{len(COLUMNS)}">failed: {escape(textwrap.shorten(row["failed"], 400))}</td>'
+            reason = f'<td class="failed" colspan="{len(shown)}">failed: {escape(textwrap.shorten(row["failed"], 400))}</td>'
             yield f"<tr><td>{name}</td>{reason}<td>{conditions(row)}</td></tr>"
             continue
-        found = "".join(f"<td>{cell}</td>" for cell in cells(row))
+        found = "".join(f"<td>{cell}</td>" for cell in cells(row, report))
         yield f"<tr{ours}><td>{name}</td>{found}<td>{conditions(row)}</td></tr>"
     yield "</table></div>"
 

@@ -13,14 +13,15 @@ import psutil
 import torch
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.bench.device import about_device
 from hf_flash.compute.dram_speed import dram_gb_per_s
 from hf_flash.machine.about import cpu_name, mount_of
 
 
-def machine(folder: Path) -> dict[str, Any]:
+def machine(folder: Path, device: str | None = None) -> dict[str, Any]:
     """What the figures depend on."""
     disk = mount_of(folder)
-    return {
+    found = {
         "cpu": cpu_name(),
         "cores": psutil.cpu_count(logical=True),
         "torch_threads": torch.get_num_threads(),
@@ -32,6 +33,7 @@ def machine(folder: Path) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")},
     }
+    return found if device is None else found | {"device": about_device(device)}
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -44,9 +46,10 @@ def describe(report: dict[str, Any]) -> str:
         f"{model['source']}: {format_bytes(model['dense_bytes'])}, {model['dtype']}; {generated(settings)}; {memory}",
         f"{host['cpu']}, {host['cores']} cores, {host['torch_threads']} torch threads, "
         f"DRAM {host['dram_gb_per_s']:.1f} GB/s; {host['disk']}; {host['kernel']}; {host['date']}",
+        *([device_line(host["device"])] if "device" in host else []),
         *report["notes"],
         "",
-        *_speed_table(report["rows"], step_name(settings)),
+        *_speed_table(report, step_name(settings)),
         *_calls_table(report["rows"], call_names(settings)),
         *check_lines(report["rows"]),
         "",
@@ -76,6 +79,25 @@ COLUMNS: Final = (  # heading, width, field, digits, unit
     ("load s", 8, "load_s", 1, 1),
     ("anon MB", 9, "peak_anonymous_bytes", 0, 1e6),
 )
+_DEVICE_COLUMNS: Final = (  # of rows that compute on a device
+    ("bus MB", 9, "bus_bytes", 2, 1e6),
+    ("bus ms", 8, "bus_ms", 2, 1),
+    ("peak MB", 9, "device_peak_bytes", 0, 1e6),
+)
+
+
+def columns(report: dict[str, Any]) -> tuple[tuple[str, int, str, int, float], ...]:
+    """The columns of a report's table of rows."""
+    return (*COLUMNS, *(_DEVICE_COLUMNS if "device" in report["machine"] else ()))
+
+
+def device_line(device: dict[str, Any]) -> str:
+    """A device, for people."""
+    pinned = "pinned" if device["pinned"] else "plain"
+    return (
+        f"{device['name']}, {format_bytes(device['memory_bytes'])} at {device['memory_gb_per_s']:.0f} GB/s; copies between it "
+        f"and {pinned} memory: {device['to_gb_per_s']:.1f} GB/s there, {device['from_gb_per_s']:.1f} back"
+    )
 
 
 def generated(settings: dict[str, Any]) -> str:
@@ -90,15 +112,16 @@ def step_name(settings: dict[str, Any]) -> str:
     return "step" if settings.get("batch_size", 1) > 1 else "token"
 
 
-def _speed_table(rows: list[dict[str, Any]], one: str) -> Iterator[str]:
+def _speed_table(report: dict[str, Any], one: str) -> Iterator[str]:
     """One system a line; all but the last columns are per token or step. MB: asked of the reader, or else of the disk."""
+    rows, shown = report["rows"], columns(report)
     wide = max(len(row["system"]) for row in rows) + 2
-    yield f"{f'a {one}:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in COLUMNS) + "  with"
+    yield f"{f'a {one}:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in shown) + "  with"
     for row in rows:
         if "failed" in row:
             yield f"{row['system']:<{wide}}  failed ({conditions(row)}): {row['failed'][:200]}"
             continue
-        found = "".join(f"{cell:>{width}}" for cell, (_, width, *_) in zip(cells(row), COLUMNS, strict=True))
+        found = "".join(f"{cell:>{width}}" for cell, (_, width, *_) in zip(cells(row, report), shown, strict=True))
         yield f"{row['system']:<{wide}}{found}  {conditions(row)}{_spread(row)}"
 
 
@@ -125,10 +148,10 @@ def _calls_table(rows: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
             yield f"{row['system']:<{wide}}" + "".join(f"{_number(row['calls_ms'].get(name), 1):>9}" for name in names)
 
 
-def cells(row: dict[str, Any]) -> Iterator[str]:
-    """A row's figures, by `COLUMNS`."""
+def cells(row: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
+    """A row's figures, by the report's `columns`."""
     values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
-    return (_number(values.get(key), digits, unit) for _, _, key, digits, unit in COLUMNS)
+    return (_number(values.get(key), digits, unit) for _, _, key, digits, unit in columns(report))
 
 
 def check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:

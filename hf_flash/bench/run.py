@@ -8,6 +8,7 @@ they can.
     stock-ram     transformers, all weights in memory, no cap: what one would like to have
     stock-cap     transformers as it is, under the cap: the kernel pages the weights in and out
     accelerate    every decoder layer on disk, under the cap
+    naive         of every decoder layer the feed-forward part on disk: the whole FFN is read, and copied, for every token
     none          hf_flash without a predictor: reads what does not fit, for every token
     hybrid        the paper's steps (table 2). Attention resident, the whole FFN read for every token
     +predictor    only predicted neurons, each of their parts a read of its own, nothing kept
@@ -65,6 +66,7 @@ def bench(
     disk_seconds: float = 0.3,
     seed: int = 0,
     notes: Sequence[str] = (),
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Measure decode speed.
 
@@ -91,6 +93,7 @@ def bench(
         disk_seconds: for each point of the disk's curve, which is measured between the rows: disks drift.
         seed: of the prompt.
         notes: what else the figures depend on, for the report.
+        device: where all systems compute, such as `"cuda:0"`: `memory` is of its memory, and nothing is capped. Unset: here.
 
     Returns:
         `machine`, `model`, `settings`, `disk` and `rows`, ready for JSON; with `check` also `same_tokens`.
@@ -105,9 +108,9 @@ def bench(
     budget, extra = parse_share(memory, dense), parse_bytes(headroom)
     prompts = _random_ids(folder, (batch_size, prompt_tokens), seed)
     follow = _forced(folder, forced, tokens, batch_size)
-    job = Job(folder, plain, prompts, tokens, dense, budget, extra, cap, timeout, calls, follow)
-    about_machine = machine(folder)
-    rows, curve = _run_in_turn(job, wanted, repeats, disk_seconds, about_machine["dram_gb_per_s"])
+    job = Job(folder, plain, prompts, tokens, dense, budget, extra, cap and device is None, timeout, calls, follow, device)
+    about_machine = machine(folder, device)
+    rows, curve = _run_in_turn(job, wanted, repeats, disk_seconds, about_machine)
     report: dict[str, Any] = {
         "machine": about_machine,
         "model": subject.about,
@@ -146,13 +149,15 @@ def bench_tiny(**settings: Any) -> dict[str, Any]:
 
 
 def _run_in_turn(
-    job: Job, systems: Sequence[System], repeats: int, disk_seconds: float, dram_gb_per_s: float
+    job: Job, systems: Sequence[System], repeats: int, disk_seconds: float, host: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], list[DiskPoint]]:
     """Run all systems one after the other, `repeats` times; the disk is measured before and after each.
 
     Returns:
         A row for each system, checked against the disk as it was around the run; and the disk's mean curve.
     """
+    there = host.get("device", {})
+    speeds = there.get("memory_gb_per_s", host["dram_gb_per_s"]), there.get("to_gb_per_s")
     runs: dict[str, list[dict[str, Any]]] = {system.label: [] for system in systems}
     curves = [disk_curve(job.folder, max_seconds=disk_seconds)]
     with tqdm(total=repeats * len(systems), desc="Benchmark", unit="system") as bar:
@@ -160,7 +165,7 @@ def _run_in_turn(
             bar.set_postfix_str(system.label)
             row = job.run(system)
             curves.append(disk_curve(job.folder, max_seconds=disk_seconds))
-            runs[system.label].append(add_checks(row, mean_curve(curves[-2:]), dram_gb_per_s))
+            runs[system.label].append(add_checks(row, mean_curve(curves[-2:]), *speeds))
             bar.update()
     return [_median_run(of_one) for of_one in runs.values()], mean_curve(curves)
 

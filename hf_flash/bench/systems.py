@@ -21,6 +21,7 @@ class System:
     kind: str = "flash"  # "stock", "accelerate" or "flash"
     capped: bool = True
     in_memory: bool = False  # stock: weights copied off the mapped file
+    ffn_only: bool = False  # accelerate: of every layer only the feed-forward part is on disk
     arguments: dict[str, Any] = field(default_factory=dict)  # flash: of FlashOffloadConfig
     window_off: bool = False  # flash: the least budget that the model runs in
     torn: Literal["bundles", "parts"] | None = None  # flash: what is a read of its own; else neighbours are coalesced
@@ -35,6 +36,7 @@ SYSTEMS: Final = {
         System("stock-ram", "stock", capped=False, in_memory=True),
         System("stock-cap", "stock"),
         System("accelerate", "accelerate"),
+        System("naive", "accelerate", ffn_only=True),
         System("none", arguments={"predictor": "none"}),
         System("hybrid", arguments={"predictor": "none", "lookahead": 0}, window_off=True),
         System("+predictor", arguments={"lookahead": 0}, window_off=True, torn="parts"),

@@ -11,6 +11,7 @@ again without a clock, to record what was selected (expected_reads.py).
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -24,11 +25,14 @@ from transformers.utils import logging
 from hf_flash.base.buffers import load_into_memory
 from hf_flash.bench.calls import time_calls
 from hf_flash.bench.clock import MemorySampler, StepClock
+from hf_flash.bench.device import peak_bytes
 from hf_flash.bench.expected_reads import expected_reads
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import BudgetError, HfFlashError
 from hf_flash.machine.cgroup import memory_peak
 from hf_flash.runtime.model import ExpertRuntime, find_runtime, runtime_of
+
+_FFN: Final = r"\.(fc1|fc2|mlp|feed_forward|ffn)(\.|$)"  # names of feed-forward parts, for the row "naive"
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +56,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hf-flash-bench-") as scratch:
         model = _LOADERS[spec["kind"]](spec, scratch)
         load_s = perf_counter() - start
-        clock = StepClock(model if spec["kind"] == "flash" else None, len(spec["prompts"]))
+        clock = StepClock(model if spec["kind"] == "flash" else None, len(spec["prompts"]), _device(spec))
         start = perf_counter()
         tokens = _generate(model, spec["prompts"], spec["tokens"], [clock], spec["forced"])
         found = {
@@ -62,6 +66,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "cgroup_peak_bytes": memory_peak(),
+            "device_peak_bytes": peak_bytes(_device(spec)),
         } | clock.summary() | memory.stop()  # fmt: skip
         prompts = spec["prompts"]
         found["calls_ms"] = time_calls(model, spec["calls"], len(prompts[0]), spec["forced"])
@@ -92,7 +97,7 @@ def _generate(model: Any, prompts: list[list[int]], tokens: int, criteria: list[
     Args:
         forced: the tokens that are to follow; none: those that the model chooses.
     """
-    ids = torch.tensor(prompts, dtype=torch.int64, device="cpu")
+    ids = torch.tensor(prompts, dtype=torch.int64, device=model.device)
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1,
         stopping_criteria=criteria, logits_processor=[_Forced(forced, ids.shape[1])] if forced else [],
@@ -101,29 +106,39 @@ def _generate(model: Any, prompts: list[list[int]], tokens: int, criteria: list[
     return new
 
 
+def _device(spec: dict[str, Any]) -> torch.device:
+    return torch.device(spec["device"] or "cpu")
+
+
 # --- the systems ---------------------------------------------------------------------------------------------------------
 
 
 def _load_stock(spec: dict[str, Any], scratch: str) -> Any:
     """Stock transformers. `in_memory` copies the weights off the mapped file, where they are slower and may be dropped."""
-    model = AutoModelForCausalLM.from_pretrained(spec["folder"])
+    model = AutoModelForCausalLM.from_pretrained(spec["folder"], device_map=spec["device"])
     if spec["in_memory"]:
         load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     return model
 
 
 def _load_accelerate(spec: dict[str, Any], scratch: str) -> Any:
-    """Every decoder layer on disk, read from the checkpoint's own files when it runs; the rest in memory."""
+    """Every decoder layer, or its feed-forward part, on disk, read from the checkpoint's own files when it runs; the rest in
+    memory, or on the device."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec["folder"]))
     layers = next(name for name, module in empty.named_modules() if isinstance(module, torch.nn.ModuleList))
-    device_map = {
-        name: "disk" if name.startswith(layers + ".") else "cpu"
-        for name, module in empty.named_modules()
-        if name.rpartition(".")[0] == layers or (not name.startswith(layers) and not list(module.children()))
-    }
+    place = str(spec["device"] or "cpu").replace("cpu:0", "cpu")  # accelerate and safetensors know no other name
+    leaves = {name for name, module in empty.named_modules() if not list(module.children())}
+    if spec["ffn_only"]:
+        device_map = {name: "disk" if re.search(_FFN, name) and name.startswith(layers) else place for name in leaves}
+    else:
+        device_map = {
+            name: "disk" if name.startswith(layers + ".") else place
+            for name, _ in empty.named_modules()
+            if name.rpartition(".")[0] == layers or (not name.startswith(layers) and name in leaves)
+        }
     return AutoModelForCausalLM.from_pretrained(spec["folder"], device_map=device_map, offload_folder=scratch)
 
 
@@ -131,21 +146,21 @@ def _load_flash(spec: dict[str, Any], scratch: str) -> Any:
     """hf_flash; the steps of the paper by taking parts of it away."""
     arguments = dict(spec["arguments"])
     if spec["window_off"]:
-        arguments["memory_budget"] = min(arguments["memory_budget"], _least_budget(spec["folder"], arguments))
-    model = _from_pretrained(spec["folder"], arguments)
+        arguments["memory_budget"] = min(arguments["memory_budget"], _least_budget(spec["folder"], arguments, spec["device"]))
+    model = _from_pretrained(spec["folder"], arguments, spec["device"])
     if spec["torn"]:
         find_runtime(model).engine.reader.tear_bundles(parts=spec["torn"] == "parts")
     return model
 
 
-def _from_pretrained(folder: str, arguments: dict[str, Any]) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=FlashOffloadConfig(**arguments))
+def _from_pretrained(folder: str, arguments: dict[str, Any], device: str | None) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=FlashOffloadConfig(**arguments), device_map=device)
 
 
-def _least_budget(folder: str, arguments: dict[str, Any]) -> int:
+def _least_budget(folder: str, arguments: dict[str, Any], device: str | None = None) -> int:
     """The minimum of this model with these arguments: no neuron is kept from one token to the next."""
     try:
-        _from_pretrained(folder, arguments | {"memory_budget": 1})
+        _from_pretrained(folder, arguments | {"memory_budget": 1}, device)
     except BudgetError as error:
         if error.minimum_bytes is not None:
             return error.minimum_bytes

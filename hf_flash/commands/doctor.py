@@ -25,7 +25,8 @@ from rich.text import Text
 from hf_flash._version import __version__
 from hf_flash.base.folders import scratch_file
 from hf_flash.base.sizes import format_bytes
-from hf_flash.bench.report import disk_table
+from hf_flash.bench.device import about_device
+from hf_flash.bench.report import device_line, disk_table
 from hf_flash.budget.expert_plan import ExpertPlan
 from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.compute import library as native
@@ -46,6 +47,7 @@ _LEAST_FILE: Final = 4 << 20  # to measure a disk with
 _SCRATCH_BYTES: Final = 64 << 20
 _TOKEN_BYTES: Final = 62_000_000  # what OPT-6.7B reads for a token at half of its memory (paper: 0.7 % of the FFN)
 _FAST: Final = 0.3  # GB/s of 16 KiB at random: these are then read in 0.2 s
+_SLOW_BUS: Final = 5.0  # GB/s to a GPU: PCIe 3 on 8 lanes has 7
 _NETWORK: Final = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "afs", "virtiofs")
 
 
@@ -110,7 +112,7 @@ def diagnose(folder: str | os.PathLike[str] | None = None, *, disk_seconds: floa
     wanted = Path(folder) if folder is not None else cache_folder(None)
     place = next(part for part in [wanted, *wanted.absolute().parents] if part.is_dir())
     points, disk = _disk(place, disk_seconds)
-    findings = [_versions(), _compiled(), _threads(), _dram(), _memory(), *_huge_pages(), *disk, _ring()]
+    findings = [_versions(), _compiled(), _threads(), _dram(), _memory(), *_huge_pages(), *_gpu(), *disk, _ring()]
     if folder is None:
         findings.append(_cache(wanted, place))
     elif (place / "config.json").exists():
@@ -195,6 +197,24 @@ def _huge_pages(path: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
         yield Finding("huge pages", FAIR, chosen, f"rows are read a quarter faster with them: echo madvise > {path}, as root")
     else:
         yield Finding("huge pages", GOOD, chosen)
+
+
+def _gpu() -> Iterator[Finding]:
+    """What an accelerator is, and how fast bytes get there; nothing where torch has none."""
+    if not torch.accelerator.is_available():
+        return
+    name = f"{torch.accelerator.current_accelerator()}:{torch.accelerator.current_device_index()}"
+    try:
+        device = about_device(name)
+    except RuntimeError as error:  # of whatever driver
+        yield Finding("GPU", FAIR, f"{name} does not answer", " ".join(str(error).split())[:200])
+        return
+    found, advice = device_line(device), None
+    if not device["pinned"]:
+        advice = "memory for copies is not pinned, so that they wait for one another: is `ulimit -l` low?"
+    elif device["to_gb_per_s"] < _SLOW_BUS:
+        advice = "slow: does the card have all its lanes? A layer's missing experts pass here for every token"
+    yield Finding("GPU", FAIR if advice else GOOD, found, advice)
 
 
 # --- disk --------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=positive, metavar="N", help="rounds; a row shows its median one (default 1)")
     add("--timeout", type=positive, metavar="SECONDS", help="for each system (default 1800)")
     add("--cap", action=argparse.BooleanOptionalAction, default=True, help="whether to cap memory (default yes)")
+    add("--device", metavar="DEVICE", help="where all systems compute, such as cuda:0; --memory is of its memory then")
     add("--check", action="store_true", help="fail if flash generates other tokens than without a cap")
     add("--note", action="append", default=[], metavar="TEXT", help="a line for the report; may be repeated")
     add_json(parser)
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of [`bench`] that the command line names. What it leaves out has defaults there."""
-    named = "tokens", "prompt_tokens", "batch_size", "forced", "memory", "headroom", "repeats", "timeout"
+    named = "tokens", "prompt_tokens", "batch_size", "forced", "memory", "headroom", "repeats", "timeout", "device"
     settings = {name: value for name in named if (value := getattr(args, name)) is not None}
     settings |= {"calls": args.calls, "cap": args.cap, "check": args.check, "notes": args.note}
     settings["arguments"] = {name: value for group in args.flash_arg for name, value in group.items()}

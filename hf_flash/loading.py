@@ -32,7 +32,7 @@ from hf_flash.packing.flash_cache import cached_store
 from hf_flash.predictors.base import PredictorFormat, find_predictor
 from hf_flash.predictors.choice import fresh_format, stored_choice, stored_format
 from hf_flash.runtime.attach import attach
-from hf_flash.runtime.devices import stay_on_cpu
+from hf_flash.runtime.devices import stay_there
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.lookahead import add_lookahead
 from hf_flash.runtime.swap import replace_feed_forwards
@@ -53,6 +53,7 @@ class Loading:
         checkpoint: the files that the other weights come from.
         fmt: the predictor; `None`: every neuron is used.
         ffns: the blocks that were replaced, by layer.
+        device: where they compute, if that is not this machine's processor.
     """
 
     family: Family
@@ -61,23 +62,28 @@ class Loading:
     plan: MemoryPlan
     fmt: PredictorFormat | None
     ffns: Sequence[FlashFFN]
+    device: torch.device | None
 
     def finish(self, model: Any, config: FlashOffloadConfig) -> None:
         """Everything after the other weights are loaded."""
-        attach(model, config, self.family, self.plan, self.store, self.checkpoint, self.fmt, self.ffns)
+        attach(model, config, self.family, self.plan, self.store, self.checkpoint, self.fmt, self.ffns, self.device)
         ahead = config.lookahead
         if ahead is None:
-            ahead = int(usable_cores() > torch.get_num_threads())  # both cores busy: it costs what it hides
+            spare_core = usable_cores() > torch.get_num_threads()  # both cores busy: it costs what it hides
+            ahead = int(spare_core and self.device is None)  # a device would be waited for once more
         if ahead and self.fmt is not None:
             add_lookahead(model, self.family, self.ffns)
 
 
-def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None, *, repacked: bool) -> Loading | ExpertLoading:
+def prepare(
+    model: Any, config: FlashOffloadConfig, files: Sequence[str] | None, *, repacked: bool, device: torch.device | None = None
+) -> Loading | ExpertLoading:
     """Everything before weights are loaded.
 
     Args:
         files: that transformers found for the checkpoint.
         repacked: whether the checkpoint has a store; otherwise one is made in the flash cache.
+        device: where the model computes, if that is not this machine's processor.
 
     Raises:
         UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not so.
@@ -94,12 +100,18 @@ def prepare(model: Any, config: FlashOffloadConfig, files: Sequence[str] | None,
     found = given_files(str(model.config.name_or_path), files)
     checkpoint = Checkpoint.open(found)
     if expert_modules(model):
-        return prepare_experts(model, config, checkpoint)
-    return _prepare_neurons(model, config, checkpoint, found, repacked=repacked)
+        return prepare_experts(model, config, checkpoint, device)
+    return _prepare_neurons(model, config, checkpoint, found, device, repacked=repacked)
 
 
 def _prepare_neurons(
-    model: Any, config: FlashOffloadConfig, checkpoint: Checkpoint, found: list[Path], *, repacked: bool
+    model: Any,
+    config: FlashOffloadConfig,
+    checkpoint: Checkpoint,
+    found: list[Path],
+    device: torch.device | None,
+    *,
+    repacked: bool,
 ) -> Loading:
     if config.checkpoint_quantization is not None:
         raise UnsupportedModelError(
@@ -118,15 +130,15 @@ def _prepare_neurons(
     fmt: PredictorFormat | None
     if store is not None:
         wanted = stored_format(config, family, model.config, store)
-        plan, fmt = _divide(model, config, family, unit, store, wanted)
+        plan, fmt = _divide(model, config, family, unit, store, wanted, device)
     else:
-        plan, copied = _divide(model, config, family, unit, None, fresh_format(config, family, model.config))
+        plan, copied = _divide(model, config, family, unit, None, fresh_format(config, family, model.config), device)
         store, fmt = cached_store(checkpoint, family, copied, config.cache_dir), copied
     if fmt is not None:
         find_predictor(store, fmt)
     config.remember(**stored_choice(fmt))
     ignore_on_load(model, family.store_keys)
-    return Loading(family, checkpoint, store, plan, fmt, ffns)
+    return Loading(family, checkpoint, store, plan, fmt, ffns, device)
 
 
 def finish(model: Any, config: FlashOffloadConfig, loading: Loading | ExpertLoading) -> None:
@@ -134,7 +146,7 @@ def finish(model: Any, config: FlashOffloadConfig, loading: Loading | ExpertLoad
     plan = loading.plan
     loading.finish(model, config)
     give_flash_class(model)
-    stay_on_cpu(model)
+    stay_there(model)
     logger.info(
         "hf_flash: memory budget %s%s\n%s",
         format_bytes(plan.budget_bytes),
@@ -146,7 +158,13 @@ def finish(model: Any, config: FlashOffloadConfig, loading: Loading | ExpertLoad
 
 
 def _divide(
-    model: Any, config: FlashOffloadConfig, family: Family, unit: UnitLayout, store: FlashStore | None, fmt: Format | None
+    model: Any,
+    config: FlashOffloadConfig,
+    family: Family,
+    unit: UnitLayout,
+    store: FlashStore | None,
+    fmt: Format | None,
+    device: torch.device | None,
 ) -> tuple[MemoryPlan, Format | None]:
     """Divide the memory budget. A predictor `fmt` that nobody named, and that does not fit, is left out: `None`."""
     shape, dtype = family.shape(model.config), model.config.dtype
@@ -155,7 +173,7 @@ def _divide(
 
     def plan(fmt: PredictorFormat | None) -> MemoryPlan:
         demand = expected_demand(fmt, shape, store)
-        reading: Any = {"reader": config.reader, "io_threads": config.io_threads}
+        reading: Any = {"reader": config.reader, "io_threads": config.io_threads, "device": device}
         return divide_memory(budget, resident, fmt, shape, unit, dtype, demand=demand, **reading)
 
     try:

@@ -17,9 +17,15 @@ import torch
 
 from hf_flash.base.buffers import allocate_pages, load_into_memory
 from hf_flash.base.heap import trim_heap
-from hf_flash.budget.divide_experts import PASSING_SLOTS, divide_experts, wide_numbers
+from hf_flash.budget.ceilings import ceilings_of
+from hf_flash.budget.divide_experts import (
+    PASSING_SLOTS,
+    RING_SLOTS,
+    divide_experts,
+    divide_experts_on_device,
+    wide_numbers,
+)
 from hf_flash.budget.expert_plan import ExpertPlan, checked_plan
-from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.config import AUTO, FlashOffloadConfig
 from hf_flash.errors import ConfigError, StoreFormatError
 from hf_flash.families.expert_check import check_experts
@@ -28,6 +34,7 @@ from hf_flash.families.quantized import quantization_of
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.reading.experts import ExpertPlaces, ExpertReader
 from hf_flash.runtime.attention import make_attention_resident
+from hf_flash.runtime.device_experts import DeviceExperts, SharedOnDevice
 from hf_flash.runtime.engine import ExpertEngine
 from hf_flash.runtime.expert_lookahead import add_expert_lookahead
 from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
@@ -51,18 +58,44 @@ class ExpertLoading:
     layers: list[FlashExperts]
     dtypes: dict[str, torch.dtype]  # of the other weights, where the checkpoint is quantized
     table: tuple[FlashEmbedding, Table] | None  # of embeddings, if it stays on flash
+    device: torch.device | None  # where it computes, if that is not this machine's processor
 
     def finish(self, model: Any, config: FlashOffloadConfig) -> None:
         """Everything after the other weights are loaded."""
         _as_built(model, self.dtypes)
         load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
         plan, dtype = self.plan, model.config.dtype
-        spare_bytes = available_memory() - plan.scratch_bytes - plan.window_bytes  # for the page cache
+        window_bytes = plan.window_bytes if plan.host is None else plan.host.window_bytes
+        spare_bytes = available_memory() - plan.scratch_bytes - window_bytes  # for the page cache
         reader = ExpertReader(self.places, config.reader, config.io_threads, spare_bytes)
         self.checkpoint.check_unchanged()  # while it was opened and read
         trim_heap()
         wide = torch.empty(wide_numbers(self.places.layers, dtype), dtype=torch.float32, device="cpu")
         engine = ExpertEngine(reader, dtype, wide)
+        if self.device is None:
+            self._attach(engine, wide)
+        else:
+            self._attach_on_device(engine, self.device)
+        for layer in self.layers:
+            layer.flash_weights = {
+                param: ExpertStack(layer.layer, param, self.checkpoint, bool(layer.is_transposed), dtype)
+                for param in (layer.layer.first, SECOND)
+            }
+        if self.table is not None:
+            self.table[0].attach(engine, self.table[1])
+        if self.device is None:
+            make_linears_resident(model, engine)
+            make_attention_resident(model)
+            if config.lookahead:
+                add_expert_lookahead(model, self.layers, plan.used)
+        table = self.table[0] if self.table else None
+        runtime = ExpertRuntime(config, plan, self.checkpoint, engine, self.layers, table, kv_cache_bytes(model))
+        model.flash_runtime = runtime
+        engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle
+
+    def _attach(self, engine: ExpertEngine, wide: torch.Tensor) -> None:
+        """Slots in this machine's memory."""
+        plan = self.plan
         windows = [
             ExpertSlots(layer.experts, _memory(count, size))
             for layer, count, size in zip(self.places.layers, plan.capacities, plan.slot_bytes, strict=True)
@@ -70,24 +103,34 @@ class ExpertLoading:
         passing = PassingSlots(_memory(PASSING_SLOTS, max(plan.slot_bytes)), windows)
         for layer, mine in zip(self.layers, windows, strict=True):
             layer.attach(engine, mine, passing, wide)
-            layer.flash_weights = {
-                param: ExpertStack(layer.layer, param, self.checkpoint, bool(layer.is_transposed), dtype)
-                for param in (layer.layer.first, SECOND)
-            }
-        if self.table is not None:
-            self.table[0].attach(engine, self.table[1])
-        make_linears_resident(model, engine)
-        make_attention_resident(model)
-        if config.lookahead:
-            add_expert_lookahead(model, self.layers, plan.used)
-        table = self.table[0] if self.table else None
-        runtime = ExpertRuntime(config, plan, self.checkpoint, engine, self.layers, table, kv_cache_bytes(model))
-        model.flash_runtime = runtime
-        engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle
+
+    def _attach_on_device(self, engine: ExpertEngine, device: torch.device) -> None:
+        """Slots on a device, and behind them what the budget leaves in this machine's memory."""
+        plan, host = self.plan, self.plan.host
+        assert host is not None
+        shared = SharedOnDevice(
+            device, max(plan.slot_bytes), max(self.places.slot_bytes), passing=PASSING_SLOTS, ring=RING_SLOTS
+        )
+        found = [
+            DeviceExperts(layer, index, engine, shared, on_device, on_host)
+            for index, (layer, on_device, on_host) in enumerate(
+                zip(self.places.layers, plan.capacities, host.slots, strict=True)
+            )
+        ]
+        engine.device, engine.on_device = device, shared
+        tiers = [slots for layer in found for slots in (layer.tiers.device, layer.tiers.host)]
+        interrupted = PassingSlots(np.empty((0, 0), np.uint8), [*tiers, shared.ring])
+        for layer, mine in zip(self.layers, found, strict=True):
+            layer.attach_on_device(engine, mine, interrupted)
 
 
-def prepare_experts(model: Any, config: FlashOffloadConfig, checkpoint: Checkpoint) -> ExpertLoading:
+def prepare_experts(
+    model: Any, config: FlashOffloadConfig, checkpoint: Checkpoint, device: torch.device | None
+) -> ExpertLoading:
     """Everything before weights are loaded.
+
+    Args:
+        device: where the model computes, if that is not this machine's processor.
 
     Raises:
         UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not so.
@@ -104,14 +147,14 @@ def prepare_experts(model: Any, config: FlashOffloadConfig, checkpoint: Checkpoi
     places = ExpertPlaces(locate_experts(model, checkpoint), checkpoint)
     layers = [put_on_flash(model.get_submodule(layer.name), index, layer) for index, layer in enumerate(places.layers)]
     left = table_to_leave(model, checkpoint)
-    plan = _divide(model, config, places, left[0] if left else None)
+    plan = _divide(model, config, places, left[0] if left else None, device)
     table = None
     if left and plan.is_table_on_flash:
         table = put_table_on_flash(model, left[0]), Table(*left, checkpoint, model.config.dtype)
         ignore_on_load(model, [rf"^{re.escape(left[0])}$"])
     ignore_on_load(model, [rf"(^|\.){re.escape(layer.name)}\.({layer.first}|{SECOND})$" for layer in places.layers])
     dtypes = {} if quantization_of(model.config) is None else loaded_dtypes(model, model.config.dtype)
-    return ExpertLoading(checkpoint, places, plan, layers, dtypes, table)
+    return ExpertLoading(checkpoint, places, plan, layers, dtypes, table, device)
 
 
 def _as_built(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -131,18 +174,25 @@ def _as_built(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
         weight.data = weight.data.to(wanted)
 
 
-def _divide(model: Any, config: FlashOffloadConfig, places: ExpertPlaces, table: str | None) -> ExpertPlan:
+def _divide(
+    model: Any, config: FlashOffloadConfig, places: ExpertPlaces, table: str | None, device: torch.device | None
+) -> ExpertPlan:
     """Divide the memory budget. Raises `BudgetError`.
 
     Args:
         table: the parameter that may stay on flash.
     """
-    budget, dtype = None if config.memory_budget == AUTO else config.memory_budget, model.config.dtype
-    used = experts_per_token(model, places.layers)
+    ceilings = ceilings_of(
+        None if config.memory_budget == AUTO else config.memory_budget, None if device is None else str(device)
+    )
+    dtype, used = model.config.dtype, experts_per_token(model, places.layers)
     table_bytes = model.get_parameter(table).numel() * dtype.itemsize if table else 0
-    sizes = resident_bytes(model, dtype), table_bytes, places.layers, places.slot_bytes, dtype, used
-    plan = divide_experts(ceiling_bytes(budget), *sizes, reader=config.reader, io_threads=config.io_threads)
-    return checked_plan(budget, plan)
+    sizes, reading = (resident_bytes(model, dtype), table_bytes), {"reader": config.reader, "io_threads": config.io_threads}
+    if device is not None:
+        plan = divide_experts_on_device(ceilings, *sizes, places, dtype, used, **reading)
+    else:
+        plan = divide_experts(ceilings.host_bytes or 0, *sizes, places.layers, places.slot_bytes, dtype, used, **reading)
+    return checked_plan(plan, is_given=ceilings.is_given)
 
 
 def _memory(count: int, nbytes: int) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from transformers.quantizers import HfQuantizer
 
 from hf_flash.config import FlashOffloadConfig
-from hf_flash.errors import ConfigError, UsageError
+from hf_flash.errors import UsageError
 
 _AUTOMATIC: Final = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that transformers works out
 
@@ -21,28 +21,24 @@ class FlashHfQuantizer(HfQuantizer):
 
     quantization_config: FlashOffloadConfig
 
+    _device: Any = None  # where the model computes, if that is not this machine's processor
+
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse device maps that make no sense here."""
-        places = {str(place) for place in (device_map.values() if isinstance(device_map, dict) else [device_map])}
-        if "disk" in places:
-            raise ConfigError(
-                "hf_flash already keeps the FFN weights on disk",
-                where="device_map",
-                got=device_map,
-                hint='remove "disk" from device_map; memory_budget says how much may stay in DRAM',
-            )
-        if places - {"None", "cpu", *_AUTOMATIC}:
-            raise ConfigError(
-                "the FFN computes on the CPU",
-                where="device_map",
-                expected='"cpu", "auto" or None',
-                got=device_map,
-                hint="lm-eval, which passes its --device on: --device cpu",
-            )
+        if device_map is None or isinstance(device_map, str):
+            return
+        from hf_flash.runtime.devices import check_places
+
+        check_places(device_map)
 
     def update_device_map(self, device_map: Any) -> Any:
-        """`"auto"` means the CPU, where the FFN computes."""
-        return {"": "cpu"} if isinstance(device_map, str) and device_map in _AUTOMATIC else device_map
+        """`"auto"` means the accelerator, where there is one."""
+        from hf_flash.runtime.devices import automatic_map, device_of
+
+        if isinstance(device_map, str) and device_map in _AUTOMATIC:
+            device_map = automatic_map()
+        self._device = device_of(next(iter(device_map.values()))) if device_map else None
+        return device_map
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -50,7 +46,9 @@ class FlashHfQuantizer(HfQuantizer):
         from hf_flash import loading
 
         repacked = self.pre_quantized and self.quantization_config.checkpoint_quantization is None
-        self._loading = loading.prepare(model, self.quantization_config, checkpoint_files, repacked=repacked)
+        self._loading = loading.prepare(
+            model, self.quantization_config, checkpoint_files, repacked=repacked, device=self._device
+        )
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """What is not on flash becomes plain numbers, by transformers' own quantizer for such a checkpoint."""

@@ -111,6 +111,7 @@ def shrink(config: Any) -> None:
 
 def answers(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
     """Logits of a batch, of the batch left-padded, and what is generated."""
+    ids = ids.to(model.device)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     padded = ids.masked_fill(mask == 0, SPECIAL["pad_token_id"])
@@ -118,7 +119,7 @@ def answers(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
         plain = model(ids).logits
         behind = model(padded, attention_mask=mask).logits[:, 4:]
         tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    return plain, behind, tokens.tolist()
+    return plain.cpu(), behind.cpu(), tokens.tolist()
 
 
 def differs(found: Any, wanted: Any) -> str:
@@ -141,8 +142,8 @@ def stock_model(model_type: str, folder: Path) -> tuple[Any, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).eval(), torch.randint(4, 100, (2, 12))
 
 
-def attempt(model_type: str) -> tuple[str, str]:
-    """What becomes of a kind of model, and why."""
+def attempt(model_type: str, device: str | None) -> tuple[str, str]:
+    """What becomes of a kind of model on a device, and why."""
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(tiny_config(model_type))
@@ -165,19 +166,19 @@ def attempt(model_type: str) -> tuple[str, str]:
         except Exception as error:  # noqa: BLE001
             return "not buildable", reason(error)
         try:
-            return flash_is_equal(Path(place), ids, wanted, family)
+            return flash_is_equal(Path(place), ids, wanted, family, device)
         except UnsupportedModelError as error:
             return "refused", str(error)
         except Exception as error:  # noqa: BLE001
             return "broken", reason(error)
 
 
-def flash_is_equal(place: Path, ids: torch.Tensor, wanted: Any, family: Any) -> tuple[str, str]:
+def flash_is_equal(place: Path, ids: torch.Tensor, wanted: Any, family: Any, device: str | None) -> tuple[str, str]:
     """Load what is saved in `place` / "plain" with hf_flash, and once more after saving it."""
 
     def load(folder: Path) -> Any:
         config = FlashOffloadConfig(predictor="none", cache_dir=str(place / "cache"))
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map=device)
 
     flash = load(place / "plain")
     if problem := differs(answers(flash, ids), wanted):
@@ -232,6 +233,7 @@ def main() -> int:
     parser.add_argument("types", nargs="*", metavar="MODEL_TYPE", help="default: all")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
+    parser.add_argument("--device", help="where flash models compute; cpu:0 tries the way of GPUs on the CPU")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -241,7 +243,7 @@ def main() -> int:
     for model_type in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         signal.alarm(SECONDS)
         try:
-            found[model_type] = attempt(model_type)
+            found[model_type] = attempt(model_type, args.device)
         except TimeoutError as error:
             found[model_type] = "not buildable", str(error)
         finally:

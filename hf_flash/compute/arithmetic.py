@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_flash.base.arrays import Ids, count_uses
+from hf_flash.base.arrays import Ids, Mask, count_uses
 from hf_flash.base.buffers import aligned_empty
 from hf_flash.compute import dense
 from hf_flash.compute import library as native
@@ -70,6 +70,12 @@ def block_rows(d_ff: int, tokens: int) -> int:
     """
     rows = min(1024, max(64, d_ff // 4), d_ff)
     return min(2 * rows, d_ff) if tokens == 1 else rows
+
+
+def last_uses(active: Mask) -> Ids:
+    """The number of the last token that uses each neuron, from 1 on; 0: none does. `active` is bool [tokens, n]."""
+    found: Ids = np.where(active.any(axis=0), len(active) - np.argmax(active[::-1], axis=0), 0)
+    return found
 
 
 class OneToken(Protocol):
@@ -204,8 +210,7 @@ class Arithmetic:
             before: pre-activations, [tokens, n] in the dtype of compute.
         """
         active = self.activation.active(before).numpy()
-        uses = count_uses(active)
-        return uses, np.where(uses > 0, len(active) - np.argmax(active[::-1], axis=0), 0)
+        return count_uses(active), last_uses(active)
 
 
 class CompiledArithmetic(Arithmetic):

@@ -50,38 +50,50 @@ def decode(piece: Piece, numbers: Bytes, scales: Bytes, rows: slice, dtype: torc
         [rows, columns] in `dtype`.
     """
     assert piece.scales is not None
-    count, columns = rows.stop - rows.start, piece.columns
-    first = rows.start // piece.scales.block_rows * piece.grid[1] * piece.scales.dtype.itemsize
-    mine = numbers[bytes_of(rows.start * columns, piece.dtype) : bytes_of(rows.stop * columns, piece.dtype)]
     library = native.library()
     if library is None or not is_known(piece):
-        return _decoded(piece, torch.from_numpy(mine), torch.from_numpy(scales[first:]), count).to(dtype)
-    out = torch.empty(count, columns, dtype=dtype, device="cpu")
+        return decode_with_torch(piece, torch.from_numpy(numbers), torch.from_numpy(scales), rows).to(dtype)
+    count = rows.stop - rows.start
+    first_number, first_scale = _begin(piece, rows)
+    out = torch.empty(count, piece.columns, dtype=dtype, device="cpu")
     job = LinearJob(
-        weight=mine.ctypes.data, out=out.data_ptr(), rows=count, columns=columns, scales=scales_of(piece), dtype=DTYPES[dtype],
-        weight_dtype=CODES[piece.dtype], threads=native.threads(),
+        weight=numbers.ctypes.data + first_number, out=out.data_ptr(), rows=count, columns=piece.columns,
+        scales=scales_of(piece), dtype=DTYPES[dtype], weight_dtype=CODES[piece.dtype], threads=native.threads(),
     )  # fmt: skip
-    job.scales.at = scales.ctypes.data + first
+    job.scales.at = scales.ctypes.data + first_scale
     library.hf_decode(ctypes.byref(job))
     return out
 
 
-def _decoded(piece: Piece, numbers: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
-    """The same in fp32, without the compiled part."""
+def _begin(piece: Piece, rows: slice) -> tuple[int, int]:
+    """The bytes of its numbers and of its scales where these rows begin."""
     assert piece.scales is not None
+    first_scale = rows.start // piece.scales.block_rows * piece.grid[1] * piece.scales.dtype.itemsize
+    return bytes_of(rows.start * piece.columns, piece.dtype), first_scale
+
+
+def decode_with_torch(piece: Piece, numbers: torch.Tensor, scales: torch.Tensor, rows: slice) -> torch.Tensor:
+    """The same in fp32, without the compiled part and on any device.
+
+    Args:
+        numbers, scales: uint8, the whole piece, contiguous.
+    """
+    assert piece.scales is not None
+    count, (first_number, first_scale) = rows.stop - rows.start, _begin(piece, rows)
+    mine = numbers[first_number : first_number + bytes_of(count * piece.columns, piece.dtype)]
     if piece.dtype == E2M1:
-        table, codes = np.array(_E2M1_VALUES, np.float32), numbers.numpy()
-        found = np.empty((len(codes), 2), np.float32)
-        found[:, 0], found[:, 1] = table[codes & 15], table[codes >> 4]
-        plain = torch.from_numpy(found).view(rows, piece.columns)
+        table = torch.tensor(_E2M1_VALUES, dtype=torch.float32, device=numbers.device)
+        plain = table[torch.stack([mine & 15, mine >> 4], dim=-1).int()].view(count, piece.columns)
     else:
-        plain = numbers.view(piece.dtype).view(rows, piece.columns).float()
-    blocks = -(-rows // piece.scales.block_rows), piece.grid[1]
-    grid = scales[: blocks[0] * blocks[1] * piece.scales.dtype.itemsize].view(piece.scales.dtype).view(blocks).float()
-    by_row = grid.repeat_interleave(piece.scales.block_rows, 0)[:rows]
-    for at, part in enumerate(torch.split(plain, piece.scales.block_columns, dim=1)):
-        part.mul_(by_row[:, at : at + 1])
-    return plain
+        plain = mine.view(piece.dtype).view(count, piece.columns).float()
+    blocks = -(-count // piece.scales.block_rows), piece.grid[1]
+    mine = scales[first_scale : first_scale + blocks[0] * blocks[1] * piece.scales.dtype.itemsize]
+    grid = mine.view(piece.scales.dtype).view(blocks).float()
+    by_row = grid.repeat_interleave(piece.scales.block_rows, 0)[:count]
+    whole = piece.columns // piece.scales.block_columns
+    if whole * piece.scales.block_columns == piece.columns:
+        return plain.view(count, whole, -1).mul_(by_row.unsqueeze(-1)).view(count, -1)
+    return plain.mul_(by_row.repeat_interleave(piece.scales.block_columns, 1)[:, : piece.columns])
 
 
 def are_numbers(piece: Piece, scales: Bytes) -> bool:

@@ -65,16 +65,16 @@ def reads_as(piece: Piece, dtype: torch.dtype) -> bool:
     return piece.dtype == dtype or (piece.dtype, dtype) in _WIDENED or coded.is_known(piece)
 
 
-def decoded_rows(piece: Piece, dtype: torch.dtype) -> int:
+def decoded_rows(piece: Piece, dtype: torch.dtype, *, with_torch: bool = False) -> int:
     """Rows of a piece with scales that become plain numbers at a time."""
     assert piece.scales is not None
-    block = piece.scales.block_rows
-    return min(piece.rows, max(1, _DECODED_BYTES // (block * piece.columns * decoded_size(piece, dtype))) * block)
+    row_bytes = piece.columns * decoded_size(piece, dtype, with_torch=with_torch)
+    return min(piece.rows, max(1, _DECODED_BYTES // (piece.scales.block_rows * row_bytes)) * piece.scales.block_rows)
 
 
-def decoded_size(piece: Piece, dtype: torch.dtype) -> int:
+def decoded_size(piece: Piece, dtype: torch.dtype, *, with_torch: bool = False) -> int:
     """The most bytes that a number of a piece with scales takes on its way to a plain one."""
-    compiled = native.library() is not None and coded.is_known(piece)
+    compiled = native.library() is not None and coded.is_known(piece) and not with_torch
     return dtype.itemsize if compiled else dtype.itemsize + 3 * torch.float32.itemsize
 
 

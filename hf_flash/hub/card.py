@@ -73,7 +73,7 @@ def _loading(name: str, task: str, budget: str, without: str) -> Iterator[str]:
     yield from ("```", "")
     yield (
         f'`quantization_config=hf_flash.FlashOffloadConfig(memory_budget="{budget}")` sets a ceiling on the weights in memory; '
-        "left out, it is most of what is free. Computing is done on the CPU."
+        "left out, it is most of what is free."
     )
     yield from ("", without)
 

@@ -275,4 +275,4 @@ def _same(value: torch.Tensor, stored: torch.Tensor) -> bool:
     mine, theirs = value.reshape(-1), stored.reshape(-1)
     step = 1 << 22
     parts = (slice(at, at + step) for at in range(0, len(mine), step))
-    return all(torch.equal(mine[part], theirs[part].to(value.dtype)) for part in parts)
+    return all(torch.equal(mine[part].cpu(), theirs[part].to(value.dtype)) for part in parts)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -28,6 +28,8 @@ from hf_flash.store.layout import FlashStore
 from hf_flash.store.names import META
 from hf_flash.store.safetensors_files import TensorSpec, read_header, read_tensor
 from hf_flash.store.writer import predictor_metadata, write_safetensors
+
+CPU: Final = torch.device("cpu")
 
 
 class Predictor(ABC):
@@ -104,8 +106,8 @@ class PredictorFormat(Protocol):
         """What the loaded predictors of all layers hold."""
         ...
 
-    def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> Predictor:
-        """The predictor of one layer; `bias` [d_ff] is that of the projection that decides."""
+    def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None, device: torch.device = CPU) -> Predictor:
+        """The predictor of one layer; `bias` [d_ff] is that of the projection that decides, `device` the one that computes."""
         ...
 
     def made_up(self, d_ff: int, d_model: int) -> Predictor:

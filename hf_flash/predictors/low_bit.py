@@ -30,6 +30,8 @@ logger = logging.getLogger("hf_flash")
 _ROWS: Final = 1024  # rows packed or widened at a time
 _INT8_COLUMNS: Final = 16  # torch's int8 product takes columns in steps of a vector register, 16 floats at most
 _TOKENS: Final = 256  # tokens multiplied at a time
+_WIDENED: Final = 1 << 22  # numbers that a device widens at a time
+_WIDENING_BYTES: Final = 24  # that a number takes meanwhile, at most
 _SHRINK: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # candidate scales, as shares of the full range of a group
 
 
@@ -212,6 +214,52 @@ class Int4Matrix:
             return widen(self._codes[rows], self._scales[rows], self._zeros[rows])
 
         return _plain_product(x, rows_of, len(self._codes))
+
+
+class DeviceMatrix:
+    """8 or 4 bits on a device, widened some rows at a time by torch's own operators.
+
+    Args:
+        codes, scales, zeros: as [`quantize_rows`] returns them; `zeros` is `None` in 8 bits.
+        device: of the copies.
+    """
+
+    compiled: Product | None = None
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, device: torch.device) -> None:
+        self._codes, self._scales = codes.to(device, copy=True), scales.to(device, copy=True)
+        self._zeros = None if zeros is None else zeros.to(device, copy=True)
+        self._columns = codes.shape[1] * (1 if zeros is None else 2)
+        self.nbytes = codes.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes)
+
+    @staticmethod
+    def scratch_bytes(rows: int, columns: int) -> int:
+        """The most that a product takes on its way, on the device."""
+        return _WIDENING_BYTES * columns * min(rows, _widened_rows(columns))
+
+    def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        found = [
+            F.linear(token, self._widened(slice(at, at + _widened_rows(self._columns))))
+            for token in torch.split(x.float(), 1)  # by itself: those beside it change no bits
+            for at in range(0, len(self._codes), _widened_rows(self._columns))
+        ]
+        return _sum(torch.cat(found, dim=1).view(len(x), -1), shift)
+
+    def _widened(self, rows: slice) -> torch.Tensor:
+        return widen(self._codes[rows], self._scales[rows], None if self._zeros is None else self._zeros[rows])
+
+
+def matrix_in(
+    device: torch.device, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group: int
+) -> LowBitMatrix:
+    """A matrix of 4 bits, or of 8 where there are no zeros, that multiplies on a device: the fastest way for it."""
+    if device != torch.device("cpu"):
+        return DeviceMatrix(codes, scales, zeros, device)
+    return Int8Matrix(codes, scales) if zeros is None else Int4Matrix(codes, scales, zeros, group)
+
+
+def _widened_rows(columns: int) -> int:
+    return max(1, _WIDENED // columns)
 
 
 def _sum(product: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:

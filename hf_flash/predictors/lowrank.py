@@ -19,8 +19,8 @@ import torch
 
 from hf_flash.errors import StoreFormatError
 from hf_flash.families.base import Shape
-from hf_flash.predictors.base import Predictor, made_up_tensor, narrowed, read_tensors
-from hf_flash.predictors.low_bit import Int8Matrix, Scores, by_tokens, quantize_rows
+from hf_flash.predictors.base import CPU, Predictor, made_up_tensor, narrowed, read_tensors
+from hf_flash.predictors.low_bit import Scores, by_tokens, matrix_in, quantize_rows
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.safetensors_files import TensorSpec, read_header
@@ -61,8 +61,10 @@ class LowRankFormat:
         specs = lowrank_specs("x", d_ff, d_model, fast_rank(sum(self.ranks) / len(self.ranks)))
         return LowRankPredictor({name.rpartition(".")[2]: made_up_tensor(spec) for name, spec in specs.items()})
 
-    def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> LowRankPredictor:
-        return LowRankPredictor(read_tensors(store.predictors[VARIANT], f"{layer.prefix}.predictor"))
+    def load(
+        self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None, device: torch.device = CPU
+    ) -> LowRankPredictor:
+        return LowRankPredictor(read_tensors(store.predictors[VARIANT], f"{layer.prefix}.predictor"), device)
 
     @classmethod
     def of(cls, store: FlashStore) -> LowRankFormat | None:
@@ -120,15 +122,14 @@ def pack_lowrank(a: torch.Tensor, b: torch.Tensor, offset: torch.Tensor) -> dict
 
 
 class LowRankPredictor(Predictor):
-    """The loaded predictor. Args: `tensors` as [`pack_lowrank`] returns them.
+    """The loaded predictor. Args: `tensors` as [`pack_lowrank`] returns them; `device` that computes.
 
     It was trained with the biases that the model had then. It does not follow later ones, so `bias` has no effect.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        a = Int8Matrix(tensors["a_codes"], tensors["a_scales"])
-        b = Int8Matrix(tensors["b_codes"], tensors["b_scales"])
-        offset = tensors["offset"].clone()
+    def __init__(self, tensors: dict[str, torch.Tensor], device: torch.device = CPU) -> None:
+        a, b = (matrix_in(device, tensors[f"{name}_codes"], tensors[f"{name}_scales"], None, 0) for name in "ab")
+        offset = tensors["offset"].to(device, copy=True)
         self._scores = Scores(b, offset, first=a)
         self.nbytes = a.nbytes + b.nbytes + offset.nbytes
 

@@ -30,8 +30,8 @@ import torch
 from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.errors import ConfigError
 from hf_flash.families.base import Shape
-from hf_flash.predictors.base import Predictor, belonging, check_specs, made_up_tensor, narrowed, read_tensors
-from hf_flash.predictors.low_bit import Int4Matrix, Int8Matrix, LowBitMatrix, Scores, by_tokens, quantize_rows
+from hf_flash.predictors.base import CPU, Predictor, belonging, check_specs, made_up_tensor, narrowed, read_tensors
+from hf_flash.predictors.low_bit import Scores, by_tokens, matrix_in, quantize_rows
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.safetensors_files import TensorSpec
@@ -113,10 +113,12 @@ class QuantizedFormat:
         tensors = {name.rpartition(".")[2]: made_up_tensor(spec) for name, spec in self.shapes("x", d_ff, d_model).items()}
         return QuantizedPredictor(tensors, None, self, tensors["error"])
 
-    def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None) -> QuantizedPredictor:
+    def load(
+        self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None, device: torch.device = CPU
+    ) -> QuantizedPredictor:
         tensors = read_tensors(store.predictors[self.variant], f"{layer.prefix}.predictor")
         margin, measured = self.margins(store, layer, tensors["error"])
-        return QuantizedPredictor(tensors, bias, self, margin, measured=measured)
+        return QuantizedPredictor(tensors, bias, self, margin, device, measured=measured)
 
     def margins(self, store: FlashStore, layer: LayerStore, error: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """The `margin` and `measured` of a layer's [`QuantizedPredictor`]; `error` [d_ff] is as stored with the codes."""
@@ -143,6 +145,7 @@ class QuantizedPredictor(Predictor):
         tensors: as [`quantize_rows`] returns them, for the whole layer.
         bias: [d_ff] of the deciding projection, or `None`. It is the layer's, not held twice. It may change, and be set anew.
         margin: float32 [d_ff], added to the score: as it is if it was measured, else times the norm of the token.
+        device: that computes.
     """
 
     def __init__(
@@ -151,16 +154,13 @@ class QuantizedPredictor(Predictor):
         bias: torch.Tensor | None,
         fmt: QuantizedFormat,
         margin: torch.Tensor,
+        device: torch.device = CPU,
         *,
         measured: bool = False,
     ) -> None:
-        codes, scales = tensors["codes"], tensors["scales"]
-        product: LowBitMatrix
-        if fmt.bits == 8:
-            product = Int8Matrix(codes, scales)
-        else:
-            product = Int4Matrix(codes, scales, tensors["zeros"], fmt.group(2 * codes.shape[1]))
-        self._scores, self._measured = Scores(product, margin, bias), measured
+        codes = tensors["codes"]
+        product = matrix_in(device, codes, tensors["scales"], tensors.get("zeros"), fmt.group(2 * codes.shape[1]))
+        self._scores, self._measured = Scores(product, margin.to(device), bias), measured
         self.nbytes = product.nbytes + margin.nbytes
 
     @property

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_flash.base.arrays import Bytes, Ids
+from hf_flash.compute.coded import are_numbers
 from hf_flash.errors import StoreFormatError, StoreReadError
 from hf_flash.reading.compiled_queue import BOUNCE_BYTES
 from hf_flash.reading.layer_files import PAGE, OpenFiles
@@ -249,6 +250,13 @@ class ExpertReading:
         self.waited_s += seconds
         with self.errors():
             self.reader.check(error)
+
+    def check_scales(self, slot: Bytes) -> None:
+        """Refuse an expert, read into this slot, whose scales are not all numbers."""
+        layer, at = self.reader.layers[self.layer], self.reader.places[self.layer, self.expert].at
+        for piece, place in zip(layer.pieces, layer.scale_places, strict=True):
+            if piece.scales and not are_numbers(piece, slot[at[place] : at[place] + piece.scale_bytes]):
+                raise self.damaged()
 
     def damaged(self) -> StoreFormatError:
         """The error for an expert that was read, and whose scales are not all numbers."""

@@ -37,10 +37,23 @@ _SMALL: Final = 128  # neurons in a layer, below which it is not
 
 @dataclass
 class ReadCount:
-    """What a read cost: bytes asked of the disk, rounding included, and the number of chunks."""
+    """What a read cost: bytes asked of the disk, rounding included, and the number of chunks.
+
+    Attributes:
+        host_hits: units for a device that were in this machine's memory. bus_bytes: copied to it.
+    """
 
     nbytes: int = 0
     chunks: int = 0
+    host_hits: int = 0
+    bus_bytes: int = 0
+
+    def add(self, other: ReadCount) -> None:
+        """Count another one beside it."""
+        self.nbytes += other.nbytes
+        self.chunks += other.chunks
+        self.host_hits += other.host_hits
+        self.bus_bytes += other.bus_bytes
 
 
 class Reading(Protocol):
@@ -96,11 +109,10 @@ class _Converting:
         total = ReadCount()
         for at in range(0, len(self.ids), len(self.staging)):
             part = self.ids[at : at + len(self.staging)]
-            count = self.reader.start(self.layer, part, self.staging, np.arange(len(part))).wait()
+            count = self.reader.start_here(self.layer, part, self.staging, np.arange(len(part))).wait()
             rows = torch.from_numpy(self.rows[at : at + len(part)])
             self.out.index_copy_(0, rows, self.staging[: len(part)].to(self.out.dtype))
-            total.nbytes += count.nbytes
-            total.chunks += count.chunks
+            total.add(count)
         return total
 
 
@@ -158,6 +170,10 @@ class BundleReader:
             rows: different rows of `out`, as many as `ids`.
             background: whether the caller has something else to do before it waits.
         """
+        return self.start_here(layer, ids, out, rows, background=background)
+
+    def start_here(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False) -> Reading:
+        """The same, for rows in this machine's memory alone."""
         store = self.layers[layer]
         if self._staging is not None and out is not self._staging:
             return _Converting(self, self._staging, layer, ids, out, rows)
@@ -286,13 +302,17 @@ def reader_buffer_bytes(unit: UnitLayout, dtype: torch.dtype, name: str, threads
 
 
 def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, spare_bytes: int) -> BundleReader:
-    """Open the reader that `name` asks for.
+    """Open the reader that `name` asks for, for rows in this machine's memory (on a device: on_device.py).
 
     `"auto"` takes the page cache when the whole store fits in `spare_bytes`, memory that nobody else claims, and direct I/O
     otherwise. Direct I/O that the system does not offer falls back to mmap and says why, once.
     """
-    align = chosen_alignment(store.layers[0].path, store.nbytes, name, spare_bytes)
-    return BundleReader(store, FileSource(store, align, threads), dtype)
+    return BundleReader(store, open_source(store, name, threads, spare_bytes), dtype)
+
+
+def open_source(store: FlashStore, name: str, threads: int, spare_bytes: int) -> FileSource:
+    """The files of a store, to be read as `name` asks for; see [`open_reader`]."""
+    return FileSource(store, chosen_alignment(store.layers[0].path, store.nbytes, name, spare_bytes), threads)
 
 
 def chosen_alignment(path: Path, nbytes: int, name: str, spare_bytes: int) -> int:

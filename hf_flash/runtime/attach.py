@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from hf_flash.base.buffers import load_into_memory
 from hf_flash.base.heap import trim_heap
 from hf_flash.budget.plan import MemoryPlan
-from hf_flash.compute.arithmetic import arithmetic_for
+from hf_flash.compute.activation import Activation
+from hf_flash.compute.arithmetic import arithmetic_for, block_rows
+from hf_flash.compute.device_arithmetic import DeviceArithmetic
+from hf_flash.compute.transfers import Transfers
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.families.base import Family
 from hf_flash.families.decoder import decoder_of
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.predictors.base import NoPredictor, PredictorFormat
-from hf_flash.reading.reader import open_reader
+from hf_flash.reading.on_device import DeviceReader
+from hf_flash.reading.reader import open_reader, open_source
 from hf_flash.runtime.attention import make_attention_resident
 from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.flash_weights import Matrix
@@ -27,6 +33,7 @@ from hf_flash.runtime.sites import WeightOnFlash
 from hf_flash.runtime.window import ResidentWindow
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
+from hf_flash.store.unit import UnitLayout
 
 
 def attach(
@@ -38,6 +45,7 @@ def attach(
     checkpoint: Checkpoint,
     fmt: PredictorFormat | None,
     ffns: Sequence[FlashFFN],
+    device: torch.device | None,
 ) -> None:
     """Give the feed-forward blocks of a model what they run on, once its other weights are loaded.
 
@@ -46,32 +54,53 @@ def attach(
         checkpoint: where the other weights came from.
         fmt: the predictor; `None`: every neuron is used.
         ffns: the blocks that were replaced, by layer.
+        device: where they compute, if that is not this machine's processor.
     """
     load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
-    spare_bytes = available_memory() - plan.predictor_bytes - plan.scratch_bytes - plan.window_bytes  # for the page cache
     shape, dtype = family.shape(model.config), model.config.dtype
     in_memory = store.unit.as_dtype(dtype)  # type: ignore[arg-type]
-    reader = open_reader(store, config.reader, config.io_threads, in_memory.dtype, spare_bytes)
-    arithmetic = arithmetic_for(shape.d_ff, in_memory, ffns[0].activation)
-    engine = Engine(reader, arithmetic, fills_next=config.lookahead != 0)
+    engine = _engine(config, plan, store, in_memory, ffns[0].activation, device)
+    load = fmt if fmt is None else fmt.load if device is None else functools.partial(fmt.load, device=device)
     predictors = [
-        NoPredictor() if fmt is None else fmt.load(store, layer, ffn.projections[in_memory.deciding].bias)
+        NoPredictor() if load is None else load(store, layer, ffn.projections[in_memory.deciding].bias)
         for ffn, layer in zip(ffns, store.layers, strict=True)
     ]
     store.check_unchanged()  # while it was opened, made predictors of and opened for reading
     trim_heap()
     checkpoint.release()
     for ffn, predictor, capacity in zip(ffns, predictors, plan.capacities, strict=True):  # last: they fill the budget
-        window = ResidentWindow(ffn.d_ff, arithmetic.matrix(capacity), config.window)
+        window = ResidentWindow(ffn.d_ff, engine.arithmetic.matrix(capacity), config.window)
         ffn.attach(engine, window, predictor)
     for module in model.modules():
         if isinstance(module, WeightOnFlash):
             layer = store.layers[module.index]
             module.put(Matrix(layer, layer.name(module.role), in_memory.dtype))
-    make_linears_resident(model, engine)
-    make_attention_resident(model)
+    if device is None:
+        make_linears_resident(model, engine)
+        make_attention_resident(model)
     if fmt is not None:
         engine.sequences.watch(decoder_of(model))
     runtime = FlashRuntime(config, plan, store, checkpoint, fmt, shape, engine, ffns)
     model.flash_runtime = runtime  # type: ignore[assignment]
     engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle
+
+
+def _engine(
+    config: FlashOffloadConfig,
+    plan: MemoryPlan,
+    store: FlashStore,
+    unit: UnitLayout,
+    activation: Activation,
+    device: torch.device | None,
+) -> Engine:
+    """What layers share: reader and arithmetic of this machine, or of a device."""
+    if device is None:
+        spare_bytes = available_memory() - plan.predictor_bytes - plan.scratch_bytes - plan.window_bytes  # for the page cache
+        reader = open_reader(store, config.reader, config.io_threads, unit.dtype, spare_bytes)
+        return Engine(reader, arithmetic_for(plan.d_ff, unit, activation), fills_next=config.lookahead != 0)
+    assert plan.host is not None
+    source = open_source(store, config.reader, config.io_threads, available_memory() - plan.host.nbytes)
+    on_device = DeviceReader(store, source, unit.dtype, Transfers(device), block_rows(plan.d_ff, 2), plan.host.slots)
+    engine = Engine(on_device, DeviceArithmetic(plan.d_ff, unit, activation, device), fills_next=config.lookahead != 0)
+    engine.device = device
+    return engine

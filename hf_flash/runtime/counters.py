@@ -17,6 +17,8 @@ class Counters:
     tokens: int = 0  # tokens through one FFN layer, summed over the layers
     selected: int = 0  # neurons computed, union over the tokens of a call
     hits: int = 0  # of these, already in the window
+    host_hits: int = 0  # those that were not on the device that computes, and in this machine's memory
+    bus_bytes: int = 0  # copied between the two
     missing_bytes: int = 0  # bundles that were missing, times their size on flash
     read_bytes: int = 0  # what was asked of the disk: missing_bytes plus page and sector rounding
     reads: int = 0  # chunks: contiguous requests to the disk
@@ -31,6 +33,8 @@ class Counters:
         """Count what a read cost."""
         self.read_bytes += read.nbytes
         self.reads += read.chunks
+        self.host_hits += read.host_hits
+        self.bus_bytes += read.bus_bytes
 
     def reset(self) -> None:
         for item in fields(self):
@@ -58,12 +62,14 @@ class FlashStats:
     dense_bytes: int  # what the stock model would hold
     process_bytes: int  # what the whole process has in memory: weights, interpreter, libraries, activations, KV cache
     kv_cache_bytes_per_token: int  # per sequence; comes on top of the budget
+    device: str = "cpu"  # where all of this is, and layers compute
+    host_bytes: int = 0  # what is in this machine's memory beside it, where that is a GPU: buffers, and units
     predictor_bytes: int = 0
     counters: Counters = field(default_factory=Counters)
 
     @property
     def dram_bytes(self) -> int:
-        """All weight bytes held in DRAM now; never more than `budget_bytes`."""
+        """All weight bytes held now, in DRAM or on the device; never more than `budget_bytes`."""
         return self.resident_bytes + self.predictor_bytes + self.scratch_bytes + self.window_bytes
 
     @property
@@ -103,6 +109,14 @@ class FlashStats:
         """What is particular to a kind of model, for people: a name and a text each."""
         return []
 
+    def _host_rows(self) -> list[tuple[str, str]]:
+        """What a device has of this machine's memory, for people."""
+        if self.device == "cpu":
+            return []
+        c, copied = self.counters, format_bytes(self.counters.bus_bytes / max(1, self.tokens))
+        found = f"{c.host_hits / max(1, c.selected):.1%} of what is used is found there"
+        return [("weights in DRAM", f"{format_bytes(self.host_bytes)}; {found}; {copied} copied per token")]
+
     def __str__(self) -> str:
         c, tokens, kv = self.counters, max(1, self.tokens), self.kv_cache_bytes_per_token
         per_token = {name: 1e3 * getattr(c, name + "_s") / tokens for name in ("predict", "manage", "io", "compute")}
@@ -110,7 +124,11 @@ class FlashStats:
             ("tokens", f"{self.tokens}"),
             ("read per token", f"{format_bytes(self.read_bytes_per_token)} in {c.reads / tokens:.1f} reads"),
             *self._rows(),
-            ("weights in DRAM", f"{format_bytes(self.dram_bytes)} of a budget of {format_bytes(self.budget_bytes)}"),
+            (
+                "weights in DRAM" if self.device == "cpu" else f"weights on {self.device}",
+                f"{format_bytes(self.dram_bytes)} of a budget of {format_bytes(self.budget_bytes)}",
+            ),
+            *self._host_rows(),
             ("the dense model", format_bytes(self.dense_bytes)),
             (
                 "whole process",

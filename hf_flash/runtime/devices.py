@@ -1,50 +1,116 @@
 """What a loaded flash model does differently from its class, with devices, dtypes, foreign weights and copies.
 
-The FFN computes on the CPU. `pipeline()` moves models to an accelerator by default where there is one; it leaves those alone
-that have an `hf_device_map`, as accelerate gives them, and so flash models get one there.
+A flash model stays where it was loaded: on the CPU, or where `device_map` put it. `pipeline()` moves models to the first
+accelerator by default where there is one; it leaves those alone that have an `hf_device_map`, as accelerate gives them, and so
+flash models that are elsewhere get one.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import nn
 
-from hf_flash.errors import UsageError
+from hf_flash.errors import ConfigError, UsageError
 from hf_flash.runtime.flash_embedding import FlashEmbedding
 from hf_flash.runtime.flash_weights import OnFlash, refuse_adapter, without_flash_weights
 from hf_flash.runtime.model_class import stock_methods
 from hf_flash.runtime.torch_internals import target_device
 
+logger = logging.getLogger("hf_flash")
 
-def stay_on_cpu(model: Any) -> None:
-    """Give the model a device map where a pipeline would move it. Elsewhere a map would make `pipeline(device="cpu")` fail."""
-    if torch.accelerator.is_available():
-        model.hf_device_map = {"": "cpu"}
+
+def check_places(device_map: Mapping[str, Any]) -> None:
+    """Refuse a device map that makes no sense for a flash model.
+
+    Raises:
+        ConfigError: it names the disk, a device that is not here, or several.
+    """
+    places = {str(place) for place in device_map.values()}
+    if "disk" in places:
+        raise ConfigError(
+            "hf_flash already keeps the FFN weights on disk",
+            where="device_map",
+            got=dict(device_map),
+            hint='remove "disk" from device_map; memory_budget says how much may stay in memory',
+        )
+    here = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None
+    kinds = {"cuda" if place.isdigit() and here is None else _kind(place) for place in places}
+    if absent := sorted(kinds - {"cpu", here}):
+        raise ConfigError(
+            f"torch finds no such device here: the model computes on the CPU{f' or on {here}' if here else ''}",
+            where="device_map",
+            expected=f'"cpu", "auto" or None{f", or a device such as {here}:0" if here else ""}',
+            got=", ".join(absent),
+            hint="a torch that was built for the GPU may be missing; lm-eval, which passes its --device on: --device cpu",
+        )
+    if len(places) > 1:
+        raise ConfigError(
+            "a flash model computes on one device",
+            where="device_map",
+            expected='one device, such as "cuda:0" or "cpu"',
+            got=dict(device_map),
+            hint="name one: what does not fit there stays on flash, or in this machine's memory if memory_budget names it",
+        )
+
+
+def _kind(place: str) -> str:
+    return torch.device(int(place) if place.isdigit() else place).type
+
+
+def automatic_map() -> dict[str, Any]:
+    """A device map for the accelerator, where there is one; else for the CPU."""
+    return {"": torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"}
+
+
+def device_of(place: Any) -> torch.device | None:
+    """A value of a device map; `None`: this machine's processor. `"cpu:0"` is the processor in the way of a device."""
+    found = torch.device(place)
+    if found.type != "cpu":
+        return torch.device(found.type, torch.accelerator.current_device_index() if found.index is None else found.index)
+    if str(found) == "cpu":
+        return None
+    logger.warning('hf_flash: "cpu:0" computes as a GPU would, which is for tests and slow; "cpu" is the fast way')
+    return found
+
+
+def name_of(device: torch.device) -> str:
+    """A device, for people."""
+    return "the CPU" if device.type == "cpu" else str(device)
+
+
+def stay_there(model: Any) -> None:
+    """Give the model a device map where a pipeline would move it. Elsewhere a map would make `pipeline(device=...)` fail."""
+    if torch.accelerator.is_available() and (model.device.type == "cpu" or model.device.index):
+        model.hf_device_map = {"": model.device}
 
 
 def _to(model: Any, *args: Any, **kwargs: Any) -> Any:
-    device = target_device(*args, **kwargs)
-    if device is not None and device.type not in ("cpu", "meta"):
-        _stay(device)
+    _check_device(model, target_device(*args, **kwargs))
     return stock_methods(model).to(*args, **kwargs)
 
 
-def _cuda(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    _stay("cuda")
+def _cuda(model: Any, device: Any = None) -> Any:
+    _check_device(model, torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda"))
+    return model
 
 
-def _stay(device: object) -> NoReturn:
-    raise UsageError(
-        "a flash model computes on the CPU",
-        where="moving the model",
-        expected="cpu",
-        got=device,
-        hint="leave it there: a pipeline needs no device argument, lm-eval needs --device cpu",
-    )
+def _check_device(model: Any, device: torch.device | None) -> None:
+    """Refuse to move a model to another device than it was loaded on: its units on flash have their slots there."""
+    if device is None or device.type == "meta":
+        return
+    if device.type != model.device.type or (device.index or 0) != (model.device.index or 0):
+        raise UsageError(
+            f"this flash model computes on {name_of(model.device)}, and stays there",
+            where="moving the model",
+            expected=model.device,
+            got=device,
+            hint=f'leave it there (a pipeline needs no device argument), or load it with device_map="{device}"',
+        )
 
 
 def _apply(model: Any, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 
@@ -47,10 +47,15 @@ class SharedByLayers:
         files: what reads from flash.
         dtype: of compute.
         wide: float32, contiguous: rows of matrices are widened into it, at least one at a time.
+
+    Attributes:
+        device: where layers compute.
+        on_device: what they share there, if that is not this machine's processor.
     """
 
     def __init__(self, files: Reader, dtype: torch.dtype, wide: torch.Tensor) -> None:
         self._files, self.dtype, self.wide = files, dtype, wide
+        self.device, self.on_device = torch.device("cpu"), cast(Any, None)
         self.counters, self.heap, self.sequences = Counters(), Heap(), Sequences()
         self.lock = threading.RLock()
         self.closed = False
@@ -82,6 +87,8 @@ class SharedByLayers:
         """Wait until nothing is read any more."""
         if not self.closed:
             self._files.settle()
+            if self.on_device is not None:
+                self.on_device.transfers.synchronize()
 
 
 class Engine(SharedByLayers):

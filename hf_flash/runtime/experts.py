@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from hf_flash.base.arrays import Bytes, Ids
-from hf_flash.compute.coded import are_numbers
 from hf_flash.compute.expert_gate import stock_gate
 from hf_flash.compute.expert_products import ExpertProducts, Group, Memory
 from hf_flash.errors import UsageError
 from hf_flash.reading.experts import ExpertReading
+from hf_flash.runtime.device_experts import DeviceExperts
 from hf_flash.runtime.engine import ExpertEngine
 from hf_flash.runtime.expert_slots import ExpertSlots, PassingSlots
 from hf_flash.runtime.expert_step import ExpertTokenStep, expert_step
@@ -42,7 +42,9 @@ from hf_flash.runtime.inference_only import usable_engine, without_backward
 from hf_flash.runtime.transformers_model import mark_as_initialized
 from hf_flash.store.experts import SECOND, ExpertLayer
 
-_SHARED: Final = ("engine", "layer", "window", "passing", "_wide", "_at", "_up", "_down", "step")  # by copies of a layer
+_SHARED: Final = (  # by copies of a layer
+    "engine", "layer", "window", "passing", "_wide", "_at", "_up", "_down", "step", "on_device",
+)  # fmt: skip
 _SUMMED: Final = 256  # tokens whose experts are summed at a time: of a long prompt all would be large
 
 
@@ -94,6 +96,8 @@ class FlashExperts(OnFlash):
     layer: ExpertLayer
     index: int  # among the layers with experts
     engine: ExpertEngine | None = None
+    on_device: DeviceExperts | None = None  # if it computes on one
+    step: ExpertTokenStep | None = None
 
     def attach(self, engine: ExpertEngine, slots: ExpertSlots, passing: PassingSlots, wide: torch.Tensor) -> None:
         """Give the layer what it runs on. Called once the rest of the model is loaded.
@@ -109,9 +113,25 @@ class FlashExperts(OnFlash):
         self._down = ExpertProducts(self.layer, SECOND, self._at, engine.dtype)
         self.step = expert_step(self, self.layer, self.index, engine.reader, engine.dtype, (slots, passing))
 
+    def attach_on_device(self, engine: ExpertEngine, on_device: DeviceExperts, interrupted: PassingSlots) -> None:
+        """The same for a layer that computes on a device.
+
+        Args:
+            interrupted: knows all slots, and no memory.
+        """
+        self.engine, self.on_device, self.passing, self.window = engine, on_device, interrupted, on_device.tiers.device
+
+    @property
+    def window_bytes(self) -> int:
+        """Of slots: on the device, if it computes on one."""
+        return self.window.memory.nbytes if self.on_device is None else self.on_device.memory.nbytes
+
     def release(self) -> None:
         """Give the slots' memory back. Nothing can be computed afterwards."""
-        self.window.release()
+        if self.on_device is None:
+            self.window.release()
+        else:
+            self.on_device.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlashExperts:
         """A layer with parameters of its own. What is on flash is only read, so everything that reads it is shared."""
@@ -126,12 +146,12 @@ class FlashExperts(OnFlash):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numpy, locks, system calls: not for tracing
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         engine = usable_engine(self.engine, self, hidden_states, self.layer.width, self.layer.name)
-        with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with engine.lock, torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
             engine.check_open()
             x = hidden_states.detach().to(engine.dtype).contiguous()
-            index = top_k_index.detach().to(torch.int64).contiguous().numpy()
+            index = top_k_index.detach().to(torch.int64).contiguous()
             weights = top_k_weights.detach().contiguous()
-            if index.ndim != 2 or tuple(weights.shape) != index.shape or x.shape != (len(index), self.layer.width):
+            if index.ndim != 2 or weights.shape != index.shape or x.shape != (len(index), self.layer.width):
                 raise UsageError(
                     "experts are called with tokens, and the experts of each of them with their weights",
                     where=self.layer.name,
@@ -139,15 +159,22 @@ class FlashExperts(OnFlash):
                     got=f"{list(x.shape)}, {list(index.shape)}, {list(weights.shape)}",
                 )
             with self._whole_or_nothing(engine):
-                if self.step is not None and self.step.takes(len(x), weights):
-                    out = self._in_one_call(engine, self.step, x, index, weights)
+                if self.on_device is not None:
+                    out = self.on_device.run(self, x, index, weights)
                 else:
-                    engine.heap.prepare(x.nbytes)
-                    call = _Call(index, self.layer.experts)
-                    out = self._sum(call, self._run(engine, x, call), weights)
-            if self.index == len(engine.reader.layers) - 1:
-                engine.heap.prepare(0)
+                    out = self._on_cpu(engine, x, index.numpy(), weights)
         return without_backward(out.to(hidden_states.dtype), hidden_states, top_k_weights)
+
+    def _on_cpu(self, engine: ExpertEngine, x: torch.Tensor, index: Ids, weights: torch.Tensor) -> torch.Tensor:
+        if self.step is not None and self.step.takes(len(x), weights):
+            out = self._in_one_call(engine, self.step, x, index, weights)
+        else:
+            engine.heap.prepare(x.nbytes)
+            call = _Call(index, self.layer.experts)
+            out = self._sum(call, self._run(engine, x, call), weights)
+        if self.index == len(engine.reader.layers) - 1:
+            engine.heap.prepare(0)
+        return out
 
     def look_ahead(self, index: Ids) -> None:
         """Begin to read what the next call will probably use; that decides nothing of what is computed.
@@ -233,17 +260,9 @@ class FlashExperts(OnFlash):
         came.reading.wait()
         engine.counters.io_s += came.reading.waited_s
         engine.counters.add_read(came.reading.count)
-        self._check_scales(came)
+        came.reading.check_scales((self.window if came.kept else self.passing).memory[came.slot])
         if came.kept:
             self.window.put(came.expert, came.slot)
-
-    def _check_scales(self, came: _Arriving) -> None:
-        """Refuse an expert whose scales are not all numbers."""
-        slot = (self.window if came.kept else self.passing).memory[came.slot]
-        for piece, place in zip(self.layer.pieces, self.layer.scale_places, strict=True):
-            begin = self._at[came.expert, place]
-            if piece.scales and not are_numbers(piece, slot[begin : begin + piece.scale_bytes]):
-                raise came.reading.damaged()
 
     def _compute(
         self, engine: ExpertEngine, x: torch.Tensor, call: _Call, groups: Sequence[Group], slots: Bytes,
@@ -292,12 +311,12 @@ class FlashExperts(OnFlash):
         if not stock.has_bias:
             return None
         bias: torch.Tensor = getattr(self, f"{param}_bias")
-        wanted = (self.layer.experts, (self._down if param == SECOND else self._up).outputs)
+        wanted = (self.layer.experts, sum(piece.outputs for piece in self.layer.of(param)))
         if tuple(bias.shape) != wanted or not is_plain(bias):
             raise UsageError(
                 "these biases do not fit the experts", where=f"{self.layer.name}.{param}_bias", expected=wanted, got=bias.shape
             )
-        return bias.detach().to(self._up.dtype).contiguous()
+        return bias.detach().to(self.engine.dtype).contiguous()  # type: ignore[union-attr]  # it is called with one
 
     def _add_bias(self, products: torch.Tensor, param: str, call: _Call, pairs: Ids) -> None:
         bias = self._bias_of(param)
@@ -329,6 +348,8 @@ class FlashExperts(OnFlash):
         """After an interruption nobody knows which slots are whole: all are forgotten."""
         if self.passing.interrupted:
             engine.reader.forget()
+            if engine.on_device is not None:
+                engine.on_device.transfers.synchronize()
             self.passing.forget()
         self.passing.interrupted = True
         yield

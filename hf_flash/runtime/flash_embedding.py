@@ -94,7 +94,7 @@ class FlashEmbedding(OnFlash, nn.Embedding):
             raise IndexError("index out of range in self")  # as torch says it
         with self.engine.lock:
             self.engine.check_open()
-            return self.table.read(ids.long().numpy()).to(self._dtype)[places]
+            return self.table.read(ids.long().numpy()).to(self._dtype)[places].to(input.device)
 
 
 def table_of(model: Any) -> tuple[str, nn.Embedding] | None:

@@ -26,15 +26,15 @@ def usable_engine(engine: E | None, layer: nn.Module, x: torch.Tensor, width: in
         raise UsageError("a flash model is for inference only", where=where, got="model.train()", hint="call model.eval()")
     if engine is None:
         raise UsageError("the layer has no store", where=where, hint="load the model with from_pretrained")
-    if x.device.type != "cpu":
+    if x.device.type != engine.device.type or (x.device.index or 0) != (engine.device.index or 0):
         raise UsageError(
-            "what is on flash computes on the CPU",
+            f"what is on flash computes on {'the CPU' if engine.device.type == 'cpu' else engine.device}",
             where=where,
-            expected="input on cpu",
+            expected=f"input on {engine.device}",
             got=x.device,
-            hint='move the model back with model.to("cpu"), or load it with device_map="cpu"',
+            hint=f'move the model back, or load it with device_map="{x.device}"',
         )
-    if x.dtype != engine.dtype and not torch.is_autocast_enabled("cpu"):
+    if x.dtype != engine.dtype and not torch.is_autocast_enabled(x.device.type):
         refuse_dtype(x.dtype, engine.dtype, where)
     if x.shape[-1:] != (width,):
         raise UsageError("the input has another width", where=where, expected=f"[..., {width}]", got=list(x.shape))

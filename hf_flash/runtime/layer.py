@@ -124,9 +124,9 @@ class FlashFFN(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numpy, locks, system calls: not for tracing
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         engine = usable_engine(self.engine, self, x, self.d_model, f"FFN of layer {self.index}")
-        with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with engine.lock, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             engine.check_open()
-            biases = self._checked_biases(engine)
+            biases = self._checked_biases(engine, x)
             rows = x.detach().reshape(-1, self.d_model).to(engine.dtype).contiguous()
             with self.reads.changing():
                 engine.heap.prepare(x.nbytes)
@@ -160,6 +160,7 @@ class FlashFFN(nn.Module):
         start = perf_counter()
         self.predictor.bias = biases[engine.arithmetic.unit.deciding]
         selected = None if is_prompt else self.predictor.select(x)
+        selected = None if selected is None else selected.cpu()
         engine.counters.predict_s += perf_counter() - start
         engine.counters.io_s += self.reads.arrive(selected)
         return selected
@@ -209,7 +210,7 @@ class FlashFFN(nn.Module):
     def _compute(self, engine: Engine, x: torch.Tensor, biases: Biases, work: _Work, reading: Reading | None) -> torch.Tensor:
         """Compute with what is there while the rest is read; then with the rest."""
         start, window, waited = perf_counter(), self.window, 0.0
-        out = torch.zeros(len(x), self.d_model, dtype=torch.float32, device="cpu")
+        out = torch.zeros(len(x), self.d_model, dtype=torch.float32, device=x.device)
         if work.slots is None:
             waited = stream(engine, self.index, window, work.call, out, functools.partial(self._begin_next_layer, work.call))
         elif work.call.one_block:
@@ -251,12 +252,13 @@ class FlashFFN(nn.Module):
         engine = self.engine
         if engine is None:
             return
-        with engine.lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with engine.lock, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if engine.closed or engine.reader.converts or self.reads.under_way:
                 return
             start, window, counters = perf_counter(), self.window, engine.counters
-            self.predictor.bias = self._checked_biases(engine)[engine.arithmetic.unit.deciding]
+            self.predictor.bias = self._checked_biases(engine, x)[engine.arithmetic.unit.deciding]
             selected = self.predictor.select(x.to(engine.dtype))
+            selected = None if selected is None else selected.cpu()
             predicted = perf_counter()
             counters.predict_s += predicted - start
             if selected is None:
@@ -286,7 +288,7 @@ class FlashFFN(nn.Module):
 
     # --- what it refuses
 
-    def _checked_biases(self, engine: Engine) -> Biases:
+    def _checked_biases(self, engine: Engine, x: torch.Tensor) -> Biases:
         """The biases as they are now. Others may have put them there, and they go to the compiled part by their address."""
         biases: dict[Role, torch.Tensor | None] = {role: module.bias for role, module in self.projections.items()}
         for role, bias in biases.items():
@@ -295,14 +297,14 @@ class FlashFFN(nn.Module):
             if not (
                 bias.dtype == engine.dtype
                 and bias.shape == (self.d_ff,)
-                and bias.is_cpu
+                and bias.device == x.device
                 and bias.is_contiguous()
                 and is_plain(bias)
             ):
                 raise UsageError(
                     f"this bias does not fit the {role} projection",
                     where=f"FFN of layer {self.index}",
-                    expected=f"[{self.d_ff}] {engine.dtype} on cpu, contiguous",
+                    expected=f"[{self.d_ff}] {engine.dtype} on {x.device}, contiguous",
                     got=f"{list(bias.shape)} {bias.dtype} on {bias.device}{'' if bias.is_contiguous() else ', not contiguous'}",
                     hint="convert it before you put it there",
                 )

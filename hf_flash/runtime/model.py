@@ -57,7 +57,9 @@ class FlashRuntime:
             minimum_bytes=plan.minimum_bytes,
             resident_bytes=plan.resident_bytes,
             predictor_bytes=sum(ffn.predictor.nbytes for ffn in self.ffns),
-            scratch_bytes=self.engine.scratch_bytes,
+            scratch_bytes=self.engine.scratch_bytes if plan.host is None else plan.scratch_bytes,
+            device=plan.device,
+            host_bytes=plan.host.nbytes if plan.host else 0,
             window_bytes=sum(ffn.window.matrix.nbytes for ffn in self.ffns),
             dense_bytes=plan.dense_bytes,
             process_bytes=int(psutil.Process().memory_info().rss),
@@ -107,7 +109,9 @@ class ExpertRuntime:
             minimum_bytes=plan.minimum_bytes,
             resident_bytes=plan.resident_bytes,
             scratch_bytes=plan.scratch_bytes,
-            window_bytes=sum(layer.window.memory.nbytes for layer in self.ffns),
+            device=plan.device,
+            host_bytes=plan.host.nbytes if plan.host else 0,
+            window_bytes=sum(layer.window_bytes for layer in self.ffns),
             dense_bytes=plan.dense_bytes,
             process_bytes=int(psutil.Process().memory_info().rss),
             kv_cache_bytes_per_token=self.kv_bytes,
@@ -123,6 +127,8 @@ class ExpertRuntime:
         """Give the slots' memory back."""
         for layer in self.ffns:
             layer.release()
+        if self.engine.on_device is not None:
+            self.engine.on_device.release()
         if self.table:
             self.table.table.close()
 

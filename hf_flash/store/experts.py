@@ -6,6 +6,7 @@ some outputs of one. All experts of a layer have the same pieces, at places of t
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 SECOND: Final = "down_proj"  # the parameter behind the activation
+PACKED_ALIGNMENT: Final = 256  # bytes: the fast products of GPUs want 16, and copies a line of their caches
 E2M1: Final = torch.float4_e2m1fn_x2  # 4 bits a number, two in a byte, the first of them in its low half
 E4M3: Final = torch.float8_e4m3fn  # 8 bits a number
 E8M0: Final = torch.float8_e8m0fnu  # a scale: a power of two
@@ -130,6 +132,17 @@ class ExpertLayer:
     def expert_bytes(self) -> int:
         """Of one expert, as it lies in the files."""
         return sum(self.ranges)
+
+    @property
+    def packed_at(self) -> tuple[int, ...]:
+        """The byte where each of `ranges` begins in a packed slot, and then the bytes of the slot: for devices."""
+        sizes = (-(-nbytes // PACKED_ALIGNMENT) * PACKED_ALIGNMENT for nbytes in self.ranges)
+        return tuple(itertools.accumulate(sizes, initial=0))
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of a packed slot."""
+        return self.packed_at[-1]
 
     @property
     def scale_places(self) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ def write_safetensors(
         file.write(_encode(header))
         crc = written = 0
         for piece in pieces:
-            data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data if piece.numel() else b""
+            data = piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if piece.numel() else b""
             file.write(data)
             crc, written = zlib.crc32(data, crc), written + len(data)
         if written != end:

@@ -857,7 +857,7 @@ def test_process_model_before_weight_loading_gets_a_model_on_meta_and_checkpoint
     monkeypatch.setattr(loading, "prepare", prepare)
     monkeypatch.setattr(loading, "finish", finish)
     AutoModelForCausalLM.from_pretrained(opt(), quantization_config=FlashOffloadConfig())
-    assert seen == {"before": ({"meta"}, ["model.safetensors"], {"repacked": False}), "after": {"cpu"}}
+    assert seen == {"before": ({"meta"}, ["model.safetensors"], {"repacked": False, "device": None}), "after": {"cpu"}}
 
 
 def test_hf_device_map_keeps_a_pipeline_from_moving_a_model(opt: Callable[..., Path]) -> None:

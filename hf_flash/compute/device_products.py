@@ -1,0 +1,76 @@
+"""`DeviceProducts`: the products of tokens with experts that lie in packed slots on a device, by torch's own operators.
+
+Every expert is multiplied by itself, so that its answer does not depend on which others are there. Of a call of a few tokens
+each expert gets a row for every token, whether it uses it or not: how a device's library sums up follows from the shape, and so
+the tokens beside it change no bits of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hf_flash.compute.coded import decode_with_torch
+from hf_flash.compute.expert_products import decoded_rows
+from hf_flash.store.experts import ExpertLayer, Piece
+
+
+class _Part(NamedTuple):
+    """A piece of an expert, and the bytes of a packed slot where its numbers and its scales begin."""
+
+    piece: Piece
+    at: int
+    scales_at: int
+
+
+class DeviceProducts:
+    """The products with one parameter of a layer's experts.
+
+    Args:
+        layer: whose experts.
+        param: which.
+        dtype: of compute.
+        device: of the slots.
+    """
+
+    def __init__(self, layer: ExpertLayer, param: str, dtype: torch.dtype, device: torch.device) -> None:
+        at = layer.packed_at
+        self._parts = [
+            _Part(piece, at[number], at[place])
+            for number, (piece, place) in enumerate(zip(layer.pieces, layer.scale_places, strict=True))
+            if piece.param == param
+        ]
+        self.dtype, self.outputs = dtype, sum(part.piece.outputs for part in self._parts)
+        order = np.concatenate([part.piece.order for part in self._parts])
+        in_order = np.array_equal(order, np.arange(self.outputs))
+        self._order = None if in_order else torch.from_numpy(np.argsort(order)).to(device)
+
+    def multiply(self, x: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """The products of some tokens with one expert.
+
+        Args:
+            x: [tokens, inputs] in the dtype of compute, on the device.
+            slot: uint8 [bytes], contiguous.
+
+        Returns:
+            [tokens, outputs].
+        """
+        found = [product for part in self._parts for product in self._products(x, slot, part)]
+        out = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        return out if self._order is None else out.index_select(1, self._order)
+
+    def _products(self, x: torch.Tensor, slot: torch.Tensor, part: _Part) -> Iterator[torch.Tensor]:
+        piece = part.piece
+        numbers = slot[part.at : part.at + piece.nbytes]
+        if piece.scales is None:
+            weight = numbers.view(piece.dtype).view(piece.rows, piece.columns).to(self.dtype)
+            yield x @ weight if piece.turned else F.linear(x, weight)
+            return
+        scales = slot[part.scales_at : part.scales_at + piece.scale_bytes]
+        for begin in range(0, piece.rows, step := decoded_rows(piece, self.dtype, with_torch=True)):
+            rows = slice(begin, min(begin + step, piece.rows))
+            yield F.linear(x, decode_with_torch(piece, numbers, scales, rows).to(self.dtype))

@@ -23,6 +23,7 @@ from hf_flash.config_arguments import ARGUMENTS, METHOD, PredictorBits, checked_
 from hf_flash.config_arguments import AUTO as AUTO
 from hf_flash.config_arguments import PredictorName as PredictorName
 from hf_flash.config_arguments import ReaderName as ReaderName
+from hf_flash.config_arguments import UnitsOn as UnitsOn
 from hf_flash.errors import ConfigError, StoreVersionError
 
 CONFIG_VERSION: Final = 1
@@ -55,6 +56,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         window: int | None = UNSET,
         lookahead: int | None = UNSET,
         memory_budget: int | str | Mapping[str | int, int | str] | None = UNSET,
+        units_on: UnitsOn | None = UNSET,
         reader: ReaderName | None = UNSET,
         io_threads: int | None = UNSET,
         cache_dir: Any = UNSET,
@@ -82,6 +84,7 @@ class FlashOffloadConfig(QuantizationConfigMixin):
             "window": window,
             "lookahead": lookahead,
             "memory_budget": memory_budget,
+            "units_on": units_on,
             "reader": reader,
             "io_threads": io_threads,
             "cache_dir": cache_dir,

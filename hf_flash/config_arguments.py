@@ -28,6 +28,7 @@ PredictorName = Literal["quantized", "lowrank", "none"]
 CopiedName = Literal["quantized", "none"]  # of these, what `repack` can store: made from weights alone
 PredictorBits = Literal[4, 8]
 ReaderName = Literal["auto", "mmap", "direct"]
+UnitsOn = Literal["device", "cpu"]
 MMAP: Final = "mmap"  # through the page cache
 DIRECT: Final = "direct"  # past it
 
@@ -193,6 +194,17 @@ _TABLE: Final = (
         default_text="what is free",
         reference='`"6GiB"` or bytes, `{"cuda:0": "8GiB", "cpu": "16GiB"}`, or `"auto"` ([budget](budget.md))',
         option={"metavar": "SIZE", "help": 'weights in memory at most, such as "6GiB"'},
+    ),
+    Argument(
+        "units_on",
+        _one_of(*get_args(UnitsOn)),
+        types='`"device"` or `"cpu"`',
+        about='of a model on a GPU: where its units compute. `"device"`, the default: there. `"cpu"`: here, from slots in this '
+        "machine's memory, and everything else on the GPU. What crosses the bus then is a token, not experts. Not serialised.",
+        default="device",
+        reference='`"cpu"`: of a model on a GPU, units compute here ([on a GPU](gpu.md#units-on-the-cpu)); never stored',
+        option={"choices": get_args(UnitsOn), "help": "of a model on a GPU: where its units compute"},
+        stored=False,
     ),
     Argument(
         "reader",

@@ -53,7 +53,7 @@ class Loading:
         checkpoint: the files that the other weights come from.
         fmt: the predictor; `None`: every neuron is used.
         ffns: the blocks that were replaced, by layer.
-        device: where they compute, if that is not this machine's processor.
+        device: where the model is, if that is not this machine's memory. units_on: where the blocks compute, likewise.
     """
 
     family: Family
@@ -63,10 +63,13 @@ class Loading:
     fmt: PredictorFormat | None
     ffns: Sequence[FlashFFN]
     device: torch.device | None
+    units_on: torch.device | None
 
     def finish(self, model: Any, config: FlashOffloadConfig) -> None:
         """Everything after the other weights are loaded."""
-        attach(model, config, self.family, self.plan, self.store, self.checkpoint, self.fmt, self.ffns, self.device)
+        attach(
+            model, config, self.family, self.plan, self.store, self.checkpoint, self.fmt, self.ffns, self.device, self.units_on
+        )
         ahead = config.lookahead
         if ahead is None:
             spare_core = usable_cores() > torch.get_num_threads()  # both cores busy: it costs what it hides
@@ -138,7 +141,7 @@ def _prepare_neurons(
         find_predictor(store, fmt)
     config.remember(**stored_choice(fmt))
     ignore_on_load(model, family.store_keys)
-    return Loading(family, checkpoint, store, plan, fmt, ffns, device)
+    return Loading(family, checkpoint, store, plan, fmt, ffns, device, None if config.units_on == "cpu" else device)
 
 
 def finish(model: Any, config: FlashOffloadConfig, loading: Loading | ExpertLoading) -> None:
@@ -174,6 +177,7 @@ def _divide(
     def plan(fmt: PredictorFormat | None) -> MemoryPlan:
         demand = expected_demand(fmt, shape, store)
         reading: Any = {"reader": config.reader, "io_threads": config.io_threads, "device": device}
+        reading["units_here"] = config.units_on == "cpu"
         return divide_memory(budget, resident, fmt, shape, unit, dtype, demand=demand, **reading)
 
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 
 from hf_flash.base.buffers import allocate_pages, load_into_memory
 from hf_flash.base.heap import trim_heap
+from hf_flash.budget.beside import Beside
 from hf_flash.budget.ceilings import ceilings_of
 from hf_flash.budget.divide_experts import (
     PASSING_SLOTS,
@@ -58,7 +59,8 @@ class ExpertLoading:
     layers: list[FlashExperts]
     dtypes: dict[str, torch.dtype]  # of the other weights, where the checkpoint is quantized
     table: tuple[FlashEmbedding, Table] | None  # of embeddings, if it stays on flash
-    device: torch.device | None  # where it computes, if that is not this machine's processor
+    device: torch.device | None  # where it is, if that is not this machine's memory
+    units_on: torch.device | None  # where experts compute, likewise
 
     def finish(self, model: Any, config: FlashOffloadConfig) -> None:
         """Everything after the other weights are loaded."""
@@ -72,10 +74,11 @@ class ExpertLoading:
         trim_heap()
         wide = torch.empty(wide_numbers(self.places.layers, dtype), dtype=torch.float32, device="cpu")
         engine = ExpertEngine(reader, dtype, wide)
-        if self.device is None:
+        engine.device = self.device or engine.device
+        if self.units_on is None:
             self._attach(engine, wide)
         else:
-            self._attach_on_device(engine, self.device)
+            self._attach_on_device(engine, self.units_on)
         for layer in self.layers:
             layer.flash_weights = {
                 param: ExpertStack(layer.layer, param, self.checkpoint, bool(layer.is_transposed), dtype)
@@ -117,7 +120,7 @@ class ExpertLoading:
                 zip(self.places.layers, plan.capacities, host.slots, strict=True)
             )
         ]
-        engine.device, engine.on_device = device, shared
+        engine.on_device = shared
         tiers = [slots for layer in found for slots in (layer.tiers.device, layer.tiers.host)]
         interrupted = PassingSlots(np.empty((0, 0), np.uint8), [*tiers, shared.ring])
         for layer, mine in zip(self.layers, found, strict=True):
@@ -154,7 +157,7 @@ def prepare_experts(
         ignore_on_load(model, [rf"^{re.escape(left[0])}$"])
     ignore_on_load(model, [rf"(^|\.){re.escape(layer.name)}\.({layer.first}|{SECOND})$" for layer in places.layers])
     dtypes = {} if quantization_of(model.config) is None else loaded_dtypes(model, model.config.dtype)
-    return ExpertLoading(checkpoint, places, plan, layers, dtypes, table, device)
+    return ExpertLoading(checkpoint, places, plan, layers, dtypes, table, device, None if config.units_on == "cpu" else device)
 
 
 def _as_built(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -182,14 +185,17 @@ def _divide(
     Args:
         table: the parameter that may stay on flash.
     """
-    ceilings = ceilings_of(
-        None if config.memory_budget == AUTO else config.memory_budget, None if device is None else str(device)
-    )
+    here = config.units_on == "cpu"
+    ceilings = ceilings_of(None if config.memory_budget == AUTO else config.memory_budget, device, units_here=here)
     dtype, used = model.config.dtype, experts_per_token(model, places.layers)
     table_bytes = model.get_parameter(table).numel() * dtype.itemsize if table else 0
     sizes, reading = (resident_bytes(model, dtype), table_bytes), {"reader": config.reader, "io_threads": config.io_threads}
-    if device is not None:
+    if device is not None and not here:
         plan = divide_experts_on_device(ceilings, *sizes, places, dtype, used, **reading)
+    elif device is not None:
+        beside = Beside(str(device), ceilings.device_bytes, sizes[0])
+        plan = divide_experts(ceilings.host_bytes or 0, 0, 0, places.layers, places.slot_bytes, dtype, used, **reading)
+        plan = replace(plan, beside=beside)
     else:
         plan = divide_experts(ceilings.host_bytes or 0, *sizes, places.layers, places.slot_bytes, dtype, used, **reading)
     return checked_plan(plan, is_given=ceilings.is_given)

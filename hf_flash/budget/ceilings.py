@@ -6,6 +6,9 @@ None                   what is free      what is free on the device, and what is
 {"cuda:0": a}          refused           a of the device; this machine holds buffers alone
 {"cuda:0": a, "cpu": b}  refused         a of the device, b of this machine: units that left the device stay there
 {"cpu": b}             b                 what is free on the device, b of this machine
+
+With `units_on="cpu"` a device has everything that is no unit: one number is of this machine then, where the units are, and the
+device may be filled as far as it is free.
 """
 
 from __future__ import annotations
@@ -39,26 +42,29 @@ class Ceilings:
     is_given: bool
 
 
-def ceilings_of(budget: Any, device: object | None) -> Ceilings:
+def ceilings_of(budget: Any, device: object | None, *, units_here: bool = False) -> Ceilings:
     """A budget, as `FlashOffloadConfig` takes it, in bytes.
 
     Args:
         device: where the model computes, or its name with its number; `None`: on the CPU.
+        units_here: whether units are in this machine's memory although the rest is on a device.
 
     Raises:
         ConfigError: it names a device where this model has nothing.
     """
-    places, name = parse_places(budget), str(device)
+    places, name, free = parse_places(budget), str(device), available_memory()
     if device is None:
         given = budget if places is None else _only(places, {HOST}).get(HOST)
-        return Ceilings(None, 0, _bytes(given, available_memory()), given is not None)
-    if places is None:
-        of_device, of_host = budget, (None if budget is not None else available_memory())
-    else:
+        return Ceilings(None, 0, _bytes(given, free), given is not None)
+    if places is not None:
         named = _only(places, {name, HOST})
-        of_device, of_host = named.get(name), named.get(HOST)
-    host_bytes = None if of_host is None else _bytes(of_host if places else None, available_memory())
-    return Ceilings(name, _bytes(of_device, free_bytes(name)), host_bytes, of_device is not None)
+        there, here, is_kept_here = named.get(name), named.get(HOST), units_here or HOST in named
+    elif units_here:
+        there, here, is_kept_here = None, budget, True
+    else:
+        there, here, is_kept_here = budget, None, budget is None
+    is_given = (here if units_here else there) is not None
+    return Ceilings(name, _bytes(there, free_bytes(name)), _bytes(here, free) if is_kept_here else None, is_given)
 
 
 def _only(places: Mapping[str, Any], known: set[str]) -> Mapping[str, Any]:

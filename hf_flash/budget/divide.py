@@ -34,6 +34,7 @@ def divide_memory(
     io_threads: int,
     demand: Demand | None,
     device: torch.device | None = None,
+    units_here: bool = False,
 ) -> MemoryPlan:
     """Divide a memory budget over what a model holds.
 
@@ -46,13 +47,15 @@ def divide_memory(
         reader, io_threads: as in `FlashOffloadConfig`.
         demand: what tokens need, by which windows are divided; `None`: evenly.
         device: where the model computes, if that is not this machine's processor.
+        units_here: whether its units compute here nevertheless.
 
     Raises:
         BudgetError: the budget is below the minimum.
     """
     in_memory = unit.as_dtype(dtype)
     scratch, buffers = Arithmetic.size(shape.d_ff, in_memory), reader_buffer_bytes(unit, dtype, reader, io_threads)
-    if device is not None:
+    on_device = device is not None and not units_here
+    if on_device:
         lanes = DeviceReader.device_bytes(in_memory, block_rows(shape.d_ff, 2))
         widened = 0 if fmt is None else DeviceMatrix.scratch_bytes(shape.d_ff, shape.d_model)
         scratch, buffers = DeviceArithmetic.size(shape.d_ff, in_memory) + lanes + widened, buffers + lanes
@@ -60,7 +63,8 @@ def divide_memory(
         budget,
         resident_bytes=resident_bytes,
         predictor_bytes=fmt.dram_bytes(shape) if fmt else 0,
-        scratch_bytes=scratch if device is not None else scratch + buffers,
+        scratch_bytes=scratch if on_device else scratch + buffers,
+        units_here=units_here,
         device=None if device is None else str(device),
         buffer_bytes=buffers,
         widths=shape.widths,

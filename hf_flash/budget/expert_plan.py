@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.budget.beside import Beside
 from hf_flash.budget.host_tier import HostTier, spread, table
 from hf_flash.errors import BudgetError
 
@@ -44,6 +45,7 @@ class ExpertPlan:
     used: int
     device: str = "cpu"
     host: HostTier | None = None
+    beside: Beside | None = None  # what is no unit, if it is on another device
 
     @property
     def layers(self) -> int:
@@ -90,7 +92,9 @@ class ExpertPlan:
     @property
     def dense_bytes(self) -> int:
         """The whole model in DRAM, as stock transformers would hold it."""
-        return self.all_resident_bytes + sum(n * size for n, size in zip(self.experts, self.expert_bytes, strict=True))
+        beside = self.beside.resident_bytes if self.beside else 0
+        units = sum(n * size for n, size in zip(self.experts, self.expert_bytes, strict=True))
+        return self.all_resident_bytes + beside + units
 
     def shortage(self, tokens: int) -> str | None:
         """What to say of slots that do not hold what one token uses; `None` if they do.
@@ -108,12 +112,14 @@ class ExpertPlan:
 
     def describe(self) -> str:
         """The parts, one a line."""
-        return table(self._rows + (self.host.rows if self.host else []))
+        return table([*self._rows, *(self.host.rows if self.host else ()), *([self.beside.row] if self.beside else ())])
 
     @property
     def _rows(self) -> list[tuple[str, int]]:
+        name = f"{'' if self.is_table_on_flash else 'embeddings, '}attention, routers, norms"
+        resident = [] if self.beside else [(name, self.resident_bytes)]
         return [
-            (f"{'' if self.is_table_on_flash else 'embeddings, '}attention, routers, norms", self.resident_bytes),
+            *resident,
             ("scratch buffers", self.scratch_bytes),
             (f"slots for {spread(self.capacities) or 0} of {max(self.experts)} experts a layer", self.window_bytes),
         ]
@@ -144,6 +150,7 @@ def checked_plan(plan: ExpertPlan, *, is_given: bool) -> ExpertPlan:
             got=f"{format_bytes(plan.budget_bytes)} ({plan.budget_bytes} bytes)",
             hint="raise memory_budget, or load in a smaller dtype" + (', or with device_map="cpu"' if plan.host else ""),
         )
-    if plan.host is not None:
-        plan.host.check()
+    for part in (plan.host, plan.beside):
+        if part is not None:
+            part.check()
     return plan

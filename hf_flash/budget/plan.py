@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.budget.beside import Beside
 from hf_flash.budget.ceilings import ceilings_of
 from hf_flash.budget.demand import LONGEST, Demand
 from hf_flash.budget.host_tier import HostTier, table
@@ -44,6 +45,7 @@ class MemoryPlan:
         default=None, repr=False, compare=False
     )  # what tokens need, where they do not need everything
     device: str = "cpu"  # where all of this is
+    beside: Beside | None = None  # what is no unit, if it is on another device
     host: HostTier | None = None  # what is in this machine's memory, where that is a device such as a GPU
 
     @property
@@ -83,7 +85,8 @@ class MemoryPlan:
     @property
     def dense_bytes(self) -> int:
         """The whole model in DRAM, as stock transformers would hold it."""
-        return self.resident_bytes + sum(self.widths) * self.bundle_bytes
+        beside = self.beside.resident_bytes if self.beside else 0
+        return self.resident_bytes + beside + sum(self.widths) * self.bundle_bytes
 
     def shortage(self, tokens: int) -> str | None:
         """What to say of windows that do not hold even what one token uses; `None` if they do.
@@ -103,14 +106,15 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """The parts, one a line."""
-        return table(self._rows + (self.host.rows if self.host else []))
+        return table([*self._rows, *(self.host.rows if self.host else ()), *([self.beside.row] if self.beside else ())])
 
     @property
     def _rows(self) -> list[tuple[str, int]]:
         low, high = min(self.capacities), max(self.capacities)
         spread = f" ({low} to {high})" if low < high else ""
+        resident = [] if self.beside else [("embeddings, attention, norms, biases", self.resident_bytes)]
         return [
-            ("embeddings, attention, norms, biases", self.resident_bytes),
+            *resident,
             ("predictor", self.predictor_bytes),
             ("scratch buffers", self.scratch_bytes),
             (f"windows, {self.capacity} of {self.d_ff} neurons a layer{spread}", self.window_bytes),
@@ -133,19 +137,26 @@ def plan_memory(
     demand: Demand | None = None,
     device: str | None = None,
     buffer_bytes: int = 0,
+    units_here: bool = False,
 ) -> MemoryPlan:
     """Divide a budget; `None` takes most of what is free on this machine, or on the device.
 
     Args:
         device: where the model computes, if that is not this machine's processor. buffer_bytes: here, then.
+        units_here: whether units, and all that computes them, are in this machine's memory nevertheless.
 
     Raises:
         BudgetError: the budget is below the minimum, its `minimum_bytes`; the message lists what takes it.
         ConfigError: it is for another device.
     """
-    ceilings = ceilings_of(budget, device)
+    ceilings = ceilings_of(budget, device, units_here=units_here)
+    beside = Beside(device, ceilings.device_bytes, resident_bytes) if device is not None and units_here else None
+    if beside is not None:
+        resident_bytes, device = 0, None
     ceiling = (ceilings.host_bytes or 0) if device is None else ceilings.device_bytes
-    plan = MemoryPlan(ceiling, resident_bytes, predictor_bytes, scratch_bytes, widths, bundle_bytes, demand, device or "cpu")
+    plan = MemoryPlan(
+        ceiling, resident_bytes, predictor_bytes, scratch_bytes, widths, bundle_bytes, demand, device or "cpu", beside
+    )
     if device is not None:
         plan = replace(plan, host=_host_tier(ceilings.host_bytes, buffer_bytes, plan))
     where = "memory_budget" if device is None else f"memory_budget of {device}"
@@ -159,8 +170,9 @@ def plan_memory(
             got=f"{format_bytes(ceiling)} ({ceiling} bytes)",
             hint="raise memory_budget, or load in a smaller dtype" + (", or without a predictor" if predictor_bytes else ""),
         )
-    if plan.host is not None:
-        plan.host.check()
+    for part in (plan.host, plan.beside):
+        if part is not None:
+            part.check()
     return plan
 
 

@@ -143,6 +143,7 @@ class Arithmetic:
         activation: of all layers.
     """
 
+    device = torch.device("cpu")  # that computes
     step_kernel: TokenKernel | None = None  # of the compiled part, where it can take tokens through a layer in one call
 
     def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:

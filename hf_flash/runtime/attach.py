@@ -46,6 +46,7 @@ def attach(
     fmt: PredictorFormat | None,
     ffns: Sequence[FlashFFN],
     device: torch.device | None,
+    units_on: torch.device | None,
 ) -> None:
     """Give the feed-forward blocks of a model what they run on, once its other weights are loaded.
 
@@ -54,13 +55,14 @@ def attach(
         checkpoint: where the other weights came from.
         fmt: the predictor; `None`: every neuron is used.
         ffns: the blocks that were replaced, by layer.
-        device: where they compute, if that is not this machine's processor.
+        device: where the model is, if that is not this machine's memory. units_on: where the blocks compute, likewise.
     """
     load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     shape, dtype = family.shape(model.config), model.config.dtype
     in_memory = store.unit.as_dtype(dtype)  # type: ignore[arg-type]
-    engine = _engine(config, plan, store, in_memory, ffns[0].activation, device)
-    load = fmt if fmt is None else fmt.load if device is None else functools.partial(fmt.load, device=device)
+    engine = _engine(config, plan, store, in_memory, ffns[0].activation, units_on)
+    engine.device = device or engine.device
+    load = fmt if fmt is None else fmt.load if units_on is None else functools.partial(fmt.load, device=units_on)
     predictors = [
         NoPredictor() if load is None else load(store, layer, ffn.projections[in_memory.deciding].bias)
         for ffn, layer in zip(ffns, store.layers, strict=True)
@@ -101,6 +103,4 @@ def _engine(
     assert plan.host is not None
     source = open_source(store, config.reader, config.io_threads, available_memory() - plan.host.nbytes)
     on_device = DeviceReader(store, source, unit.dtype, Transfers(device), block_rows(plan.d_ff, 2), plan.host.slots)
-    engine = Engine(on_device, DeviceArithmetic(plan.d_ff, unit, activation, device), fills_next=config.lookahead != 0)
-    engine.device = device
-    return engine
+    return Engine(on_device, DeviceArithmetic(plan.d_ff, unit, activation, device), fills_next=config.lookahead != 0)

@@ -63,6 +63,8 @@ class FlashStats:
     process_bytes: int  # what the whole process has in memory: weights, interpreter, libraries, activations, KV cache
     kv_cache_bytes_per_token: int  # per sequence; comes on top of the budget
     device: str = "cpu"  # where all of this is, and layers compute
+    beside_device: str | None = None  # where the rest is, if that is another device: `units_on="cpu"`
+    beside_bytes: int = 0
     host_bytes: int = 0  # what is in this machine's memory beside it, where that is a GPU: buffers, and units
     predictor_bytes: int = 0
     counters: Counters = field(default_factory=Counters)
@@ -112,7 +114,7 @@ class FlashStats:
     def _host_rows(self) -> list[tuple[str, str]]:
         """What a device has of this machine's memory, for people."""
         if self.device == "cpu":
-            return []
+            return [(f"on {self.beside_device}", format_bytes(self.beside_bytes))] if self.beside_device else []
         c, copied = self.counters, format_bytes(self.counters.bus_bytes / max(1, self.tokens))
         found = f"{c.host_hits / max(1, c.selected):.1%} of what is used is found there"
         return [("weights in DRAM", f"{format_bytes(self.host_bytes)}; {found}; {copied} copied per token")]

@@ -162,7 +162,7 @@ class FlashExperts(OnFlash):
                 if self.on_device is not None:
                     out = self.on_device.run(self, x, index, weights)
                 else:
-                    out = self._on_cpu(engine, x, index.numpy(), weights)
+                    out = self._on_cpu(engine, x.cpu(), index.cpu().numpy(), weights.cpu()).to(x.device)
         return without_backward(out.to(hidden_states.dtype), hidden_states, top_k_weights)
 
     def _on_cpu(self, engine: ExpertEngine, x: torch.Tensor, index: Ids, weights: torch.Tensor) -> torch.Tensor:
@@ -201,7 +201,7 @@ class FlashExperts(OnFlash):
     ) -> torch.Tensor:
         """All of it for a few tokens, in one call of the compiled part."""
         start, count, found = perf_counter(), engine.counters, step.call
-        out = step.run(x, index, weights, (self._bias_of(self.layer.first), self._bias_of(SECOND)))
+        out = step.run(x, index, weights, (self._bias_here(self.layer.first), self._bias_here(SECOND)))
         if found.failed:
             reading = ExpertReading(engine.reader, self.index, found.failed - 1)
             reading.waited(found.error, 0.0)
@@ -303,7 +303,15 @@ class FlashExperts(OnFlash):
     def _finish(self, products: torch.Tensor, call: _Call, pairs: Ids) -> torch.Tensor:
         stock: Any = self
         self._add_bias(products, SECOND, call, pairs)
-        return stock.post_expert_norm(products) if stock.has_post_expert_norm else products
+        if not stock.has_post_expert_norm:
+            return products
+        normed: torch.Tensor = stock.post_expert_norm(products.to(self.engine.device))  # type: ignore[union-attr]
+        return normed.cpu()
+
+    def _bias_here(self, param: str) -> torch.Tensor | None:
+        """[`_bias_of`] in this machine's memory. It is copied for every call: others may change it, and leave no trace."""
+        bias = self._bias_of(param)
+        return None if bias is None else bias.cpu()
 
     def _bias_of(self, param: str) -> torch.Tensor | None:
         """The biases of all experts [experts, outputs] in the dtype of compute, if there are any."""
@@ -319,7 +327,7 @@ class FlashExperts(OnFlash):
         return bias.detach().to(self.engine.dtype).contiguous()  # type: ignore[union-attr]  # it is called with one
 
     def _add_bias(self, products: torch.Tensor, param: str, call: _Call, pairs: Ids) -> None:
-        bias = self._bias_of(param)
+        bias = self._bias_here(param)
         if bias is not None:
             products.add_(bias.index_select(0, torch.from_numpy(call.experts_of(pairs))))
 

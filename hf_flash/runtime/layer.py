@@ -127,15 +127,15 @@ class FlashFFN(nn.Module):
         with engine.lock, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             engine.check_open()
             biases = self._checked_biases(engine, x)
-            rows = x.detach().reshape(-1, self.d_model).to(engine.dtype).contiguous()
+            rows = x.detach().reshape(-1, self.d_model).to(engine.dtype).contiguous().to(engine.arithmetic.device)
             with self.reads.changing():
                 engine.heap.prepare(x.nbytes)
                 total = self._run(engine, rows, biases, is_prompt=self._is_prompt(engine, x))
                 if self.index == len(engine.reader.layers) - 1:
                     engine.heap.prepare(0)
             down = biases["down"]
-            out = (total if down is None else total.add_(down)).to(engine.dtype).view(x.shape)
-        found = [bias for bias in biases.values() if bias is not None]
+            out = (total if down is None else total.add_(down)).to(engine.dtype).to(x.device).view(x.shape)
+        found = [bias for module in self.projections.values() if (bias := module.bias) is not None]
         return without_backward(out, x, *found)
 
     # --- the main path
@@ -289,7 +289,8 @@ class FlashFFN(nn.Module):
     # --- what it refuses
 
     def _checked_biases(self, engine: Engine, x: torch.Tensor) -> Biases:
-        """The biases as they are now. Others may have put them there, and they go to the compiled part by their address."""
+        """The biases as they are now, where they are used. Others may have put them there, and they go to the compiled part by
+        their address."""
         biases: dict[Role, torch.Tensor | None] = {role: module.bias for role, module in self.projections.items()}
         for role, bias in biases.items():
             if bias is None or role == "down":
@@ -308,7 +309,7 @@ class FlashFFN(nn.Module):
                     got=f"{list(bias.shape)} {bias.dtype} on {bias.device}{'' if bias.is_contiguous() else ', not contiguous'}",
                     hint="convert it before you put it there",
                 )
-        return biases
+        return {role: None if bias is None else bias.to(engine.arithmetic.device) for role, bias in biases.items()}
 
 
 def _used_by_any(selected: torch.Tensor) -> Ids:

@@ -124,6 +124,52 @@ def test_answers_of_neurons_depend_on_no_tier(shape: str, predictor: str, opt: C
         assert found.host_bytes <= budget["cpu"]
 
 
+@pytest.mark.parametrize("model_type", slow_but(MIXTURES[:2], MIXTURES))
+def test_units_of_a_mixture_may_compute_here(model_type: str, mixture: Any) -> None:
+    folder, stock, ids = mixture(model_type)
+    plenty = load(folder, {DEVICE: "1GB", "cpu": "1GB"}, units_on="cpu")
+    first = answers(plenty, ids)
+    close_to(first, answers(stock, ids))
+    plan = runtime_of(plenty).plan
+    assert next(plenty.parameters()).device == torch.device(DEVICE) or DEVICE == "cpu:0"
+    for room in (0, 1, 2):
+        budget = plan.minimum_bytes + room * sum(plan.slot_bytes)
+        tight = load(folder, budget, units_on="cpu")
+        for _ in range(2):
+            assert all(map(torch.equal, answers(tight, ids), first))
+        found = hf_flash.stats(tight)
+        assert found.dram_bytes <= found.budget_bytes == budget
+        assert found.beside_device == DEVICE
+        assert f"on {DEVICE}" in str(found)
+    with pytest.raises(BudgetError, match="is no unit"):
+        load(folder, {DEVICE: found.beside_bytes - 1, "cpu": "1GB"}, units_on="cpu")
+
+
+@pytest.mark.parametrize("shape", ["pre_ln", "no_bias"])
+def test_neurons_may_compute_here(shape: str, opt: Callable[..., Path]) -> None:
+    folder, ids = opt(shape), torch.arange(5, 29).view(2, 12)
+    stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for predictor in ("none", "quantized"):
+        model = load(folder, {DEVICE: "1GB", "cpu": "1GB"}, units_on="cpu", predictor=predictor, predictor_bits=8)
+        first = answers(model, ids)
+        if predictor == "none":
+            close_to(first, answers(stock, ids))
+        floor = runtime_of(model).plan.minimum_bytes
+        tight = load(folder, floor + 5000, units_on="cpu", predictor=predictor, predictor_bits=8)
+        assert all(map(torch.equal, answers(tight, ids), first))
+        layer = tight.model.decoder.layers[0]
+        if layer.fc1.bias is not None:  # others may replace or change it
+            layer.fc1.bias.data.add_(1.0)
+            layer.fc2.bias = torch.nn.Parameter(layer.fc2.bias.detach() + 1.0)
+            changed = logits(tight, ids)
+            assert not torch.equal(changed, first[0])
+            stock.model.decoder.layers[0].fc1.bias.data.add_(1.0)
+            stock.model.decoder.layers[0].fc2.bias.data.add_(1.0)
+            if predictor == "none":
+                torch.testing.assert_close(changed, logits(stock, ids), rtol=1e-4, atol=1e-4)
+            stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_it_computes_in_any_dtype_as_stock(dtype: torch.dtype, mixture: Any, tmp_path: Path, opt: Callable[..., Path]) -> None:
     mixture_folder, _, ids = mixture("qwen3_moe")

@@ -71,6 +71,8 @@ class Loading:
             model, config, self.family, self.plan, self.store, self.checkpoint, self.fmt, self.ffns, self.device, self.units_on
         )
         ahead = config.lookahead
+        if ahead and self.units_on is not None:
+            logger.warning("hf_flash: lookahead does nothing on a device: it would have to wait for it once more")
         if ahead is None:
             spare_core = usable_cores() > torch.get_num_threads()  # both cores busy: it costs what it hides
             ahead = int(spare_core and self.device is None)  # a device would be waited for once more

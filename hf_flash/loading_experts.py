@@ -67,8 +67,8 @@ class ExpertLoading:
         _as_built(model, self.dtypes)
         load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
         plan, dtype = self.plan, model.config.dtype
-        window_bytes = plan.window_bytes if plan.host is None else plan.host.window_bytes
-        spare_bytes = available_memory() - plan.scratch_bytes - window_bytes  # for the page cache
+        taken = plan.scratch_bytes + plan.window_bytes if plan.host is None else plan.host.nbytes
+        spare_bytes = available_memory() - taken  # for the page cache
         reader = ExpertReader(self.places, config.reader, config.io_threads, spare_bytes)
         self.checkpoint.check_unchanged()  # while it was opened and read
         trim_heap()
@@ -84,8 +84,10 @@ class ExpertLoading:
                 param: ExpertStack(layer.layer, param, self.checkpoint, bool(layer.is_transposed), dtype)
                 for param in (layer.layer.first, SECOND)
             }
+            layer.place = engine.device
         if self.table is not None:
             self.table[0].attach(engine, self.table[1])
+            self.table[0].place = engine.device
         if self.device is None:
             make_linears_resident(model, engine)
             make_attention_resident(model)
@@ -114,11 +116,12 @@ class ExpertLoading:
         shared = SharedOnDevice(
             device, max(plan.slot_bytes), max(self.places.slot_bytes), passing=PASSING_SLOTS, ring=RING_SLOTS
         )
+        sizes = [count * size for count, size in zip(plan.capacities, plan.slot_bytes, strict=True)]
+        whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)  # in one piece: a device's allocator rounds up
+        memories = [part.view(-1, size) for part, size in zip(torch.split(whole, sizes), plan.slot_bytes, strict=True)]
         found = [
-            DeviceExperts(layer, index, engine, shared, on_device, on_host)
-            for index, (layer, on_device, on_host) in enumerate(
-                zip(self.places.layers, plan.capacities, host.slots, strict=True)
-            )
+            DeviceExperts(layer, index, engine, shared, memory, on_host)
+            for index, (layer, memory, on_host) in enumerate(zip(self.places.layers, memories, host.slots, strict=True))
         ]
         engine.on_device = shared
         tiers = [slots for layer in found for slots in (layer.tiers.device, layer.tiers.host)]

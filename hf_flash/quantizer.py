@@ -6,14 +6,12 @@ rest is imported when a model is loaded. The methods that transformers calls are
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from transformers.quantizers import HfQuantizer
 
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import UsageError
-
-_AUTOMATIC: Final = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that transformers works out
 
 
 class FlashHfQuantizer(HfQuantizer):
@@ -33,11 +31,9 @@ class FlashHfQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> Any:
         """`"auto"` means the accelerator, where there is one."""
-        from hf_flash.runtime.devices import automatic_map, device_of
+        from hf_flash.runtime.devices import placed
 
-        if isinstance(device_map, str) and device_map in _AUTOMATIC:
-            device_map = automatic_map()
-        self._device = device_of(next(iter(device_map.values()))) if device_map else None
+        device_map, self._device = placed(device_map)
         return device_map
 
     def _process_model_before_weight_loading(

@@ -144,7 +144,7 @@ def stock_model(model_type: str, folder: Path) -> tuple[Any, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).eval(), torch.randint(4, 100, (2, 12))
 
 
-def attempt(model_type: str, device: str | None) -> tuple[str, str]:
+def attempt(model_type: str, device: str | None = None) -> tuple[str, str]:
     """What becomes of a kind of model on a device, and why."""
     try:
         with torch.device("meta"):

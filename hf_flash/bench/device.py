@@ -33,8 +33,8 @@ def about_device(device: str) -> dict[str, Any]:
         "name": module.get_device_name(place) if hasattr(module, "get_device_name") else device,
         "memory_bytes": module.mem_get_info(place)[1] if hasattr(module, "mem_get_info") else free_bytes(device),
         "pinned": here.is_pinned,
-        "to_gb_per_s": _gb_per_s(lambda: transfers.copy(here.tensor, there).wait(), memory),
-        "from_gb_per_s": _gb_per_s(lambda: transfers.copy(there, here.tensor).wait(), memory),
+        "to_gb_per_s": _gb_per_s(lambda: transfers.copy((here.tensor, there)).wait(), memory),
+        "from_gb_per_s": _gb_per_s(lambda: transfers.copy((there, here.tensor)).wait(), memory),
         "memory_gb_per_s": _gb_per_s(multiply, weight.nbytes),
     }
     here.release()
@@ -44,7 +44,7 @@ def about_device(device: str) -> dict[str, Any]:
 def finish(device: torch.device) -> None:
     """Wait until a device has done what it was told."""
     if device.type != "cpu":
-        torch.get_device_module(device.type).synchronize()
+        torch.get_device_module(device.type).synchronize(device)
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -2,7 +2,7 @@
 
 memory_budget          on the CPU        with a device such as "cuda:0"
 "8GiB"                 of this machine   of the device; this machine holds buffers alone
-None                   what is free      what is free on the device, and what is free here
+None                   what is free      most of what is free on the device, and half of what is free here
 {"cuda:0": a}          refused           a of the device; this machine holds buffers alone
 {"cuda:0": a, "cpu": b}  refused         a of the device, b of this machine: units that left the device stay there
 {"cpu": b}             b                 what is free on the device, b of this machine
@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hf_flash.base.sizes import parse_bytes, parse_places
-from hf_flash.compute.transfers import free_bytes
+from hf_flash.compute.transfers import free_bytes, shares_memory
 from hf_flash.errors import ConfigError
 from hf_flash.machine.free_memory import available_memory
 
 HEADROOM: Final = 0.9  # share of the free memory that a budget of None takes: activations and the KV cache need the rest
+LEFT_ON_DEVICE: Final = 3 << 29  # bytes at least: also for its libraries, and kernels that are loaded when they first run
+PINNED: Final = 0.5  # share of the free memory behind a device: what is pinned cannot be paged out
 HOST: Final = "cpu"
 
 
@@ -62,9 +64,10 @@ def ceilings_of(budget: Any, device: object | None, *, units_here: bool = False)
     elif units_here:
         there, here, is_kept_here = None, budget, True
     else:
-        there, here, is_kept_here = budget, None, budget is None
+        there, here, is_kept_here = budget, None, budget is None and not shares_memory(name)
     is_given = (here if units_here else there) is not None
-    return Ceilings(name, _bytes(there, free_bytes(name)), _bytes(here, free) if is_kept_here else None, is_given)
+    share = HEADROOM if units_here else PINNED
+    return Ceilings(name, _on_device(there, name), _bytes(here, free, share) if is_kept_here else None, is_given)
 
 
 def _only(places: Mapping[str, Any], known: set[str]) -> Mapping[str, Any]:
@@ -79,5 +82,12 @@ def _only(places: Mapping[str, Any], known: set[str]) -> Mapping[str, Any]:
     return places
 
 
-def _bytes(given: int | str | None, free: int) -> int:
-    return int(free * HEADROOM) if given is None else parse_bytes(given)
+def _bytes(given: int | str | None, free: int, share: float = HEADROOM) -> int:
+    return int(free * share) if given is None else parse_bytes(given)
+
+
+def _on_device(given: int | str | None, device: str) -> int:
+    if given is not None:
+        return parse_bytes(given)
+    free = free_bytes(device)
+    return max(free // 2, min(int(free * HEADROOM), free - LEFT_ON_DEVICE))

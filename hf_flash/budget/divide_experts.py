@@ -16,7 +16,7 @@ from hf_flash.reading.experts import ExpertPlaces, reader_bytes
 from hf_flash.store.experts import ExpertLayer
 
 PASSING_SLOTS: Final = 3  # one is computed with, two are read into
-RING_SLOTS: Final = 4  # of host memory that experts for a device are read into, before they are copied
+RING_SLOTS: Final = 5  # of host memory that experts for a device are read into: four, and one that is copied
 _WIDE: Final = 1 << 22  # numbers that rows are widened into, at most, if a row is not longer
 _LEAST_WIDE: Final = 1 << 16
 
@@ -75,15 +75,11 @@ def divide_experts_on_device(
     """
     layers = places.layers
     slot_bytes = tuple(layer.packed_bytes for layer in layers)
-    pieces = [piece for layer in layers for piece in layer.pieces]
-    converted = max((piece.rows * piece.columns * dtype.itemsize for piece in pieces if piece.dtype != dtype), default=0)
-    scaled = decoded_bytes(layers, dtype, with_torch=True)
-    whole = all(piece.scales for piece in pieces if piece.dtype != dtype)
     plan = ExpertPlan(
         budget_bytes=ceilings.device_bytes,
         all_resident_bytes=resident_bytes,
         table_bytes=table_bytes,
-        scratch_bytes=PASSING_SLOTS * max(slot_bytes) + max(scaled, 0 if whole else converted),
+        scratch_bytes=PASSING_SLOTS * max(slot_bytes) + _converted_bytes(layers, dtype),
         slot_bytes=slot_bytes,
         experts=tuple(layer.experts for layer in layers),
         expert_bytes=tuple(sum(p.rows * p.columns for p in layer.pieces) * dtype.itemsize for layer in layers),
@@ -105,19 +101,16 @@ def _host_tier(budget_bytes: int | None, buffer_bytes: int, plan: ExpertPlan) ->
     return HostTier(budget_bytes, buffer_bytes, slots, plan.slot_bytes)
 
 
-def decoded_bytes(layers: Sequence[ExpertLayer], dtype: torch.dtype, *, with_torch: bool = False) -> int:
+def decoded_bytes(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:
     """Of plain numbers, made of some rows of numbers with scales at a time."""
-    return max(
-        (
-            decoded_rows(piece, dtype, with_torch=with_torch)
-            * piece.columns
-            * decoded_size(piece, dtype, with_torch=with_torch)
-            for layer in layers
-            for piece in layer.pieces
-            if piece.scales
-        ),
-        default=0,
-    )
+    scaled = (piece for layer in layers for piece in layer.pieces if piece.scales)
+    return max((decoded_rows(piece, dtype) * piece.columns * decoded_size(piece, dtype) for piece in scaled), default=0)
+
+
+def _converted_bytes(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:
+    """Of a piece on a device as numbers of the dtype of compute; with scales, of its codes and of fp32 before that, too."""
+    pieces = (piece for layer in layers for piece in layer.pieces if piece.dtype != dtype)
+    return max((p.rows * p.columns * (dtype.itemsize + (8 if p.scales else 0)) for p in pieces), default=0)
 
 
 def wide_numbers(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:

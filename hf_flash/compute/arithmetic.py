@@ -33,6 +33,7 @@ n = neurons in the block, d = d_model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -169,6 +170,13 @@ class Arithmetic:
     def matrix(self, rows: int) -> torch.Tensor:
         """Memory for the bundles of so many neurons, [rows, unit.numbers]: what a window keeps them in."""
         return aligned_empty((rows, self.unit.numbers), self.unit.dtype)
+
+    def matrices(self, rows: Sequence[int]) -> list[torch.Tensor]:
+        """The same for several windows."""
+        return [self.matrix(count) for count in rows]
+
+    def release(self) -> None:
+        """Give memory of a device back. Nothing can be computed afterwards."""
 
     def one_token(
         self, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids, *, one_block: bool

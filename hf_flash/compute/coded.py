@@ -7,10 +7,12 @@ numbers. These are what transformers makes of such a checkpoint: numbers times s
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from hf_flash.base.arrays import Bytes
 from hf_flash.compute import library as native
@@ -82,8 +84,7 @@ def decode_with_torch(piece: Piece, numbers: torch.Tensor, scales: torch.Tensor,
     count, (first_number, first_scale) = rows.stop - rows.start, _begin(piece, rows)
     mine = numbers[first_number : first_number + bytes_of(count * piece.columns, piece.dtype)]
     if piece.dtype == E2M1:
-        table = torch.tensor(_E2M1_VALUES, dtype=torch.float32, device=numbers.device)
-        plain = table[torch.stack([mine & 15, mine >> 4], dim=-1).int()].view(count, piece.columns)
+        plain = F.embedding(mine.int(), _pairs(numbers.device)).view(count, piece.columns)
     else:
         plain = mine.view(piece.dtype).view(count, piece.columns).float()
     blocks = -(-count // piece.scales.block_rows), piece.grid[1]
@@ -94,6 +95,14 @@ def decode_with_torch(piece: Piece, numbers: torch.Tensor, scales: torch.Tensor,
     if whole * piece.scales.block_columns == piece.columns:
         return plain.view(count, whole, -1).mul_(by_row.unsqueeze(-1)).view(count, -1)
     return plain.mul_(by_row.repeat_interleave(piece.scales.block_columns, 1)[:, : piece.columns])
+
+
+@lru_cache
+def _pairs(device: torch.device) -> torch.Tensor:
+    """The two numbers of every byte of E2M1, float32 [256, 2]."""
+    values = torch.tensor(_E2M1_VALUES, dtype=torch.float32, device="cpu")
+    codes = torch.arange(256, dtype=torch.int64, device="cpu")
+    return torch.stack([values[codes & 15], values[codes >> 4]], dim=1).to(device)
 
 
 def are_numbers(piece: Piece, scales: Bytes) -> bool:

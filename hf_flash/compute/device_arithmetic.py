@@ -12,6 +12,8 @@ The last product is summed up in fp32, over all blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -50,10 +52,17 @@ class DeviceArithmetic(Arithmetic):
     @staticmethod
     def size(d_ff: int, unit: UnitLayout) -> int:
         """What the buffers take, in bytes, and a widened block of one part."""
-        return block_rows(d_ff, 2) * ((_BUFFERS + 1) * unit.row_bytes + 4 * unit.width)
+        return block_rows(d_ff, 2) * ((_BUFFERS + 2) * unit.row_bytes + 4 * unit.width)  # one more is picked on the way
 
     def matrix(self, rows: int) -> torch.Tensor:
         return torch.empty(rows, self.unit.numbers, dtype=self.unit.dtype, device=self.device)
+
+    def matrices(self, rows: Sequence[int]) -> list[torch.Tensor]:
+        """In one piece: a device's allocator rounds up."""
+        return list(torch.split(self.matrix(sum(rows)), list(rows)))
+
+    def release(self) -> None:
+        self.rows = self.gathered = self.rows.new_empty((0, self.unit.numbers))
 
     def one_token(
         self, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids, *, one_block: bool
@@ -102,11 +111,28 @@ class DeviceArithmetic(Arithmetic):
 
     def add_down(self, hidden: torch.Tensor, bundles: torch.Tensor, out: torch.Tensor) -> None:
         """Add hidden values [tokens, n] times the last part of bundles [n, unit.numbers] to `out`, float32 [tokens, d]."""
-        out.addmm_(hidden.float(), bundles[:, self.unit.columns("down")].float())
+        down = bundles[:, self.unit.columns("down")]
+        if _sums_in_fp32(self.device, self.unit.dtype):
+            out.add_(torch.mm(hidden, down, out_dtype=torch.float32))
+        else:
+            out.addmm_(hidden.float(), down.float())
 
 
-_ALIGNMENT: Final = 16  # bytes that libraries of products like matrices to begin at a multiple of
+_ALIGNMENT: Final = 256  # bytes: where a matrix begins may decide which of its products a library takes, up to here
 _BUFFERS: Final = 2  # as in runtime/stream.py: one is filled while the other is computed
+
+
+@lru_cache
+def _sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device multiplies 16 bits to fp32 without widening them: CUDA, since torch 2.8."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    some = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(some, some, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 class _Token:

@@ -7,7 +7,6 @@ the tokens beside it change no bits of a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from hf_flash.compute.coded import decode_with_torch
-from hf_flash.compute.expert_products import decoded_rows
 from hf_flash.store.experts import ExpertLayer, Piece
 
 
@@ -59,18 +57,15 @@ class DeviceProducts:
         Returns:
             [tokens, outputs].
         """
-        found = [product for part in self._parts for product in self._products(x, slot, part)]
+        found = [self._product(x, slot, part) for part in self._parts]
         out = found[0] if len(found) == 1 else torch.cat(found, dim=1)
         return out if self._order is None else out.index_select(1, self._order)
 
-    def _products(self, x: torch.Tensor, slot: torch.Tensor, part: _Part) -> Iterator[torch.Tensor]:
+    def _product(self, x: torch.Tensor, slot: torch.Tensor, part: _Part) -> torch.Tensor:
         piece = part.piece
         numbers = slot[part.at : part.at + piece.nbytes]
         if piece.scales is None:
             weight = numbers.view(piece.dtype).view(piece.rows, piece.columns).to(self.dtype)
-            yield x @ weight if piece.turned else F.linear(x, weight)
-            return
+            return x @ weight if piece.turned else F.linear(x, weight)
         scales = slot[part.scales_at : part.scales_at + piece.scale_bytes]
-        for begin in range(0, piece.rows, step := decoded_rows(piece, self.dtype, with_torch=True)):
-            rows = slice(begin, min(begin + step, piece.rows))
-            yield F.linear(x, decode_with_torch(piece, numbers, scales, rows).to(self.dtype))
+        return F.linear(x, decode_with_torch(piece, numbers, scales, slice(0, piece.rows)).to(self.dtype))

@@ -65,16 +65,16 @@ def reads_as(piece: Piece, dtype: torch.dtype) -> bool:
     return piece.dtype == dtype or (piece.dtype, dtype) in _WIDENED or coded.is_known(piece)
 
 
-def decoded_rows(piece: Piece, dtype: torch.dtype, *, with_torch: bool = False) -> int:
+def decoded_rows(piece: Piece, dtype: torch.dtype) -> int:
     """Rows of a piece with scales that become plain numbers at a time."""
     assert piece.scales is not None
-    row_bytes = piece.columns * decoded_size(piece, dtype, with_torch=with_torch)
+    row_bytes = piece.columns * decoded_size(piece, dtype)
     return min(piece.rows, max(1, _DECODED_BYTES // (piece.scales.block_rows * row_bytes)) * piece.scales.block_rows)
 
 
-def decoded_size(piece: Piece, dtype: torch.dtype, *, with_torch: bool = False) -> int:
+def decoded_size(piece: Piece, dtype: torch.dtype) -> int:
     """The most bytes that a number of a piece with scales takes on its way to a plain one."""
-    compiled = native.library() is not None and coded.is_known(piece) and not with_torch
+    compiled = native.library() is not None and coded.is_known(piece)
     return dtype.itemsize if compiled else dtype.itemsize + 3 * torch.float32.itemsize
 
 

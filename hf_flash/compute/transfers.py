@@ -16,6 +16,8 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Protocol
 
 import numpy.typing as npt
@@ -67,9 +69,23 @@ class Transfers:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.copied_bytes = device, 0
+        self._last: Any = None  # behind what the last caller told the device
         module: Any = torch.get_device_module(device.type) if device.type not in _WITHOUT_STREAMS else None
         self._module = module if all(hasattr(module, name) for name in _NEEDED) else None
         self._stream: Any = None if self._module is None else self._module.Stream(device)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """For a layer's call: what the device was told by the call before, perhaps on another stream, is over before it begins.
+
+        Call with the engine's lock held. Buffers and slots are the same for all callers.
+        """
+        if self._last is not None and self._module is not None:
+            self._module.current_stream(self.device).wait_event(self._last)
+        try:
+            yield
+        finally:
+            self._last = self.mark()
 
     def mark(self) -> Any:
         """What the device has been told to compute so far: for [`follow`]."""
@@ -80,14 +96,16 @@ class Transfers:
         if mark is not None:
             self._stream.wait_event(mark)
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> Copied:
-        """Begin to copy contiguous memory of the same shape and dtype, one of them on the device."""
-        self.copied_bytes += source.nbytes
+    def copy(self, *parts: tuple[torch.Tensor, torch.Tensor]) -> Copied:
+        """Begin to copy contiguous memory, of the same shape and dtype: sources and targets, one of each pair on the device."""
+        self.copied_bytes += sum(source.nbytes for source, _ in parts)
         if self._module is None:
-            target.copy_(source)
+            for source, target in parts:
+                target.copy_(source)
             return Copied(None)
         with self._module.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            for source, target in parts:
+                target.copy_(source, non_blocking=True)
         return Copied(self._recorded(self._stream))
 
     def use(self, copied: Copied) -> None:
@@ -119,11 +137,19 @@ def free_bytes(device: str) -> int:
     return int(free + held)
 
 
+def shares_memory(device: str) -> bool:
+    """Whether a device has this machine's memory instead of its own."""
+    place = torch.device(device)
+    if place.type == "cuda":
+        return bool(getattr(torch.cuda.get_device_properties(place), "is_integrated", False))
+    return place.type in ("cpu", "mps")
+
+
 class Driver(Protocol):
     """What pins memory for a kind of device."""
 
-    def register(self, address: int, nbytes: int) -> int:
-        """Pin memory; returns an error, or 0."""
+    def register(self, address: int, nbytes: int, device: torch.device) -> int:
+        """Pin memory that a device copies from; returns an error, or 0."""
         ...
 
     def unregister(self, address: int) -> None:
@@ -134,8 +160,13 @@ class Driver(Protocol):
 class _Cuda:
     """CUDA's driver, and ROCm's under the same names."""
 
-    def register(self, address: int, nbytes: int) -> int:
-        return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))  # type: ignore[no-untyped-call]
+    def register(self, address: int, nbytes: int, device: torch.device) -> int:
+        with torch.cuda.device(device):  # or the first GPU would get a context, too
+            error = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))  # type: ignore[no-untyped-call]
+            if error:
+                with suppress(RuntimeError):  # the runtime remembers its last error, and the next kernel would raise it
+                    torch.zeros(1, dtype=torch.uint8, device=device)
+        return error
 
     def unregister(self, address: int) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
@@ -171,7 +202,7 @@ class PinnedMemory:
             return
         if hasattr(mmap, "MADV_DONTFORK"):
             pages.madvise(mmap.MADV_DONTFORK)
-        if error := driver.register(self.tensor.data_ptr(), nbytes):
+        if error := driver.register(self.tensor.data_ptr(), nbytes, transfers.device):
             logger.warning(
                 "hf_flash: the driver refuses to pin %s of memory (error %d): copies to %s will be slower",
                 format_bytes(nbytes), error, transfers.device,

@@ -30,8 +30,8 @@ logger = logging.getLogger("hf_flash")
 _ROWS: Final = 1024  # rows packed or widened at a time
 _INT8_COLUMNS: Final = 16  # torch's int8 product takes columns in steps of a vector register, 16 floats at most
 _TOKENS: Final = 256  # tokens multiplied at a time
-_WIDENED: Final = 1 << 22  # numbers that a device widens at a time
-_WIDENING_BYTES: Final = 24  # that a number takes meanwhile, at most
+_WIDENED: Final = 1 << 24  # numbers that a device widens at a time
+_WIDENING_BYTES: Final = 7  # that a number takes meanwhile, at most: float32, and codes of 4 bits on their way to it
 _SHRINK: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # candidate scales, as shares of the full range of a group
 
 
@@ -238,15 +238,31 @@ class DeviceMatrix:
         return _WIDENING_BYTES * columns * min(rows, _widened_rows(columns))
 
     def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
-        found = [
-            F.linear(token, self._widened(slice(at, at + _widened_rows(self._columns))))
-            for token in torch.split(x.float(), 1)  # by itself: those beside it change no bits
-            for at in range(0, len(self._codes), _widened_rows(self._columns))
-        ]
-        return _sum(torch.cat(found, dim=1).view(len(x), -1), shift)
+        tokens = torch.split(x.float(), 1)  # each by itself: those beside it change no bits
+        found = []
+        for at in range(0, len(self._codes), _widened_rows(self._columns)):
+            multiply = self._product(slice(at, at + _widened_rows(self._columns)))
+            found.append(torch.cat([multiply(token) for token in tokens]))
+        return _sum(torch.cat(found, dim=1), shift)
 
-    def _widened(self, rows: slice) -> torch.Tensor:
-        return widen(self._codes[rows], self._scales[rows], None if self._zeros is None else self._zeros[rows])
+    def _product(self, rows: slice) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The product of a token, float32 [1, columns], with some rows, whose codes become numbers once: [1, rows]."""
+        scales = self._scales[rows].float()
+        if self._zeros is None:
+            codes = self._codes[rows].float()
+            return lambda token: F.linear(token, codes) * scales.view(1, -1)
+        groups = scales.shape[1]
+        nibbles = self._codes[rows]
+        codes = torch.stack([nibbles & 15, nibbles >> 4], dim=-1).float().view(len(nibbles), groups, -1)
+        zeros = self._zeros[rows].float() - 8 * scales
+
+        def multiply(token: torch.Tensor) -> torch.Tensor:
+            """Of each group the sum of codes times inputs, scaled; and the sum of inputs times what a code of 0 stands for."""
+            parts = token.view(groups, -1)
+            sums = torch.bmm(codes.transpose(0, 1), parts.unsqueeze(2)).squeeze(2)  # [groups, rows]
+            return ((sums.T * scales).sum(1) + zeros @ parts.sum(1)).unsqueeze(0)
+
+        return multiply
 
 
 def matrix_in(

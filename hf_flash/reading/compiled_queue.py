@@ -74,7 +74,7 @@ class CompiledQueue:
         Args:
             reads: [n, 3] the byte of the file, the byte of `memory`, and how many bytes.
         """
-        self._kept[id(memory)] = memory
+        self._kept[memory.ctypes.data] = memory  # by its address: views of it may be made for every read
         pieces = np.stack([memory.ctypes.data + reads[:, 1], reads[:, 2]], axis=1)
         return self._submit(file, np.ascontiguousarray(reads[:, 0]), np.arange(len(reads) + 1), pieces, True), 0
 
@@ -116,6 +116,7 @@ class CompiledQueue:
     def close(self) -> None:
         self.reader = None
         self._finalize()
+        self._kept.clear()
 
 
 @lru_cache

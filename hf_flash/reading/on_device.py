@@ -20,7 +20,7 @@ import torch
 
 from hf_flash.base.arrays import Ids
 from hf_flash.compute.transfers import Copied, PinnedMemory, Transfers, upload
-from hf_flash.errors import HfFlashError
+from hf_flash.errors import HfFlashError, StoreReadError
 from hf_flash.reading.host_rows import HostRows
 from hf_flash.reading.layer_files import FileSource
 from hf_flash.reading.reader import BundleReader, ReadCount, Reading
@@ -60,16 +60,12 @@ class DeviceReader(BundleReader):
         self._lanes = [_Lane(*lane) for lane in zip(torch.split(here, rows), torch.split(there, rows), strict=True)]
         self.free = deque(self._lanes)
         self.lane_rows = rows
+        self.epoch = 0  # how often everything was forgotten
         self.buffer_bytes += self.pinned.tensor.nbytes
         self._kept = [
             HostRows(layer.d_ff, count, unit.numbers, dtype) if count else None
             for layer, count in zip(store.layers, kept, strict=True)
         ]
-
-    @property
-    def kept_bytes(self) -> int:
-        """Of rows that stay in this machine's memory."""
-        return sum(rows.matrix.nbytes for rows in self._kept if rows is not None)
 
     @staticmethod
     def device_bytes(unit: UnitLayout, rows: int) -> int:
@@ -98,7 +94,12 @@ class DeviceReader(BundleReader):
         return _ThroughHost(self, kept, layer, ids, lane)
 
     def through_gaps(self, layer: int, ids: Ids, first: int, last: int, buffer: torch.Tensor) -> Ids:
-        return super().through_gaps(layer, ids, first, last, self._lanes[0].here) if len(self.free) == LANES else ids
+        if len(self.free) < LANES:
+            return ids
+        lane = self._lanes[0]  # to measure with, which happens once
+        if lane.copied is not None:
+            lane.copied.wait()
+        return super().through_gaps(layer, ids, first, last, lane.here)
 
     def settle(self) -> None:
         super().settle()
@@ -107,6 +108,10 @@ class DeviceReader(BundleReader):
     def forget(self) -> None:
         super().forget()
         self.transfers.synchronize()
+        self.epoch += 1
+        computed = self.transfers.mark()  # of a call that was interrupted, also what it had no time to note
+        for lane in self._lanes:
+            lane.taken = computed
         self.free = deque(self._lanes)
         for rows in self._kept:
             if rows is not None:
@@ -167,7 +172,7 @@ class _ToDevice:
     """Neurons on their way, a lane of them at a time. The first lane is read at once, if one is free for it."""
 
     def __init__(self, reader: DeviceReader, layer: int, ids: Ids, out: torch.Tensor, rows: Ids) -> None:
-        self._reader, self._layer, self._out = reader, layer, out
+        self._reader, self._layer, self._out, self._epoch = reader, layer, out, reader.epoch
         self._parts: deque[tuple[Ids, Ids]] = deque(_parts(ids, rows, reader.lane_rows))
         self._reading: deque[tuple[_Lane, Reading, Ids]] = deque()
         if len(reader.free) > 1:
@@ -181,6 +186,12 @@ class _ToDevice:
 
     def wait(self) -> ReadCount:
         """Wait until the rows are read; the device fills them before it computes what it is told afterwards."""
+        if self._epoch != self._reader.epoch:  # others have its lanes, and its places among the rows that stay here
+            raise StoreReadError(
+                "these reads were given up when something else was interrupted",
+                where=f"layer {self._layer}",
+                hint="read again",
+            )
         total = ReadCount()
         try:
             while self._parts or self._reading:
@@ -199,10 +210,11 @@ class _ToDevice:
     def _take_in(self, lane: _Lane, rows: Ids) -> int:
         """Copy a lane to the device, and into the caller's rows; returns the bytes."""
         transfers, there = self._reader.transfers, lane.there[: len(rows)]
+        places = upload(rows, there.device)
         transfers.follow(lane.taken)
-        lane.copied = transfers.copy(lane.here[: len(rows)], there)
+        lane.copied = transfers.copy((lane.here[: len(rows)], there))
         transfers.use(lane.copied)
-        self._out.index_copy_(0, upload(rows, there.device), there)
+        self._out.index_copy_(0, places, there)
         lane.taken = transfers.mark()
         return there.nbytes
 

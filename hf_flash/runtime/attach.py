@@ -25,7 +25,7 @@ from hf_flash.reading.on_device import DeviceReader
 from hf_flash.reading.reader import open_reader, open_source
 from hf_flash.runtime.attention import make_attention_resident
 from hf_flash.runtime.engine import Engine
-from hf_flash.runtime.flash_weights import Matrix
+from hf_flash.runtime.flash_weights import Matrix, OnFlash
 from hf_flash.runtime.layer import FlashFFN
 from hf_flash.runtime.model import FlashRuntime
 from hf_flash.runtime.resident_linear import make_linears_resident
@@ -70,10 +70,12 @@ def attach(
     store.check_unchanged()  # while it was opened, made predictors of and opened for reading
     trim_heap()
     checkpoint.release()
-    for ffn, predictor, capacity in zip(ffns, predictors, plan.capacities, strict=True):  # last: they fill the budget
-        window = ResidentWindow(ffn.d_ff, engine.arithmetic.matrix(capacity), config.window)
-        ffn.attach(engine, window, predictor)
+    matrices = engine.arithmetic.matrices(plan.capacities)  # last: they fill the budget
+    for ffn, predictor, matrix in zip(ffns, predictors, matrices, strict=True):
+        ffn.attach(engine, ResidentWindow(ffn.d_ff, matrix, config.window), predictor)
     for module in model.modules():
+        if isinstance(module, OnFlash):
+            module.place = engine.device
         if isinstance(module, WeightOnFlash):
             layer = store.layers[module.index]
             module.put(Matrix(layer, layer.name(module.role), in_memory.dtype))
@@ -102,5 +104,8 @@ def _engine(
         return Engine(reader, arithmetic_for(plan.d_ff, unit, activation), fills_next=config.lookahead != 0)
     assert plan.host is not None
     source = open_source(store, config.reader, config.io_threads, available_memory() - plan.host.nbytes)
-    on_device = DeviceReader(store, source, unit.dtype, Transfers(device), block_rows(plan.d_ff, 2), plan.host.slots)
-    return Engine(on_device, DeviceArithmetic(plan.d_ff, unit, activation, device), fills_next=config.lookahead != 0)
+    transfers = Transfers(device)
+    on_device = DeviceReader(store, source, unit.dtype, transfers, block_rows(plan.d_ff, 2), plan.host.slots)
+    engine = Engine(on_device, DeviceArithmetic(plan.d_ff, unit, activation, device), fills_next=config.lookahead != 0)
+    engine.turn = transfers.turn
+    return engine

@@ -31,12 +31,44 @@ from hf_flash.compute.expert_gate import stock_gate
 from hf_flash.compute.transfers import Copied, PinnedMemory, Transfers, upload
 from hf_flash.reading.experts import ExpertReading
 from hf_flash.runtime.engine import ExpertEngine
-from hf_flash.runtime.expert_slots import ExpertSlots
 from hf_flash.runtime.expert_tiers import ExpertTiers
 from hf_flash.store.experts import SECOND, ExpertLayer
 
 FEW: Final = 16  # tokens of a call, up to which every expert gets a row for each
 _SUMMED: Final = 256  # tokens whose experts are summed at a time: of a long prompt all would be large
+
+
+class Ring:
+    """Slots of pinned memory that experts are read into, one after the other, before they are copied.
+
+    Args:
+        slots: how many.
+        nbytes: of an expert as it is read from its file.
+        transfers: that copy.
+    """
+
+    def __init__(self, slots: int, nbytes: int, transfers: Transfers) -> None:
+        self.memory = PinnedMemory((slots, nbytes), transfers)
+        self._copied: list[Copied | None] = [None] * slots  # the last copy from each slot
+        self.forget()
+
+    def take(self, *, is_needed: bool) -> int | None:
+        """A slot that nothing is copied from any more. `None`: the only free one was given just now, and none `is_needed`."""
+        if not self._free or (len(self._free) == 1 and not is_needed):
+            return None
+        slot = self._free.popleft()
+        if (copied := self._copied[slot]) is not None:
+            copied.wait()
+        return slot
+
+    def give(self, slot: int, copied: Copied) -> None:
+        """A slot is free when this copy is done."""
+        self._copied[slot] = copied
+        self._free.append(slot)
+
+    def forget(self) -> None:
+        """All are free. Call it when nothing is read or copied any more."""
+        self._free = deque(range(len(self._copied)))
 
 
 class SharedOnDevice:
@@ -53,34 +85,16 @@ class SharedOnDevice:
         self.passing_memory = torch.empty(passing, slot_bytes, dtype=torch.uint8, device=device)
         self._computed: list[Any] = [None] * passing  # what has to be over before a slot is overwritten
         self._next = 0
-        self.ring_memory = PinnedMemory((ring, read_bytes), self.transfers)
-        self.ring = ExpertSlots(0, np.empty((ring, 0), np.uint8))
-        self._copied: list[Copied | None] = [None] * ring  # the last copy from each slot
+        self.ring = Ring(ring, read_bytes, self.transfers)
 
     def release(self) -> None:
         """Give the memory back. Nothing can be computed afterwards."""
         self.transfers.synchronize()
-        self.ring_memory.release()
-        self.passing_memory = self.passing_memory[:0].clone()
-
-    # --- slots of the ring, in this machine's memory
-
-    def take(self) -> int:
-        """A slot of the ring that nothing is copied from any more."""
-        slot = self.ring.take()
-        if (copied := self._copied[slot]) is not None:
-            copied.wait()
-        return slot
-
-    def give(self, slot: int, copied: Copied) -> None:
-        """A slot of the ring is free when this copy is done."""
-        self._copied[slot] = copied
-        self.ring.give(slot)
-
-    # --- slots of the device that an expert passes through, one after the other
+        self.ring.memory.release()
+        self.passing_memory = self.passing_memory.new_empty((0, 0))
 
     def passes(self) -> int:
-        """The slot for an expert that is not kept: copies from here on wait for what is computed from it still."""
+        """The passing slot for an expert that is not kept: copies from here on wait for what is computed from it still."""
         slot, self._next = self._next, (self._next + 1) % len(self._computed)
         self.transfers.follow(self._computed[slot])
         return slot
@@ -141,15 +155,35 @@ class _Call(NamedTuple):
 
     Attributes:
         stock: the module that is called.
-        inputs: [rows, d_model]. out: [rows + 1, d_model], the last of zeros.
+        x: [tokens, d_model]; of many tokens, where each expert has its own, [rows, d_model].
+        out: [rows + 1, d_model], the last of zeros.
         leaving: experts that have to leave the device.
     """
 
     stock: Any
     rows: _Rows
-    inputs: torch.Tensor
+    x: torch.Tensor
     out: torch.Tensor
     leaving: deque[int]
+
+    def inputs(self, expert: int) -> torch.Tensor:
+        """The rows of an expert, [its rows, d_model]."""
+        return self.x if self.rows.count <= FEW else self.x[self.rows.bounds[expert]]
+
+
+class _Arrived(NamedTuple):
+    """An expert that is copied to a slot of the device.
+
+    Attributes:
+        number: of the slot, among those that are kept, or among those that experts pass through.
+        memory: of the slot.
+    """
+
+    expert: int
+    kept: bool
+    number: int
+    memory: torch.Tensor
+    copied: Copied
 
 
 class DeviceExperts:
@@ -160,16 +194,16 @@ class DeviceExperts:
         index: among the layers with experts.
         engine: of the model.
         shared: with the other layers.
-        on_device: slots there. on_host: slots of this machine's memory; 0: it keeps none.
+        memory: uint8 [slots, bytes of a packed slot] there. on_host: slots of this machine's memory; 0: it keeps none.
     """
 
     def __init__(
-        self, layer: ExpertLayer, index: int, engine: ExpertEngine, shared: SharedOnDevice, on_device: int, on_host: int
+        self, layer: ExpertLayer, index: int, engine: ExpertEngine, shared: SharedOnDevice, memory: torch.Tensor, on_host: int
     ) -> None:
         self._layer, self._index, self._engine, self._shared = layer, index, engine, shared
-        self.memory = torch.empty(on_device, layer.packed_bytes, dtype=torch.uint8, device=shared.device)
+        self.memory = memory
         self.host_memory = PinnedMemory((on_host, layer.packed_bytes), shared.transfers)
-        self.tiers = ExpertTiers(layer.experts, on_device, on_host)
+        self.tiers = ExpertTiers(layer.experts, len(memory), on_host)
         self._up = DeviceProducts(layer, layer.first, engine.dtype, shared.device)
         self._down = DeviceProducts(layer, SECOND, engine.dtype, shared.device)
         self._at = engine.reader.places.at(index).tolist()
@@ -179,7 +213,7 @@ class DeviceExperts:
         self._shared.transfers.synchronize()
         self.tiers.device.release()
         self.tiers.host.release()
-        self.memory = self.memory[:0].clone()
+        self.memory = self.memory.new_empty((0, self._layer.packed_bytes))
         self.host_memory.release()
 
     # --- the main path
@@ -191,81 +225,100 @@ class DeviceExperts:
             stock: the module that is called: a copy of the layer has its own.
             x: [tokens, d_model] in the dtype of compute. index: int64 [tokens, k]. weights: [tokens, k].
         """
+        with self._shared.transfers.turn():
+            return self._run(stock, x, index, weights)
+
+    def _run(self, stock: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         start, transfers, tiers = perf_counter(), self._shared.transfers, self.tiers
         rows = _Rows(index.cpu().numpy(), self._layer.experts)  # here this process waits for the device
         room = tiers.make_room(rows.used, rows.last, rows.count)
         absent = [*((expert, True) for expert in room.kept), *((expert, False) for expert in room.passing)]
-        on_host = [(expert, kept) for expert, kept in absent if tiers.waits(expert)]
+        on_host = deque((expert, kept) for expert, kept in absent if tiers.waits(expert))
         reads = deque((expert, kept) for expert, kept in absent if not tiers.waits(expert))
         arriving: deque[_Arriving] = deque()
         self._start_reads(reads, arriving)
-        transfers.follow(transfers.mark())
-        inputs = x.index_select(0, upload(rows.tokens, x.device))
-        out = torch.zeros(len(inputs) + 1, self._layer.width, dtype=self._engine.dtype, device=x.device)
-        call = _Call(stock, rows, inputs, out, deque([*room.leaving, *room.leaving_later]))
+        if rows.count > FEW:
+            x = x.index_select(0, upload(rows.tokens, x.device))
+        out = torch.zeros(len(rows.tokens) + 1, self._layer.width, dtype=self._engine.dtype, device=x.device)
+        call = _Call(stock, rows, x, out, deque(room.leaving))
         self._engine.counters.manage_s += perf_counter() - start
+        host_hits = len(on_host)
+        transfers.follow(transfers.mark())
+        coming = deque[_Arrived]()
+        while on_host and on_host[0][1] and (tiers.device.free or call.leaving):  # copied while the hits are computed
+            coming.append(self._bring_from_host(call, on_host))
         for expert in room.hits:
             self._compute(call, expert, self.memory[int(tiers.device.slot_of[expert])])
         if room.leaving_later:
             transfers.follow(transfers.mark())
-        for expert, kept in sorted(on_host, key=lambda some: not some[1]):
-            self._arrive_from_host(call, expert, kept=kept)
+            call.leaving.extend(room.leaving_later)
+        while coming:
+            self._take_in(call, coming.popleft())
+        while on_host:
+            self._take_in(call, self._bring_from_host(call, on_host))
         while reads or arriving:
             self._start_reads(reads, arriving)
-            self._arrive_from_flash(call, arriving.popleft())
+            self._take_in(call, self._bring_from_flash(call, arriving.popleft()))
         while call.leaving:
             self._leave(call.leaving.popleft())
-        self._count(rows, len(room.hits), len(on_host))
+        self._count(rows, len(room.hits), host_hits)
         return self._sum(rows, out, weights)
 
-    def _start_reads(self, reads: deque[tuple[int, bool]], arriving: deque[_Arriving]) -> None:
-        """Begin to read what the ring has free slots for."""
-        memory = self._shared.ring_memory.tensor.numpy()
-        while reads and self._shared.ring.free:
-            expert, kept = reads.popleft()
-            slot = self._shared.take()
-            arriving.append(_Arriving(expert, kept, slot, self._engine.reader.start(self._index, expert, memory, slot)))
+    # --- how experts come and go
 
-    def _arrive_from_flash(self, call: _Call, came: _Arriving) -> None:
-        """Wait for an expert, copy its parts to a packed slot of the device, and compute with it."""
+    def _start_reads(self, reads: deque[tuple[int, bool]], arriving: deque[_Arriving]) -> None:
+        """Begin to read what the ring has slots for."""
+        ring, reader = self._shared.ring, self._engine.reader
+        while reads and (slot := ring.take(is_needed=not arriving)) is not None:
+            expert, kept = reads.popleft()
+            reading = reader.start(self._index, expert, ring.memory.tensor.numpy(), slot)
+            arriving.append(_Arriving(expert, kept, slot, reading))
+
+    def _bring_from_flash(self, call: _Call, came: _Arriving) -> _Arrived:
+        """Wait until an expert is read, and copy its parts to a packed slot of the device."""
         came.reading.wait()
-        counters, ring = self._engine.counters, self._shared.ring_memory.tensor[came.slot]
+        counters, ring = self._engine.counters, self._shared.ring
         counters.io_s += came.reading.waited_s
         counters.add_read(came.reading.count)
-        came.reading.check_scales(ring.numpy())
-        sources = [ring[begin : begin + size] for begin, size in zip(self._at[came.expert], self._layer.ranges, strict=True)]
-        self._shared.give(came.slot, self._arrive(call, came.expert, sources, self._layer.packed_at, kept=came.kept))
+        slot = ring.memory.tensor[came.slot]
+        came.reading.check_scales(slot.numpy())
+        places = zip(self._at[came.expert], self._layer.packed_at, self._layer.ranges, strict=False)
+        arrived = self._bring(call, came.expert, [(slot[at : at + size], to) for at, to, size in places], kept=came.kept)
+        ring.give(came.slot, arrived.copied)
+        return arrived
 
-    def _arrive_from_host(self, call: _Call, expert: int, *, kept: bool) -> None:
+    def _bring_from_host(self, call: _Call, waiting: deque[tuple[int, bool]]) -> _Arrived:
+        expert, kept = waiting.popleft()
         slot = int(self.tiers.host.slot_of[expert])
-        self._arrive(call, expert, [self.host_memory.tensor[slot]], (0,), kept=kept)
+        arrived = self._bring(call, expert, [(self.host_memory.tensor[slot], 0)], kept=kept)
         if kept or not self.tiers.belongs_on_host(expert):
             self.tiers.host.drop(expert)  # what is copied over it later is copied after this
+        return arrived
 
-    def _arrive(
-        self, call: _Call, expert: int, sources: Sequence[torch.Tensor], places: Sequence[int], *, kept: bool
-    ) -> Copied:
-        """Copy an expert to the device and compute with it. Returns the last of the copies.
+    def _bring(self, call: _Call, expert: int, parts: Sequence[tuple[torch.Tensor, int]], *, kept: bool) -> _Arrived:
+        """Begin to copy an expert to the device.
 
         Args:
-            sources: contiguous bytes of this machine's memory. places: the byte of a packed slot where each of them goes.
+            parts: contiguous bytes of this machine's memory, and the byte of a packed slot where each of them goes.
             kept: whether it stays on the device.
         """
         shared, device = self._shared, self.tiers.device
         if kept and not device.free:
             self._leave(call.leaving.popleft())
         number = device.take() if kept else shared.passes()
-        slot = self.memory[number] if kept else shared.passing_memory[number, : self._layer.packed_bytes]
-        for source, place in zip(sources, places, strict=False):
-            copied = shared.transfers.copy(source, slot[place : place + len(source)])
-        shared.transfers.use(copied)
-        self._compute(call, expert, slot)
-        if kept:
-            device.put(expert, number)
+        memory = self.memory[number] if kept else shared.passing_memory[number, : self._layer.packed_bytes]
+        copied = shared.transfers.copy(*((source, memory[at : at + len(source)]) for source, at in parts))
+        return _Arrived(expert, kept, number, memory, copied)
+
+    def _take_in(self, call: _Call, arrived: _Arrived) -> None:
+        """Compute with an expert, once it is there, and let it stay or pass."""
+        self._shared.transfers.use(arrived.copied)
+        self._compute(call, arrived.expert, arrived.memory)
+        if arrived.kept:
+            self.tiers.device.put(arrived.expert, arrived.number)
         else:
-            self._to_host(expert, slot)
-            shared.passed(number)
-        return copied
+            self._to_host(arrived.expert, arrived.memory)
+            self._shared.passed(arrived.number)
 
     def _leave(self, expert: int) -> None:
         """An expert leaves the device, for the host if it belongs there."""
@@ -277,7 +330,7 @@ class DeviceExperts:
         host = self.tiers.host
         if self.tiers.belongs_on_host(expert) and not self.tiers.waits(expert) and host.free:
             place = host.take()
-            self._shared.transfers.copy(slot, self.host_memory.tensor[place])
+            self._shared.transfers.copy((slot, self.host_memory.tensor[place]))
             host.put(expert, place)
 
     # --- what is computed
@@ -289,7 +342,7 @@ class DeviceExperts:
         many stand beside it.
         """
         start, stock, rows = perf_counter(), call.stock, call.rows.bounds[expert]
-        products = self._up.multiply(call.inputs[rows], slot)
+        products = self._up.multiply(call.inputs(expert), slot)
         self._add_bias(products, stock, self._layer.first, expert)
         found = self._down.multiply(stock_gate(stock, products), slot)
         self._add_bias(found, stock, SECOND, expert)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Final, NoReturn
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from hf_flash.errors import ConfigError, UsageError
 from hf_flash.runtime.flash_embedding import FlashEmbedding
-from hf_flash.runtime.flash_weights import OnFlash, refuse_adapter, without_flash_weights
+from hf_flash.runtime.flash_weights import OnFlash, refuse_adapter, refuse_move, without_flash_weights
 from hf_flash.runtime.model_class import stock_methods
 from hf_flash.runtime.torch_internals import target_device
 
@@ -31,6 +32,11 @@ def check_places(device_map: Mapping[str, Any]) -> None:
         ConfigError: it names the disk, a device that is not here, or several.
     """
     places = {str(place) for place in device_map.values()}
+    if not places or "None" in places:
+        raise ConfigError(
+            "no device is named", where="device_map", expected='such as {"": "cuda:0"}', got=dict(device_map),
+            hint='name one, or leave device_map out',
+        )  # fmt: skip
     if "disk" in places:
         raise ConfigError(
             "hf_flash already keeps the FFN weights on disk",
@@ -48,6 +54,15 @@ def check_places(device_map: Mapping[str, Any]) -> None:
             got=", ".join(absent),
             hint="a torch that was built for the GPU may be missing; lm-eval, which passes its --device on: --device cpu",
         )
+    numbers = {index for place in places if (index := _index(place)) is not None and here is not None and _kind(place) == here}
+    if beyond := sorted(index for index in numbers if index >= torch.accelerator.device_count()):
+        raise ConfigError(
+            "torch finds no device of this number",
+            where="device_map",
+            expected=f"{here}:0 to {here}:{torch.accelerator.device_count() - 1}",
+            got=beyond,
+            hint="name one that is there, or the cpu",
+        )
     if len(places) > 1:
         raise ConfigError(
             "a flash model computes on one device",
@@ -62,13 +77,34 @@ def _kind(place: str) -> str:
     return torch.device(int(place) if place.isdigit() else place).type
 
 
-def automatic_map() -> dict[str, Any]:
-    """A device map for the accelerator, where there is one; else for the CPU."""
-    return {"": torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"}
+def _index(place: str) -> int | None:
+    return int(place) if place.isdigit() else torch.device(place).index
 
 
-def device_of(place: Any) -> torch.device | None:
-    """A value of a device map; `None`: this machine's processor. `"cpu:0"` is the processor in the way of a device."""
+def placed(device_map: Any) -> tuple[Any, torch.device | None]:
+    """A device map with devices by their full names, and the device that it names; `None`: this machine's processor.
+
+    transformers loads in threads of its own, where a name without a number may be another device than here.
+    """
+    if isinstance(device_map, str):
+        device_map = {"": torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"}
+    if not device_map:
+        _say_where()
+        return device_map, None
+    device = _device_of(next(iter(device_map.values())))
+    return (device_map if device is None else dict.fromkeys(device_map, device)), device
+
+
+@lru_cache
+def _say_where() -> None:
+    """Say once that there is a device that nobody named."""
+    if torch.accelerator.is_available():
+        name = torch.accelerator.current_accelerator()
+        logger.warning('hf_flash: this model computes on the CPU; device_map="%s" puts it on the device that torch finds', name)
+
+
+def _device_of(place: Any) -> torch.device | None:
+    """A value of a device map. `"cpu:0"` is the processor in the way of a device."""
     found = torch.device(place)
     if found.type != "cpu":
         return torch.device(found.type, torch.accelerator.current_device_index() if found.index is None else found.index)
@@ -78,11 +114,6 @@ def device_of(place: Any) -> torch.device | None:
     return found
 
 
-def name_of(device: torch.device) -> str:
-    """A device, for people."""
-    return "the CPU" if device.type == "cpu" else str(device)
-
-
 def stay_there(model: Any) -> None:
     """Give the model a device map where a pipeline would move it. Elsewhere a map would make `pipeline(device=...)` fail."""
     if torch.accelerator.is_available() and (model.device.type == "cpu" or model.device.index):
@@ -90,7 +121,9 @@ def stay_there(model: Any) -> None:
 
 
 def _to(model: Any, *args: Any, **kwargs: Any) -> Any:
-    _check_device(model, target_device(*args, **kwargs))
+    device = target_device(*args, **kwargs)
+    if device is not None:
+        _check_device(model, device)
     return stock_methods(model).to(*args, **kwargs)
 
 
@@ -99,18 +132,20 @@ def _cuda(model: Any, device: Any = None) -> Any:
     return model
 
 
-def _check_device(model: Any, device: torch.device | None) -> None:
+def _cpu(model: Any) -> Any:
+    _check_device(model, torch.device("cpu"))
+    return model
+
+
+def _check_device(model: Any, device: torch.device) -> None:
     """Refuse to move a model to another device than it was loaded on: its units on flash have their slots there."""
-    if device is None or device.type == "meta":
+    place = next(module.place for module in model.modules() if isinstance(module, OnFlash))
+    if device.type == "meta" or (device.type == place.type == "cpu"):
         return
-    if device.type != model.device.type or (device.index or 0) != (model.device.index or 0):
-        raise UsageError(
-            f"this flash model computes on {name_of(model.device)}, and stays there",
-            where="moving the model",
-            expected=model.device,
-            got=device,
-            hint=f'leave it there (a pipeline needs no device argument), or load it with device_map="{device}"',
-        )
+    if device.type != place.type or (torch.accelerator.current_device_index() if device.index is None else device.index) != (
+        place.index or 0
+    ):
+        refuse_move(place, device)
 
 
 def _apply(model: Any, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -173,6 +208,7 @@ def _reduce(model: Any, protocol: Any) -> NoReturn:
 METHODS: Final = {
     "to": _to,
     "cuda": _cuda,
+    "cpu": _cpu,
     "half": nn.Module.half,  # those of transformers refuse every quantized model, also what changes nothing
     "float": nn.Module.float,
     "_apply": _apply,

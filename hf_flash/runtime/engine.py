@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
@@ -102,6 +103,7 @@ class Engine(SharedByLayers):
     def __init__(self, reader: BundleReader, arithmetic: Arithmetic, *, fills_next: bool = True) -> None:
         super().__init__(reader, arithmetic.unit.dtype, arithmetic.wide)
         self.reader, self.arithmetic, self.fills_next = reader, arithmetic, fills_next
+        self.turn: Callable[[], AbstractContextManager[None]] = nullcontext  # of the layer that computes: on a device
         self.early: Any = None  # a block that is read before its layer's call begins (stream.py)
 
     @property

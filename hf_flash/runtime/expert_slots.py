@@ -8,7 +8,7 @@ kept: they go through slots that all layers share. compute/experts.c has the sam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -141,18 +141,24 @@ class ExpertSlots(_Slots):
         self.give(slot)
 
 
+class Forgets(Protocol):
+    """What holds something that may be half there after an interruption."""
+
+    def forget(self) -> None: ...
+
+
 class PassingSlots(_Slots):
     """Slots that all layers share, for experts that are not kept.
 
     Args:
         memory: uint8 [slots, bytes], contiguous.
-        kept: the slots of every layer.
+        kept: the slots of every layer, and whatever else forgets with them.
 
     Attributes:
         interrupted: a call was interrupted, so that nobody knows which slots of its layer are whole.
     """
 
-    def __init__(self, memory: Bytes, kept: Sequence[ExpertSlots]) -> None:
+    def __init__(self, memory: Bytes, kept: Sequence[Forgets]) -> None:
         super().__init__(memory, 0)
         self.others, self.interrupted = kept, False
 

@@ -76,7 +76,8 @@ class FlashEmbedding(OnFlash, nn.Embedding):
 
     def into_memory(self) -> None:
         """Become an `nn.Embedding` with its weights in memory, outside of any budget: for what changes them."""
-        weight = self.flash_weights["weight"].read()
+        assert self.engine is not None
+        weight = self.flash_weights["weight"].read().to(self.engine.device)
         self.flash_weights = {}
         self.__class__ = nn.Embedding  # type: ignore[assignment]
         self.weight = nn.Parameter(weight)

@@ -246,6 +246,7 @@ class OnFlash(nn.Module):
     """
 
     flash_weights: Mapping[str, StoredWeight] = MappingProxyType({})
+    place = torch.device("cpu")  # where the model was loaded
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination.update({f"{prefix}{name}": FlashWeight(stored) for name, stored in self.flash_weights.items()})
@@ -288,10 +289,14 @@ class OnFlash(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def check_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Refuse what would change the dtype of the module's tensors."""
+        """Refuse what would change the dtype of the module's tensors, or move them."""
         for stored in self.flash_weights.values():
-            if (found := fn(torch.empty(0, dtype=stored.dtype, device="cpu")).dtype) != stored.dtype:
-                refuse_dtype(found, stored.dtype, stored.name)
+            before = torch.empty(0, dtype=stored.dtype, device=self.place)
+            after = fn(before)
+            if after.dtype != stored.dtype:
+                refuse_dtype(after.dtype, stored.dtype, stored.name)
+            if after.device not in (before.device, torch.device("meta")):
+                refuse_move(self.place, after.device)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_tracing("torch.jit.script")
@@ -305,6 +310,17 @@ def refuse_dtype(found: torch.dtype, wanted: torch.dtype, where: str) -> NoRetur
         expected=wanted,
         got=found,
         hint=f"load it with from_pretrained(..., dtype={found})",
+    )
+
+
+def refuse_move(place: torch.device, device: torch.device) -> NoReturn:
+    """Say that the model stays where it was loaded."""
+    raise UsageError(
+        f"this flash model computes on {'the CPU' if place.type == 'cpu' else place}, and stays there",
+        where="moving the model",
+        expected=place,
+        got=device,
+        hint=f'leave it there (a pipeline needs no device argument), or load it with device_map="{device}"',
     )
 
 

@@ -34,6 +34,12 @@ def usable_engine(engine: E | None, layer: nn.Module, x: torch.Tensor, width: in
             got=x.device,
             hint=f'move the model back, or load it with device_map="{x.device}"',
         )
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UsageError(
+            "a flash layer cannot be part of a CUDA graph: what it reads is chosen anew for every token",
+            where=where,
+            hint="leave graphs out: use_cuda_graph=False in continuous batching",
+        )
     if x.dtype != engine.dtype and not torch.is_autocast_enabled(x.device.type):
         refuse_dtype(x.dtype, engine.dtype, where)
     if x.shape[-1:] != (width,):

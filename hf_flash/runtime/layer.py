@@ -128,7 +128,7 @@ class FlashFFN(nn.Module):
             engine.check_open()
             biases = self._checked_biases(engine, x)
             rows = x.detach().reshape(-1, self.d_model).to(engine.dtype).contiguous().to(engine.arithmetic.device)
-            with self.reads.changing():
+            with self.reads.changing(), engine.turn():
                 engine.heap.prepare(x.nbytes)
                 total = self._run(engine, rows, biases, is_prompt=self._is_prompt(engine, x))
                 if self.index == len(engine.reader.layers) - 1:

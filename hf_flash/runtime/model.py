@@ -14,7 +14,7 @@ from hf_flash.budget.plan import MemoryPlan
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import UsageError
 from hf_flash.families.base import Shape
-from hf_flash.predictors.base import PredictorFormat
+from hf_flash.predictors.base import NoPredictor, PredictorFormat
 from hf_flash.runtime.counters import ExpertStats, FlashStats, NeuronStats
 from hf_flash.runtime.engine import Engine, ExpertEngine
 from hf_flash.runtime.experts import FlashExperts
@@ -77,6 +77,9 @@ class FlashRuntime:
         """Give the windows' memory back."""
         for ffn in self.ffns:
             ffn.window.release()
+            if self.plan.host is not None:  # a device's memory is scarce
+                ffn.predictor = NoPredictor()
+        self.engine.arithmetic.release()
 
 
 @dataclass

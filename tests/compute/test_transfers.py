@@ -71,7 +71,7 @@ def test_copies_and_products_wait_for_one_another_by_events(streams: Streams) ->
     moving = Transfers(CPU)
     before = moving.mark()
     moving.follow(before)
-    copied = moving.copy(torch.arange(4, dtype=torch.uint8), target := torch.zeros(4, dtype=torch.uint8))
+    copied = moving.copy((torch.arange(4, dtype=torch.uint8), target := torch.zeros(4, dtype=torch.uint8)))
     moving.use(copied)
     copied.wait()
     moving.synchronize()
@@ -88,7 +88,7 @@ def test_copies_and_products_wait_for_one_another_by_events(streams: Streams) ->
 def test_without_streams_a_copy_is_done_when_it_is_asked_for() -> None:
     moving = Transfers(torch.device("cpu:0"))
     target = torch.zeros(4)
-    copied = moving.copy(torch.arange(4.0), target)
+    copied = moving.copy((torch.arange(4.0), target))
     assert target.tolist() == [0, 1, 2, 3]
     moving.follow(moving.mark())
     moving.use(copied)
@@ -102,7 +102,7 @@ class Driver:
     def __init__(self, error: int = 0) -> None:
         self.error, self.pinned, self.done = error, dict[int, int](), list[int]()
 
-    def register(self, address: int, nbytes: int) -> int:
+    def register(self, address: int, nbytes: int, device: torch.device) -> int:
         if not self.error:
             self.pinned[address] = nbytes
         return self.error

@@ -7,6 +7,7 @@ The device is the CPU in the way of a GPU (`cpu:0`). `./scripts/test` runs this 
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -346,7 +347,9 @@ def test_every_pair_has_a_row_of_its_token(tokens: int, k: int, seed: int, least
 def both(mixture: Any, opt: Callable[..., Path]) -> list[tuple[Path, dict[str, Any], torch.Tensor]]:
     folder, _, ids = mixture("qwen3_moe")
     neurons = {"predictor": "quantized", "predictor_bits": 8}
-    return [(folder, {"reader": "direct"}, ids), (opt(), neurons, torch.arange(5, 17)[None])]
+    some = torch.arange(5, 17)[None]
+    every = {"predictor": "none", "reader": "direct"}  # which begins to read the next layer before its call
+    return [(folder, {"reader": "direct"}, ids), (opt(), neurons, some), (opt(), every, torch.arange(5, 45)[None])]
 
 
 def test_after_an_interruption_answers_are_right(mixture: Any, opt: Callable[..., Path]) -> None:
@@ -451,14 +454,75 @@ def test_it_is_saved_copied_and_closed(mixture: Any, opt: Callable[..., Path], t
         changed = logits(load(tmp_path / f"changed{number}", **arguments), ids)
         assert torch.equal(changed, logits(model, ids))
         assert not torch.equal(changed, wanted)
-        assert model.to(model.device) is model
-        with pytest.raises(UsageError, match=r"stays there[\s\S]*to do"):
-            model.to("mps")
         hf_flash.close(model)
         hf_flash.close(model)
         with pytest.raises(UsageError, match="closed"):
             logits(model, ids)
         assert hf_flash.stats(model).window_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["experts", "neurons"])
+def test_moving_it_is_refused_before_anything_moves(kind: str, mixture: Any, opt: Callable[..., Path]) -> None:
+    folder, arguments, ids = both(mixture, opt)[kind == "neurons"]
+    model = load(folder, **arguments)
+    wanted = logits(model, ids)
+    assert model.to(DEVICE) is model
+    moves: list[Callable[[], Any]] = [lambda: model.to("mps"), lambda: model.to(device="cuda:0"), lambda: model.cuda()]
+    if DEVICE != "cpu:0":
+        moves += [model.cpu, lambda: model.to("cpu"), lambda: model.to("standin:0"), lambda: model.to("standin")]
+        moves += [lambda: torch.nn.Module.to(model, "cpu")]
+    for move in moves:
+        with pytest.raises(UsageError, match=r"stays there[\s\S]*to do"):
+            move()
+        assert torch.equal(logits(model, ids), wanted)
+    if DEVICE != "cpu:0":
+        with pytest.raises(UsageError, match="stays there"):
+            model.model.cpu()  # torch moves a part's parts one after the other
+        assert torch.equal(logits(model.to(DEVICE), ids), wanted)
+
+
+def test_a_table_that_is_changed_comes_into_the_devices_memory(mixture: Any) -> None:
+    folder, _, ids = mixture("qwen3_moe")
+    model = load(folder, {DEVICE: least(folder)})
+    wanted = logits(model, ids)
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    assert model.get_input_embeddings().weight.device == model.get_output_embeddings().weight.device
+    torch.testing.assert_close(logits(model, ids)[..., : wanted.shape[-1]], wanted)
+
+
+def test_closing_gives_the_devices_memory_back(mixture: Any, opt: Callable[..., Path]) -> None:
+    if DEVICE == "cpu:0":
+        pytest.skip("nobody counts the memory of this device")
+    for folder, arguments, ids in both(mixture, opt):
+        before = torch.accelerator.memory_allocated(DEVICE)
+        model = load(folder, **arguments)
+        logits(model, ids)
+        hf_flash.close(model)
+        gc.collect()
+        rest = sum(-(-t.nbytes // 512) * 512 for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+        assert torch.accelerator.memory_allocated(DEVICE) - before <= rest
+        del model
+        gc.collect()
+        assert torch.accelerator.memory_allocated(DEVICE) <= before
+
+
+def test_out_of_memory_on_the_device_leaves_the_model_whole(mixture: Any, opt: Callable[..., Path]) -> None:
+    if DEVICE == "cpu:0":
+        pytest.skip("this device has no memory of its own")
+    for folder, arguments, ids in both(mixture, opt):
+        model = load(folder, {DEVICE: least(folder, **arguments) + 50_000, "cpu": "9MB"}, **arguments)
+        wanted, failed = logits(model, ids), 0
+        held = torch.accelerator.memory_allocated(DEVICE)
+        for room in range(0, 40_000, 500):
+            before = torch.standin.set_memory_limit(held + room)  # type: ignore[attr-defined]
+            try:
+                logits(model, ids)
+            except torch.OutOfMemoryError:
+                failed += 1
+            finally:
+                torch.standin.set_memory_limit(before)  # type: ignore[attr-defined]
+            assert torch.equal(logits(model, ids), wanted), room
+        assert failed
 
 
 def test_a_pipeline_runs_there(mixture: Any) -> None:
@@ -490,7 +554,18 @@ def test_budgets_may_be_text_and_the_hosts_may_be_too_small(mixture: Any, opt: C
             load(folder, {DEVICE: "1GB", "cpu": 100}, **arguments)
 
 
-@pytest.mark.parametrize("device_map", [{"": "disk"}, {"model": DEVICE, "lm_head": "cpu"}, {"": "xpu:0"}], ids=str)
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        {"": "disk"},
+        {"model": DEVICE, "lm_head": "cpu"},
+        {"": "xpu:0"},
+        {},
+        {"": None},
+        *([{"": "standin:5"}] if DEVICE != "cpu:0" else []),
+    ],
+    ids=str,
+)
 def test_device_maps_that_make_no_sense_are_refused(device_map: Any, mixture: Any) -> None:
     with pytest.raises(ConfigError, match=r"device_map[\s\S]*to do"):
         AutoModelForCausalLM.from_pretrained(

@@ -676,6 +676,7 @@ REFUSED: dict[str, list[Any]] = {
     "window": [0, -1, 2.0, "5", True, [5]],
     "lookahead": [-1, 2, 1.0, "1", True, [1]],
     "memory_budget": [0, -1, 1.5, True, "lots", "6 XB", "-1GB", "0.4", "", "9" * 400],
+    "units_on": ["gpu", "", 1, True, ["cpu"]],
     "reader": ["disk", "", 1, True, ["mmap"]],
     "io_threads": [0, -4, 1.0, "16", True],
     "cache_dir": [5, 1.5, True, ["/tmp"]],

@@ -230,7 +230,7 @@ class DeviceExperts:
 
     def _run(self, stock: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         start, transfers, tiers = perf_counter(), self._shared.transfers, self.tiers
-        rows = _Rows(index.cpu().numpy(), self._layer.experts)  # here this process waits for the device
+        rows = _Rows(index.cpu().numpy(), self._layer.experts)  # the process waits for the device: what it was told is done
         room = tiers.make_room(rows.used, rows.last, rows.count)
         absent = [*((expert, True) for expert in room.kept), *((expert, False) for expert in room.passing)]
         on_host = deque((expert, kept) for expert, kept in absent if tiers.waits(expert))
@@ -243,7 +243,6 @@ class DeviceExperts:
         call = _Call(stock, rows, x, out, deque(room.leaving))
         self._engine.counters.manage_s += perf_counter() - start
         host_hits = len(on_host)
-        transfers.follow(transfers.mark())
         coming = deque[_Arrived]()
         while on_host and on_host[0][1] and (tiers.device.free or call.leaving):  # copied while the hits are computed
             coming.append(self._bring_from_host(call, on_host))

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from transformers import AutoModelForCausalLM, pipeline
 
 import hf_flash
 from hf_flash import BudgetError, ConfigError, FlashOffloadConfig, StoreError, UsageError
+from hf_flash.compute.transfers import Copied, Transfers
 from hf_flash.reading.host_rows import HostRows
-from hf_flash.runtime.device_experts import FEW, _Rows
+from hf_flash.runtime.device_experts import FEW, Ring, _Rows
 from hf_flash.runtime.expert_tiers import ExpertTiers
 from hf_flash.runtime.model import runtime_of
 from tests.conftest import TINY_OPT, in_a_fork, interrupting, slow_but, torch_threads
@@ -407,6 +409,56 @@ def test_a_read_that_fails_is_an_error_and_the_next_one_goes_on(
                     failed += 1
             assert torch.equal(logits(model, ids), wanted)
         assert failed
+
+
+def test_calls_may_come_on_several_streams(mixture: Any, opt: Callable[..., Path]) -> None:
+    if DEVICE == "cpu:0":
+        pytest.skip("this device has no streams")
+    for folder, arguments, ids in both(mixture, opt):
+        model = load(folder, {DEVICE: least(folder, **arguments) + 50_000, "cpu": "9MB"}, **arguments)
+        wanted, module = logits(model, ids), torch.get_device_module("standin")
+        streams = [module.Stream(DEVICE), module.Stream(DEVICE)]
+        inputs = [ids.to(DEVICE) for _ in streams]
+        module.synchronize(DEVICE)
+        found = []
+        for number in range(4):
+            with module.stream(streams[number % 2]), torch.no_grad():
+                found.append(model(inputs[number % 2]).logits)
+        module.synchronize(DEVICE)
+        assert all(torch.equal(logits.cpu(), wanted) for logits in found)
+
+
+def test_what_is_read_into_waits_for_the_copies_from_it() -> None:
+    """Slots of the ring, and lanes: the disk may not write to them before the device has what was there."""
+
+    class Watched(Copied):
+        waited = 0
+
+        def wait(self) -> None:
+            self.waited += 1
+
+    ring, copies = Ring(3, 8, Transfers(torch.device("cpu:0"))), [Watched(None) for _ in range(3)]
+    for _ in range(2):
+        taken = [ring.take(is_needed=True) for _ in range(3)]
+        assert sorted(taken) == [0, 1, 2]  # type: ignore[type-var]
+        assert ring.take(is_needed=True) is None
+        for slot, copied in zip(taken, copies, strict=True):
+            ring.give(slot, copied)  # type: ignore[arg-type]
+    assert [copied.waited for copied in copies] == [1, 1, 1]
+    assert ring.take(is_needed=False) == taken[0], "what was given first"
+    assert ring.take(is_needed=False) == taken[1]
+    assert ring.take(is_needed=False) is None, "the last was given just now"
+    ring.forget()
+    assert ring.take(is_needed=True) == 0
+
+
+def test_lanes_wait_for_the_copies_from_them(opt: Callable[..., Path]) -> None:
+    model = load(opt(), predictor="none")
+    reader, waited = runtime_of(model).engine.reader, list[int]()
+    for number, lane in enumerate(reader._lanes):
+        lane.copied = SimpleNamespace(wait=lambda number=number: waited.append(number))
+    logits(model, torch.arange(5, 9)[None])
+    assert set(waited) >= {0}
 
 
 def test_several_threads_use_one_model(mixture: Any, opt: Callable[..., Path]) -> None:

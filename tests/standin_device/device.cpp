@@ -1,7 +1,8 @@
 // A stand-in for an accelerator, as torch's PrivateUse1 device: what a GPU refuses, or does only later, shows here.
 //
 // Its memory is this machine's, but not at the addresses that its tensors have. Its kernels are the CPU's, on copies of
-// what they take, and run when they are called. Copies to it and from it can be told to be late: see "streams".
+// what they take, and run when they are called. Copies to it and from it can be told to be late: see "streams". What is
+// right here by luck alone, because something was not late, is found by its order: see "races".
 
 #include <array>
 #include <atomic>
@@ -40,6 +41,96 @@ DeviceIndex index_of(Device device) {
 
 bool is_here(const Tensor &tensor) { return tensor.device().type() == STANDIN; }
 
+// --- races
+//
+// As kernels run when they are called, numbers do not show that a copy overwrites what an earlier kernel of another
+// stream may still read on a GPU. Clocks do. Each stream counts its uses of memory, and knows how far the others
+// are by then: from events that it waits for, and from the host, which knows it from what it has waited for itself. Two
+// uses of a byte, one of which writes, must be in such an order. A strided tensor's bytes are all from first to last.
+// The host counts as one, whatever its threads. What it does to its own memory is not seen.
+
+using Clock = std::vector<int64_t>; // by stream: so many of its uses of memory are over
+constexpr StreamId HOST = -1;       // has a clock, but uses none of the device's memory
+
+struct Use {
+    StreamId stream = 0;
+    int64_t number = 0; // of the stream's uses, from 1
+    const char *name = "";
+    bool operator==(const Use &) const = default;
+    bool is_before(const Clock &clock) const { return !number || stream < clock.size() && number <= clock[stream]; }
+};
+
+struct Uses {
+    Use write;
+    std::vector<Use> reads; // since then, without those that come before another of them
+    bool operator==(const Uses &) const = default;
+};
+
+struct Races {
+    std::mutex lock; // taken last
+    std::map<StreamId, Clock> clocks;
+    std::map<uintptr_t, Uses> uses{{0, {}}}; // of all bytes from an address to the next one here
+    std::atomic<bool> checked = false;
+
+    auto split(uintptr_t address) {
+        auto before = std::prev(uses.upper_bound(address));
+        return before->first == address ? before : uses.emplace(address, before->second).first;
+    }
+    void join(uintptr_t start, uintptr_t end) { // so that there are no more addresses than changes
+        for (auto at = uses.lower_bound(start); at != uses.end() && at->first <= end;)
+            at = at->first && at->second == std::prev(at)->second ? uses.erase(at) : std::next(at);
+    }
+} &races = *new Races;
+
+thread_local bool inside = false; // a kernel: the copies that it makes are none of a GPU's
+struct Inside { bool before = std::exchange(inside, true); ~Inside() { inside = before; } };
+
+Clock clock_of(StreamId stream) { return Held(races.lock), races.clocks[stream]; }
+
+// What a stream or the host does from here on comes after all that is over by a clock.
+void put_after(StreamId stream, const Clock &earlier) {
+    Held held(races.lock);
+    Clock &clock = races.clocks[stream];
+    clock.resize(std::max(clock.size(), earlier.size()));
+    for (size_t of = 0; of < earlier.size(); of++) clock[of] = std::max(clock[of], earlier[of]);
+}
+
+void use(const char *name, StreamId stream, const Tensor &tensor, bool writes) {
+    if (!races.checked || inside || !tensor.defined() || !is_here(tensor) || !tensor.numel()) return;
+    size_t last = 0; // of its numbers, counted from the first in memory
+    for (int64_t dim = 0; dim < tensor.dim(); dim++) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+    const uintptr_t start = uintptr_t(tensor.data_ptr()), end = start + (last + 1) * tensor.itemsize();
+    put_after(stream, clock_of(HOST));
+    Held held(races.lock);
+    Clock &clock = races.clocks[stream];
+    clock.resize(std::max(clock.size(), size_t(stream) + 1));
+    const Use now{stream, ++clock[stream], name};
+    auto check = [&](const Use &earlier, const char *did) {
+        TORCH_CHECK(earlier.is_before(clock), "standin: race: ", name, " on stream ", stream, ", which ",
+                    writes ? "writes" : "reads", " memory, is not ordered after ", earlier.name, " on stream ",
+                    earlier.stream, ", which ", did, " it");
+    };
+    for (auto behind = races.split(end), at = races.split(start); at != behind; ++at) {
+        auto &[write, reads] = at->second;
+        check(write, "writes");
+        if (writes) {
+            for (const Use &read : reads) check(read, "reads");
+            at->second = {now, {}};
+        } else {
+            std::erase_if(reads, [&](const Use &read) { return read.is_before(clock); });
+            reads.push_back(now);
+        }
+    }
+    races.join(start, end);
+}
+
+// Memory was freed: who gets the place next has nothing to do with it.
+void forget_uses(uintptr_t start, size_t nbytes) {
+    Held held(races.lock);
+    for (auto behind = races.split(start + nbytes), at = races.split(start); at != behind; ++at) at->second = {};
+    races.join(start, start + nbytes);
+}
+
 // --- memory: nobody may touch what lies at a tensor's address, or dies of a SIGSEGV. The numbers lie further up.
 
 constexpr intptr_t FURTHER_UP = intptr_t(1) << 45;
@@ -60,6 +151,7 @@ void *numbers_of(const Tensor &tensor) { return (char *)tensor.data_ptr() + (is_
 
 void free_block(void *context) {
     const std::unique_ptr<Block> block((Block *)context);
+    forget_uses(uintptr_t(block->numbers - FURTHER_UP), block->nbytes);
     munmap(block->numbers - FURTHER_UP, block->nbytes); // first: who gets the numbers' place needs this one, too
     munmap(block->numbers, block->nbytes);
     Held held(memory.lock);
@@ -126,7 +218,8 @@ bool is_pinned(const void *address) {
 // or waited for. Who forgets to wait finds old numbers in the target; who overwrites the source too early finds the new
 // ones there. Strided copies, and those that convert, are never late: torch does them on the host.
 
-struct Mark { StreamId stream; int64_t number; };     // a point in the work of a stream: all that an event knows
+struct Mark { StreamId stream; int64_t number; };     // a point in the work of a stream
+struct Event { Mark mark; Clock clock; };
 struct Work { Tensor source, target; Mark awaited; }; // tensors are undefined where a mark is waited for
 struct Queue { int64_t done = 0; std::deque<Work> waiting; };
 
@@ -178,26 +271,35 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     bool queryStream(const Stream &of) const override {
         return Held(streams.lock), streams.queues[of.id()].waiting.empty();
     }
-    void synchronizeStream(const Stream &of) const override { finish(of.id()); }
+    void synchronizeStream(const Stream &of) const override {
+        finish(of.id());
+        put_after(HOST, clock_of(of.id()));
+    }
     void synchronizeDevice(const DeviceIndex index) const override {
-        for (StreamId number = 0; number < streams.made; number++) finish(number * DEVICES + index);
+        for (StreamId number = 0; number < streams.made; number++) synchronizeStream(stream(number * DEVICES + index));
     }
 
-    static const Mark &mark(void *event) { return *(Mark *)event; }
     void record(void **event, const Stream &of, const DeviceIndex, const c10::EventFlag) const override {
         Held held(streams.lock);
         const Queue &queue = streams.queues[of.id()];
-        delete (Mark *)*event;
-        *event = new Mark{of.id(), queue.done + int64_t(queue.waiting.size())};
+        delete (Event *)*event;
+        *event = new Event{{of.id(), queue.done + int64_t(queue.waiting.size())}, clock_of(of.id())};
     }
     void block(void *event, const Stream &of) const override {
-        if (!queryEvent(event)) Held(streams.lock), streams.queues[of.id()].waiting.push_back({{}, {}, mark(event)});
+        const auto &[mark, clock] = *(Event *)event;
+        if (!queryEvent(event)) Held(streams.lock), streams.queues[of.id()].waiting.push_back({{}, {}, mark});
+        put_after(of.id(), clock);
     }
     bool queryEvent(void *event) const override {
-        return Held(streams.lock), streams.queues[mark(event).stream].done >= mark(event).number;
+        const Mark &mark = ((Event *)event)->mark;
+        return Held(streams.lock), streams.queues[mark.stream].done >= mark.number;
     }
-    void synchronizeEvent(void *event) const override { finish(mark(event).stream, mark(event).number); }
-    void destroyEvent(void *event, const DeviceIndex) const noexcept override { delete (Mark *)event; }
+    void synchronizeEvent(void *event) const override {
+        const auto &[mark, clock] = *(Event *)event;
+        finish(mark.stream, mark.number);
+        put_after(HOST, clock);
+    }
+    void destroyEvent(void *event, const DeviceIndex) const noexcept override { delete (Event *)event; }
 };
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
@@ -236,12 +338,19 @@ bool may_be_late(const Tensor &source, const Tensor &target) {
 
 Tensor copy_from(const Tensor &source, const Tensor &target, bool non_blocking) {
     const StreamId stream = current_streams[(is_here(source) ? source : target).device().index()];
-    if (streams.lazy && non_blocking && may_be_late(source, target)) {
+    const StreamId other = is_here(target) ? current_streams[target.device().index()] : stream;
+    const bool late = non_blocking && may_be_late(source, target);
+    if (other != stream) put_after(stream, clock_of(other)); // between devices, the streams of both wait
+    use("copy_", stream, source, false);
+    use("copy_", stream, target, true);
+    if (other != stream) put_after(other, clock_of(stream));
+    if (!is_here(target) && !late && !inside) put_after(HOST, clock_of(stream));
+    if (late && streams.lazy) {
         Held(streams.lock), streams.queues[stream].waiting.push_back({source.detach(), target.detach(), {}});
         return target;
     }
     finish(stream);
-    if (is_here(target)) finish(current_streams[target.device().index()]);
+    finish(other);
     auto on_cpu = [](const Tensor &t) { return at::from_blob(numbers_of(t), t.sizes(), t.strides(), t.dtype()); };
     on_cpu(target).copy_(on_cpu(source));
     return target;
@@ -269,35 +378,59 @@ bool may_be_on_cpu(const Tensor &tensor, const std::string &name, bool in_list) 
     return tensor.is_cpu() && (tensor.dim() == 0 ? !no_numbers.count(name) : in_list && brackets.count(name));
 }
 
+// The result of a kernel, which may be of a device that none of what it takes is of.
+void use_fresh(const char *name, const Tensor &tensor) {
+    if (tensor.defined() && is_here(tensor)) use(name, current_streams[tensor.device().index()], tensor, true);
+}
+
 // All other operators: refuse what a GPU would refuse, then let the CPU compute.
 void fallback(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
     const std::string name = op.schema().name().substr(strlen("aten::"));
-    std::vector<std::pair<Tensor, bool>> tensors; // and whether in a list
-    for (const at::IValue &value : torch::jit::last(*stack, op.schema().arguments().size())) {
-        if (value.isTensor() && value.toTensor().defined()) tensors.emplace_back(value.toTensor(), false);
+    struct Taken { Tensor tensor; bool in_list, written; };
+    std::vector<Taken> tensors;
+    const auto &arguments = op.schema().arguments();
+    for (size_t number = 0; number < arguments.size(); number++) {
+        const at::IValue &value = torch::jit::peek(*stack, number, arguments.size());
+        const bool written = arguments[number].alias_info() && arguments[number].alias_info()->isWrite();
+        if (value.isTensor() && value.toTensor().defined()) tensors.push_back({value.toTensor(), false, written});
         if (!value.isList()) continue;
         for (const at::IValue &item : value.toListRef())
-            if (item.isTensor() && item.toTensor().defined()) tensors.emplace_back(item.toTensor(), true);
+            if (item.isTensor() && item.toTensor().defined()) tensors.push_back({item.toTensor(), true, written});
     }
     Maybe<Device> device;
-    for (const auto &[tensor, _] : tensors)
+    for (const auto &[tensor, in_list, written] : tensors)
         if (is_here(tensor) && !device) device = tensor.device();
-    for (const auto &[tensor, in_list] : tensors)
+    for (const auto &[tensor, in_list, written] : tensors)
         TORCH_CHECK(!device || tensor.device() == *device || may_be_on_cpu(tensor, name, in_list),
                     "Expected all tensors to be on the same device, but found at least two devices, ", *device, " and ",
                     tensor.device(), "! (", name, ")");
     c10::OptionalDeviceGuard guard(device);
-    finish(current_streams[current_device]);
-    at::native::cpu_fallback(op, stack);
+    const StreamId stream = current_streams[current_device];
+    for (const auto &[tensor, in_list, written] : tensors) use(op.schema().name().c_str(), stream, tensor, written);
+    finish(stream);
+    Inside(), at::native::cpu_fallback(op, stack);
+    for (const at::IValue &value : torch::jit::last(*stack, op.schema().returns().size())) {
+        if (value.isTensor()) use_fresh(op.schema().name().c_str(), value.toTensor());
+        if (value.isTensorList())
+            for (const Tensor &tensor : value.toTensorVector()) use_fresh(op.schema().name().c_str(), tensor);
+        // The host waits for a number, and for the size of what it gets.
+        if (value.isScalar() || name == "nonzero" || name == "masked_select") put_after(HOST, clock_of(stream));
+    }
 }
 
 // A device that is not the CPU has to have this one.
 Tensor convolve(const Tensor &x, const Tensor &weight, const Maybe<Tensor> &bias, at::IntArrayRef stride,
                 at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
                 int64_t groups) {
-    const Maybe<Tensor> on_cpu = bias && bias->defined() ? Maybe<Tensor>(bias->cpu()) : Maybe<Tensor>();
-    return at::convolution(x.cpu(), weight.cpu(), on_cpu, stride, padding, dilation, transposed, output_padding, groups)
-        .to(x.device());
+    for (const Tensor &taken : {x, weight, bias.value_or(Tensor())})
+        use("convolution", current_streams[x.device().index()], taken, false);
+    Tensor result = (Inside(), [&] {
+        const Maybe<Tensor> on_cpu = bias && bias->defined() ? Maybe<Tensor>(bias->cpu()) : Maybe<Tensor>();
+        return at::convolution(x.cpu(), weight.cpu(), on_cpu, stride, padding, dilation, transposed, output_padding,
+                               groups).to(x.device());
+    }());
+    use_fresh("convolution", result);
+    return result;
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
@@ -331,6 +464,11 @@ void standin_start() {
 }
 
 bool standin_set_lazy(bool lazy) { return streams.lazy.exchange(lazy); }
+bool standin_set_checked(bool checked) {
+    Held held(races.lock);
+    if (checked != races.checked) races.uses = {{0, {}}}; // in between, nobody counts
+    return races.checked.exchange(checked);
+}
 size_t standin_set_memory_limit(size_t nbytes) { return memory.limit.exchange(nbytes); }
 
 // Copies that are still to be done, with host memory that begins in this range.

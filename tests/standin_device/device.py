@@ -2,10 +2,11 @@
 
     standin.set_lazy(True)              copies with non_blocking to and from pinned memory are late: see device.cpp
     standin.late_copies()               of which so many are still to be done
+    standin.set_checked(True)           what does not wait for another stream, but has to, is an error: see device.cpp
     standin.set_memory_limit(1 << 20)   of each of the two devices; beyond it is a `torch.OutOfMemoryError`
     standin.register_pinned(...)        memory that others allocated counts as pinned
 
-Both settings return what was set before. The rest has the names that torch.cuda has.
+Settings return what was set before. The rest has the names that torch.cuda has.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def load(folder: Path) -> ModuleType:
     if _library is None:
         _library = ctypes.CDLL(str(build(folder)))
         _library.standin_set_lazy.argtypes, _library.standin_set_lazy.restype = [ctypes.c_bool], ctypes.c_bool
+        _library.standin_set_checked.argtypes, _library.standin_set_checked.restype = [ctypes.c_bool], ctypes.c_bool
         _library.standin_set_memory_limit.argtypes = [ctypes.c_size_t]
         _library.standin_register_pinned.argtypes = _library.standin_late_copies.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
         _library.standin_register_pinned.restype = ctypes.c_bool
@@ -85,6 +87,11 @@ def _native() -> ctypes.CDLL:
 def set_lazy(lazy: bool) -> bool:
     """Let copies be late from now on, or not; returns what was set before. Those that wait already keep waiting."""
     return bool(_native().standin_set_lazy(lazy))
+
+
+def set_checked(checked: bool) -> bool:
+    """Let races be errors from now on, or not; returns what was set before. What was done before is part of none."""
+    return bool(_native().standin_set_checked(checked))
 
 
 def late_copies() -> int:

@@ -25,11 +25,12 @@ GIVEN = torch.arange(12.0).view(3, 4)
 def standin() -> Iterator[Any]:
     """The device's module, as it was before when the test is over."""
     module = torch.get_device_module("standin")
-    lazy, limit = module.set_lazy(False), module.set_memory_limit(1 << 30)
+    lazy, checked, limit = module.set_lazy(False), module.set_checked(False), module.set_memory_limit(1 << 30)
     yield module
     for device in range(module.device_count()):
         module.synchronize(device)
     module.set_lazy(lazy)
+    module.set_checked(checked)
     module.set_memory_limit(limit)
 
 
@@ -146,6 +147,149 @@ def test_copies_that_torch_does_on_the_host_are_not_late(standin: Any, source: t
     standin.set_lazy(True)
     torch.zeros(3, 4, device="standin").copy_(source, non_blocking=True)
     assert standin.late_copies() == 0
+
+
+# --- races
+
+
+@pytest.fixture
+def checked(standin: Any) -> Any:
+    standin.set_checked(True)
+    return standin
+
+
+def test_a_copy_over_what_a_kernel_reads_must_wait_for_it(checked: Any) -> None:
+    memory, source, ids = there(GIVEN), GIVEN.pin_memory(), there(torch.tensor([1]))
+    main, side = checked.current_stream(), checked.Stream()
+    checked.synchronize()
+    race = f"race: copy_ on stream {side.stream_id}, which writes .* not ordered after aten::index_select on stream 0, "
+    for _ in range(2):  # the second time, what was marked before the kernel does not help
+        memory.index_select(0, ids)
+        with checked.stream(side):
+            with pytest.raises(RuntimeError, match=race):
+                memory.copy_(source, non_blocking=True)
+            side.wait_event(main.record_event())
+            memory.copy_(source, non_blocking=True)
+        with pytest.raises(RuntimeError, match=r"which reads memory, is not ordered after copy_ .*, which writes it"):
+            memory.index_select(0, ids)
+        main.wait_stream(side)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda memory: memory.add_(1),
+        lambda memory: torch.add(memory, 1, out=memory),
+        lambda memory: memory + 1,
+        lambda memory: memory.sort()[1],
+        lambda memory: memory.frexp()[0],
+        lambda memory: F.conv1d(memory[:, :3], torch.ones(3, 3, 1, device=memory.device)),
+    ],
+)
+def test_what_a_kernel_writes_must_be_waited_for(checked: Any, write: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    given, main, side = there(GIVEN), checked.current_stream(), checked.Stream()
+    written = write(given)
+    target = torch.empty_like(written, device="cpu", pin_memory=True)
+    uses: list[Callable[[], object]] = [
+        lambda: target.copy_(written, non_blocking=True),
+        lambda: written.copy_(target, non_blocking=True),
+        lambda: written + 1,
+        lambda: torch.cat([written]),
+        lambda: written.cpu(),
+    ]
+    with checked.stream(side):
+        for use in uses:
+            with pytest.raises(RuntimeError, match=r"race: .* on stream 0, which writes it"):
+                use()
+        side.wait_stream(main)
+        for use in uses:
+            use()
+
+
+@pytest.mark.parametrize(
+    ("wait", "is_enough"),
+    [
+        (lambda standin, stream, x: None, False),
+        (lambda standin, stream, x: stream.synchronize(), True),
+        (lambda standin, stream, x: standin.synchronize(), True),
+        (lambda standin, stream, x: stream.record_event().synchronize(), True),
+        (lambda standin, stream, x: x.cpu(), True),
+        (lambda standin, stream, x: x.sum().item(), True),
+        (lambda standin, stream, x: x.nonzero(), True),
+        (lambda standin, stream, x: torch.empty(3, 4).copy_(x, non_blocking=True), True),  # not pinned
+        (lambda standin, stream, x: x.to("cpu", non_blocking=True), False),  # torch pins what it makes
+        (lambda standin, stream, x: torch.empty(3, 4, pin_memory=True).copy_(x, non_blocking=True), False),
+        (lambda standin, stream, x: x + 1, False),
+        (lambda standin, stream, x: there(GIVEN), False),  # what is small, CUDA takes without waiting
+        (lambda standin, stream, x: standin.synchronize(1), False),
+    ],
+)
+def test_who_waits_on_the_host_is_in_order(checked: Any, wait: Callable[..., object], is_enough: bool) -> None:
+    memory, main, side = there(GIVEN), checked.current_stream(), checked.Stream()
+    memory + 1
+    wait(checked, main, memory)
+    with checked.stream(side):
+        if not is_enough:
+            with pytest.raises(RuntimeError, match="race: "):
+                memory.zero_()
+            main.synchronize()
+        memory.zero_()
+
+
+def test_order_goes_on_from_stream_to_stream(checked: Any) -> None:
+    memory, main, side, third = there(GIVEN), checked.current_stream(), checked.Stream(), checked.Stream()
+    side.wait_stream(main)
+    with checked.stream(side):
+        memory + 1
+    main.wait_stream(side)
+    memory + 1  # so that only this read has to be waited for
+    third.wait_event(main.record_event())
+    with checked.stream(third):
+        memory.zero_()
+    checked.set_device(0)
+    elsewhere = torch.zeros(3, 4, device="standin:1")
+    main.wait_stream(third)
+    elsewhere.copy_(memory)  # the streams of both devices wait
+    memory.zero_()
+    elsewhere.zero_()
+
+
+def test_other_bytes_may_be_used_at_the_same_time(checked: Any) -> None:
+    memory, source, side = there(torch.zeros(4, 6)), torch.ones(6, pin_memory=True), checked.Stream()
+    checked.synchronize()
+    for slot in (0, 1, 3):
+        with checked.stream(side):
+            memory[slot].copy_(source, non_blocking=True)
+        memory[2].add_(1)
+    for part in (memory[1, 5:], memory[::2, 5]):  # the latter lies around what is copied
+        with pytest.raises(RuntimeError, match="race: "):
+            part + 1
+    with checked.stream(side), pytest.raises(RuntimeError, match="race: "):
+        memory[2, 5:].zero_()
+
+
+def test_freed_memory_has_no_past(checked: Any) -> None:
+    side, places = checked.Stream(), set[int]()
+    for _ in range(5):
+        memory = torch.zeros(1 << 20, device="standin")
+        places.add(memory.data_ptr())
+        del memory
+        with checked.stream(side):
+            memory = torch.ones(1 << 20, device="standin")
+            places.add(memory.data_ptr())
+            del memory
+    assert len(places) < 10, "no place was used again: this tests nothing"
+
+
+def test_races_are_no_errors_unless_asked_for(checked: Any) -> None:
+    memory, side = there(GIVEN), checked.Stream()
+    assert checked.set_checked(False)
+    with checked.stream(side):
+        memory.zero_()
+    assert not checked.set_checked(True)
+    memory.zero_()
+    with checked.stream(side), pytest.raises(RuntimeError, match="race: "):
+        memory.zero_()
 
 
 def test_memory_of_others_counts_as_pinned(standin: Any) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -17,10 +18,11 @@ from hf_flash.compute.arithmetic import arithmetic_for, block_rows
 from hf_flash.compute.device_arithmetic import DeviceArithmetic
 from hf_flash.compute.transfers import Transfers
 from hf_flash.config import FlashOffloadConfig
+from hf_flash.errors import ConfigError
 from hf_flash.families.base import Family
 from hf_flash.families.decoder import decoder_of
 from hf_flash.machine.free_memory import available_memory
-from hf_flash.predictors.base import NoPredictor, PredictorFormat
+from hf_flash.predictors.base import NoPredictor, Predictor, PredictorFormat
 from hf_flash.reading.on_device import DeviceReader
 from hf_flash.reading.reader import open_reader, open_source
 from hf_flash.runtime.attention import make_attention_resident
@@ -62,7 +64,7 @@ def attach(
     in_memory = store.unit.as_dtype(dtype)  # type: ignore[arg-type]
     engine = _engine(config, plan, store, in_memory, ffns[0].activation, units_on)
     engine.device = device or engine.device
-    load = fmt if fmt is None else fmt.load if units_on is None else functools.partial(fmt.load, device=units_on)
+    load = None if fmt is None else _loader(fmt, units_on)
     predictors = [
         NoPredictor() if load is None else load(store, layer, ffn.projections[in_memory.deciding].bias)
         for ffn, layer in zip(ffns, store.layers, strict=True)
@@ -87,6 +89,24 @@ def attach(
     runtime = FlashRuntime(config, plan, store, checkpoint, fmt, shape, engine, ffns)
     model.flash_runtime = runtime  # type: ignore[assignment]
     engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle
+
+
+def _loader(fmt: PredictorFormat, device: torch.device | None) -> Callable[..., Predictor]:
+    """What loads the predictor of a layer, for a device if one is given.
+
+    Raises:
+        ConfigError: it knows no devices.
+    """
+    if device is None:
+        return fmt.load
+    if "device" not in inspect.signature(fmt.load).parameters:
+        raise ConfigError(
+            "this predictor does not compute on a device",
+            where="predictor",
+            got=fmt.kind,
+            hint='predictor="none", units_on="cpu", or device_map="cpu"',
+        )
+    return functools.partial(fmt.load, device=device)
 
 
 def _engine(

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_flash
-from hf_flash import FlashOffloadConfig, StoreFormatError
+from hf_flash import ConfigError, FlashOffloadConfig, StoreFormatError
 from hf_flash.budget.demand import PREDICTED
 from hf_flash.commands.main import main
 from hf_flash.config_arguments import ARGUMENTS
@@ -61,6 +61,15 @@ def check_answers(model: Any, plain: Path) -> None:
 def test_it_is_made_from_a_plain_checkpoint(plain: Path) -> None:
     config = FlashOffloadConfig(predictor="mirror")  # type: ignore[arg-type]
     check_answers(AutoModelForCausalLM.from_pretrained(plain, quantization_config=config), plain)
+
+
+def test_on_a_device_that_it_does_not_know_it_is_refused(mirrored: Path) -> None:
+    with pytest.raises(ConfigError, match=r"does not compute on a device[\s\S]*units_on"):
+        AutoModelForCausalLM.from_pretrained(mirrored, device_map="cpu:0")
+    here = FlashOffloadConfig(units_on="cpu")
+    assert hf_flash.stats(
+        AutoModelForCausalLM.from_pretrained(mirrored, device_map="cpu:0", quantization_config=here)
+    ).beside_bytes
 
 
 def test_a_store_has_it_and_gives_it_back(mirrored: Path, plain: Path, tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""`scripts/bench_gpu.py` and `hf-flash bench --device`: the same systems on a device, and what crossed the bus."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from hf_flash.bench.page import page
+from hf_flash.bench.report import describe
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "scripts" / "bench_gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_measures_a_mixture_with_one_tier_and_with_two(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "MIXTURE_PEERS", ())
+    models, found = tmp_path / "models", tmp_path / "found.json"
+    options = ["--only", "mixture", "--mixture", "test", "--device", "cpu:0", "--memory", "80%", "--tight", "0.6"]
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", str(models), *options, "--tokens", "3", "--json", str(found)])
+    assert script.main() == 0
+    (report,) = json.loads(found.read_text())
+    rows: dict[str, Any] = {row["system"]: row for row in report["rows"]}
+    assert list(rows) == ["flash", "flash, host"]
+    assert not list(models.iterdir()), "the model is removed"
+    for name in ("flash", "flash, host"):
+        row, stats = rows[name], rows[name]["stats"]
+        assert row["bus_bytes"] > 0
+        assert row["bus_ms"] > 0
+        assert stats["device"] == "cpu:0"
+        assert stats["dram_bytes"] <= stats["budget_bytes"]
+    assert rows["flash, host"]["stats"]["host_bytes"] > rows["flash"]["stats"]["host_bytes"]
+    assert report["machine"]["device"]["to_gb_per_s"] > 0
+    text = describe(report)
+    assert "bus MB" in text
+    assert "GB/s there" in text
+    assert "bus MB" in page(report)
+    printed = capsys.readouterr().out
+    assert "no peer to compare with" in printed
+    assert "of weights in a budget of" in printed

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -209,7 +210,7 @@ class PinnedMemory:
             )  # fmt: skip
             return
         self.is_pinned = True
-        self._unpin = weakref.finalize(self, _unpin, driver, self.tensor.data_ptr(), transfers)
+        self._unpin = weakref.finalize(self, _unpin, driver, self.tensor.data_ptr(), transfers, os.getpid())
         self._unpin.atexit = False  # the driver may be gone by then
 
     def release(self) -> None:
@@ -220,6 +221,8 @@ class PinnedMemory:
         self.tensor = self.tensor.new_empty((0, *self.tensor.shape[1:]))
 
 
-def _unpin(driver: Driver, address: int, transfers: Transfers) -> None:
+def _unpin(driver: Driver, address: int, transfers: Transfers, process: int) -> None:
+    if os.getpid() != process:
+        return  # a forked process has neither this memory nor the device
     transfers.synchronize()
     driver.unregister(address)

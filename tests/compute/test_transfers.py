@@ -13,6 +13,7 @@ import torch
 
 from hf_flash.compute import transfers
 from hf_flash.compute.transfers import PinnedMemory, Transfers, free_bytes, upload
+from tests.conftest import in_a_fork
 
 CPU = torch.device("cpu")
 
@@ -132,6 +133,19 @@ def test_memory_is_pinned_until_it_goes(how: str, monkeypatch: pytest.MonkeyPatc
     assert not driver.pinned
     assert len(driver.done) == 1
     assert waited == [1], "copies are waited for before the memory goes"
+
+
+def test_a_forked_process_unpins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(transfers.DRIVERS, "cpu", driver := Driver())
+    memory = PinnedMemory((2, 8), Transfers(CPU))
+
+    def dropped() -> bool:
+        memory._unpin()
+        return not driver.done
+
+    assert in_a_fork(dropped)
+    memory.release()
+    assert len(driver.done) == 1
 
 
 def test_a_driver_that_refuses_is_named_and_the_memory_is_plain(

@@ -161,7 +161,9 @@ class FlashExperts(OnFlash):
             with self._whole_or_nothing(engine):
                 if self.on_device is not None:
                     out = self.on_device.run(self, x, index, weights)
-                else:
+                elif x.is_cpu:
+                    out = self._on_cpu(engine, x, index.numpy(), weights)
+                else:  # the rest of the model is on a device
                     out = self._on_cpu(engine, x.cpu(), index.cpu().numpy(), weights.cpu()).to(x.device)
         return without_backward(out.to(hidden_states.dtype), hidden_states, top_k_weights)
 

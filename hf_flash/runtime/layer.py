@@ -127,14 +127,17 @@ class FlashFFN(nn.Module):
         with engine.lock, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             engine.check_open()
             biases = self._checked_biases(engine, x)
-            rows = x.detach().reshape(-1, self.d_model).to(engine.dtype).contiguous().to(engine.arithmetic.device)
+            rows = x.detach().reshape(-1, self.d_model).to(engine.dtype).contiguous()
+            if is_elsewhere := not x.is_cpu and engine.arithmetic.device.type == "cpu":  # the rest of the model is on a device
+                rows = rows.cpu()
             with self.reads.changing(), engine.turn():
                 engine.heap.prepare(x.nbytes)
                 total = self._run(engine, rows, biases, is_prompt=self._is_prompt(engine, x))
                 if self.index == len(engine.reader.layers) - 1:
                     engine.heap.prepare(0)
             down = biases["down"]
-            out = (total if down is None else total.add_(down)).to(engine.dtype).to(x.device).view(x.shape)
+            out = (total if down is None else total.add_(down)).to(engine.dtype).view(x.shape)
+            out = out.to(x.device) if is_elsewhere else out
         found = [bias for module in self.projections.values() if (bias := module.bias) is not None]
         return without_backward(out, x, *found)
 
@@ -309,7 +312,9 @@ class FlashFFN(nn.Module):
                     got=f"{list(bias.shape)} {bias.dtype} on {bias.device}{'' if bias.is_contiguous() else ', not contiguous'}",
                     hint="convert it before you put it there",
                 )
-        return {role: None if bias is None else bias.to(engine.arithmetic.device) for role, bias in biases.items()}
+        if x.is_cpu or engine.arithmetic.device.type != "cpu":
+            return biases
+        return {role: None if bias is None else bias.cpu() for role, bias in biases.items()}
 
 
 def _used_by_any(selected: torch.Tensor) -> Ids:

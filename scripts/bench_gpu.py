@@ -83,7 +83,7 @@ def compare(args: argparse.Namespace, folder: Path, systems: list[str | System],
 
 
 def summary(report: dict[str, Any]) -> Iterator[str]:
-    """What the issue of a GPU asks: ratios, where a token's time went, and the memory."""
+    """How often a row is as fast as its peers, where a token's time went, and the memory."""
     done = {row["system"]: row for row in report["rows"] if "failed" not in row}
     for name, row in done.items():
         if "stats" not in row:

@@ -105,6 +105,16 @@ def interrupting(after_s: float) -> Iterator[None]:
         gc.callbacks[:] = callbacks
 
 
+def load_script(name: str) -> ModuleType:
+    """A program of `scripts/` as a module, which stays in `sys.modules`: dataclasses look it up there."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def slow_but(quick: Iterable[Any], all_of_them: Iterable[Any]) -> list[Any]:
     """Values of a parameter, of which only some are tried in every run; the others are slow tests."""
     kept = set(quick)
@@ -181,10 +191,6 @@ def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
 @pytest.fixture(scope="session")
 def coverage() -> Iterator[ModuleType]:
     """`scripts/coverage_of_families.py`, which tries all models of transformers."""
-    spec = importlib.util.spec_from_file_location("coverage_of_families", ROOT / "scripts" / "coverage_of_families.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("coverage_of_families")
     yield module
-    del sys.modules[spec.name]
+    del sys.modules[module.__name__]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_flash.base.sizes import format_bytes
-from hf_flash.errors import BudgetError
+from hf_flash.budget.too_small import too_small
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,11 @@ class Beside:
             BudgetError: it is too small.
         """
         if self.budget_bytes < self.resident_bytes:
-            raise BudgetError(
+            raise too_small(
                 f"what is no unit of this model does not fit on {self.device}",
-                minimum_bytes=self.resident_bytes,
                 where=f"memory_budget of {self.device}",
-                expected=f"at least {format_bytes(self.resident_bytes)} ({self.resident_bytes} bytes)",
-                got=f"{format_bytes(self.budget_bytes)} ({self.budget_bytes} bytes)",
+                minimum_bytes=self.resident_bytes,
+                budget_bytes=self.budget_bytes,
                 hint='raise it, or load with device_map="cpu"',
             )
 

@@ -1,11 +1,11 @@
 """Whose memory a budget is of: this machine's, that of the device that computes, or one for each (contract C5).
 
-memory_budget          on the CPU        with a device such as "cuda:0"
-"8GiB"                 of this machine   of the device; this machine holds buffers alone
-None                   what is free      most of what is free on the device, and half of what is free here
-{"cuda:0": a}          refused           a of the device; this machine holds buffers alone
-{"cuda:0": a, "cpu": b}  refused         a of the device, b of this machine: units that left the device stay there
-{"cpu": b}             b                 what is free on the device, b of this machine
+    memory_budget            on the CPU       with a device such as "cuda:0"
+    "8GiB"                   of this machine  of the device; this machine holds buffers alone
+    None                     what is free     most of what is free on the device, and half of what is free here
+    {"cuda:0": a}            refused          a of the device; this machine holds buffers alone
+    {"cuda:0": a, "cpu": b}  refused          a of the device, b of this machine: units that left the device stay there
+    {"cpu": b}               b                what is free on the device, b of this machine
 
 With `units_on="cpu"` a device has everything that is no unit: one number is of this machine then, where the units are, and the
 device may be filled as far as it is free.

@@ -43,13 +43,27 @@ def divide_experts(
         used: experts that a token uses in a layer.
         reader, io_threads: as in `FlashOffloadConfig`.
     """
-    numbers = (sum(piece.rows * piece.columns for piece in layer.pieces) for layer in layers)
     scratch = 4 * wide_numbers(layers, dtype) + decoded_bytes(layers, dtype) + PASSING_SLOTS * max(slot_bytes)
+    plan = _plan(budget_bytes, resident_bytes, table_bytes, layers, slot_bytes, dtype, used)
+    return replace(plan, scratch_bytes=scratch + reader_bytes(reader, io_threads))
+
+
+def _plan(
+    budget_bytes: int,
+    resident_bytes: int,
+    table_bytes: int,
+    layers: Sequence[ExpertLayer],
+    slot_bytes: Sequence[int],
+    dtype: torch.dtype,
+    used: int,
+) -> ExpertPlan:
+    """A plan without scratch buffers; arguments as in [`divide_experts`]."""
+    numbers = (sum(piece.rows * piece.columns for piece in layer.pieces) for layer in layers)
     return ExpertPlan(
         budget_bytes=budget_bytes,
         all_resident_bytes=resident_bytes,
         table_bytes=table_bytes,
-        scratch_bytes=scratch + reader_bytes(reader, io_threads),
+        scratch_bytes=0,
         slot_bytes=tuple(slot_bytes),
         experts=tuple(layer.experts for layer in layers),
         expert_bytes=tuple(count * dtype.itemsize for count in numbers),
@@ -74,16 +88,10 @@ def divide_experts_on_device(
         ceilings: of both. The others as in [`divide_experts`].
     """
     layers = places.layers
-    slot_bytes = tuple(layer.packed_bytes for layer in layers)
-    plan = ExpertPlan(
-        budget_bytes=ceilings.device_bytes,
-        all_resident_bytes=resident_bytes,
-        table_bytes=table_bytes,
+    slot_bytes = [layer.packed_bytes for layer in layers]
+    plan = replace(
+        _plan(ceilings.device_bytes, resident_bytes, table_bytes, layers, slot_bytes, dtype, used),
         scratch_bytes=PASSING_SLOTS * max(slot_bytes) + _converted_bytes(layers, dtype),
-        slot_bytes=slot_bytes,
-        experts=tuple(layer.experts for layer in layers),
-        expert_bytes=tuple(sum(p.rows * p.columns for p in layer.pieces) * dtype.itemsize for layer in layers),
-        used=used,
         device=ceilings.device or "cpu",
     )
     buffers = RING_SLOTS * max(places.slot_bytes) + reader_bytes(reader, io_threads)

@@ -19,7 +19,7 @@ from functools import cached_property
 from hf_flash.base.sizes import format_bytes
 from hf_flash.budget.beside import Beside
 from hf_flash.budget.host_tier import HostTier, spread, table
-from hf_flash.errors import BudgetError
+from hf_flash.budget.too_small import too_small
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,12 @@ def checked_plan(plan: ExpertPlan, *, is_given: bool) -> ExpertPlan:
     """
     where = "memory_budget" if plan.host is None else f"memory_budget of {plan.device}"
     if plan.budget_bytes < plan.minimum_bytes:
-        parts = plan.least.replace("\n", "\n    ")
-        raise BudgetError(
+        raise too_small(
             "the memory budget is too small for this model",
-            minimum_bytes=plan.minimum_bytes,
             where=where if is_given else f"memory_budget unset: {format_bytes(plan.budget_bytes)} of what is free",
-            expected=f"at least {format_bytes(plan.minimum_bytes)} ({plan.minimum_bytes} bytes):\n    {parts}",
-            got=f"{format_bytes(plan.budget_bytes)} ({plan.budget_bytes} bytes)",
+            minimum_bytes=plan.minimum_bytes,
+            budget_bytes=plan.budget_bytes,
+            least=plan.least,
             hint="raise memory_budget, or load in a smaller dtype" + (', or with device_map="cpu"' if plan.host else ""),
         )
     for part in (plan.host, plan.beside):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_flash.base.sizes import format_bytes
-from hf_flash.errors import BudgetError
+from hf_flash.budget.too_small import too_small
 
 _WHERE = "in this machine's memory"
 
@@ -49,12 +49,12 @@ class HostTier:
             BudgetError: it is too small.
         """
         if self.budget_bytes is not None and self.budget_bytes < self.buffer_bytes:
-            raise BudgetError(
+            raise too_small(
                 "this machine's part of the memory budget is too small",
-                minimum_bytes=self.buffer_bytes,
                 where="memory_budget of cpu",
-                expected=f"at least {format_bytes(self.buffer_bytes)} ({self.buffer_bytes} bytes) for buffers",
-                got=f"{format_bytes(self.budget_bytes)} ({self.budget_bytes} bytes)",
+                minimum_bytes=self.buffer_bytes,
+                budget_bytes=self.budget_bytes,
+                least=" for buffers",
                 hint="raise it, or leave it out",
             )
 

@@ -23,7 +23,7 @@ from hf_flash.budget.beside import Beside
 from hf_flash.budget.ceilings import ceilings_of
 from hf_flash.budget.demand import LONGEST, Demand
 from hf_flash.budget.host_tier import HostTier, table
-from hf_flash.errors import BudgetError
+from hf_flash.budget.too_small import too_small
 
 
 def ceiling_bytes(budget: Any) -> int:
@@ -161,13 +161,12 @@ def plan_memory(
         plan = replace(plan, host=_host_tier(ceilings.host_bytes, buffer_bytes, plan))
     where = "memory_budget" if device is None else f"memory_budget of {device}"
     if ceiling < plan.minimum_bytes:
-        parts = plan.least.replace("\n", "\n    ")
-        raise BudgetError(
+        raise too_small(
             "the memory budget is too small for this model",
-            minimum_bytes=plan.minimum_bytes,
             where=where if ceilings.is_given else f"memory_budget unset: {format_bytes(ceiling)} of what is free",
-            expected=f"at least {format_bytes(plan.minimum_bytes)} ({plan.minimum_bytes} bytes):\n    {parts}",
-            got=f"{format_bytes(ceiling)} ({ceiling} bytes)",
+            minimum_bytes=plan.minimum_bytes,
+            budget_bytes=ceiling,
+            least=plan.least,
             hint="raise memory_budget, or load in a smaller dtype" + (", or without a predictor" if predictor_bytes else ""),
         )
     for part in (plan.host, plan.beside):

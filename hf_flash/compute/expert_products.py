@@ -68,8 +68,8 @@ def reads_as(piece: Piece, dtype: torch.dtype) -> bool:
 def decoded_rows(piece: Piece, dtype: torch.dtype) -> int:
     """Rows of a piece with scales that become plain numbers at a time."""
     assert piece.scales is not None
-    row_bytes = piece.columns * decoded_size(piece, dtype)
-    return min(piece.rows, max(1, _DECODED_BYTES // (piece.scales.block_rows * row_bytes)) * piece.scales.block_rows)
+    block = piece.scales.block_rows
+    return min(piece.rows, max(1, _DECODED_BYTES // (block * piece.columns * decoded_size(piece, dtype))) * block)
 
 
 def decoded_size(piece: Piece, dtype: torch.dtype) -> int:

@@ -313,10 +313,15 @@ def refuse_dtype(found: torch.dtype, wanted: torch.dtype, where: str) -> NoRetur
     )
 
 
+def place_name(place: torch.device) -> str:
+    """Where a model computes, for people."""
+    return "the CPU" if place.type == "cpu" else str(place)
+
+
 def refuse_move(place: torch.device, device: torch.device) -> NoReturn:
     """Say that the model stays where it was loaded."""
     raise UsageError(
-        f"this flash model computes on {'the CPU' if place.type == 'cpu' else place}, and stays there",
+        f"this flash model computes on {place_name(place)}, and stays there",
         where="moving the model",
         expected=place,
         got=device,

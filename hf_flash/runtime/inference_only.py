@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_flash.errors import UsageError
 from hf_flash.runtime.engine import SharedByLayers
-from hf_flash.runtime.flash_weights import refuse_dtype, refuse_tracing, stand_in
+from hf_flash.runtime.flash_weights import place_name, refuse_dtype, refuse_tracing, stand_in
 
 E = TypeVar("E", bound=SharedByLayers)
 
@@ -28,7 +28,7 @@ def usable_engine(engine: E | None, layer: nn.Module, x: torch.Tensor, width: in
         raise UsageError("the layer has no store", where=where, hint="load the model with from_pretrained")
     if x.device.type != engine.device.type or (x.device.index or 0) != (engine.device.index or 0):
         raise UsageError(
-            f"what is on flash computes on {'the CPU' if engine.device.type == 'cpu' else engine.device}",
+            f"what is on flash computes on {place_name(engine.device)}",
             where=where,
             expected=f"input on {engine.device}",
             got=x.device,

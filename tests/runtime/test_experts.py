@@ -20,6 +20,7 @@ from hf_flash import BudgetError, ConfigError, FlashOffloadConfig, StoreError, U
 from hf_flash.compute import library as native
 from hf_flash.runtime.experts import FlashExperts
 from hf_flash.runtime.model import runtime_of
+from tests.answering import answers, check_rounds_as_stock, logits
 from tests.conftest import in_a_fork, interrupting, slow_but, torch_threads
 
 TYPES = ("qwen3_moe", "gpt_oss", "nemotron_h", "mixtral")  # gate and up apart; turned, biases; no gate; other names
@@ -42,23 +43,6 @@ def least(folder: Path, **arguments: Any) -> int:
         load(folder, 1, **arguments)
     assert caught.value.minimum_bytes is not None
     return caught.value.minimum_bytes
-
-
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(ids).logits
-    return found
-
-
-def answers(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """A prompt, a batch, single tokens after one another, and a few together."""
-    with torch.no_grad():
-        first = model(ids[:1, :6], use_cache=True)
-        steps, cache = [first.logits], first.past_key_values
-        for at in range(6, 9):
-            steps.append(model(ids[:1, at : at + 1], past_key_values=cache, use_cache=True).logits)
-        steps.append(model(ids[:1, 9:], past_key_values=cache, use_cache=True).logits)
-    return [logits(model, ids), *steps]
 
 
 # --- contract C3 and C5: any budget, any reader, with and without the compiled part
@@ -121,11 +105,7 @@ def test_in_another_dtype_than_the_file_it_is_as_stock(
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path)
     wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    found, wanted = logits(load(tmp_path, dtype=dtype), ids), logits(wide, ids)
-    assert found.dtype == wanted.dtype
-    exact = logits(wide.float(), ids)
-    error = (wanted.float() - exact).abs().max()
-    assert (found.float() - exact).abs().max() <= 2 * error + 1e-4 * exact.abs().max()
+    check_rounds_as_stock(load(tmp_path, dtype=dtype), wide, ids)
 
 
 def test_a_batch_does_not_change_a_sequence(mixture: Any) -> None:

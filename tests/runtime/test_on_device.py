@@ -29,6 +29,7 @@ from hf_flash.reading.host_rows import HostRows
 from hf_flash.runtime.device_experts import FEW, Ring, _Rows
 from hf_flash.runtime.expert_tiers import ExpertTiers
 from hf_flash.runtime.model import runtime_of
+from tests.answering import answers, check_rounds_as_stock, logits
 from tests.conftest import TINY_OPT, in_a_fork, interrupting, slow_but, torch_threads
 
 DEVICE = os.environ.get("HF_FLASH_TEST_DEVICE", "cpu:0")
@@ -53,24 +54,6 @@ def least(folder: Path, **arguments: Any) -> int:
     assert f"memory_budget of {DEVICE}" in str(caught.value)
     assert caught.value.minimum_bytes is not None
     return caught.value.minimum_bytes
-
-
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(ids.to(model.device)).logits.cpu()
-    return found
-
-
-def answers(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """A batch, a prompt, single tokens after one another, and a few together."""
-    ids = ids.to(model.device)
-    with torch.no_grad():
-        first = model(ids[:1, :6], use_cache=True)
-        steps, cache = [first.logits], first.past_key_values
-        for at in range(6, 9):
-            steps.append(model(ids[:1, at : at + 1], past_key_values=cache, use_cache=True).logits)
-        steps.append(model(ids[:1, 9:], past_key_values=cache, use_cache=True).logits)
-    return [logits(model, ids), *(step.cpu() for step in steps)]
 
 
 def close_to(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
@@ -179,11 +162,9 @@ def test_it_computes_in_any_dtype_as_stock(dtype: torch.dtype, mixture: Any, tmp
     AutoModelForCausalLM.from_pretrained(mixture_folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
     for folder, some in ((tmp_path, ids), (opt(), torch.arange(5, 17)[None])):
         wide = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        found, wanted = logits(load(folder, dtype=dtype, predictor="none"), some), logits(wide, some)
-        assert found.dtype == wanted.dtype == dtype
-        exact = logits(wide.float(), some)
-        error = (wanted.float() - exact).abs().max()
-        assert (found.float() - exact).abs().max() <= 2 * error + 1e-4 * exact.abs().max()
+        model = load(folder, dtype=dtype, predictor="none")
+        assert model.dtype == logits(model, some).dtype == dtype
+        check_rounds_as_stock(model, wide, some)
 
 
 def test_those_beside_a_token_change_none_of_its_bits(mixture: Any) -> None:

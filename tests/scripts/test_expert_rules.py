@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from itertools import combinations, product
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from hf_flash.runtime.expert_slots import ExpertSlots
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_script
 
 SCRIPT = ROOT / "scripts" / "expert_rules.py"
 TEXTS = ROOT / "examples" / "text"
@@ -22,12 +21,7 @@ K = 2
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("expert_rules", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("expert_rules")
 
 
 def routing(script: ModuleType, tokens: int, experts: int, seed: int = 0) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import hf_flash
 from hf_flash import FlashOffloadConfig
 from hf_flash.errors import TargetExistsError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_script
 
 SCRIPTS = ROOT / "scripts"
 PROMPT = torch.tensor([[11, 7, 30, 45, 7]])
@@ -30,13 +29,7 @@ def quiet(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_synthetic_opt", SCRIPTS / "make_synthetic_opt.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look it up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_synthetic_opt")
 
 
 @pytest.fixture(scope="module", params=["paper", "paper-predicted"])
@@ -146,11 +139,7 @@ def test_the_llama_is_as_sparse_as_it_says(activation: str, script: ModuleType, 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)
         patch.setitem(sys.modules, "make_synthetic_opt", script)
-        spec = importlib.util.spec_from_file_location("make_synthetic_llama", SCRIPTS / "make_synthetic_llama.py")
-        assert spec is not None
-        assert spec.loader is not None
-        llama = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(llama)
+        llama = load_script("make_synthetic_llama")
         assert llama.make(tmp_path / "plain", "test", tmp_path / "packed", activation=activation, dtype="float32") == []
     stock, flash = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("plain", "packed"))
     assert hf_flash.stats(flash).predictor == ("none" if activation == "silu" else "int4-g64")

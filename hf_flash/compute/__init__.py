@@ -1,4 +1,4 @@
-"""Compute: the arithmetic of neurons, by torch or by the compiled part, whose C sources are here.
+"""Compute: the arithmetic of neurons, by torch or by the compiled part, whose C sources are in this folder.
 
-`arithmetic_for` in `arithmetic.py` is the way in, `library` in `library.py` the one to the compiled part.
+The entry points are `arithmetic_for` in `arithmetic.py` and, for the compiled part, `library` in `library.py`.
 """

@@ -1,4 +1,4 @@
-/* What this library is: whether it can be used here, and whether Python was written for it. */
+/* Whether this library can be used on this processor, and whether it matches the Python code. */
 
 #include "native.h"
 

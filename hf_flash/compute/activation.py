@@ -1,7 +1,7 @@
-"""`Activation`: what a layer does between its matrices, and what that says of its neurons.
+"""`Activation`: the function between a layer's matrices, and which neurons it leaves active.
 
-One table. An activation that leaves exact zeros lets neurons be skipped without changing the answer. Functions come from
-transformers, by the name that a config has for them.
+All known activations are in one table. Where an activation leaves exact zeros, neurons can be skipped without changing the
+answer. The functions come from transformers, under the names that configs use.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Activation:
     """An elementwise function.
 
     Attributes:
-        name: as a config has it.
-        function: on any tensor.
-        code: what the compiled part knows it by; `None`: it does not know it, and torch computes it.
-        zeros: whether it is exactly zero for most inputs of a trained model: for those at or below `level`, that is.
+        name: as in the config.
+        function: applies it to a tensor of any shape.
+        code: its number in the compiled part; `None` if the compiled part does not know it, so that torch computes it.
+        zeros: whether it is exactly zero for inputs at or below `level`, which are most inputs in a trained model.
         level: 0, or above (FATReLU).
-        of_both: in a layer with a gate, whether it is done with the product with up, too (dReLU).
+        of_both: in a layer with a gate, whether it is also applied to the product with up (dReLU).
     """
 
     name: str
@@ -39,40 +39,40 @@ class Activation:
 
     @property
     def text(self) -> str:
-        """Its name, with what else decides what it computes."""
+        """The name, with the parameters that decide what it computes."""
         return f"{self.name}{f' above {self.level:g}' * bool(self.level)}{' of gate and up' * self.of_both}"
 
     def active(self, before: torch.Tensor) -> torch.Tensor:
-        """Which pre-activations of the part that decides count as active, bool, the shape of `before`."""
+        """Which pre-activations of the deciding part count as active: bool, in the shape of `before`."""
         return before > self.level if self.zeros else torch.ones_like(before, dtype=torch.bool)
 
     def hidden(self, deciding: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden values, from the products with the gate and with up, or, in a layer without a gate, with up alone."""
+        """Hidden values from the products with gate and up. In a layer without a gate, `deciding` is the product with up."""
         hidden = self.function(deciding)
         return hidden if up is None else hidden * (self.function(up) if self.of_both else up)
 
 
-RELU, RELU2, RELU6 = 1, 2, 3  # as in the compiled part
-FATRELU: Final = "fatrelu"  # x above a level that the config has, else 0: no function of transformers
+RELU, RELU2, RELU6 = 1, 2, 3  # as in native.h
+FATRELU: Final = "fatrelu"  # x above a level from the config, else 0; transformers has no such function
 _KNOWN: Final[Mapping[str, dict[str, Any]]] = {
     "relu": {"code": RELU, "zeros": True}, "relu6": {"code": RELU6, "zeros": True}, "relu2": {"code": RELU2, "zeros": True},
 }  # fmt: skip
-_LEARNT: Final = ("prelu", "xielu")  # have parameters of their own: no two are the same function
+_LEARNT: Final = ("prelu", "xielu")  # they have learnt parameters, so a name does not identify a function
 WITH_ZEROS: Final = (*(name for name, known in _KNOWN.items() if known["zeros"]), FATRELU)
-"""Those that leave exact zeros, as a config names them."""
+"""Activations that leave exact zeros, by their names in a config."""
 
 
 def activation_named(name: object, where: str = "activation", *, level: float | None = None) -> Activation:
-    """The activation of that name.
+    """The activation that a config names.
 
     Args:
-        where: the name's key in the config, for the error.
-        level: of `fatrelu`, as the config has it.
+        where: the config key of the name, for the error.
+        level: the level of `fatrelu`, from the config.
 
     Raises:
         UnsupportedModelError: transformers has no such function.
     """
-    from transformers.activations import ACT2FN  # brings kernels, flash attention and more, which loading may not need
+    from transformers.activations import ACT2FN  # imports kernels, flash attention and more, which loading may not need
 
     if name == FATRELU and isinstance(level, float | int) and level >= 0:
         return _fatrelu(float(level))
@@ -84,9 +84,9 @@ def activation_named(name: object, where: str = "activation", *, level: float | 
 
 
 def activation_like(function: Elementwise) -> Activation:
-    """An activation that a model has as a module or a function: under the name by which transformers knows it, if it does.
+    """The activation that a model holds as a module or a function, under its transformers name if it has one.
 
-    A name means the same function where it gives the same bits, over all magnitudes.
+    A function matches a name if both give the same bits over all magnitudes.
     """
     from transformers.activations import ACT2FN
 
@@ -102,12 +102,12 @@ def activation_like(function: Elementwise) -> Activation:
 
 
 def _fatrelu(level: float) -> Activation:
-    """Inputs above a level as they are, and zero for all others."""
+    """FATReLU: inputs above a level pass unchanged, all others become zero."""
     return Activation(FATRELU, torch.nn.Threshold(level, 0.0), RELU, zeros=True, level=level)
 
 
 def _level(function: Elementwise) -> float:
-    """The largest positive input whose answer is zero, if a function is zero up to there; found by halving."""
+    """The largest positive input that a function maps to zero, if it is zero up to there; found by bisection."""
     low, high = 0.0, 100.0
     for _ in range(64):
         middle = torch.tensor([(low + high) / 2], dtype=torch.float32, device="cpu")
@@ -117,7 +117,7 @@ def _level(function: Elementwise) -> float:
 
 
 def _answer(function: Elementwise, x: torch.Tensor) -> torch.Tensor:
-    """What an activation gives; nothing if it cannot be called so."""
+    """The result of an activation; an empty tensor if it cannot be called with a tensor alone."""
     try:
         with torch.no_grad(), torch.device("cpu"):
             return function(x)

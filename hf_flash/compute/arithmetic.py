@@ -1,32 +1,33 @@
 """The arithmetic of a block of neurons: up, activation, down (the order of blocks is in runtime/stream.py).
 
-One token (decode) and several tokens are computed differently, each the fastest way that rounds as the stock model does.
-Neither depends on where the rows of a block lie, so that results are bit-identical whatever is resident.
+One token (decoding) and several tokens are computed differently, each in the fastest way that rounds as the stock model does.
+No way depends on where the rows of a block lie, so results are bit-identical whatever is resident.
 
     compiled, one token
-             The compiled part multiplies rows where they lie (kernels.py). Sums are fp32, one for every output element, in id
-             order; rows of neurons that turn out to be zero are not touched in the down projection.
+             The compiled part multiplies rows where they lie (kernels.py). Each output element is one fp32 sum in id order.
+             The down projection does not touch the rows of neurons whose hidden value is zero.
     compiled, several tokens, each with few neurons of its own
-             The compiled part multiplies rows with the tokens that use them: up a share of the rows at a time, which stays in a
-             core's cache while the tokens go by; down a tile of columns at a time. A token gets the same bits as alone.
+             The compiled part multiplies each row with the tokens that use it: up takes a share of the rows at a time, which
+             stays in a core's cache while the tokens go by; down takes a tile of columns at a time. A token gets the same
+             bits as alone.
     compiled, several tokens that use all neurons
-             Up is the fastest product of whole matrices (dense.py), rounded as the stock layer's. Down is as above, over the
+             Up is the fastest product of whole matrices (dense.py), rounded as in the stock layer. Down is as above, over the
              hidden values that are not zero: where these are few, that is several times faster than the whole product.
              Activations without zeros have whole products for down, too.
     torch, one token
-             Up: gather rows in id order, `F.linear` in the dtype of compute. Down: `embedding_bag`, which reads only the rows
+             Up: gather rows in id order, `F.linear` in the compute dtype. Down: `embedding_bag`, which reads only the rows
              of neurons that are really non-zero and accumulates in fp32. Each row is viewed as two half rows in two bags, so
              that two threads share the work while every output element is one sum in id order, rounded once. A call of
-             several blocks in 16 bits would be rounded once a block: there the rows of non-zero neurons are widened and the
-             sum over all blocks is kept in fp32.
+             several blocks in 16 bits would be rounded once per block: there the rows of non-zero neurons are widened and
+             the sum over all blocks is kept in fp32.
     torch, several tokens; also down where most hidden values are not zero
              Rows are widened to fp32 and both products are fp32 GEMMs that accumulate over blocks; the hidden activations are
-             rounded to the dtype of compute in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
+             rounded to the compute dtype in between, as the stock layer does. (fp16 GEMM is an order of magnitude slower
              on CPUs, and bf16 would round every partial sum.)
 
 A layer with a gate has hidden = activation(gate x) * (up x). A token is multiplied with up only where the activation of the
-gate is not zero. The compiled part does activations that it knows (`Activation.code`). The others are torch's, and so are
-several tokens with such an activation, each with few neurons of its own.
+gate is not zero. The compiled part computes the activations that it knows (`Activation.code`); torch computes the others.
+torch also computes the whole layer for several tokens, each with few neurons of its own, if their activation is unknown.
 
 n = neurons in the block, d = d_model.
 """
@@ -61,28 +62,28 @@ from hf_flash.store.unit import Role, UnitLayout
 
 _BAGS: Final = 2
 _NO_COLUMN: Final = slice(0)
-_DENSE: Final = 0.5  # share of the products of tokens and neurons from which on making all of them in a GEMM is faster
+_DENSE: Final = 0.5  # above this share of all token-neuron products, a GEMM that computes all of them is faster
 
 
 def block_rows(d_ff: int, tokens: int) -> int:
-    """Neurons worked on at a time. A function of the shape alone, because it fixes the order of summation.
+    """Neurons in a block. It depends on the shape alone, because it fixes the order of summation.
 
-    One token takes twice as many, since only a part of their rows is gathered at a time.
+    A block of one token is twice as large, since only one part of its rows is gathered at a time.
     """
     rows = min(1024, max(64, d_ff // 4), d_ff)
     return min(2 * rows, d_ff) if tokens == 1 else rows
 
 
 def last_uses(active: Mask) -> Ids:
-    """The number of the last token that uses each neuron, from 1 on; 0: none does. `active` is bool [tokens, n]."""
+    """The last token that uses each neuron, counted from 1; 0 if none does. `active` is bool [tokens, n]."""
     found: Ids = np.where(active.any(axis=0), len(active) - np.argmax(active[::-1], axis=0), 0)
     return found
 
 
 class OneToken(Protocol):
-    """A block's share of one token.
+    """One token's products with a block of neurons.
 
-    A caller that waits for some of the rows may call `multiply_present` in between; `finish` does what is left.
+    A caller that still waits for some of the rows may call `multiply_present` first; `finish` does the rest.
     """
 
     def multiply_present(self, present: Ids, missing: Ids) -> None:
@@ -90,62 +91,62 @@ class OneToken(Protocol):
         ...
 
     def finish(self, out: torch.Tensor) -> None:
-        """Add what the block gives to `out`, float32 [1, d]. Every row must be there."""
+        """Add the block's contribution to `out`, float32 [1, d]. Every row must be in memory by now."""
         ...
 
 
 class Values(NamedTuple):
-    """Of every token and every neuron of a block, [tokens, n] in the dtype of compute: pre-activations of the part that
-    decides, and hidden values."""
+    """Pre-activations of the deciding part, and hidden values, of every token and every neuron of a block: both [tokens, n]
+    in the compute dtype."""
 
     before: torch.Tensor
     hidden: torch.Tensor
 
 
 class SeveralTokens(Protocol):
-    """The tokens of a call.
+    """The tokens of a call, to be multiplied with one block of neurons after another.
 
     Attributes:
-        scattered: whether a block may be of any neurons, since each is multiplied with the tokens that use it.
-        together: columns of a bundle which, when a block is streamed, have to be in one matrix for all its neurons.
+        scattered: whether a block may consist of any neurons, since each is multiplied with the tokens that use it.
+        together: the columns of a bundle that must be in one matrix for all neurons of a streamed block.
     """
 
     scattered: bool
     together: slice
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> Values | None:
-        """Add what a block of neurons gives to `out`, float32 [tokens, d].
+        """Add the contribution of a block of neurons to `out`, float32 [tokens, d].
 
         Args:
-            matrix: [any, unit.numbers], contiguous; `rows` [n] says where the bundles of neurons `ids` [n] are in it.
+            matrix: [any, unit.numbers], contiguous; its rows `rows` [n] are the bundles of neurons `ids` [n].
 
         Returns:
-            What was computed, if it was for every token and every neuron.
+            The values, if they were computed for every token and every neuron; else `None`.
         """
         ...
 
     def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> Values | None:
-        """The same for bundles at addresses `places` (`kernels.addresses`), of which `rows` of `matrix`, ascending, have the
-        columns `together`."""
+        """The same for bundles at addresses `places` (`kernels.addresses`). Their columns `together` are in rows `rows` of
+        `matrix`, ascending."""
         ...
 
 
 class Arithmetic:
-    """torch's way, and the buffers that all layers of a model share, allocated once.
+    """The arithmetic by torch, and the buffers that all layers of a model share, allocated once.
 
-    rows     [block of one token, unit.numbers] streamed neurons, dtype of compute; page-aligned, a target of reads: one block
-             of one token, or two of several, of which one is read while the other is computed
-    gathered [block of several, unit.numbers] rows picked from a window, dtype of compute
+    rows     [block of one token, unit.numbers] streamed neurons, compute dtype; page-aligned, a target of reads: one block
+             of one token, or two blocks of several tokens, one being read while the other is computed
+    gathered [block of several, unit.numbers] rows picked from a window, compute dtype
     wide     [block of several, unit.numbers] float32; the same memory as `gathered` when computing in float32
 
     Args:
         d_ff: neurons of the widest layer.
-        unit: what a neuron is, in the dtype of compute.
-        activation: of all layers.
+        unit: the layout of a neuron, in the compute dtype.
+        activation: the activation of all layers.
     """
 
-    device = torch.device("cpu")  # that computes
-    step_kernel: TokenKernel | None = None  # of the compiled part, where it can take tokens through a layer in one call
+    device = torch.device("cpu")  # the device that computes
+    step_kernel: TokenKernel | None = None  # set where the compiled part can take tokens through a layer in one call
 
     def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:
         self.unit, self.activation = unit, activation
@@ -157,46 +158,46 @@ class Arithmetic:
 
     @classmethod
     def knows(cls, unit: UnitLayout) -> bool:
-        """Whether it computes layers of such units here and now."""
+        """Whether this arithmetic can compute layers of such units on this machine, at this moment."""
         return True
 
     @staticmethod
     def size(d_ff: int, unit: UnitLayout) -> int:
-        """What the buffers for layers of this shape take, in bytes, with any arithmetic."""
+        """The most bytes that the buffers for layers of this shape take, with either arithmetic on the CPU."""
         wide = 0 if unit.dtype == torch.float32 else 4 * unit.numbers
         rows = block_rows(d_ff, 1) * unit.row_bytes + block_rows(d_ff, 2) * (unit.row_bytes + wide)
         return rows + TokenKernel.nbytes(d_ff, unit)
 
     def matrix(self, rows: int) -> torch.Tensor:
-        """Memory for the bundles of so many neurons, [rows, unit.numbers]: what a window keeps them in."""
+        """Memory for the bundles of `rows` neurons, [rows, unit.numbers]: the matrix of a window."""
         return aligned_empty((rows, self.unit.numbers), self.unit.dtype)
 
     def matrices(self, rows: Sequence[int]) -> list[torch.Tensor]:
-        """The same for several windows."""
+        """The matrices of several windows."""
         return [self.matrix(count) for count in rows]
 
     def release(self) -> None:
-        """Give memory of a device back. Nothing can be computed afterwards."""
+        """Give device memory back. Nothing can be computed afterwards."""
 
     def one_token(
         self, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids, *, one_block: bool
     ) -> OneToken:
-        """A block of a call of one token.
+        """Prepare one block of a call of one token.
 
         Args:
-            x: [1, d] in the dtype of compute, contiguous.
-            matrix: [any, unit.numbers], contiguous; `rows` [n] says where the bundles of neurons `ids` [n] are, or will be.
+            x: [1, d] in the compute dtype, contiguous.
+            matrix: [any, unit.numbers], contiguous; its rows `rows` [n] are, or will be, the bundles of neurons `ids` [n].
             one_block: whether this block is the whole call.
         """
         return _TorchToken(self, x, biases, matrix, rows, ids, one_block)
 
     def several_tokens(self, x: torch.Tensor, selected: torch.Tensor | None, union: int, biases: Biases) -> SeveralTokens:
-        """The tokens of a call.
+        """Prepare a call of several tokens.
 
         Args:
-            x: [tokens, d] in the dtype of compute, contiguous.
+            x: [tokens, d] in the compute dtype, contiguous.
             selected: bool [tokens, d_ff], which neurons each token uses; `None`: all.
-            union: how many neurons any of them uses.
+            union: how many neurons are used by at least one of them.
         """
         return _TorchTokens(self, x, selected, biases)
 
@@ -213,17 +214,17 @@ class Arithmetic:
             target.index_copy_(0, torch.from_numpy(places[at : at + step]), picked)
 
     def count_uses(self, before: torch.Tensor) -> tuple[Ids, Ids]:
-        """How many tokens use each neuron, and the number of the last that does, from 1 on; 0: none does. int64 [n] each.
+        """How many tokens use each neuron, and the last token that does, counted from 1, or 0; both int64 [n].
 
         Args:
-            before: pre-activations, [tokens, n] in the dtype of compute.
+            before: pre-activations of the deciding part, [tokens, n] in the compute dtype.
         """
         active = self.activation.active(before).numpy()
         return count_uses(active), last_uses(active)
 
 
 class CompiledArithmetic(Arithmetic):
-    """The compiled part: layers with an activation that it knows, and products of the others."""
+    """The arithmetic by the compiled part: whole layers if it knows the activation, else the products alone."""
 
     def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation) -> None:
         super().__init__(d_ff, unit, activation)
@@ -262,16 +263,16 @@ class CompiledArithmetic(Arithmetic):
 
 
 ARITHMETICS: Final[tuple[type[Arithmetic], ...]] = (CompiledArithmetic, Arithmetic)
-"""The fastest first. The first that knows a layer's units computes it."""
+"""The fastest first. A layer is computed by the first that knows its units."""
 
 
 def arithmetic_for(d_ff: int, unit: UnitLayout, activation: Activation) -> Arithmetic:
-    """The fastest arithmetic that knows layers of this kind on this machine; see [`Arithmetic`] for the arguments."""
+    """The fastest arithmetic that can compute such layers on this machine; see [`Arithmetic`] for the arguments."""
     return next(kind for kind in ARITHMETICS if kind.knows(unit))(d_ff, unit, activation)
 
 
 class _CompiledToken:
-    """One token by the compiled part. `activation`: where the compiled part does not know it."""
+    """One token by the compiled part. `activation` is set only if the compiled part does not know it."""
 
     def __init__(self, kernel: TokenKernel, dtype: torch.dtype, biases: Biases, activation: Activation | None) -> None:
         self._kernel, self._dtype, self._biases, self._activation = kernel, dtype, biases, activation
@@ -290,7 +291,7 @@ class _CompiledToken:
         kernel.down(out)
 
     def _hidden(self, activation: Activation) -> torch.Tensor:
-        """Hidden values in the dtype of compute, [n], rounded where the stock layer rounds."""
+        """Hidden values in the compute dtype, [n], rounded where the stock layer rounds."""
         deciding = self._kernel.hidden.to(self._dtype)
         if "gate" not in self._biases:
             return activation.hidden(deciding)
@@ -298,7 +299,7 @@ class _CompiledToken:
 
 
 class _CompiledTokens:
-    """Several tokens by the compiled part, each with its own neurons alone."""
+    """Several tokens by the compiled part, each with its own neurons only."""
 
     scattered, together = True, _NO_COLUMN
 
@@ -315,7 +316,7 @@ class _CompiledTokens:
 
 
 class _CompiledAll:
-    """Several tokens that use all neurons: whole products, and down over what is not zero, if that is not most of it."""
+    """Several tokens that use all neurons: whole products for up; down over the non-zero hidden values, unless most are."""
 
     scattered = True
 
@@ -337,7 +338,7 @@ class _CompiledAll:
         return self._add(matrix[int(rows[0]) : int(rows[-1]) + 1], places, ids, out)
 
     def _add(self, bundles: torch.Tensor, places: Ids, ids: Ids, out: torch.Tensor) -> Values:
-        """`bundles`: [n, numbers of a unit], of which the columns `together` are there."""
+        """`bundles`: [n, numbers of a unit], in which only the columns `together` are filled."""
         unit = self._arithmetic.unit
         before = self._product(unit.deciding, bundles, places, ids)
         up = self._product("up", bundles, places, ids) if unit.deciding == "gate" else None
@@ -352,7 +353,7 @@ class _CompiledAll:
         return Values(before, hidden)
 
     def _product(self, role: Role, bundles: torch.Tensor, places: Ids, ids: Ids) -> torch.Tensor:
-        """x times a part, and its bias, [tokens, n] in the dtype of compute."""
+        """The product of x with one part, plus its bias, [tokens, n] in the compute dtype."""
         if self._few:
             return self._kernel.product(self._x, self._biases[role], places, ids, role)
         bias = self._biases[role]
@@ -376,14 +377,14 @@ class _TorchToken:
     ) -> None:
         self._arithmetic, self._x, self._biases, self._one_block = arithmetic, x, biases, one_block
         self._rows, self._ids = rows, ids
-        self._parts = matrix.view(-1, x.shape[1])  # each part of a bundle as a row of its own
+        self._parts = matrix.view(-1, x.shape[1])  # each part of a bundle is a row
         self._roles = arithmetic.unit.roles
 
     def multiply_present(self, present: Ids, missing: Ids) -> None:
-        """Rows are gathered in one step when all are there."""
+        """Does nothing: `finish` gathers all rows in one step."""
 
     def finish(self, out: torch.Tensor) -> None:
-        if "gate" in self._roles:  # products share a buffer, but not what comes out
+        if "gate" in self._roles:  # both products gather into one buffer, but their results are separate
             hidden = self._arithmetic.activation.hidden(self._product("gate"), self._product("up"))
         else:
             hidden = self._arithmetic.activation.hidden(self._product("up"))
@@ -392,13 +393,13 @@ class _TorchToken:
             self._add_down(hidden[0], active, out)
 
     def _product(self, role: Role) -> torch.Tensor:
-        """x times a part, and its bias, [1, n]."""
+        """The product of x with one part, plus its bias, [1, n]."""
         bias = self._biases[role]
         bias = None if bias is None else torch.index_select(bias, 0, torch.from_numpy(self._ids))
         return F.linear(self._x, self._gather(role, self._rows), bias)
 
     def _gather(self, role: Role, rows: Ids) -> torch.Tensor:
-        """A part of some bundles, [rows, d]; in a buffer that the next call uses again."""
+        """One part of some bundles, [rows, d], in a buffer that the next call overwrites."""
         places = torch.from_numpy(len(self._roles) * rows + self._roles.index(role))
         room = self._arithmetic.gathered.view(-1, self._x.shape[1])
         return torch.index_select(self._parts, 0, places, out=room[: len(rows)])
@@ -406,13 +407,13 @@ class _TorchToken:
     def _add_down(self, hidden: torch.Tensor, active: Ids, out: torch.Tensor) -> None:
         """Add hidden [n] times the down part of the bundles at positions `active`."""
         d = self._x.shape[1]
-        rows = self._rows[active]  # in numpy: a small operator costs a tenth of one of torch when the caches are cold
+        rows = self._rows[active]  # by numpy: with cold caches, a small operator costs a tenth of torch's
         if not self._one_block and self._x.dtype != torch.float32:
             wide = self._arithmetic.wide.view(-1, d)[: len(active)].copy_(self._gather("down", rows))
             out.addmm_(hidden[torch.from_numpy(active)].float()[None], wide)
             return
         bags = 1 if d % _BAGS else _BAGS
-        first = bags * (len(self._roles) * rows + self._roles.index("down"))  # of rows of d / bags
+        first = bags * (len(self._roles) * rows + self._roles.index("down"))  # counted in rows of d / bags numbers
         places = torch.from_numpy(first + np.arange(bags)[:, None])  # [bags, active]
         weights = torch.index_select(hidden, 0, torch.from_numpy(np.concatenate([active] * bags))).view(bags, -1)
         sums = F.embedding_bag(places, self._parts.reshape(-1, d // bags), per_sample_weights=weights, mode="sum")
@@ -420,7 +421,7 @@ class _TorchToken:
 
 
 class _TorchTokens:
-    """Several tokens by torch, all of them with all neurons of a block."""
+    """Several tokens by torch: every token is multiplied with every neuron of a block."""
 
     scattered, together = False, EVERY_COLUMN
 

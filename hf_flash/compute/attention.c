@@ -1,8 +1,8 @@
-/* Attention of a few tokens, as decoding has them: what it costs is to fetch keys and values once.
+/* Attention of a few tokens, as in decoding: its cost is to fetch keys and values, which happens once.
  *
- * Queries that share a head of keys are rows that are multiplied together. Keys are cut into pieces of fixed length. A piece gives
- * each row its highest score, the sum of its weights, and the weighted sum of its values; at the end the pieces of a row are put
- * together in their order. So the bits of a row depend neither on others nor on the number of threads. */
+ * Queries that share a head of keys are rows that are multiplied together. Keys are cut into pieces of fixed length. A piece
+ * yields, for each row, the highest score, the sum of weights, and the weighted sum of values; at the end the results of a row are
+ * merged in the order of the pieces. So the bits of a row depend neither on other rows nor on the number of threads. */
 
 #include "native.h"
 
@@ -14,11 +14,11 @@
 #include "numbers.h"
 #include "parallel.h"
 
-enum { PIECE = 256 };                  /* keys */
-enum { TILE_KEYS = 4, TILE_ROWS = 4 }; /* that are multiplied in registers */
-enum { STRIP_VECTORS = 4 };            /* of a value, that are summed there */
+enum { PIECE = 256 };                  /* keys of a piece */
+enum { TILE_KEYS = 4, TILE_ROWS = 4 }; /* a tile is multiplied in registers */
+enum { STRIP_VECTORS = 4 };            /* vectors of a value that are summed in registers */
 
-/* What a piece says of a row: highest score, sum of weights, then `value_width` weighted sums of values. */
+/* The result of a piece for a row: highest score, sum of weights, then `value_width` weighted sums of values. */
 enum { HIGHEST, SUM, VALUES };
 
 INLINE int64_t pieces_of(const AttentionJob *job) { return (job->length + PIECE - 1) / PIECE; }
@@ -28,24 +28,24 @@ INLINE int64_t keys_of(const AttentionJob *job, int64_t piece) {
     return begin + PIECE < job->length ? PIECE : job->length - begin;
 }
 
-/* The first head of queries that goes with a head of keys. */
+/* The first head of queries that uses a head of keys. */
 INLINE int64_t first_head(const AttentionJob *job, int64_t key_head) { return key_head * (job->heads / job->key_heads); }
 
-/* Rows that share a head of keys. */
+/* How many rows share a head of keys. */
 INLINE int64_t rows_of(const AttentionJob *job) { return job->heads / job->key_heads * job->tokens; }
 
 INLINE const char *at(const void *begin, const int64_t *steps, int64_t batch, int64_t head, int64_t token, int dtype) {
     return (const char *)begin + (batch * steps[0] + head * steps[1] + token * steps[2]) * size_of(dtype);
 }
 
-/* The mask of a row, from a key on. */
+/* The mask of a row, beginning at a key. */
 INLINE const char *mask_of(const AttentionJob *job, int64_t batch, int64_t head, int64_t token, int64_t key) {
     const int64_t *steps = job->mask_steps;
     const int64_t size = job->mask_dtype == BYTES ? 1 : size_of(job->mask_dtype);
     return (const char *)job->mask + (batch * steps[0] + head * steps[1] + token * steps[2] + key * steps[3]) * size;
 }
 
-/* Adds the mask of a row to its scores. */
+/* Add the mask of a row to its scores. */
 INLINE void add_mask(const AttentionJob *job, const char *mask, int64_t keys, float *scores) {
     const int64_t step = job->mask_steps[3];
     for (int64_t k = 0; k < keys; k++)
@@ -55,7 +55,7 @@ INLINE void add_mask(const AttentionJob *job, const char *mask, int64_t keys, fl
             scores[k] += one(mask, k * step, job->mask_dtype);
 }
 
-/* Whether none of the rows of a head of keys sees any of a piece, as with what a cache has no tokens for yet. */
+/* Whether no row of a head of keys sees any key of a piece, as in the unfilled part of a KV cache. */
 INLINE int is_hidden(const AttentionJob *job, int64_t batch, int64_t head, int64_t piece) {
     if (!job->mask || job->mask_dtype != BYTES)
         return 0;
@@ -68,7 +68,7 @@ INLINE int is_hidden(const AttentionJob *job, int64_t batch, int64_t head, int64
     return 1;
 }
 
-/* What a piece says of a row. */
+/* Where the result of a piece for a row is stored. */
 INLINE float *found_of(const AttentionJob *job, int64_t row, int64_t piece) {
     const int64_t rows = job->batch * job->heads * job->tokens;
     return job->room + rows * job->width + (row * pieces_of(job) + piece) * (job->value_width + VALUES);
@@ -82,7 +82,7 @@ INLINE float *found_of(const AttentionJob *job, int64_t row, int64_t piece) {
 #include "attention_width.h"
 #undef LANES
 
-/* The pieces of a row put together, and rounded. */
+/* Merge the results of a row's pieces, and round. */
 static FAST void put_together(const AttentionJob *job, int64_t row, int64_t out) {
     const int64_t pieces = pieces_of(job), stride = job->value_width + VALUES;
     const float *found = found_of(job, row, 0);

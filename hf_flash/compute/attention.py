@@ -1,8 +1,8 @@
 """Attention of a few tokens over the keys in a cache: decoding, batches, drafts.
 
-With one token in 16 bits torch's own kernel takes 9 to 70 times as long as keys and values take to arrive from DRAM; after 4096
-tokens that is longer than all else (docs/experiments.md). Here queries that share keys are multiplied with them together, so
-that every key and value is fetched once.
+For one token in 16 bits, torch's own kernel takes 9 to 70 times as long as fetching keys and values from DRAM; after 4096
+tokens that is longer than everything else (docs/experiments.md). Here all queries that share keys are multiplied with them
+together, so that every key and value is fetched once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BYTES: Final = -1  # BYTES of native.h
 
 
 def few(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether the compiled part takes so many tokens; arguments as in [`attend`]."""
+    """Whether [`attend`] takes a call of these tensors: at most `MOST` tokens, in a dtype of the compiled part."""
     tokens = query.shape[0] * query.shape[2]
     return 0 < tokens <= MOST and query.dtype in DTYPES and key.shape[2] > 0 and native.library() is not None
 
@@ -31,14 +31,15 @@ def attend(
 ) -> torch.Tensor:
     """`softmax(query @ key.T * scale + mask) @ value`, accumulated in fp32 and rounded once.
 
-    A token that sees nothing gets zeros. A token gets the same bits beside others and alone, on any number of threads, with
+    A token that sees no key gets zeros. A token gets the same bits beside others and alone, on any number of threads, with
     AVX-512 and without.
 
     Args:
-        query: [batch, heads, tokens, width]. All in one dtype of `DTYPES`, the numbers of a token side by side, on the CPU.
-        key: [batch, key_heads, length, width], value: [batch, key_heads, length, value_width]. Each of their heads is for
-            heads / key_heads heads of the query, one after the other.
-        mask: what broadcasts to [batch, heads, tokens, length]: booleans, true where a key is seen; or numbers to add, in a
+        query: [batch, heads, tokens, width]. All tensors are on the CPU, in one dtype of `DTYPES`, with stride 1 in the last
+            dimension.
+        key: [batch, key_heads, length, width], value: [batch, key_heads, length, value_width]. Each of their heads serves
+            heads / key_heads consecutive heads of the query.
+        mask: broadcasts to [batch, heads, tokens, length]: booleans, true where a key is seen; or numbers to add, in a
             dtype of `DTYPES`.
         avx512: whether AVX-512 may be used.
 
@@ -46,7 +47,7 @@ def attend(
         [batch, tokens, heads, value_width].
 
     Raises:
-        MemoryError: there is none for the sums.
+        MemoryError: there is not enough memory for the sums.
     """
     (batch, heads, tokens, width), (_, key_heads, length, value_width) = query.shape, value.shape
     out = torch.empty((batch, tokens, heads, value_width), dtype=query.dtype, device="cpu")

@@ -1,6 +1,6 @@
-/* Attention of a few tokens, for one width of vectors. Included by attention.c, once for each.
+/* Attention of a few tokens, for one width of vectors. Included by attention.c, once for each width.
  *
- * A score is 16 partial sums, a weighted sum of values one sum in the order of the keys, whatever the width and the tile. */
+ * Whatever the width and the tile, a score is 16 partial sums, and a weighted sum of values is one sum in the order of the keys. */
 
 #include "width.h"
 
@@ -9,7 +9,7 @@
 #undef KEEP_FROM
 
 #if LANES == 8
-#define HIGHER _mm256_max_ps /* of two, the second where one is no number */
+#define HIGHER _mm256_max_ps /* the higher of two; the second if either is NaN */
 #define TIMES_POWER(p, t) /* p times 2 to the power of the last bits of t */ \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)))
 #define KEEP_FROM(low, x, p) _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_NLT_UQ), p)
@@ -20,8 +20,8 @@
 #define KEEP_FROM(low, x, p) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), p)
 #endif
 
-/* exp(x) of x <= 0, to 2 units in the last place; 0 below -87. The whole part of x / ln 2 is found by adding 1.5 * 2^23, whose
- * last bits it then is, and goes into the exponent; the rest through a polynomial (Cephes, expf). */
+/* exp(x) for x <= 0, to 2 units in the last place; 0 below -87. Adding 1.5 * 2^23 to x / ln 2 leaves its whole part in the last
+ * bits; that goes into the exponent, and a polynomial (Cephes, expf) takes the rest. */
 OF_WIDTH(VECTOR) NAME(exp_of)(VECTOR x) {
     const VECTOR low = FILL(-87.0f), magic = FILL(12582912.0f), in = HIGHER(low, x);
     const VECTOR t = FMA(in, FILL(1.44269504f), magic), n = t - magic;
@@ -77,7 +77,7 @@ NAME(scores)(const float *x, const char *key, int64_t stride, int64_t width, int
         NAME(score_tile)(x, key + k * stride, stride, width, rows, 1, dtype, (float(*)[PIECE])(scores[0] + k));
 }
 
-/* Scores into weights: of the highest one it is 1. */
+/* Turn scores into weights; the highest score gets weight 1. */
 OF_WIDTH(void) NAME(weigh)(float *scores, int64_t keys, float *found) {
     float highest = -INFINITY, sum = 0.0f;
     int is_number = 1;
@@ -94,7 +94,7 @@ OF_WIDTH(void) NAME(weigh)(float *scores, int64_t keys, float *found) {
     int64_t k = 0;
     for (; k + LANES <= keys; k += LANES)
         STORE(scores + k, NAME(exp_of)(LOAD(scores + k) - FILL(highest)));
-    if (k < keys) { /* with room for a whole vector behind the last */
+    if (k < keys) { /* the row of scores has room for a whole vector here */
         for (int64_t rest = keys; rest < k + LANES; rest++)
             scores[rest] = highest;
         STORE(scores + k, NAME(exp_of)(LOAD(scores + k) - FILL(highest)));
@@ -104,7 +104,7 @@ OF_WIDTH(void) NAME(weigh)(float *scores, int64_t keys, float *found) {
     found[SUM] = sum;
 }
 
-/* A strip of the weighted values of some rows. */
+/* A strip of the weighted sums of values of some rows. */
 OF_WIDTH(void)
 NAME(value_tile)(const float (*weights)[PIECE], const char *value, int64_t stride, int64_t keys, int rows, int vectors, int dtype,
                  float *found, int64_t row_stride) {
@@ -127,7 +127,7 @@ NAME(value_tile)(const float (*weights)[PIECE], const char *value, int64_t strid
             STORE(found + r * row_stride + v * LANES, sums[r][v]);
 }
 
-/* The weighted values of up to TILE_ROWS rows. */
+/* The weighted sums of values of up to TILE_ROWS rows. */
 OF_WIDTH(void)
 NAME(values)(const float (*weights)[PIECE], const char *value, int64_t stride, int64_t keys, int64_t width, int rows, int dtype,
              float *found, int64_t row_stride) {
@@ -146,7 +146,7 @@ NAME(values)(const float (*weights)[PIECE], const char *value, int64_t stride, i
         }
 }
 
-/* Some rows with a piece of their keys. */
+/* Attention of some rows over one piece of their keys. */
 OF_WIDTH(void)
 NAME(piece_of_rows)(const AttentionJob *job, int64_t batch, int64_t key_head, int64_t first, int rows, int64_t piece, int dtype) {
     const int64_t begin = piece * PIECE, keys = keys_of(job, piece);

@@ -1,7 +1,7 @@
-"""Matrices of numbers in 4 or 8 bits with scales, as checkpoints hold them: mxfp4, and fp8 in blocks.
+"""Matrices of numbers in 4 or 8 bits with scales, as in checkpoints of mxfp4, and of fp8 in blocks.
 
-They are multiplied as they lie, by the compiled part, where tokens are few. For many tokens some rows at a time become plain
-numbers. These are what transformers makes of such a checkpoint: numbers times scales in fp32, rounded to the dtype of compute.
+For few tokens the compiled part multiplies them in this form. For many tokens some rows at a time become plain numbers. These
+are the numbers that transformers makes of such a checkpoint: numbers times scales in fp32, rounded to the compute dtype.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hf_flash.store.experts import E2M1, E4M3, E8M0, Piece, bytes_of
 
 CODES: Final = {**DTYPES, E2M1: 3, E4M3: 4, E8M0: 5}  # in the order of their numbers in native.h
 _E2M1_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_E2M1_BLOCK: Final = 32  # numbers of a row that share a scale
+_E2M1_BLOCK: Final = 32  # consecutive numbers of a row that share a scale
 
 
 def is_known(piece: Piece) -> bool:
-    """Whether the compiled part multiplies with a piece that has scales, as it lies."""
+    """Whether the compiled part can multiply with this piece in its stored form, with its scales."""
     if piece.scales is None or piece.scales.dtype not in CODES:
         return False
     if piece.dtype == E2M1:
@@ -34,19 +34,19 @@ def is_known(piece: Piece) -> bool:
 
 
 def scales_of(piece: Piece) -> Scales:
-    """What the compiled part is told of a piece's scales, but for where they are."""
+    """The structure that describes a piece's scales to the compiled part, without their address."""
     if piece.scales is None:
         return Scales()
     return Scales(0, piece.scales.block_rows, piece.scales.block_columns, piece.grid[1], CODES[piece.scales.dtype])
 
 
 def decode(piece: Piece, numbers: Bytes, scales: Bytes, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a piece as plain numbers.
+    """Some rows of a piece with scales, as plain numbers.
 
     Args:
-        numbers, scales: the whole piece as it lies in memory, contiguous.
-        rows: from a multiple of the rows that share scales on.
-        dtype: of compute.
+        numbers, scales: the bytes of the whole piece as stored, contiguous.
+        rows: begins at a multiple of the rows that share scales.
+        dtype: the compute dtype.
 
     Returns:
         [rows, columns] in `dtype`.
@@ -68,17 +68,17 @@ def decode(piece: Piece, numbers: Bytes, scales: Bytes, rows: slice, dtype: torc
 
 
 def _begin(piece: Piece, rows: slice) -> tuple[int, int]:
-    """The bytes of its numbers and of its scales where these rows begin."""
+    """The byte offsets, in its numbers and in its scales, where these rows begin."""
     assert piece.scales is not None
     first_scale = rows.start // piece.scales.block_rows * piece.grid[1] * piece.scales.dtype.itemsize
     return bytes_of(rows.start * piece.columns, piece.dtype), first_scale
 
 
 def decode_with_torch(piece: Piece, numbers: torch.Tensor, scales: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The same in fp32, without the compiled part and on any device.
+    """As [`decode`], but float32 [rows, columns], without the compiled part and on any device.
 
     Args:
-        numbers, scales: uint8, the whole piece, contiguous.
+        numbers, scales: uint8, the bytes of the whole piece as stored, contiguous.
     """
     assert piece.scales is not None
     count, (first_number, first_scale) = rows.stop - rows.start, _begin(piece, rows)
@@ -99,17 +99,17 @@ def decode_with_torch(piece: Piece, numbers: torch.Tensor, scales: torch.Tensor,
 
 @lru_cache
 def _pairs(device: torch.device) -> torch.Tensor:
-    """The two numbers of every byte of E2M1, float32 [256, 2]."""
+    """The two E2M1 numbers in each possible byte, float32 [256, 2]."""
     values = torch.tensor(_E2M1_VALUES, dtype=torch.float32, device="cpu")
     codes = torch.arange(256, dtype=torch.int64, device="cpu")
     return torch.stack([values[codes & 15], values[codes >> 4]], dim=1).to(device)
 
 
 def are_numbers(piece: Piece, scales: Bytes) -> bool:
-    """Whether all scales of a piece are numbers.
+    """Whether all scales of a piece are finite numbers.
 
     Args:
-        scales: all of them as they lie in memory, contiguous.
+        scales: the bytes of all of them as stored, contiguous.
     """
     assert piece.scales is not None
     if piece.scales.dtype == E8M0:

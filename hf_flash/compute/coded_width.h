@@ -1,8 +1,8 @@
 /* A matrix in 4 or 8 bits times a few tokens, for one width of vectors. Included by linear_width.h.
  *
- * What is multiplied is what the stock model has once it has made plain numbers of its checkpoint. Numbers of E4M3 are multiplied
- * with their scale and rounded to the dtype of compute. Those of E2M1 times a power of two need no rounding, so a block is summed up
- * before it is scaled. */
+ * The numbers multiplied are those of the stock model after it has decoded its checkpoint. Numbers of E4M3 are multiplied by
+ * their scale and rounded to the compute dtype. Numbers of E2M1 times a power of two need no rounding, so a block is summed before
+ * it is scaled. */
 
 /* LANES numbers of E4M3. */
 OF_WIDTH(VECTOR) NAME(load_e4m3)(const char *at) {
@@ -13,7 +13,7 @@ OF_WIDTH(VECTOR) NAME(load_e4m3)(const char *at) {
 #endif
 }
 
-/* Numbers of E2M1 that lie in LANES bytes: in `low` those with even indices, in `high` the others. */
+/* The numbers of E2M1 in LANES bytes: those with even indices go to `low`, the others to `high`. */
 OF_WIDTH(void) NAME(load_e2m1)(const char *at, VECTOR *low, VECTOR *high) {
 #if LANES == 8
     const __m256 values = _mm256_loadu_ps(E2M1_VALUES);
@@ -26,12 +26,12 @@ OF_WIDTH(void) NAME(load_e2m1)(const char *at, VECTOR *low, VECTOR *high) {
 #else
     const __m512 values = _mm512_loadu_ps(E2M1_VALUES);
     const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at));
-    *low = _mm512_permutexvar_ps(codes, values); /* by four bits */
+    *low = _mm512_permutexvar_ps(codes, values); /* the permutation uses four bits */
     *high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values);
 #endif
 }
 
-/* Rounded to a dtype, to even. What is no number must not be all ones. */
+/* Round to a dtype, to nearest even. A NaN must not have all bits set. */
 OF_WIDTH(VECTOR) NAME(round_to)(VECTOR x, int dtype) {
 #if LANES == 8
     if (dtype == F16)
@@ -48,7 +48,7 @@ OF_WIDTH(VECTOR) NAME(round_to)(VECTOR x, int dtype) {
 #endif
 }
 
-/* Fetch ahead what a tile of rows takes in a step of 16 bytes a row. */
+/* Prefetch what a tile of rows will take in a step of 16 bytes per row. */
 OF_WIDTH(void) NAME(fetch)(const char *weight, int64_t stride, int64_t at, int rows) {
     const int64_t ahead = TILE_ROWS * stride > AHEAD_BYTES ? TILE_ROWS * stride : AHEAD_BYTES;
     if (rows == TILE_ROWS)
@@ -59,7 +59,7 @@ OF_WIDTH(void) NAME(e2m1_tile)(const LinearJob *job, int64_t row, int64_t token,
     const int64_t stride = job->columns / 2, blocks = job->columns / E2M1_BLOCK;
     const char *weight = (const char *)job->weight + row * stride;
     const uint8_t *scales = (const uint8_t *)job->scales.at + row * blocks;
-    const float *x = job->x_f32 + token * job->columns; /* of a block: those with even indices, then the others */
+    const float *x = job->x_f32 + token * job->columns; /* in each block even indices come first, then odd ones */
     VECTOR sums[TILE_ROWS][TILE_TOKENS][PARTS];
     UNROLLED(int r = 0; r < rows; r++)
         UNROLLED(int t = 0; t < tokens; t++)

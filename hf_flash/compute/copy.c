@@ -1,4 +1,4 @@
-/* Scattered rows to scattered places. */
+/* Copies scattered rows to scattered places. */
 
 #include "native.h"
 
@@ -8,7 +8,7 @@
 
 #include "parallel.h"
 
-enum { COPY_ROWS = 16 }; /* that a thread takes at a time */
+enum { COPY_ROWS = 16 }; /* rows that a thread takes at a time */
 
 static void copy_body(void *data) {
     CopyJob *job = data;

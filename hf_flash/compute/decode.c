@@ -1,4 +1,4 @@
-/* Matrices in 4 or 8 bits as plain numbers: for many tokens, whose products a library makes. */
+/* Decodes matrices in 4 or 8 bits to plain numbers, for products with many tokens, which torch computes. */
 
 #include "native.h"
 
@@ -7,9 +7,9 @@
 #include "coded.h"
 #include "parallel.h"
 
-enum { DECODE_ROWS = 16 }; /* that a thread takes at a time */
+enum { DECODE_ROWS = 16 }; /* rows that a thread takes at a time */
 
-/* Put eight numbers at index `i`, rounded to even. */
+/* Store eight numbers from index `i` on, rounded to nearest even. */
 INLINE void put_8(void *row, int64_t i, __m256 x, int dtype) {
     if (dtype == F32) {
         _mm256_storeu_ps((float *)row + i, x);
@@ -66,7 +66,7 @@ int FAST hf_has_no_number(const void *scales, int64_t count, int32_t dtype) {
         return memchr(scales, 0xff, (size_t)count) != NULL;
     for (int64_t i = 0; i < count; i++) {
         const float scale = one(scales, i, dtype);
-        if (scale - scale != 0.0f) /* infinite, or no number */
+        if (scale - scale != 0.0f) /* infinite, or NaN */
             return 1;
     }
     return 0;

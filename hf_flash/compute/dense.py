@@ -1,11 +1,11 @@
-"""The product of tokens with a whole matrix, the fastest way that this processor has: for the matrices that stay in memory, and
-for blocks of neurons that a prompt computes all of.
+"""Products of tokens with whole matrices, in the fastest way on this processor: for matrices that stay in memory, and for the
+blocks of neurons of a prompt, which uses all of them.
 
     few tokens    the compiled part fetches every weight once; a token gets the same bits beside others and alone
     many tokens   where 16 bits are slow: rows are widened to fp32, a buffer of them at a time, for an fp32 GEMM
     otherwise     torch
 
-Sums are made in fp32 and rounded once, as torch's are, up to the order.
+Sums are made in fp32 and rounded once, as torch does, but perhaps in another order.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 
 from hf_flash.compute import library as native
-from hf_flash.compute.kernels import linear as linear  # of few tokens, for those who know that they are
+from hf_flash.compute.kernels import linear as linear  # for callers that know that their tokens are few
 
-_FEW: Final = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 8}  # tokens that the compiled part is faster for,
-_FEW_OF_FAST: Final = 12  # and where the processor multiplies 16 bits twice as fast as 32
-_MANY: Final = 96  # tokens that widening is worth where 16 bits are only slower, not slow
+_FEW: Final = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 8}  # up to so many tokens the compiled part is faster;
+_FEW_OF_FAST: Final = 12  # up to so many where the processor multiplies 16 bits twice as fast as 32
+_MANY: Final = 96  # from so many tokens on, widening pays where 16 bits are no faster than fp32, but not slow
 
 
 def few(tokens: int, dtype: torch.dtype) -> bool:
-    """Whether the compiled part multiplies so many tokens with a matrix."""
+    """Whether the compiled part is used for the product of so many tokens with a matrix."""
     return tokens <= _few_of(dtype) and native.library() is not None
 
 
@@ -36,12 +36,12 @@ def widens(tokens: int, dtype: torch.dtype) -> bool:
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T + bias` in the dtype of `x`, the fastest way.
+    """`x @ weight.T + bias` in the dtype of `x`, in the fastest way.
 
     Args:
-        x: [..., columns], contiguous, on the CPU, as the others are. All in one dtype of `DTYPES`.
-        weight: [rows, columns], the numbers of a row side by side; contiguous if tokens are [`few`]. bias: [rows].
-        wide: float32, contiguous, room for one row at least. Many tokens of 16 bits use it.
+        x: [..., columns], contiguous. All tensors are on the CPU; all but `wide` are in one dtype of `DTYPES`.
+        weight: [rows, columns], each row contiguous; the whole contiguous if the tokens are [`few`]. bias: [rows].
+        wide: float32, contiguous, with room for at least one row. It is used for many tokens in 16 bits.
 
     Returns:
         [..., rows].
@@ -53,12 +53,12 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, w
 
 
 def multiply_turned(x: torch.Tensor, weight: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-    """`x @ weight` in the dtype of `x`, the fastest way for many tokens.
+    """`x @ weight` in the dtype of `x`, in the fastest way for many tokens.
 
     Args:
-        x: [tokens, columns], on the CPU, as the others are.
-        weight: [columns, rows] in the same dtype, contiguous.
-        wide: float32, contiguous, room for a row of `weight` at least.
+        x: [tokens, columns]. All tensors are on the CPU.
+        weight: [columns, rows] in the dtype of `x`, contiguous.
+        wide: float32, contiguous, with room for at least one row of `weight`.
 
     Returns:
         [tokens, rows].
@@ -75,13 +75,13 @@ def multiply_turned(x: torch.Tensor, weight: torch.Tensor, wide: torch.Tensor) -
 
 
 def add_product(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, wide: torch.Tensor) -> None:
-    """`out += hidden @ weight`, the fastest way. Where 16 bits are fast, the product is rounded to them before it is added.
+    """`out += hidden @ weight`, in the fastest way. Where 16 bits are fast, the product is rounded to 16 bits, then added.
 
     Args:
-        hidden: [tokens, rows], contiguous, on the CPU, as the others are; in a dtype of `DTYPES`.
-        weight: [rows, columns] in the same dtype, the numbers of a row side by side.
+        hidden: [tokens, rows] in a dtype of `DTYPES`, contiguous. All tensors are on the CPU.
+        weight: [rows, columns] in the dtype of `hidden`, each row contiguous.
         out: float32 [tokens, columns].
-        wide: float32, contiguous, room for all of `weight`.
+        wide: float32, contiguous, with room for all of `weight`.
     """
     if weight.dtype == torch.float32:
         out.addmm_(hidden, weight)
@@ -110,12 +110,12 @@ def _few_of(dtype: torch.dtype) -> int:
 
 
 def _is_fast(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies 16 bits of this dtype faster than 32, as far as torch says."""
+    """Whether this processor multiplies this 16-bit dtype faster than fp32, as far as torch reports."""
     return dtype in (torch.bfloat16, torch.float16) and _widened_from(dtype) == float("inf") and bool(_capabilities())
 
 
 def _capabilities() -> dict[str, Any]:
-    """What torch says of this processor; empty where it says nothing."""
+    """The capabilities of this processor as torch reports them; empty if torch does not."""
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return found
 
@@ -131,6 +131,6 @@ def _widened_from(dtype: torch.dtype) -> float:
         return float("inf")
     if not can.get(vector):
         return _FEW[dtype] + 1
-    if dtype == torch.bfloat16 and "AMD" not in str(can.get("cpu_name")):  # Intel's multiply no more at a time than fp32 does
+    if dtype == torch.bfloat16 and "AMD" not in str(can.get("cpu_name")):  # Intel's bf16 is no faster than its fp32
         return _MANY
     return float("inf")

@@ -1,13 +1,14 @@
-"""`DeviceArithmetic`: blocks of neurons on a device, by torch's own operators, in matrices of the dtype of compute.
+"""`DeviceArithmetic`: blocks of neurons on a device, by torch's own operators, in matrices of the compute dtype.
 
-Rows are gathered in the order of their ids, so that a sum has one order wherever they lie. What decides how a device's library
-sums up is the shape of a product; so shapes follow from the call alone, and results do not depend on what is in memory:
+Rows are gathered in the order of their ids, so that a sum has the same order wherever the rows lie. A device's library chooses
+the order of a sum by the shape of the product. So shapes follow from the call alone, and results do not depend on what is in
+memory. A product takes:
 
     one token                the neurons of a block that it uses
-    several, each its own    all neurons of a block; those that nobody uses are zeros, and are not read
+    several, each its own    all neurons of a block; those that no token uses are zeros, and are not read
     several, all neurons     all neurons of a block
 
-The last product is summed up in fp32, over all blocks.
+The last product is summed in fp32, over all blocks.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from hf_flash.store.unit import Role, UnitLayout
 
 
 class DeviceArithmetic(Arithmetic):
-    """The arithmetic of a device. Matrices that it is given are there.
+    """The arithmetic on a device. The matrices passed to it must be on that device.
 
     rows      [two blocks, unit.numbers] streamed neurons
     gathered  [a block, unit.numbers] rows picked from a window
 
     Args:
         d_ff: neurons of the widest layer.
-        unit: what a neuron is, in the dtype of compute.
-        activation: of all layers.
-        device: which.
+        unit: the layout of a neuron, in the compute dtype.
+        activation: the activation of all layers.
+        device: the device that holds the matrices and computes.
     """
 
     def __init__(self, d_ff: int, unit: UnitLayout, activation: Activation, device: torch.device) -> None:
@@ -51,14 +52,14 @@ class DeviceArithmetic(Arithmetic):
 
     @staticmethod
     def size(d_ff: int, unit: UnitLayout) -> int:
-        """What the buffers take, in bytes, and a widened block of one part."""
-        return block_rows(d_ff, 2) * ((_BUFFERS + 2) * unit.row_bytes + 4 * unit.width)  # one more is picked on the way
+        """Bytes that the buffers take, together with temporary copies: one block, and one part of a block in fp32."""
+        return block_rows(d_ff, 2) * ((_BUFFERS + 2) * unit.row_bytes + 4 * unit.width)  # a block is picked on the way
 
     def matrix(self, rows: int) -> torch.Tensor:
         return torch.empty(rows, self.unit.numbers, dtype=self.unit.dtype, device=self.device)
 
     def matrices(self, rows: Sequence[int]) -> list[torch.Tensor]:
-        """In one piece: a device's allocator rounds up."""
+        """Allocated in one piece, because a device's allocator rounds sizes up."""
         return list(torch.split(self.matrix(sum(rows)), list(rows)))
 
     def release(self) -> None:
@@ -85,9 +86,9 @@ class DeviceArithmetic(Arithmetic):
         return count_uses(active), last_uses(active)
 
     def bundles(self, matrix: torch.Tensor, rows: Ids) -> torch.Tensor:
-        """Rows of a matrix, at most a block of them, [n, unit.numbers]: gathered, or where they lie if they are side by side.
+        """At most a block of rows of a matrix, [n, unit.numbers]: a view if they are consecutive, else gathered.
 
-        Either way products of the same shape give the same bits: both begin where a device's fast ones may.
+        Products of the same shape give the same bits either way, because both begin at an aligned address.
         """
         first, count = int(rows[0]), len(rows)
         if self.unit.row_bytes % _ALIGNMENT == 0 and np.array_equal(rows, np.arange(first, first + count)):
@@ -95,11 +96,11 @@ class DeviceArithmetic(Arithmetic):
         return torch.index_select(matrix, 0, upload(rows, self.device), out=self.gathered[:count])
 
     def hidden(self, x: torch.Tensor, biases: Biases, bundles: torch.Tensor, ids: torch.Tensor) -> Values:
-        """What comes before the last product, of every token and every neuron.
+        """Everything before the last product, for every token and every neuron.
 
         Args:
-            x: [tokens, d] in the dtype of compute.
-            bundles: [n, unit.numbers] of neurons `ids` [n].
+            x: [tokens, d] in the compute dtype.
+            bundles: [n, unit.numbers], the bundles of neurons `ids` [n].
         """
 
         def product(role: Role) -> torch.Tensor:
@@ -110,7 +111,7 @@ class DeviceArithmetic(Arithmetic):
         return Values(before, self.activation.hidden(before, product("up") if self.unit.deciding == "gate" else None))
 
     def add_down(self, hidden: torch.Tensor, bundles: torch.Tensor, out: torch.Tensor) -> None:
-        """Add hidden values [tokens, n] times the last part of bundles [n, unit.numbers] to `out`, float32 [tokens, d]."""
+        """Add hidden values [tokens, n] times the down part of `bundles` [n, unit.numbers] to `out`, float32 [tokens, d]."""
         down = bundles[:, self.unit.columns("down")]
         if _sums_in_fp32(self.device, self.unit.dtype):
             out.add_(torch.mm(hidden, down, out_dtype=torch.float32))
@@ -118,13 +119,13 @@ class DeviceArithmetic(Arithmetic):
             out.addmm_(hidden.float(), down.float())
 
 
-_ALIGNMENT: Final = 256  # bytes: where a matrix begins may decide which of its products a library takes, up to here
+_ALIGNMENT: Final = 256  # bytes; a library may choose a kernel by the alignment of a matrix, up to this
 _BUFFERS: Final = 2  # as in runtime/stream.py: one is filled while the other is computed
 
 
 @lru_cache
 def _sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device multiplies 16 bits to fp32 without widening them: CUDA, since torch 2.8."""
+    """Whether a device multiplies 16-bit matrices into fp32 without widening them: CUDA, since torch 2.8."""
     if device.type != "cuda" or dtype == torch.float32:
         return False
     some = torch.zeros(16, 16, dtype=dtype, device=device)
@@ -136,7 +137,7 @@ def _sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class _Token:
-    """A block's share of one token."""
+    """One token's products with a block of neurons."""
 
     def __init__(
         self, arithmetic: DeviceArithmetic, x: torch.Tensor, biases: Biases, matrix: torch.Tensor, rows: Ids, ids: Ids
@@ -145,7 +146,7 @@ class _Token:
         self._rows, self._ids = rows, ids
 
     def multiply_present(self, present: Ids, missing: Ids) -> None:
-        """Nothing: a device multiplies them all in the time that it takes to ask for some."""
+        """Does nothing: a device multiplies all rows in the time that it takes to launch a product of some."""
 
     def finish(self, out: torch.Tensor) -> None:
         arithmetic = self._arithmetic
@@ -157,7 +158,7 @@ class _Token:
 
 
 class _Tokens:
-    """Several tokens, block of neighbours after block."""
+    """Several tokens, one block of consecutive neurons after another."""
 
     scattered, together = False, EVERY_COLUMN
 

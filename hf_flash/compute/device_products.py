@@ -1,8 +1,8 @@
 """`DeviceProducts`: the products of tokens with experts that lie in packed slots on a device, by torch's own operators.
 
-Every expert is multiplied by itself, so that its answer does not depend on which others are there. Of a call of a few tokens
-each expert gets a row for every token, whether it uses it or not: how a device's library sums up follows from the shape, and so
-the tokens beside it change no bits of a token.
+Each expert has a product of its own, so that its result does not depend on which other experts are on the device. In a call of
+a few tokens, each expert is multiplied with every token, whether the token uses it or not: a device's library chooses the order
+of a sum by the shape, and so a token's bits do not depend on the tokens beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hf_flash.store.experts import ExpertLayer, Piece
 
 
 class _Part(NamedTuple):
-    """A piece of an expert, and the bytes of a packed slot where its numbers and its scales begin."""
+    """A piece of an expert, and the byte offsets of its numbers and its scales in a packed slot."""
 
     piece: Piece
     at: int
@@ -29,10 +29,10 @@ class DeviceProducts:
     """The products with one parameter of a layer's experts.
 
     Args:
-        layer: whose experts.
-        param: which.
-        dtype: of compute.
-        device: of the slots.
+        layer: the layer of the experts.
+        param: the name of the parameter.
+        dtype: the compute dtype.
+        device: the device of the slots.
     """
 
     def __init__(self, layer: ExpertLayer, param: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -48,11 +48,11 @@ class DeviceProducts:
         self._order = None if in_order else torch.from_numpy(np.argsort(order)).to(device)
 
     def multiply(self, x: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """The products of some tokens with one expert.
+        """The products of some tokens with one parameter of one expert.
 
         Args:
-            x: [tokens, inputs] in the dtype of compute, on the device.
-            slot: uint8 [bytes], contiguous.
+            x: [tokens, inputs] in the compute dtype, on the device.
+            slot: the expert's packed slot, uint8 [bytes], contiguous.
 
         Returns:
             [tokens, outputs].

@@ -13,14 +13,14 @@ from hf_flash.compute.kernels import linear
 
 
 def dram_gb_per_s(nbytes: int = 256 << 20, repeats: int = 5) -> float:
-    """Speed at which a matrix-vector product goes through a weight matrix in DRAM, with torch's current threads.
+    """GB/s at which a matrix-vector product reads a weight matrix in DRAM, with torch's current number of threads.
 
-    It bounds decoding, because every weight in memory is read once a token. The product is made by torch and by the compiled
-    part, and the faster one counts.
+    It bounds decoding, because every weight in memory is read once per token. torch and the compiled part both make the
+    product, and the faster result counts.
     """
     ways: list[Callable[..., torch.Tensor]] = [torch.nn.functional.linear, *([] if native.library() is None else [linear])]
     d_model = 4096
-    weight = aligned_empty((max(1, nbytes // (4 * d_model)), d_model), torch.float32).fill_(1.0)  # where weights are, too
+    weight = aligned_empty((max(1, nbytes // (4 * d_model)), d_model), torch.float32).fill_(1.0)  # memory as of weights
     x, best = torch.ones(1, d_model, dtype=torch.float32, device="cpu"), float("inf")
     with torch.no_grad():
         for way in ways * repeats:

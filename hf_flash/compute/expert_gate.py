@@ -1,8 +1,7 @@
-"""`ExpertGate`: what a mixture does between the products of an expert, where the compiled part knows it.
+"""`ExpertGate`: the function between the products of an expert, if the compiled part knows it.
 
-The stock module's own code is what counts (`_apply_gate`, or `act_fn`). It is tried on random numbers, some of them large,
-beside what the compiled part would compute; what agrees with none of its functions is left to torch, which is
-slower for few tokens.
+The stock module's own code (`_apply_gate`, or `act_fn`) is the reference. It is compared on random numbers, some of them large,
+with the functions of the compiled part. If none of them agrees, the gate is left to torch, which is slower for few tokens.
 """
 
 from __future__ import annotations
@@ -19,15 +18,16 @@ _SILU, _SWIGLU, _RELU2 = 0, 1, 2  # EXPERT_SILU, EXPERT_SWIGLU and EXPERT_RELU2 
 _NO_LIMIT: Final = float("inf")
 _LIMITS: Final = ("swiglu_limit", "limit")  # attributes of stock modules
 _ROWS, _NEURONS, _SEED = 64, 32, 5
-_SIZES: Final = (1.0, 10.0, 100.0)  # of the numbers that it is tried with
+_SIZES: Final = (1.0, 10.0, 100.0)  # standard deviations of the random numbers
 
 
 class _Known(NamedTuple):
-    """A function of the compiled part.
+    """A gate function of the compiled part.
 
     Attributes:
-        code: in native.h. compute: the same by torch, of products [rows, outputs], the limit and alpha.
-        gated: whether products have gate and up.
+        code: its number in native.h.
+        compute: the same function by torch, of products [rows, outputs], the limit and alpha.
+        gated: whether the products hold both gate and up.
     """
 
     code: int
@@ -53,7 +53,7 @@ _FUNCTIONS: Final = (_Known(_SILU, _silu), _Known(_SWIGLU, _swiglu), _Known(_REL
 
 
 def known_gate(module: Any) -> ExpertGate | None:
-    """What the compiled part knows a stock module of experts to compute between its products; `None`: it does not know it."""
+    """The gate of a stock module of experts, for the compiled part; `None` if the compiled part does not know it."""
     limits = [float(found) for name in _LIMITS if isinstance(found := getattr(module, name, None), int | float)]
     alpha = float(getattr(module, "alpha", 1.0)) if isinstance(getattr(module, "alpha", 1.0), int | float) else 1.0
     random = torch.Generator().manual_seed(_SEED)
@@ -69,10 +69,10 @@ def known_gate(module: Any) -> ExpertGate | None:
 
 
 def stock_gate(module: Any, products: torch.Tensor) -> torch.Tensor:
-    """What a stock module of experts makes of the products before its gate, by its own code.
+    """The hidden values that a stock module of experts makes of its first products, by its own code.
 
-    `_apply_gate` of transformers' `use_experts_implementation` (integrations/moe.py), since 5.0: every class that it decorates
-    has one, and `act_fn` where it `has_gate` is false.
+    That code is `_apply_gate`, which every class has that transformers' `use_experts_implementation` (integrations/moe.py,
+    since 5.0) decorates, or `act_fn` where `has_gate` is false.
 
     Args:
         products: [rows, outputs].
@@ -87,7 +87,7 @@ def stock_gate(module: Any, products: torch.Tensor) -> torch.Tensor:
 def _stock(module: Any, products: torch.Tensor) -> Any:
     try:
         return stock_gate(module, products)
-    except Exception:  # noqa: BLE001  # of whatever it asks for that is not there
+    except Exception:  # noqa: BLE001  # a module's code may need attributes that it lacks, and fail in any way
         return None
 
 

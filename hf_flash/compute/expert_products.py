@@ -1,12 +1,12 @@
-"""`ExpertProducts`: the products of tokens with the experts of a layer, where these lie in their slots.
+"""`ExpertProducts`: the products of tokens with the experts of a layer, read directly from their slots.
 
     few tokens for an expert     the compiled part multiplies all experts of a call at once, at the speed of DRAM (linear.c). A
                                  token gets the same bits beside others and alone
-    many                         an expert at a time, the fastest way for whole matrices (dense.py)
-    other dtypes in the file     widened by the compiled part on the way; else converted, an expert at a time
-    numbers with scales          multiplied as they lie, or made plain, some rows at a time (coded.py)
+    many                         one expert at a time, in the fastest way for whole matrices (dense.py)
+    other dtypes in the file     widened by the compiled part while it multiplies; else converted, one expert at a time
+    numbers with scales          multiplied in their stored form, or decoded, some rows at a time (coded.py)
 
-Sums are made in fp32 and rounded once to the dtype of compute, as the stock model's are up to their order.
+Sums are made in fp32 and rounded once to the compute dtype, as in the stock model, but perhaps in another order.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from hf_flash.compute.library import DTYPES, LinearJob, LinearsJob, Scales
 from hf_flash.store.experts import ExpertLayer, Piece
 
 _JOB: Final = np.dtype(LinearJob)
-_DECODED_BYTES: Final = 8 << 20  # of plain numbers at a time, if a block of rows is not more
-_WIDENED: Final = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}  # file and compute: exact
+_DECODED_BYTES: Final = 8 << 20  # bytes of plain numbers decoded at a time, if one block of rows is not more
+_WIDENED: Final = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}  # (file, compute): exact
 
 
 class Group(NamedTuple):
     """Tokens that use one expert.
 
     Attributes:
-        expert: which.
-        slot: where it is.
-        begin, end: its rows, among all pairs of a token and an expert in a call.
+        expert: the expert's number.
+        slot: the slot that it is in.
+        begin, end: its rows among all token-expert pairs of a call, which are ordered by expert.
     """
 
     expert: int
@@ -47,33 +47,33 @@ class Group(NamedTuple):
 
 
 class Waiting(Protocol):
-    """Reads that somebody has to wait for."""
+    """Reads that are under way, for which either Python or the compiled part waits."""
 
     def wait(self) -> None:
         """Wait until they are done."""
 
     def hand_over(self) -> tuple[int | None, int]:
-        """The reader and the ticket of the compiled part, which will wait in its stead."""
+        """The reader and the ticket with which the compiled part waits instead of `wait`; ticket 0 if there is nothing."""
         ...
 
     def waited(self, error: int, seconds: float) -> None:
-        """What came of it."""
+        """Report the result after `hand_over`: what `hf_read_wait` returned, and the seconds that were waited."""
 
 
 def reads_as(piece: Piece, dtype: torch.dtype) -> bool:
-    """Whether the compiled part computes in this dtype with a piece as it is stored."""
+    """Whether the compiled part can compute in this dtype with a piece in its stored form."""
     return piece.dtype == dtype or (piece.dtype, dtype) in _WIDENED or coded.is_known(piece)
 
 
 def decoded_rows(piece: Piece, dtype: torch.dtype) -> int:
-    """Rows of a piece with scales that become plain numbers at a time."""
+    """How many rows of a piece with scales are decoded to plain numbers at a time."""
     assert piece.scales is not None
     block = piece.scales.block_rows
     return min(piece.rows, max(1, _DECODED_BYTES // (block * piece.columns * decoded_size(piece, dtype))) * block)
 
 
 def decoded_size(piece: Piece, dtype: torch.dtype) -> int:
-    """The most bytes that a number of a piece with scales takes on its way to a plain one."""
+    """The most bytes that decoding takes per number of a piece with scales, temporary copies included."""
     compiled = native.library() is not None and coded.is_known(piece)
     return dtype.itemsize if compiled else dtype.itemsize + 3 * torch.float32.itemsize
 
@@ -82,10 +82,10 @@ class ExpertProducts:
     """The products with one parameter of a layer's experts.
 
     Args:
-        layer: whose experts.
-        param: which.
-        at: [experts, ranges] the byte of a slot where each range of an expert begins.
-        dtype: of compute.
+        layer: the layer of the experts.
+        param: the name of the parameter.
+        at: [experts, ranges] the byte offset in a slot where each range of an expert begins.
+        dtype: the compute dtype.
     """
 
     def __init__(self, layer: ExpertLayer, param: str, at: npt.NDArray[np.int64], dtype: torch.dtype) -> None:
@@ -103,7 +103,7 @@ class ExpertProducts:
         self._template = self._jobs()
 
     def _jobs(self) -> npt.NDArray[Any]:
-        """[pieces] what the compiled part is told of every expert."""
+        """[pieces] jobs for the compiled part, with all fields that are the same for every expert."""
         jobs = np.zeros(len(self.pieces), _JOB)
         for job, piece in zip(jobs, self.pieces, strict=True):
             job["rows"], job["columns"], job["turned"] = piece.outputs, piece.inputs, piece.turned
@@ -112,17 +112,17 @@ class ExpertProducts:
         return jobs
 
     def few(self, tokens: int) -> bool:
-        """Whether so many tokens of one expert are multiplied beside those of other experts."""
+        """Whether an expert with so many tokens is multiplied together with other experts, by the compiled part."""
         return self._compiled and dense.few(tokens, self.dtype)
 
     def multiply(self, x: torch.Tensor, groups: Sequence[Group], memory: Memory, wait: Waiting | None = None) -> torch.Tensor:
         """The products of each group's tokens with its expert.
 
         Args:
-            x: [pairs of these groups, inputs] in the dtype of compute, contiguous; or [1, inputs]: the same for all.
+            x: [pairs of these groups, inputs] in the compute dtype, contiguous; or [1, inputs]: the same for all.
             groups: in the order of their rows.
-            memory: where their slots are.
-            wait: for these reads the calling thread waits when it has nothing more to compute.
+            memory: the slots that the experts are in.
+            wait: reads that the calling thread waits for when it has nothing more to compute.
 
         Returns:
             [pairs of these groups, outputs].
@@ -136,7 +136,7 @@ class ExpertProducts:
             for group in groups:
                 rows = slice(group.begin - first, group.end - first)
                 mine = x if len(x) == 1 else x[rows]
-                if self.few(group.end - group.begin):  # by what an expert has to do alone: others change no bits
+                if self.few(group.end - group.begin):  # decided for each expert alone, so that others change no bits
                     self._together(mine, [group], group.begin, memory, out[rows], None)
                 else:
                     self._alone(mine, group, memory, out[rows])
@@ -172,7 +172,7 @@ class ExpertProducts:
             part = out[:, at : at + piece.outputs]
             at += piece.outputs
             begin, scales = int(self.at[group.expert, number]), int(self.scales_at[group.expert, number])
-            if piece.scales is not None:  # whose rows are outputs
+            if piece.scales is not None:  # the rows of such a piece are outputs
                 for rows, weight in self._decoded(piece, memory.part(group.slot, begin), memory.part(group.slot, scales)):
                     part[:, rows] = dense.multiply(x, weight, None, memory.wide)
                 continue
@@ -183,7 +183,7 @@ class ExpertProducts:
                 part.copy_(dense.multiply(x, weight, None, memory.wide))
 
     def _decoded(self, piece: Piece, numbers: Bytes, scales: Bytes) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some rows of a piece with scales at a time, [rows, inputs] in the dtype of compute."""
+        """A piece with scales as plain numbers, some rows at a time: [rows, inputs] in the compute dtype."""
         step = decoded_rows(piece, self.dtype)
         for begin in range(0, piece.rows, step):
             rows = slice(begin, min(begin + step, piece.rows))
@@ -191,11 +191,11 @@ class ExpertProducts:
 
 
 class Memory:
-    """Slots of experts.
+    """The slots that hold experts, and a buffer for products with them.
 
     Args:
         slots: [slots, bytes], contiguous.
-        wide: float32, contiguous, room for a row of any expert's matrix: [`dense.multiply`] widens into it.
+        wide: float32, contiguous, with room for a row of any expert's matrix: [`dense.multiply`] widens into it.
     """
 
     def __init__(self, slots: Bytes, wide: torch.Tensor) -> None:
@@ -207,10 +207,10 @@ class Memory:
         return int(self._base + slot * self._stride)
 
     def part(self, slot: int, begin: int) -> Bytes:
-        """The bytes of a slot from one on; they are not copied."""
+        """The bytes of a slot from offset `begin` on, as a view."""
         return self.slots[slot, begin:]
 
     def matrix(self, slot: int, begin: int, piece: Piece) -> torch.Tensor:
-        """A piece without scales as it is stored, [rows, columns]; it is not copied."""
+        """A piece without scales in its stored dtype, [rows, columns], as a view."""
         raw = self.slots[slot, begin : begin + piece.nbytes]
         return torch.from_numpy(raw).view(piece.dtype).view(piece.rows, piece.columns)

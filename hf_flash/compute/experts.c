@@ -1,8 +1,8 @@
 /* A few tokens through the experts of a layer in one call: slots, reads, products.
  *
- * runtime/experts.py does the same step by step, for prompts. In Python it takes a millisecond a layer, because attention has emptied
- * the caches each time. The rules are those of runtime/expert_slots.py; tests hold both against the same model. Which of the two
- * does a call follows from the call alone, so results do not depend on what is in memory. */
+ * runtime/experts.py does the same step by step, for prompts. In Python it takes a millisecond per layer, because attention has
+ * emptied the caches each time. The rules are those of runtime/expert_slots.py; tests compare both with the same model. The call
+ * alone decides which of the two computes it, so results do not depend on what is in memory. */
 
 #include "native.h"
 
@@ -17,11 +17,11 @@
 
 /* An expert that some tokens of the call use. */
 typedef struct {
-    int64_t expert, first, pairs; /* its pairs are rows from `first` on */
-    char *slot;                   /* where it is; null: it is not there yet */
-    int64_t number;               /* of the slot */
-    int kept;                     /* whether it stays */
-    int ahead;                    /* whether it is being read already, into a slot of the layer */
+    int64_t expert, first, pairs; /* its `pairs` pairs are the rows from `first` on */
+    char *slot;                   /* the slot that it is in, or is read into; null: none yet */
+    int64_t number;               /* the number of the slot */
+    int kept;                     /* whether it stays after the call */
+    int ahead;                    /* whether it is being read on a guess, into a slot of the layer */
     int64_t tickets[MOST_ORDERS], count;
 } Used;
 
@@ -43,7 +43,7 @@ typedef struct {
 
 /* --- who uses what */
 
-/* Pairs of a token and an expert, expert by expert. Returns how many experts are used. */
+/* Order the pairs of a token and an expert by expert. Returns how many experts are used. */
 static int64_t find_used(Call *call) {
     ExpertStep *s = call->s;
     const int64_t pairs = s->tokens * s->k;
@@ -68,7 +68,7 @@ static int64_t find_used(Call *call) {
 
 static void release(ExpertWindow *w, int64_t slot) { w->free_slots[w->free++] = slot; }
 
-/* Which of the reads on a guess brings an expert; -1: none. */
+/* The index of the read on a guess that brings an expert; -1 if none does. */
 static int64_t ahead_of(const ExpertWindow *w, int64_t expert) {
     for (int64_t i = 0; i < w->ahead; i++)
         if (w->ahead_reads[i].expert == expert)
@@ -76,7 +76,7 @@ static int64_t ahead_of(const ExpertWindow *w, int64_t expert) {
     return -1;
 }
 
-/* Whether a scale of an expert in a slot is no number. */
+/* Whether an expert in a slot has a scale that is not a finite number. */
 static int is_damaged(const ExpertStep *s, int64_t expert, const char *slot) {
     for (int64_t p = 0; p < s->pieces; p++) {
         const ExpertPiece *piece = s->piece + p;
@@ -90,7 +90,7 @@ static int is_damaged(const ExpertStep *s, int64_t expert, const char *slot) {
     return 0;
 }
 
-/* Wait for a read on a guess. If it fails, the expert is not there: whoever needs it reads it again, and says what is wrong. */
+/* Wait for a read on a guess. If it fails, the expert stays missing; a call that needs it reads it again and reports the error. */
 static void wait_for_ahead(ExpertStep *s, int64_t i) {
     ExpertWindow *w = s->window;
     AheadRead read = w->ahead_reads[i];
@@ -105,7 +105,7 @@ static void wait_for_ahead(ExpertStep *s, int64_t i) {
     }
 }
 
-/* Note what is used, and let go what has to go. Hits that are not kept go when they were computed. */
+/* Note the uses, and evict experts. Hits that are not kept are released once they are computed. */
 static void make_room(Call *call, int64_t n, char *stays) {
     ExpertStep *s = call->s;
     ExpertWindow *w = s->window;
@@ -117,13 +117,13 @@ static void make_room(Call *call, int64_t n, char *stays) {
     w->clock += s->tokens;
     memset(stays, 0, (size_t)w->experts);
     for (int64_t i = 0; i < n; i++)
-        stays[call->used[i].expert] = 2; /* needed */
+        stays[call->used[i].expert] = 2; /* used by this call */
     for (int64_t e = 0; e < w->experts; e++) {
         if (!stays[e] && w->slot_of[e] >= 0)
-            stays[e] = 1; /* there */
+            stays[e] = 1; /* in a slot, not used */
         count += stays[e] != 0;
     }
-    for (; count > w->capacity; count--) { /* the least recently used, of several the last; what is being read if nothing else */
+    for (; count > w->capacity; count--) { /* least recently used first, then highest number; reads on a guess if no other unused */
         int64_t worst = -1, worst_ahead = -1;
         for (int64_t e = 0; e < w->experts; e++)
             if (stays[e] == 1 && ahead_of(w, e) >= 0)
@@ -139,7 +139,7 @@ static void make_room(Call *call, int64_t n, char *stays) {
             w->slot_of[worst] = -1;
             stays[worst] = 0;
         } else {
-            stays[worst] = -1; /* needed, and not kept */
+            stays[worst] = -1; /* used, but not kept */
         }
     }
     for (int64_t i = 0; i < n; i++) {
@@ -150,19 +150,19 @@ static void make_room(Call *call, int64_t n, char *stays) {
         const int64_t ahead = ahead_of(w, used->expert);
         if (ahead < 0)
             continue;
-        const AheadRead *read = w->ahead_reads + ahead; /* its reads are this call's from here on */
+        const AheadRead *read = w->ahead_reads + ahead; /* this call takes its reads over */
         used->ahead = 1;
         used->count = read->count;
         memcpy(used->tickets, read->tickets, sizeof used->tickets);
         w->ahead_reads[ahead] = w->ahead_reads[--w->ahead];
-        w->slot_of[used->expert] = -1; /* until it is there */
+        w->slot_of[used->expert] = -1; /* until the read is done */
         s->ahead_used++;
     }
 }
 
 /* --- reading */
 
-/* Begin to read an expert into a slot. Returns how many tickets there are; one that is 0 is a read that could not begin. */
+/* Begin to read an expert into a slot. Returns the number of tickets; a ticket of 0 is a read that could not begin. */
 static int64_t start_reads(ExpertStep *s, OrderRoom room, int64_t expert, char *slot, int64_t *tickets) {
     int64_t count = 0;
     for (int64_t o = s->first_order[expert]; o < s->first_order[expert + 1]; o++) {
@@ -181,7 +181,14 @@ static int64_t start_reads(ExpertStep *s, OrderRoom room, int64_t expert, char *
     return count;
 }
 
-/* Begin to read an expert, if there is a free slot or it has one already. Returns whether there is. */
+static void note_error(ExpertStep *s, const Used *used, int32_t error) {
+    if (error && !s->error) {
+        s->error = error;
+        s->failed = 1 + used->expert;
+    }
+}
+
+/* Begin to read an expert, unless it is being read already. Returns 0 if it needs a slot and none is free. */
 static int start_reading(Call *call, Used *used) {
     ExpertWindow *w = used->kept ? call->s->window : call->s->passing;
     if (used->ahead)
@@ -191,17 +198,13 @@ static int start_reading(Call *call, Used *used) {
     used->number = w->free_slots[--w->free];
     used->slot = w->slots + used->number * w->slot_bytes;
     used->count = start_reads(call->s, call->room, used->expert, used->slot, used->tickets);
+    for (int64_t i = 0; i < used->count; i++)
+        if (!used->tickets[i])
+            note_error(call->s, used, 12); /* ENOMEM: nothing will arrive */
     return 1;
 }
 
-static void note_error(ExpertStep *s, const Used *used, int32_t error) {
-    if (error && !s->error) {
-        s->error = error;
-        s->failed = 1 + used->expert;
-    }
-}
-
-/* The one ticket of an expert that is still to be waited for; 0: none. */
+/* Wait for all tickets of an expert but one, and return that one; 0 if there is none. */
 static int64_t last_ticket(Call *call, Used *used) {
     while (used->count > 1) {
         const double start = now_s();
@@ -215,7 +218,7 @@ static int64_t last_ticket(Call *call, Used *used) {
 
 INLINE float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
-/* One hidden value. Each step is rounded, as torch does it. */
+/* One hidden value. Each step is rounded, as by torch. */
 INLINE float gated(const ExpertGate *g, float gate, float up, int dtype) {
     const float limit = g->limit;
     gate = gate > limit ? limit : gate;
@@ -233,7 +236,7 @@ INLINE void gate_row(const ExpertGate *g, const void *products, void *hidden, in
         const float first = one(products, in + (turns ? 2 * i : i), dtype);
         float value;
         if (g->code == EXPERT_RELU2) {
-            value = first <= 0.0f ? 0.0f : first; /* what is no number stays so */
+            value = first <= 0.0f ? 0.0f : first; /* NaN stays NaN */
             value = rounded(value * value, dtype);
         } else {
             value = gated(g, first, one(products, in + (turns ? 2 * i + 1 : neurons + i), dtype), dtype);
@@ -247,7 +250,7 @@ void FAST hf_expert_gate(const ExpertGate *gate, const void *products, void *hid
         BY_DTYPE(dtype, gate_row, gate, products, hidden, row, neurons);
 }
 
-/* Products of some experts with their tokens; meanwhile the calling thread waits for the reads of `next`, or null. */
+/* Products of some experts with their tokens. Meanwhile the calling thread waits for the reads of `next`, which may be null. */
 static FAST void multiply(Call *call, Used *const *some, int64_t n, int is_down, Used *next) {
     ExpertStep *s = call->s;
     const int64_t size = size_of(s->dtype), begin = is_down ? s->up_pieces : 0, end = is_down ? s->pieces : s->up_pieces;
@@ -280,7 +283,7 @@ static FAST void multiply(Call *call, Used *const *some, int64_t n, int is_down,
         note_error(s, next, all.error);
 }
 
-/* Some experts that are there. */
+/* Compute some experts that are in memory. */
 static FAST void compute(Call *call, Used *const *some, int64_t n, Used *next) {
     ExpertStep *s = call->s;
     const int64_t size = size_of(s->dtype), up_bytes = s->up_outputs * size, hidden_bytes = s->neurons * size;
@@ -293,7 +296,7 @@ static FAST void compute(Call *call, Used *const *some, int64_t n, Used *next) {
         multiply(call, some, n, 1, next);
 }
 
-/* Tokens' experts with the router's weights, in the router's order. A product is rounded if both are of the dtype. */
+/* Sum a token's experts with the router's weights, in the router's order. A product is rounded if both factors have the dtype. */
 INLINE void sum_token(const Call *call, int64_t token, int dtype) {
     const ExpertStep *s = call->s;
     for (int64_t i = 0; i < s->width; i++) {
@@ -316,7 +319,7 @@ static FAST void sum_tokens(const Call *call) {
 
 /* --- the whole */
 
-/* What is there is computed first, then each expert as it arrives. */
+/* Compute the experts that are in slots first, then each of the others as it arrives. */
 static FAST void compute_all(Call *call, int64_t n, Used **hits, Used **missing) {
     ExpertStep *s = call->s;
     int64_t there = 0, lacking = 0, started = 0;
@@ -324,7 +327,7 @@ static FAST void compute_all(Call *call, int64_t n, Used **hits, Used **missing)
         if (call->used[i].slot && !call->used[i].ahead)
             hits[there++] = call->used + i;
         else if (call->used[i].ahead)
-            missing[lacking++] = call->used + i; /* it comes first */
+            missing[lacking++] = call->used + i; /* its read began first */
     for (int kept = 1; kept >= 0; kept--)
         for (int64_t i = 0; i < n; i++)
             if (!call->used[i].slot && call->used[i].kept == kept)
@@ -428,7 +431,7 @@ void hf_expert_settle(ExpertStep *s) {
         wait_for_ahead(s, s->window->ahead - 1);
 }
 
-/* The expert that was used least recently of those that nobody guesses; -1: there is none. */
+/* The least recently used expert in a slot that is not among the guessed ones; -1 if there is none. */
 static int64_t least_used(const ExpertStep *s) {
     const ExpertWindow *w = s->window;
     int64_t worst = -1;
@@ -446,7 +449,7 @@ int64_t hf_expert_ahead(ExpertStep *s) {
     ExpertWindow *w = s->window;
     char *const memory = malloc((size_t)(s->most_reads * (16 + (int64_t)sizeof(struct iovec)) + 192)), *at = memory;
     s->read_bytes = s->chunks = 0;
-    hf_expert_settle(s); /* those of the token before, which are there by now */
+    hf_expert_settle(s); /* the guesses of the previous token, which have arrived by now */
     if (!memory)
         return 0;
     OrderRoom room = {.offsets = cut(&at, 8 * s->most_reads), .first = cut(&at, 8 * (s->most_reads + 1))};

@@ -1,15 +1,16 @@
-"""Calls of the compiled part that compute, to be made only where there is a `library()`.
+"""Calls into the compiled part that compute. Make them only if `library()` is not `None`.
 
     TokenKernel      one token and the rows of some neurons, multiplied where they lie; runtime/token_step.py does the same with
                      window and reads in one call
     TokensKernel     the same for several tokens, each with neurons of its own
-    Product          a quantized matrix, to be multiplied with tokens
-    linear           a matrix that stays in memory times a few tokens
-    quantize         a matrix becomes a quantized one
-    copy_rows        scattered rows, or a part of them, to scattered places; gather: a part of scattered units to one place
-    count_uses       which neurons some tokens use
+    Product          multiplies a quantized matrix with tokens
+    linear           multiplies a matrix that stays in memory with a few tokens
+    quantize         quantizes a matrix
+    copy_rows        copies scattered rows, or some of their columns, to scattered rows
+    gather           copies one part of scattered units to one place
+    count_uses       counts the tokens that use each neuron
 
-[`supports`] says whether it knows a layout of units.
+[`supports`] tells whether the compiled part knows a layout of units.
 """
 
 from __future__ import annotations
@@ -38,53 +39,53 @@ from hf_flash.compute.library import (
 from hf_flash.store.unit import Role, UnitLayout
 
 Biases = Mapping[Role, torch.Tensor | None]
-"""Of a layer's projections, by part: [d_ff] in the dtype of compute, `down` [d_model]."""
+"""The biases of a layer's projections, by part: [d_ff] in the compute dtype; `down`: [d_model]."""
 
-_ROLES: Final = (("up", "down"), ("gate", "up", "down"))  # of the parts of a unit, in their order
-_SHARED: Final = 1 << 18  # products that waking another thread is worth
-_WORTH_QUANTIZING: Final = 1 << 14  # weights that waking another thread is worth
-_WORTH_COPYING: Final = 1 << 18  # bytes that waking another thread is worth
-_TOKENS: Final = 1024  # that `TokensKernel` takes at a time: for more, its room would grow
+_ROLES: Final = (("up", "down"), ("gate", "up", "down"))  # the parts of a unit that are supported, in their order
+_SHARED: Final = 1 << 18  # from so many products on, waking other threads pays
+_WORTH_QUANTIZING: Final = 1 << 14  # from so many weights on, waking other threads pays
+_WORTH_COPYING: Final = 1 << 18  # from so many bytes on, waking other threads pays
+_TOKENS: Final = 1024  # tokens that `TokensKernel` takes at a time; more would need more room
 EVERY_COLUMN: Final = slice(None)
-_TILE_BYTES: Final = 512  # of a row that are copied together (TILE_BYTES of native.h)
+_TILE_BYTES: Final = 512  # bytes of a row that are packed at a time (TILE_BYTES of native.h)
 
 
 def supports(layout: UnitLayout) -> bool:
-    """Whether the compiled part can compute with units of this layout, as they lie in memory.
+    """Whether the compiled part can compute with units of this layout where they lie in memory.
 
-    With an activation that it knows (`Activation.code`) it computes layers whole; with others it does the products.
+    If it knows the activation (`Activation.code`), it computes whole layers; otherwise only the products.
     """
     return layout.roles in _ROLES and layout.dtype in DTYPES
 
 
 def row_layout(layout: UnitLayout, alone: Role | None = None) -> RowLayout:
-    """A layout as the compiled part wants it. `alone`: the one part that is multiplied with x."""
+    """A layout as a structure for the compiled part. `alone`: multiply x with this one part only."""
     gate = layout.offset("gate") if alone is None and "gate" in layout.roles else -1
     return RowLayout(layout.row_bytes, gate, layout.offset(alone or "up"), layout.offset("down"), layout.width)
 
 
 def activation_function(activation: Activation | None) -> ActivationFunction:
-    """An activation as the compiled part wants it. `None`: products stay as they are."""
+    """An activation as a structure for the compiled part. `None`: products stay as they are."""
     if activation is None:
         return ActivationFunction()
     return ActivationFunction(activation.level, activation.code, activation.of_both)
 
 
 def address_of(tensor: torch.Tensor | None) -> int | None:
-    """Where a tensor's numbers are in memory; `None` without one."""
+    """The address of a tensor's first number; `None` if there is no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
 class TokenRoom:
-    """What a few tokens need beside their neurons; all layers of a model share it.
+    """Working memory for a call of a few tokens, shared by all layers of a model.
 
     Args:
-        neurons: the most that they use: those of the widest layer.
-        d_model: width.
+        neurons: the most neurons that a call uses: those of the widest layer.
+        d_model: the width of a layer.
     """
 
-    tokens: Final = 16  # at most, in one call (MOST_TOKENS of step.c)
-    reads: Final = 1024  # missing neurons, at most, that the compiled part reads by itself
+    tokens: Final = 16  # the most in one call (MOST_TOKENS of step.c)
+    reads: Final = 1024  # the most missing neurons that the compiled part reads in one call
 
     def __init__(self, neurons: int, d_model: int) -> None:
         self.neurons = neurons
@@ -104,11 +105,11 @@ class TokenRoom:
 
 
 class TokensRoom:
-    """Room for those hidden values of several tokens that are not zero.
+    """Working memory for the non-zero hidden values of several tokens.
 
     Args:
-        tokens: the most in a call.
-        neurons: the most that they use.
+        tokens: the most tokens in a call.
+        neurons: the most neurons in a call.
     """
 
     def __init__(self, tokens: int, neurons: int) -> None:
@@ -124,13 +125,14 @@ class TokensRoom:
 class TokenKernel:
     """The arithmetic of one token over rows of a matrix, wherever they lie.
 
-    `up`, as often as it takes, makes hidden values. Where the compiled part does not know the activation, it makes products
-    with the part that decides (`UnitLayout.deciding`), and with a gate `gated_up` follows. At the end `down`.
+    First `up`, called once or for one subset of neurons after another, makes the hidden values. If the compiled part does not
+    know the activation, `up` makes the products with the deciding part (`UnitLayout.deciding`) instead, and in a layer with a
+    gate `gated_up` follows. Finally `down`.
 
     Args:
-        neurons: the most in one call.
-        layout: of the rows, one that is supported.
-        activation: one that the compiled part knows, or `None`.
+        neurons: the most neurons in one call.
+        layout: the layout of the rows, a supported one.
+        activation: the activation if the compiled part knows it, else `None`.
     """
 
     def __init__(self, neurons: int, layout: UnitLayout, activation: Activation | None) -> None:
@@ -151,10 +153,10 @@ class TokenKernel:
         """Set the token and the neurons that the next calls work on.
 
         Args:
-            x: [1, width] in the dtype of compute, contiguous.
-            biases: of the layer.
+            x: [1, width] in the compute dtype, contiguous.
+            biases: those of the layer.
             matrix: [any, numbers of a row], contiguous.
-            rows, ids: [n] rows of `matrix`, and the neurons in them.
+            rows, ids: [n] rows of `matrix`, and the ids of the neurons in them.
         """
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
         self._keep = x, biases, matrix, rows, ids
@@ -167,17 +169,17 @@ class TokenKernel:
         )  # fmt: skip
 
     def up(self, positions: Ids | None = None) -> None:
-        """Hidden values of some neurons.
+        """Compute the hidden values of some neurons.
 
         Args:
-            positions: in `rows`; `None`: all.
+            positions: their positions in `rows`; `None`: all.
         """
         positions = self._all_positions[: self._job.n] if positions is None else positions
         self._job.positions, self._job.todo = positions.ctypes.data, len(positions)
         self._call(self._library.hf_up)  # type: ignore[union-attr]
 
     def gated_up(self, bias: torch.Tensor | None) -> torch.Tensor:
-        """Products with the up part, float32 [n], beside those of `up` with the gate. `bias` [d_ff] is of the up part."""
+        """Products with the up part, float32 [n]; `hidden` keeps those with the gate. `bias` [d_ff] is of the up part."""
         assert self._gated is not None
         job, found = self._job, self._products[: self._job.n]
         kept = job.layout, job.bias, job.hidden
@@ -188,11 +190,11 @@ class TokenKernel:
 
     @property
     def hidden(self) -> torch.Tensor:
-        """float32 [n], to be read and changed between `up` and `down`."""
+        """The hidden values, float32 [n], which callers may read and change between `up` and `down`."""
         return self.room.hidden[: self._job.n]
 
     def down(self, out: torch.Tensor) -> None:
-        """Add hidden values times down projections to `out`, float32 [1, width], in the order of `rows`."""
+        """Add the down rows times their hidden values to `out`, float32 [1, width], in the order of `rows`."""
         self._job.out = out.data_ptr()
         self._call(self._library.hf_down)  # type: ignore[union-attr]
 
@@ -201,15 +203,15 @@ class TokenKernel:
 
 
 class TokensKernel:
-    """The arithmetic of several tokens, each of which has hidden values of its own that are not zero.
+    """The arithmetic of several tokens, each of which has its own non-zero hidden values.
 
     The sums are those of [`TokenKernel`], in the same order: beside others or alone, on any number of threads, with AVX-512 and
     without, a token gets the same bits.
 
     Args:
-        layout: of the rows, one that is supported.
-        tokens: how many.
-        neurons: the most in one call.
+        layout: the layout of the rows, a supported one.
+        tokens: how many tokens.
+        neurons: the most neurons in one call.
         avx512: whether AVX-512 may be used.
     """
 
@@ -222,13 +224,13 @@ class TokensKernel:
     def hidden(
         self, x: torch.Tensor, used: torch.Tensor | None, biases: Biases, rows: Ids, ids: Ids, activation: Activation
     ) -> torch.Tensor:
-        """Hidden values, [tokens, n] in the dtype of compute; zero for neurons that a token does not use.
+        """Hidden values, [tokens, n] in the compute dtype; zero for neurons that a token does not use.
 
         Args:
-            x: [tokens, width] in the dtype of compute, contiguous.
+            x: [tokens, width] in the compute dtype, contiguous.
             used: bool [tokens, d_ff], contiguous: which neurons each token uses; `None`: all.
-            biases: of the layer.
-            rows, ids: [n] addresses of units, in the dtype of compute, and the neurons that they are of.
+            biases: those of the layer.
+            rows, ids: [n] addresses of units in the compute dtype, and the ids of their neurons.
             activation: one that the compiled part knows.
         """
         return self._up(
@@ -237,11 +239,11 @@ class TokensKernel:
         )  # fmt: skip
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None, rows: Ids, ids: Ids, role: Role) -> torch.Tensor:
-        """x times a part of every neuron, and the bias of that part [d_ff]: [tokens, n] in the dtype of compute."""
+        """The product of x with one part of every neuron, plus the part's bias [d_ff]: [tokens, n] in the compute dtype."""
         return self._up(x, None, rows, ids, layout=row_layout(self._layout, role), bias=address_of(bias))
 
     def _up(self, x: torch.Tensor, used: torch.Tensor | None, rows: Ids, ids: Ids, **fields: Any) -> torch.Tensor:
-        """`fields` of the job: what is multiplied, and what is done with the products."""
+        """`fields` of the job: the part that is multiplied, its biases, and the activation."""
         rows, ids = np.ascontiguousarray(rows), np.ascontiguousarray(ids)
         hidden = torch.empty(len(x), len(rows), dtype=x.dtype, device="cpu")
         for at in range(0, len(x), self._most):
@@ -255,16 +257,17 @@ class TokensKernel:
         return hidden
 
     def down(self, hidden: torch.Tensor, rows: Ids, out: torch.Tensor, *, at_most: float = 1.0) -> torch.Tensor | None:
-        """Add hidden times the down projections to each token's `out`, neuron by neuron, over the values that are not zero.
+        """Add the down rows times their non-zero hidden values to each token's `out`, neuron by neuron.
 
         Args:
-            hidden: [tokens, n] in the dtype of compute, contiguous.
+            hidden: [tokens, n] in the compute dtype, contiguous.
             rows: [n] addresses of units.
             out: float32 [tokens, width], contiguous.
-            at_most: share of the hidden values that may count.
+            at_most: the share of the hidden values that may be non-zero.
 
         Returns:
-            The tokens that are left to be done, since more of their values count: a slice of `hidden`. `None`: none are.
+            `None` if all tokens are done; else the tokens that are left, from the first `_TOKENS` of which more values are
+            non-zero: the end of `hidden`.
         """
         rows = np.ascontiguousarray(rows)
         for at in range(0, len(hidden), self._most):
@@ -290,7 +293,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
     A token gets the same bits beside others and alone, on any number of threads, with AVX-512 and without.
 
     Args:
-        x: [..., columns], contiguous. All in one dtype of `DTYPES`.
+        x: [..., columns], contiguous. All tensors are in one dtype of `DTYPES`.
         weight: [rows, columns], contiguous. bias: [rows].
         avx512: whether AVX-512 may be used.
 
@@ -298,7 +301,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
         [..., rows].
 
     Raises:
-        MemoryError: there is none for `x` in fp32.
+        MemoryError: there is not enough memory for `x` in fp32.
     """
     rows, columns = weight.shape
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
@@ -313,13 +316,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
 
 
 def quantize(w: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
-    """Quantize the rows of a matrix; predictors/low_bit.py: `quantize_rows` says how, and has torch's way to the same bits.
+    """Quantize the rows of a matrix, to the same bits as `quantize_rows` in predictors/low_bit.py, which defines the result.
 
     Args:
-        w: [rows, columns] in a dtype of `DTYPES`, the numbers of a row side by side, and rows as far apart as they are.
+        w: [rows, columns] in a dtype of `DTYPES`, each row contiguous, rows at any stride.
+        bits: 8 or 4.
+        group: columns that share a scale.
 
     Returns:
-        As `quantize_rows` does.
+        The tensors of `quantize_rows`.
     """
     (rows, columns), groups = w.shape, w.shape[1] // group
     codes: Any = ((rows, columns // 2), torch.uint8) if bits == 4 else ((rows, columns), torch.int8)
@@ -337,20 +342,20 @@ def quantize(w: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
 
 
 def copy_rows(source: torch.Tensor, rows: Ids, target: torch.Tensor, places: Ids, columns: slice = EVERY_COLUMN) -> None:
-    """`target[places, columns] = source[rows, columns]`, of contiguous matrices as wide."""
+    """`target[places, columns] = source[rows, columns]`, for contiguous matrices of equal width and dtype."""
     first, last, _ = columns.indices(source.shape[1])
     size = source.element_size()
     _copy(addresses(source, rows) + first * size, addresses(target, places) + first * size, (last - first) * size)
 
 
 def count_uses(before: torch.Tensor) -> tuple[Ids, Ids]:
-    """Count, for each neuron, the tokens whose pre-activation is above zero.
+    """Count, for each neuron, the tokens whose pre-activation is above zero, or NaN.
 
     Args:
         before: [tokens, n] in a dtype of `DTYPES`, contiguous.
 
     Returns:
-        int64 [n] how many, and int64 [n] the number of the last of them, from 1 on; 0: none.
+        How many such tokens, int64 [n]; and the last of them, counted from 1, or 0 for none, int64 [n].
     """
     tokens, neurons = before.shape
     uses, last = np.zeros(neurons, dtype=np.int64), np.zeros(neurons, dtype=np.int64)
@@ -361,30 +366,30 @@ def count_uses(before: torch.Tensor) -> tuple[Ids, Ids]:
 
 
 def gather(rows: Ids, layout: UnitLayout, role: Role, target: torch.Tensor) -> torch.Tensor:
-    """A part of units at addresses `rows` [n], one after the other: [n, width] at the beginning of `target`, contiguous."""
+    """Copy one part of the units at addresses `rows` [n] to the beginning of `target`, contiguous; returns it as [n, width]."""
     gathered = target.view(-1)[: len(rows) * layout.width].view(len(rows), layout.width)
     _copy(rows + layout.offset(role), addresses(gathered, np.arange(len(rows))), layout.width * target.element_size())
     return gathered
 
 
 def _copy(source: Ids, target: Ids, size: int) -> None:
-    """Copy `size` bytes from each address to another."""
+    """Copy `size` bytes from each address in `source` to its address in `target`."""
     count = native.threads() if len(source) * size >= _WORTH_COPYING else 1
     job = CopyJob(source.ctypes.data, target.ctypes.data, len(source), size, count)
     native.loaded().hf_copy(ctypes.byref(job))  # type: ignore[union-attr]
 
 
 def addresses(matrix: torch.Tensor, rows: Ids) -> Ids:
-    """Where rows of a contiguous matrix are in memory, as [`TokensKernel`] wants them."""
+    """The addresses of rows of a contiguous matrix, as [`TokensKernel`] takes them."""
     return np.asarray(matrix.data_ptr() + rows * (matrix.shape[1] * matrix.element_size()))
 
 
 class Product:
-    """A quantized matrix times tokens, each of them on its own.
+    """The product of a quantized matrix with tokens. A token's result does not depend on the tokens beside it.
 
     Args:
-        codes: int8 [rows, columns], or uint8 [rows, columns / 2] with `zeros`.
-        scales, zeros: bfloat16 [rows, groups], in 8 bits one group; 32 columns or a multiple in a group of 4 bits.
+        codes: int8 [rows, columns] in 8 bits, or uint8 [rows, columns / 2] in 4 bits, which have `zeros`.
+        scales, zeros: bfloat16 [rows, groups]; one group in 8 bits, groups of a multiple of 32 columns in 4 bits.
         vnni: whether AVX-512 VNNI may be used.
     """
 
@@ -401,7 +406,7 @@ class Product:
         )  # fmt: skip
 
     def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 [tokens, rows], from `x` float32 or bfloat16 [tokens, columns]; `shift` float32 [rows] is added."""
+        """The product, float32 [tokens, rows], of `x` float32 or bfloat16 [tokens, columns], plus `shift` float32 [rows]."""
         out = torch.empty(x.shape[0], self._rows, dtype=torch.float32, device="cpu")
         self._job.active = None
         self._run(x, out, shift)
@@ -416,13 +421,13 @@ class Product:
         bias: torch.Tensor | None = None,
         first: Product | None = None,
     ) -> torch.Tensor:
-        """Where the sums are not at or below zero, bool [tokens, rows].
+        """Where the sums are above zero, or NaN: bool [tokens, rows].
 
         Args:
-            x: float32 or bfloat16 [tokens, columns], or what `first` takes.
-            shift: float32 [rows], added to the sums; `shift_scale` float32 [tokens] is multiplied with it before.
+            x: float32 or bfloat16 [tokens, columns], or the input of `first`.
+            shift: float32 [rows], added to the sums, after multiplication with `shift_scale`, float32 [tokens], if given.
             bias: [rows], added after that.
-            first: another matrix, which `x` goes through before.
+            first: another matrix, with which `x` is multiplied before.
         """
         active = torch.empty(x.shape[0], self._rows, dtype=torch.bool, device="cpu")
         self._job.active = active.data_ptr()
@@ -454,10 +459,10 @@ class Product:
         self._library.hf_multiply(ctypes.byref(job))
 
     def _set(self, x: torch.Tensor, out: torch.Tensor | None, room: int) -> None:
-        """Input, output, and the address of room for x as multiples of a step."""
+        """Set the input, the output, and the address of the room for x as multiples of a step."""
         job, tokens = self._job, len(x)
         job.x, job.dtype, job.tokens = x.data_ptr(), DTYPES[x.dtype], tokens
         job.out = address_of(out)
-        job.x_codes = room  # first: vectors of it lie within cache lines
+        job.x_codes = room  # at the beginning, so that its vectors lie within cache lines
         job.x_step = room + 2 * tokens * (64 + (self._columns + 63 & ~63))
         job.x_sum = job.x_step + 4 * tokens * self._groups

@@ -1,14 +1,14 @@
-"""The compiled part: the library that is loaded through ctypes, and the structures that it takes (native.h).
+"""The compiled part: a library loaded through ctypes, and the structures that it takes (native.h).
 
-It is a plain shared library beside this file, made at installation where there is a C compiler. Calls give up the interpreter's
-lock, and compute on torch's own threads. kernels.py has the calls that compute, runtime/token_step.py the one that decodes a
-token, and reading/compiled_queue.py those that read.
+It is a plain shared library beside this file, built at installation if there is a C compiler. Calls release the interpreter's
+lock, and compute on torch's own threads. kernels.py has the calls that compute, runtime/token_step.py the one that takes a few
+tokens through a layer, and reading/compiled_queue.py those that read.
 
-[`library`] is `None` where there is no compiled part, and then torch and Python do its work. Three things switch it off:
+[`library`] is `None` without the compiled part; then torch and Python do its work. This is the case:
 
     HF_FLASH_NATIVE=0     for a process and its children. Any other value is the path of another build of the library.
-    switched_off()        for what a process makes inside a `with` block
-    no compiler, another processor, an installation that does not fit: it is said once, with the reason
+    switched_off()        for everything that a process makes inside a `with` block
+    no compiler, another processor, an installation that does not fit: this is logged once, with the reason
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from hf_flash.base import dtypes
 
 logger = logging.getLogger("hf_flash")
 
-ABI: Final = 20  # HF_ABI of native.h: to be raised with every change of what a function or a structure means
-MOST_PIECES: Final = 8  # of an expert (MOST_PIECES of native.h)
-MOST_AHEAD: Final = 16  # experts that are read on a guess (MOST_AHEAD of native.h)
-GROUP_STEP: Final = 32  # columns that 4 bits are worked on at a time
+ABI: Final = 20  # HF_ABI of native.h; raise both when the meaning of a function or a structure changes
+MOST_PIECES: Final = 8  # pieces of an expert (MOST_PIECES of native.h)
+MOST_AHEAD: Final = 16  # experts that are read ahead, on a guess (MOST_AHEAD of native.h)
+GROUP_STEP: Final = 32  # columns of a 4-bit matrix that are computed at a time
 DTYPES: Final[Mapping[torch.dtype, int]] = {getattr(torch, name): number for number, name in enumerate(dtypes.DTYPES)}
-"""Those of compute, as numbered in native.h."""
-_SOFTLY: Final = 1  # omp_pause_soft: settings stay
+"""The compute dtypes, as numbered in native.h."""
+_SOFTLY: Final = 1  # omp_pause_soft: keeps the settings
 
 _pointer, _long, _int, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 
@@ -58,7 +58,7 @@ class ActivationFunction(ctypes.Structure):
 
 
 class Meanwhile(ctypes.Structure):
-    """Something that the calling thread does while others compute: the compiled part alone sets it."""
+    """Work of the calling thread while other threads compute; only the compiled part sets it."""
 
     _fields_ = (*((name, _pointer) for name in ("begin", "end", "data")), ("waited_s", _double), ("ended", _int))
 
@@ -100,7 +100,7 @@ class ProductJob(ctypes.Structure):
 
 
 class Scales(ctypes.Structure):
-    """What numbers in few bits are multiplied with."""
+    """The scales that numbers in 4 or 8 bits are multiplied with."""
 
     _fields_ = (
         ("at", _pointer), *((name, _long) for name in ("block_rows", "block_columns", "columns")), ("dtype", _int),
@@ -161,7 +161,7 @@ class CopyJob(ctypes.Structure):
 
 
 class File(ctypes.Structure):
-    """An open file as it was when it was opened."""
+    """An open file, and its state when it was opened."""
 
     _fields_ = (
         *((name, _long) for name in ("size", "modified_s", "modified_ns", "changed_s", "changed_ns")),
@@ -218,7 +218,7 @@ class ExpertWindow(ctypes.Structure):
 
 
 class ExpertGate(ctypes.Structure):
-    """What is done between the products of an expert."""
+    """The function between the products of an expert."""
 
     _fields_ = (("limit", ctypes.c_float), ("alpha", ctypes.c_float), ("code", _int))
 
@@ -258,10 +258,10 @@ STRUCTURES: Final = (  # in the order of `hf_sizes`
 
 
 def load() -> ctypes.CDLL:
-    """Find and check the compiled part.
+    """Find the compiled part, and check that it fits.
 
     Raises:
-        OSError, AttributeError: it is not there, does not fit this processor, or is not what this file was written for.
+        OSError, AttributeError: it is missing, does not fit this processor, or does not match this file.
     """
     usual = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
     if (chosen := os.environ.get("HF_FLASH_NATIVE")) == "0":
@@ -278,7 +278,7 @@ def load() -> ctypes.CDLL:
 
 
 def _declare(found: ctypes.CDLL) -> None:
-    """Say what its functions take and return."""
+    """Declare the argument and return types of its functions."""
     found.hf_up.argtypes = found.hf_down.argtypes = [ctypes.POINTER(TokenJob)]
     found.hf_several_up.argtypes = found.hf_several_down.argtypes = [ctypes.POINTER(TokensJob)]
     found.hf_several_nonzero.argtypes, found.hf_several_nonzero.restype = [ctypes.POINTER(TokensJob)], _long
@@ -302,9 +302,9 @@ def _declare(found: ctypes.CDLL) -> None:
 
 @lru_cache
 def loaded() -> ctypes.CDLL | None:
-    """[`load`], made ready; `None` without it. It does not ask whether the compiled part is switched off.
+    """The compiled part, ready for calls; `None` if it cannot be loaded. It ignores [`switched_off`].
 
-    Ask [`library`] where it is decided who computes, and this for the calls that follow from the decision.
+    Use [`library`] to decide who computes, and this function for the calls that follow from the decision.
     """
     try:
         found = load()
@@ -317,18 +317,18 @@ def loaded() -> ctypes.CDLL | None:
         return None
     everything = ctypes.CDLL(None)
     start, number = (getattr(everything, name, None) for name in ("GOMP_parallel", "omp_get_thread_num"))
-    if start is not None and number is not None:  # torch's own OpenMP, which it loads for all to see
+    if start is not None and number is not None:  # torch's own OpenMP, whose symbols are global
         found.hf_use_threads_of(start, number)
     _declare(found)
     return found
 
 
 _off_lock = Lock()
-_times_off = 0  # how often `switched_off` was entered and not left
+_times_off = 0  # blocks of `switched_off` that are entered and not left
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled part; `None` where there is none, or it is switched off."""
+    """The compiled part; `None` if there is none, or if it is switched off."""
     return None if _times_off else loaded()
 
 
@@ -336,9 +336,9 @@ def library() -> ctypes.CDLL | None:
 def switched_off() -> Iterator[None]:
     """Do without the compiled part inside the block, in all threads of this process.
 
-    What is made inside the block keeps to torch and Python: models, readers, predictors. What was made before goes on as it
-    was made; of its choices only those that are made anew for every call change. So load a model inside the block, and use it
-    there. Blocks may be nested, and entered by several threads: the compiled part is on again when all have left.
+    Models, readers and predictors made inside the block keep to torch and Python. Those made before go on as they were made,
+    except for choices that are made anew for every call. So load a model inside the block, and use it there. Blocks may be
+    nested, and entered by several threads: the compiled part is on again when all have left.
 
     ```python
     with switched_off():
@@ -357,7 +357,7 @@ def switched_off() -> Iterator[None]:
 
 
 def try_ring() -> int:
-    """Whether this process may use io_uring: 0, or the number of the error that says why not."""
+    """Whether this process may use io_uring: 0, or the errno that tells why not."""
     compiled = library()
     return errno.ENOSYS if compiled is None else int(compiled.hf_try_ring())
 
@@ -366,14 +366,14 @@ def try_ring() -> int:
 
 
 def threads() -> int:
-    """Threads to compute on."""
+    """How many threads the compiled part computes on: as many as torch."""
     return torch.get_num_threads()
 
 
 def release_threads() -> bool:
-    """End the OpenMP threads that this one computes with, before a fork; returns whether that is possible.
+    """End the OpenMP threads of the calling thread, before a fork; returns whether that is possible.
 
-    A forked process has none of them, but would wait for them. Whoever computes next starts new ones.
+    A forked process has none of them, but would wait for them. The next computation starts new ones.
     """
     pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
     return pause is not None and pause(_SOFTLY) == 0

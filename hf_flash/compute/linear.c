@@ -1,4 +1,4 @@
-/* Matrices times a few tokens. */
+/* Products of matrices with a few tokens. */
 
 #include "native.h"
 
@@ -10,13 +10,13 @@
 #include "numbers.h"
 #include "parallel.h"
 
-enum { TILE_ROWS = 4, TILE_TOKENS = 4 }; /* sums that registers have room for */
-enum { AHEAD_BYTES = 1 << 14 };          /* at least, from where rows are multiplied to where they are fetched */
-enum { LINEAR_ROWS = 32 };               /* that a thread takes at a time */
-enum { E4M3_AS = 16 };                   /* plus a dtype: numbers of E4M3 that are rounded to it */
+enum { TILE_ROWS = 4, TILE_TOKENS = 4 }; /* the sums of a tile fit into registers */
+enum { AHEAD_BYTES = 1 << 14 };          /* the least distance from the bytes multiplied to those prefetched */
+enum { LINEAR_ROWS = 32 };               /* rows that a thread takes at a time */
+enum { E4M3_AS = 16 };                   /* plus a dtype: the code for numbers of E4M3 that are rounded to that dtype */
 enum { STRIP = 512 };                    /* outputs of a turned matrix that a thread takes at a time */
 
-/* One output: bias added, rounded once. */
+/* Store one output: add the bias, round once. */
 INLINE void put_sum(const LinearJob *job, int64_t row, int64_t token, float sum) {
     const int dtype = job->dtype;
     put(job->out, token * job->out_stride + row, job->bias ? sum + one(job->bias, row, dtype) : sum, dtype);
@@ -30,7 +30,7 @@ INLINE void put_sum(const LinearJob *job, int64_t row, int64_t token, float sum)
 #include "linear_width.h"
 #undef LANES
 
-/* The tokens in fp32. Beside numbers in 4 bits, those of a block that go with low halves of bytes come first. */
+/* Widen the tokens to fp32. For weights in 4 bits, the even columns of a block come first: they go with the low halves of bytes. */
 static FAST void widen(LinearJob *job, float *room) {
     const int64_t n = job->tokens * job->columns, half = E2M1_BLOCK / 2;
     job->x_f32 = room;

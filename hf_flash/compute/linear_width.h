@@ -1,4 +1,4 @@
-/* A matrix times a few tokens, for one width of vectors. Included by linear.c, once for each.
+/* A matrix times a few tokens, for one width of vectors. Included by linear.c, once for each width.
  *
  * A tile of rows x tokens sums is kept in registers while the columns go by, so that a weight is fetched once and used for every
  * token. A sum is 16 partial sums, whatever the width and the tile: a token gets the same bits beside others and alone. */
@@ -7,8 +7,8 @@
 
 #include "coded_width.h"
 
-/* TILE_ROWS rows are as many streams, and the next tile is fetched ahead, in the order in which it lies in memory. Two, which one
- * token in fp32 takes, are fetched ahead best by processors themselves. */
+/* TILE_ROWS rows are as many streams: the next tile is prefetched, in the order in which it lies in memory. For two rows at a time,
+ * as one token in fp32 takes them, the processor's own prefetching is better. */
 OF_WIDTH(void) NAME(plain_tile)(const LinearJob *job, int64_t row, int64_t token, int rows, int tokens, int dtype) {
     const int64_t size = size_of(dtype), stride = job->columns * size;
     const int64_t ahead = TILE_ROWS * stride > AHEAD_BYTES ? TILE_ROWS * stride : AHEAD_BYTES;
@@ -79,7 +79,7 @@ OF_WIDTH(void) NAME(linear_share)(LinearJob *job, int code) {
         const int64_t end = row + LINEAR_ROWS < job->rows ? row + LINEAR_ROWS : job->rows;
         for (; (job->tokens > 1 || code != F32) && row + TILE_ROWS <= end; row += TILE_ROWS)
             NAME(tiles)(job, row, TILE_ROWS, code);
-        for (; row + 2 <= end; row += 2) /* one row alone would wait for its own sums */
+        for (; row + 2 <= end; row += 2) /* with one row at a time, each sum would wait for the one before */
             NAME(tiles)(job, row, 2, code);
         for (; row < end; row++)
             NAME(tiles)(job, row, 1, code);
@@ -88,8 +88,8 @@ OF_WIDTH(void) NAME(linear_share)(LinearJob *job, int code) {
 
 OF_WIDTH(void) NAME(e4m3_share)(LinearJob *job, int dtype) { NAME(linear_share)(job, E4M3_AS + dtype); }
 
-/* Some outputs of a turned matrix, for a few tokens: a row of it is multiplied with one input. An output is one sum in the order of
- * the inputs, whatever the width. */
+/* Some outputs of a turned matrix, for a few tokens. A row of such a matrix is multiplied by one input. An output is one sum in the
+ * order of the inputs, whatever the width. */
 OF_WIDTH(void) NAME(strip)(const LinearJob *job, int64_t begin, int64_t outputs, int64_t token, int tokens, int dtype) {
     float sums[TILE_TOKENS][STRIP] = {{0}};
     const int64_t stride = job->rows * size_of(dtype);

@@ -10,11 +10,11 @@
 #include "parallel.h"
 
 enum { UP_ROWS = 16 }; /* neurons that a thread takes at a time */
-enum { COLUMNS = 64 }; /* a thread's share of the output is a multiple of this */
+enum { COLUMNS = 64 }; /* a thread's share of the output columns is a multiple of this */
 
 /* --- up */
 
-/* The dot product of a row and x. The row that comes after is fetched ahead. */
+/* The dot product of a row and x. `ahead` is the next row, which is prefetched. */
 INLINE float dot(const void *row, const void *ahead, const float *x, int64_t width, int dtype) {
     const int64_t size = size_of(dtype);
     __m256 a = _mm256_setzero_ps(), b = a, c = a, e = a;
@@ -34,7 +34,7 @@ INLINE float dot(const void *row, const void *ahead, const float *x, int64_t wid
     return total(_mm256_add_ps(a, b), _mm256_add_ps(c, e)) + rest;
 }
 
-/* A part of the neuron at a position times x, and its bias. `following`: the position that comes after. */
+/* The product of x with one part of the neuron at `position`, plus its bias. `following`: the position computed next. */
 INLINE float product(const TokenJob *job, int64_t offset, const void *bias, int64_t position, int64_t following, int dtype) {
     const char *part = (const char *)job->matrix + offset;
     const char *row = part + job->rows[position] * job->layout.row_bytes;
@@ -94,7 +94,7 @@ void FAST hf_up(TokenJob *job) {
 
 /* --- down */
 
-/* The columns from `begin` to before `end` of the output. */
+/* Columns `begin` to before `end` of the output. */
 INLINE void down_columns(const TokenJob *job, int64_t begin, int64_t end, int dtype) {
     const int64_t size = size_of(dtype), stride = job->layout.row_bytes;
     const char *down = (const char *)job->matrix + job->layout.down_offset;

@@ -1,4 +1,4 @@
-/* Arithmetic that everything shares: numbers of three dtypes as fp32, eight at a time or one. */
+/* Arithmetic that all files share: numbers of three dtypes as fp32, one or eight at a time. */
 
 #ifndef HF_NUMBERS_H
 #define HF_NUMBERS_H
@@ -13,7 +13,7 @@
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 #define UNROLLED(...) _Pragma("GCC unroll 8") for (__VA_ARGS__)
 
-/* Calls an inlined function with its last argument, the dtype, known when it is compiled. */
+/* Call an inlined function with a dtype that is known at compile time, as its last argument. */
 #define BY_DTYPE(dtype, function, ...)        \
     do {                                      \
         if ((dtype) == F32)                   \
@@ -37,7 +37,7 @@ INLINE __m256 load(const void *row, int64_t i, int dtype) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-/* The number at index `i`. A row may begin at any byte: in a file that others made, a matrix lies where it happens to. */
+/* The number at index `i`. A row may begin at any byte, because files that others wrote align matrices arbitrarily. */
 INLINE float one(const void *row, int64_t i, int dtype) {
     float value;
     uint16_t half;
@@ -53,7 +53,7 @@ INLINE float one(const void *row, int64_t i, int dtype) {
     return value;
 }
 
-/* Rounded to a dtype, to even. */
+/* Round to a dtype, to nearest even. */
 INLINE float rounded(float value, int dtype) {
     if (dtype == F32 || value != value)
         return value;
@@ -66,7 +66,7 @@ INLINE float rounded(float value, int dtype) {
     return value;
 }
 
-/* Put a number at index `i`, rounded to even. */
+/* Store a number at index `i`, rounded to nearest even. */
 INLINE void put(void *row, int64_t i, float value, int dtype) {
     if (dtype == F32) {
         ((float *)row)[i] = value;
@@ -80,7 +80,7 @@ INLINE void put(void *row, int64_t i, float value, int dtype) {
     }
 }
 
-/* An activation of a number that is rounded to a dtype, rounded as well. What is no number stays so. */
+/* The activation of a number that has been rounded to a dtype, rounded as well. NaN stays NaN. */
 INLINE float activated(float x, const ActivationFunction *function, int dtype) {
     if (function->code == AS_IS)
         return x;

@@ -1,4 +1,4 @@
-/* Threads to compute on: those of the OpenMP runtime that torch runs on, so that there are not twice as many as cores. */
+/* Threads to compute on: those of torch's OpenMP runtime, so that there are not twice as many threads as cores. */
 
 #include "native.h"
 

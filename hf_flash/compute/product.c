@@ -1,8 +1,8 @@
 /* A quantized matrix times a few tokens.
  *
- * x becomes whole multiples of a step, so that products with codes are exact and several times as many to an instruction as in
- * fp32. A token has one step and 16 bits where the matrix has 8. Where it has 4, every group of columns has a step and x has 8
- * bits: their rounding is a tenth of that of the matrix. */
+ * x becomes whole multiples of a step, so that products with codes are exact, and an instruction makes several times as many as in
+ * fp32. For a matrix in 8 bits, x has 16 bits and one step per token. For one in 4 bits, x has 8 bits and a step for every group
+ * of columns: its rounding error is a tenth of the matrix's. */
 
 #include "native.h"
 
@@ -14,19 +14,19 @@
 #include "numbers.h"
 #include "parallel.h"
 
-enum { MATRIX_ROWS = 64, FEW_ROWS = 8 }; /* that a thread takes at a time, of a matrix with many and with few */
-enum { TOKENS = 4 };                     /* that a row is multiplied with at once */
-enum { SUMS_IN_16_BITS = 8 };            /* 2 * 15 * 127 each */
-enum { FEW_COLUMNS = 512 };              /* up to here eight rows are worked on at once: their sums fit in 32 bits */
+enum { MATRIX_ROWS = 64, FEW_ROWS = 8 }; /* rows that a thread takes at a time, of a matrix with many rows, and with few */
+enum { TOKENS = 4 };                     /* tokens that a row is multiplied with at once */
+enum { SUMS_IN_16_BITS = 8 };            /* products of 32 columns that fit into sums of 16 bits: 2 * 15 * 127 each */
+enum { FEW_COLUMNS = 512 };              /* up to so many columns, eight rows are computed at once: sums fit into 32 bits */
 
-/* From token to token of `x_codes`: whole cache lines, and no power of two, so that tokens do not share lines of a cache. */
+/* From one token of `x_codes` to the next: whole cache lines, but no power of two, so that tokens do not compete for lines. */
 static int64_t stride(const ProductJob *job) { return (job->columns + 63) / 64 * 64 + 64; }
 
 /* --- some rows times some tokens */
 
-/* 4 bits: the sum over the groups of scale * (codes . x) * step + (zero - 8 scale) * (sum of x).
+/* A row in 4 bits is the sum over the groups of scale * (codes . x) * step + (zero - 8 scale) * (sum of x).
  *
- * First scale * step of every group and token, and the sum of the second terms; `rest` is of the groups that no vector takes. */
+ * This computes scale * step of every group and token, and the sum of the second terms: in `rest` for groups after whole vectors. */
 INLINE void int4_scales(const ProductJob *job, int64_t row, int64_t token, int tokens, float *steps, __m256 *all, float *rest) {
     const int64_t groups = job->columns / job->group;
     const uint16_t *scales = job->scales + row * groups, *zeros = job->zeros + row * groups;
@@ -64,7 +64,7 @@ static int has_vnni(void) { return __builtin_cpu_supports("avx512vnni") && __bui
 
 /* --- eight rows times one token */
 
-/* Eight rows of few columns. What a row's last step reads beyond it is multiplied by zero. */
+/* Eight rows of few columns. Codes that the last step reads beyond a row are multiplied by zero. */
 INLINE __m256 int8_rows(const ProductJob *job, int64_t row, int64_t token) {
     const int64_t columns = job->columns;
     const int8_t *codes = (const int8_t *)job->codes + row * columns;
@@ -87,8 +87,8 @@ INLINE __m256 int8_rows(const ProductJob *job, int64_t row, int64_t token) {
 
 /* --- x as multiples of a step */
 
-/* The numbers of x from `begin` to before `end`, of token `token`, as multiples of a step, which is returned; and the sum of
- * these. For 4 bits the even columns of a chunk come before the odd ones. What is not finite stays so: the step is no number then. */
+/* Turn columns `begin` to before `end` of a token into multiples of a step. Returns the step; `sum` gets the sum of the multiples.
+ * For 4 bits the even columns of a chunk come before the odd ones. If a number is not finite, the step is NaN. */
 INLINE float quantize_part(const ProductJob *job, int64_t token, int64_t begin, int64_t end, float *sum, int dtype) {
     const int64_t first = token * job->columns, most_code = job->bits == 4 ? 127 : 32767;
     const int64_t chunk = job->group % 64 == 0 ? 64 : 32;
@@ -111,7 +111,7 @@ INLINE float quantize_part(const ProductJob *job, int64_t token, int64_t begin, 
             wide[i] = (int16_t)whole;
         codes += whole;
     }
-    *sum = step * (float)codes; /* of the multiples: what rounding took from x is then missing from all terms alike */
+    *sum = step * (float)codes; /* not of x itself, so that all terms have the same rounding error */
     return all - all == 0.0f ? step : all - all;
 }
 
@@ -158,10 +158,10 @@ INLINE void multiply_eight_rows(const ProductJob *job, int64_t row, int bias_dty
     }
 }
 
-/* One thread's share of the rows. Returns whether it finished the last of them all. */
+/* One thread's share of the rows. Returns whether this thread finished the last of all rows. */
 static FAST int multiply_share(ProductJob *job) {
     const int64_t step = job->rows < 16 * MATRIX_ROWS ? FEW_ROWS : MATRIX_ROWS;
-    /* rows that may be worked on by eights: their sums fit in 32 bits, and no read goes beyond the matrix */
+    /* rows that may be computed eight at a time: their sums fit into 32 bits, and no read goes beyond the matrix */
     const int by_eights = job->bits == 8 && job->columns <= FEW_COLUMNS;
     const int64_t eights = by_eights ? (job->rows * job->columns - stride(job)) / job->columns + 1 : 0;
     const int vnni = has_vnni() && !job->no_vnni;

@@ -1,9 +1,9 @@
-/* Rows of a quantized matrix times some tokens, for one kind of instructions. Included by product.c, once for each, with VNNI
- * defined: 1 where the processor adds products of bytes and of words to sums in 32 bits in one step.
+/* Rows of a quantized matrix times some tokens, for one kind of instructions. Included by product.c twice, with VNNI defined as 0
+ * and as 1: with VNNI, one instruction adds products of bytes or words to sums in 32 bits.
  *
- * A row is unpacked once for all of these tokens. A token's sum is made in one order, however many are beside it and with either
- * kind of instructions: sums of products are whole numbers, and where the compiler might fuse a product and a sum of others, or
- * not, the code says which. */
+ * A row is unpacked once for all of these tokens. A token's sum has the same order with any number of tokens beside it, and with
+ * either kind of instructions: sums of products of codes are whole numbers, and for other sums the code states whether a product
+ * and a sum are fused, instead of leaving it to the compiler. */
 
 #undef OF_KIND
 #undef OF_TARGET
@@ -67,8 +67,8 @@ OF_KIND void KIND(int8_row)(const ProductJob *job, int64_t row, int64_t token, i
     }
 }
 
-/* A group has `chunk` columns, 32 or 64, or a multiple. Products of 32 columns are 16 sums in 16 bits; so many of these fit that
- * they are added up there first. */
+/* A group has a multiple of `chunk` columns, which is 32 or 64. Products of 32 columns make 16 sums in 16 bits; SUMS_IN_16_BITS of
+ * these fit, so they are added up in 16 bits first. */
 OF_KIND void KIND(int4_row)(const ProductJob *job, int64_t row, int64_t token, int tokens, int chunk, float *sums) {
     const int64_t groups = job->columns / job->group, next = stride(job);
     const uint8_t *codes = job->codes + row * job->columns / 2;
@@ -93,7 +93,7 @@ OF_KIND void KIND(int4_row)(const ProductJob *job, int64_t row, int64_t token, i
                 } else {
                     const __m128i both = _mm_loadu_si128((const __m128i *)codes);
                     even = _mm256_inserti128_si256(_mm256_castsi128_si256(both), _mm_srli_epi16(both, 4), 1);
-                    even = _mm256_and_si256(even, low); /* the odd ones behind them */
+                    even = _mm256_and_si256(even, low); /* the odd columns are in the high half */
                 }
                 UNROLLED(int t = 0; t < tokens; t++) {
                     const __m256i *part = (const __m256i *)(x + t * next);
@@ -131,7 +131,7 @@ OF_KIND void KIND(multiply_row)(const ProductJob *job, int64_t row, int64_t firs
     }
 }
 
-/* These rows stay in a core's cache while the tokens go by, and these tokens while the rows do. `chunk`: as in `int4_row`; 0 in
+/* The rows stay in a core's cache while the tokens go by, and some tokens while the rows go by. `chunk`: as in `int4_row`; 0 for
  * 8 bits. */
 OF_KIND void KIND(multiply_chunks)(const ProductJob *job, int64_t begin, int64_t end, int chunk) {
     int64_t token = 0;
@@ -145,7 +145,7 @@ OF_KIND void KIND(multiply_chunks)(const ProductJob *job, int64_t begin, int64_t
         KIND(multiply_row)(job, row, token, 1, chunk);
 }
 
-/* Rows from `begin` to before `end`, times all tokens. */
+/* Rows `begin` to before `end` times all tokens. */
 static __attribute__((target(OF_TARGET))) void KIND(multiply_rows)(const ProductJob *job, int64_t begin, int64_t end) {
     if (job->bits == 8)
         KIND(multiply_chunks)(job, begin, end, 0);

@@ -1,7 +1,7 @@
-/* A matrix in the dtype of compute becomes one in 8 or 4 bits.
+/* Quantizes a matrix from the compute dtype to 8 or 4 bits.
  *
- * hf_flash/predictors/low_bit.py does the same with torch, and both give the same bits. So every step here is one that torch
- * takes too, in fp32 and rounded once: a division is no product with an inverse, and sums have one order. */
+ * hf_flash/predictors/low_bit.py does the same with torch, and both give the same bits. So every step here is also a step of
+ * torch, in fp32 and rounded once: a division is not replaced by a product with an inverse, and sums have the same order. */
 
 #include "native.h"
 
@@ -12,9 +12,9 @@
 #include "numbers.h"
 #include "parallel.h"
 
-enum { QUANTIZED_ROWS = 16 }; /* that a thread takes at a time */
+enum { QUANTIZED_ROWS = 16 }; /* rows that a thread takes at a time */
 
-/* Candidate scales, as shares of the full range of a group: low_bit.py: _SHRINK. */
+/* Candidate scales, as shares of the full range of a group (_SHRINK of low_bit.py). */
 static const float SHRINK[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f};
 
 /* Some columns of a row, and how they are stored: `w = code * scale + zero`. */
@@ -25,7 +25,7 @@ typedef struct {
     float loss;                         /* the sum of squared errors */
 } Group;
 
-/* a * b, rounded before anything is added to it. Without the barrier compilers make one operation of both where they may. */
+/* a * b, rounded before anything is added to it. Without the barrier, compilers may fuse the product and the sum. */
 INLINE __m256 product(__m256 a, __m256 b) {
     __m256 all = _mm256_mul_ps(a, b);
     __asm__("" : "+x"(all));
@@ -34,7 +34,7 @@ INLINE __m256 product(__m256 a, __m256 b) {
 
 /* --- eight numbers of a group */
 
-/* `count` numbers from index `i` on, fewer than eight, and zeros behind them. */
+/* `count` numbers from index `i` on, fewer than eight, followed by zeros. */
 INLINE __m256 load_last(const void *row, int64_t i, int64_t count, int dtype) {
     char padded[32] = {0};
     memcpy(padded, (const char *)row + i * size_of(dtype), (size_t)(count * size_of(dtype)));
@@ -47,20 +47,20 @@ INLINE __m256 first_lanes(int64_t count) {
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), lanes));
 }
 
-/* Codes of eight numbers, as numbers. What is none gets the lowest: the second operand of a maximum is the answer then. */
+/* Codes of eight numbers, as fp32. NaN gets the lowest code, because a maximum with NaN returns its second operand. */
 INLINE __m256 codes_of(const Group *group, __m256 some) {
     __m256 steps = _mm256_div_ps(_mm256_sub_ps(some, _mm256_set1_ps(group->zero)), _mm256_set1_ps(group->scale));
     steps = _mm256_round_ps(steps, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return _mm256_min_ps(_mm256_max_ps(steps, _mm256_set1_ps(group->lowest)), _mm256_set1_ps(group->highest));
 }
 
-/* What rounding changes in eight numbers. */
+/* The rounding error of eight numbers. */
 INLINE __m256 error_of(const Group *group, __m256 some) {
     __m256 back = product(codes_of(group, some), _mm256_set1_ps(group->scale));
     return _mm256_sub_ps(_mm256_add_ps(back, _mm256_set1_ps(group->zero)), some);
 }
 
-/* Whole numbers to nibbles, the even one low: four bytes. */
+/* Store eight whole numbers as nibbles in four bytes, even ones in the low nibble. */
 INLINE void store_nibbles(uint8_t *out, __m256i codes) {
     const __m256i low_bytes = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
                                                0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
@@ -70,13 +70,13 @@ INLINE void store_nibbles(uint8_t *out, __m256i codes) {
     memcpy(out, &bytes, 4);
 }
 
-/* Whole numbers to bytes. */
+/* Store eight whole numbers as bytes. */
 INLINE void store_bytes(uint8_t *out, __m256i codes) {
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
     _mm_storel_epi64((__m128i *)out, _mm_packs_epi16(words, words));
 }
 
-/* `count` of eight codes of a row, from column `i` on. A byte gets its low nibble first. */
+/* Store `count` of eight codes of a row, from column `i` on. The low nibble of a byte is written first. */
 INLINE void store_codes(uint8_t *codes, int64_t i, int64_t count, __m256 some, int bits) {
     __m256i whole = _mm256_cvtps_epi32(some);
     if (bits == 4)
@@ -100,7 +100,7 @@ INLINE void store_codes(uint8_t *codes, int64_t i, int64_t count, __m256 some, i
 
 /* --- a group */
 
-/* The smallest and the largest of its numbers; no number, if one of them is none. */
+/* The smallest and the largest number of a group; both NaN if any is NaN. */
 INLINE void find_range(const Group *group, float *lowest, float *highest, int dtype) {
     const __m256 first = _mm256_set1_ps(one(group->row, group->begin, dtype));
     __m256 low = first, high = first, strange = _mm256_setzero_ps();
@@ -125,7 +125,7 @@ INLINE void find_range(const Group *group, float *lowest, float *highest, int dt
     *highest = all_numbers ? _mm_cvtss_f32(high_4) : __builtin_nanf("");
 }
 
-/* The loss: eight partial sums, each of every eighth column, added in the order of `total`. */
+/* The loss of a group: eight partial sums, each over every eighth column, added in the order of `total`. */
 INLINE void find_loss(Group *group, int dtype) {
     __m256 sums = _mm256_setzero_ps();
     int64_t i = group->begin;
@@ -150,7 +150,7 @@ INLINE void write_codes(const Group *group, uint8_t *codes, int bits, int dtype)
     }
 }
 
-/* A scale rounded to what is stored; 1 where a group is constant, or its scale is no number. */
+/* A scale, rounded to the stored dtype; 1 if the group is constant, or the scale is NaN. */
 INLINE float safe_scale(float scale) {
     scale = rounded(scale, BF16);
     return scale > 0.0f ? scale : 1.0f;
@@ -160,13 +160,13 @@ INLINE float safe_scale(float scale) {
 INLINE void choose_8_bits(Group *group, int dtype) {
     float low, high;
     find_range(group, &low, &high, dtype);
-    float most = -low > high ? -low : high; /* no number, if they are none */
+    float most = -low > high ? -low : high; /* NaN if they are NaN */
     group->scale = safe_scale(most / 127.0f), group->zero = 0.0f;
     group->lowest = -127.0f, group->highest = 127.0f;
     find_loss(group, dtype);
 }
 
-/* Asymmetric, in 4 bits: the first of the candidates with the smallest loss. */
+/* Asymmetric, in 4 bits: the candidate with the smallest loss, the first of several. */
 INLINE void choose_4_bits(Group *group, int dtype) {
     float low, high;
     find_range(group, &low, &high, dtype);

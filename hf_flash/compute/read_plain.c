@@ -1,4 +1,4 @@
-/* Reads with preadv: one at a time, and by threads. */
+/* Reads with preadv: one read at a time, and by threads. */
 
 #include "native.h"
 
@@ -36,11 +36,11 @@ static int read_pieces(int fd, struct iovec *pieces, int count, int64_t offset) 
     return 0;
 }
 
-/* The same for what a direct read cannot fill by itself: the aligned bytes around it, through a buffer. */
+/* The same for unaligned direct reads: reads the aligned bytes around them, through a buffer. */
 static int read_bounced(const File *file, const Read *read, char *bounce) {
     const int64_t align = file->align, end = read->offset + read->length;
     const struct iovec *piece = read->pieces;
-    size_t filled = 0; /* of this piece */
+    size_t filled = 0; /* bytes of this piece */
     for (int64_t at = read->offset; at < end;) {
         const int64_t begin = at & -align, stop = begin + BOUNCE_BYTES < end ? begin + BOUNCE_BYTES : end;
         const int64_t whole = (stop + align - 1) & -align;
@@ -131,7 +131,7 @@ void wake_threads(Reader *reader, int64_t wanted) {
     sigset_t all, before;
     if (wanted > reader->most)
         wanted = reader->most;
-    sigfillset(&all); /* signals are for the threads of the program */
+    sigfillset(&all); /* signals go to the program's own threads */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (reader->running < wanted && !pthread_create(&reader->threads[reader->running], NULL, thread_body, reader))
         reader->running++;

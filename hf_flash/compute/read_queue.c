@@ -1,4 +1,4 @@
-/* The queue of reads: tickets, who reads what, and what becomes of it all in a forked process. reading.h has the rules. */
+/* The queue of reads: tickets, who does which reads, and what happens to them in a forked process. reading.h has the rules. */
 
 #include "native.h"
 
@@ -14,7 +14,7 @@
 #include "parallel.h"
 #include "reading.h"
 
-enum { HELPED_BYTES = 1 << 20 }; /* what the page cache has is copied by one more thread from here on */
+enum { HELPED_BYTES = 1 << 20 }; /* from so many bytes on, more threads copy from the page cache */
 
 /* --- the process */
 
@@ -27,7 +27,7 @@ static void begin_anew(Reader *reader) {
     pthread_cond_init(&reader->finished, NULL);
 }
 
-/* In a forked process: what was under way is its parent's. Results that were there stay. */
+/* In a forked process: reads that were under way belong to the parent, completed batches stay. */
 static void after_fork(Reader *reader) {
     if (reader->owner == getpid())
         return;
@@ -81,8 +81,8 @@ static int64_t bytes_left(const Batch *batch) {
     return nbytes;
 }
 
-/* Whether io_uring reads this batch. It does not, if the kernel could begin none of its reads at once: as many threads of the
- * kernel as reads would come of that. */
+/* Whether io_uring reads this batch. It does not if the kernel could not begin the reads at once, because it would then start a
+ * thread for every read. */
 static int is_for_the_ring(const Reader *reader, const Batch *batch) {
     if (reader->ring.fd < 0 || reader->ring.refuses || !(batch->file->align || batch->file->nowait))
         return 0;
@@ -92,13 +92,13 @@ static int is_for_the_ring(const Reader *reader, const Batch *batch) {
     return 1;
 }
 
-/* Reads that the page cache may have, copied by several threads. */
+/* Reads that several threads copy from the page cache, if it has them. */
 typedef struct {
     Batch *batch;
     atomic_int next, lacking;
 } CachedReads;
 
-enum { MOST_LACKING = 16 }; /* reads that the page cache lacks, after which it is asked for no more */
+enum { MOST_LACKING = 16 }; /* after so many reads that the page cache lacks, no more are tried */
 
 static void copy_cached(void *data) {
     CachedReads *all = data;
@@ -115,7 +115,7 @@ static void copy_cached(void *data) {
     }
 }
 
-/* What the page cache has is read at once. With `lock` held. */
+/* Copy the reads that the page cache has, at once. Called with `lock` held. */
 static void read_from_page_cache(Reader *reader, Batch *batch, int64_t threads) {
     CachedReads all = {.batch = batch, .next = (int)batch->untouched};
     if (batch->file->nowait)
@@ -124,25 +124,25 @@ static void read_from_page_cache(Reader *reader, Batch *batch, int64_t threads) 
         Read read = batch->reads[i];
         if (read.state != COPIED)
             continue;
-        batch->reads[i] = batch->reads[batch->untouched]; /* the done ones come first */
+        batch->reads[i] = batch->reads[batch->untouched]; /* finished reads come first */
         batch->reads[batch->untouched] = read;
         mark_done(reader, &batch->reads[batch->untouched++], 0);
     }
 }
 
-/* Let threads read, beside the caller when it waits. With `lock` held. */
+/* Let threads read; the caller helps when it waits. Called with `lock` held. */
 static void start_threads(Reader *reader, Batch *batch, int background) {
     batch->threaded = 1;
     const int64_t left = batch->n - batch->untouched, nbytes = bytes_left(batch);
-    for (int64_t i = batch->untouched; !batch->file->align && i < batch->n; i++) /* what the page cache lacks, it is asked for */
+    for (int64_t i = batch->untouched; !batch->file->align && i < batch->n; i++) /* starts readahead of missing pages */
         (void)posix_fadvise(batch->file->fd, batch->reads[i].offset, batch->reads[i].length, POSIX_FADV_WILLNEED);
     if (batch->file->align)
-        wake_threads(reader, background ? left : left - 1); /* each waits for the disk */
+        wake_threads(reader, background ? left : left - 1); /* each thread waits for the disk */
     else if (background || nbytes >= HELPED_BYTES)
-        wake_threads(reader, left ? 1 : 0); /* and these copy, mostly */
+        wake_threads(reader, left ? 1 : 0); /* these threads mostly copy */
 }
 
-/* Bring a batch to its end. With `lock` held. */
+/* Complete a batch. Called with `lock` held. */
 static void complete(Reader *reader, Batch *batch) {
     complete_in_ring(reader, batch);
     for (Read *read; (read = take_read(batch));)
@@ -151,7 +151,7 @@ static void complete(Reader *reader, Batch *batch) {
         pthread_cond_wait(&reader->finished, &reader->lock);
 }
 
-/* Whether a file is not what it was when it was opened. */
+/* Whether a file has changed since it was opened. */
 static int is_changed(const File *file) {
     struct stat now;
     return fstat(file->fd, &now) || now.st_size != file->size || now.st_mtim.tv_sec != file->modified_s ||
@@ -159,9 +159,9 @@ static int is_changed(const File *file) {
            (!file->only_contents && (now.st_ctim.tv_sec != file->changed_s || now.st_ctim.tv_nsec != file->changed_ns));
 }
 
-/* --- what is called from outside */
+/* --- the functions of native.h */
 
-/* Whether the ring that was set up reads from this file. */
+/* Whether a ring that was set up can read from this file. */
 static int ring_works(Reader *reader, File *file) {
     char *page = NULL;
     if (posix_memalign((void **)&page, PAGE_BYTES, PAGE_BYTES))
@@ -170,7 +170,7 @@ static int ring_works(Reader *reader, File *file) {
     const struct iovec piece = {page, PAGE_BYTES};
     Batch *batch = new_batch(reader, file, &(Order){.offsets = &offset, .first = first, .pieces = &piece, .n = 1});
     pthread_mutex_lock(&reader->lock);
-    if (batch) { /* it may be cut short: the file decides */
+    if (batch) { /* the read may be cut short, if the file is small */
         submit_to_ring(reader, batch, 0);
         complete_in_ring(reader, batch);
     }

@@ -1,4 +1,4 @@
-/* Reads with io_uring. Its structures and numbers are declared here, because headers may be older than the kernel. */
+/* Reads with io_uring. Its structures and constants are declared here, because installed headers may be older than the kernel. */
 
 #include "native.h"
 
@@ -50,7 +50,7 @@ static long enter(const Ring *ring, uint32_t submit, uint32_t wait) {
     return got < 0 ? -errno : got;
 }
 
-/* Whether the kernel may take more later. */
+/* Whether the kernel may accept more later. */
 static int is_temporary(long error) { return error == -EINTR || error == -EAGAIN || error == -EBUSY; }
 
 void close_ring(Ring *ring) {
@@ -70,7 +70,7 @@ static void *mapped(int fd, size_t nbytes, int64_t at) {
 }
 
 int open_ring(Ring *ring) {
-    const uint32_t needed = ONE_MAPPING | NOTHING_DROPPED | PLAIN_READS | FROM_5_9; /* from then on reads come whole */
+    const uint32_t needed = ONE_MAPPING | NOTHING_DROPPED | PLAIN_READS | FROM_5_9; /* since 5.9 reads are not cut short */
     RingParams params = {0};
     *ring = (Ring){.fd = (int32_t)syscall(RING_SETUP, RING_ENTRIES, &params)};
     if (ring->fd < 0)
@@ -107,7 +107,7 @@ int32_t hf_try_ring(void) {
 
 /* --- reads */
 
-/* Reads that the kernel has: completions for more of them might find no room. */
+/* How many reads the kernel has. Their number is limited, because completions of more reads might find no room. */
 static uint32_t reads_in_kernel(const Reader *reader) {
     int64_t count = 0;
     for (const Batch *batch = reader->batches; batch; batch = batch->next)
@@ -115,7 +115,7 @@ static uint32_t reads_in_kernel(const Reader *reader) {
     return (uint32_t)count;
 }
 
-/* Take in the results that are there. */
+/* Process the available completions. */
 static void take_results(Reader *reader) {
     Ring *ring = &reader->ring;
     uint32_t head = atomic_load(ring->head);
@@ -123,13 +123,13 @@ static void take_results(Reader *reader) {
         const RingCompletion *completion = &ring->completions[head & (ring->completion_room - 1)];
         Read *read = (Read *)(uintptr_t)completion->user_data;
         const int whole = completion->result == read->length;
-        mark_done(reader, read, whole ? 0 : read_now(read->batch->file, read, &reader->bounce)); /* again, to hear why */
+        mark_done(reader, read, whole ? 0 : read_now(read->batch->file, read, &reader->bounce)); /* repeated to learn the reason */
     }
     atomic_store(ring->head, head);
 }
 
 static RingEntry entry_of(Read *read, int in_background) {
-    const int alone = read->count == 1; /* the kernel looks at every piece of a vectored read */
+    const int alone = read->count == 1; /* cheaper: the kernel copies and checks the pieces of a vectored read */
     return (RingEntry){
         .opcode = alone ? OP_READ : OP_READV,
         .flags = in_background ? IN_THREADS : 0,
@@ -158,19 +158,19 @@ void submit_to_ring(Reader *reader, Batch *batch, int in_background) {
         if (got > 0) {
             left -= (uint32_t)got;
         } else if (got != 0 && got != -EINTR) {
-            ring->refuses = !is_temporary(got); /* short of something for a moment, or for good */
+            ring->refuses = !is_temporary(got); /* resources may be short only for a moment */
             break;
         }
     }
-    atomic_store(ring->tail, tail - left); /* what the kernel did not take is taken back */
+    atomic_store(ring->tail, tail - left); /* take back what the kernel did not accept */
     for (; left; left--)
         batch->reads[--batch->untouched].state = NEW;
 }
 
-/* Wait for a result. */
+/* Wait for a completion. */
 static void await_result(Reader *reader) {
     const long got = reader->ring.refuses ? -EPERM : enter(&reader->ring, 0, 1);
-    if (got < 0 && got != -EINTR) { /* it comes all the same, and is seen in the shared memory */
+    if (got < 0 && got != -EINTR) { /* the completion still arrives in shared memory */
         const struct timespec moment = {.tv_nsec = 50000};
         reader->ring.refuses |= !is_temporary(got);
         nanosleep(&moment, NULL);
@@ -183,7 +183,7 @@ void complete_in_ring(Reader *reader, Batch *batch) {
         if (batch->untouched < batch->n && !reader->ring.refuses)
             submit_to_ring(reader, batch, 0);
         if (batch->done == batch->untouched && batch->done < batch->n)
-            batch->threaded = 1; /* nothing of it is under way: the ring does not take it */
+            batch->threaded = 1; /* no read is under way: the ring does not accept them */
         else if (batch->done < batch->untouched)
             await_result(reader);
     }

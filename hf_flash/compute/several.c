@@ -1,5 +1,5 @@
 /* Several tokens, each with neurons of its own. Up: a thread takes a share of the neurons, which stays in its core's cache
- * while the tokens go by. Down: a thread takes a tile of columns, for the hidden values that are not zero. */
+ * while the tokens go by. Down: a thread takes a tile of columns, over the hidden values that are not zero. */
 
 #include "native.h"
 
@@ -11,12 +11,12 @@
 #include "numbers.h"
 #include "parallel.h"
 
-enum { SHARE = 256, LEAST = 16 };  /* neurons that a thread takes at a time: they stay in a cache */
-enum { GROUP = 128 };              /* tokens that go by */
-enum { FEW = 16 };                 /* tokens whose values one thread finds */
-enum { TILE_PARTS = 8 };           /* vectors of a token's output that registers have room for */
-enum { AHEAD = 4 };                /* neurons that are fetched ahead */
-enum { PACKED_USES = 4 };          /* uses of a neuron that copying its columns together is worth */
+enum { SHARE = 256, LEAST = 16 };  /* the most and the fewest neurons that a thread takes at a time: they stay in a cache */
+enum { GROUP = 128 };              /* tokens that go by a share of neurons */
+enum { FEW = 16 };                 /* for at most so many tokens, one thread finds the values that are not zero */
+enum { TILE_PARTS = 8 };           /* vectors of a token's output that fit into registers */
+enum { AHEAD = 4 };                /* how many neurons ahead are prefetched */
+enum { PACKED_USES = 4 };          /* from so many uses per neuron on, packing its columns pays */
 
 _Static_assert(TILE_PARTS * 16 * sizeof(float) <= TILE_BYTES, "a tile fits into the room for it");
 
@@ -31,7 +31,7 @@ INLINE unsigned nonzero_of_16(const void *hidden, int64_t k, int dtype) {
                       _mm256_movemask_ps(_mm256_cmp_ps(high, zero, _CMP_NEQ_UQ)) << 8);
 }
 
-/* The same for those above zero, or no number. */
+/* The same for numbers above zero, and NaN. */
 INLINE unsigned above_zero_of_16(const void *before, int64_t k, int dtype) {
     const __m256 zero = _mm256_setzero_ps(), low = load(before, k, dtype), high = load(before, k + 8, dtype);
     return (unsigned)(_mm256_movemask_ps(_mm256_cmp_ps(low, zero, _CMP_NLE_UQ)) |

@@ -1,4 +1,4 @@
-/* Several tokens, each with neurons of its own, for one width of vectors. Included by several.c, once for each.
+/* Several tokens, each with neurons of its own, for one width of vectors. Included by several.c, once for each width.
  * Sums are made as for one token, in the order of the neurons. */
 
 #include "width.h"
@@ -34,7 +34,7 @@ NAME(dots)(const char **row, const char **ahead, int rows, const float *x, int64
     }
 }
 
-/* A part of the first `named` neurons in `row_of` times x, and its bias, rounded. */
+/* Products of x with one part of the first `named` neurons in `row_of`, plus its bias, rounded. */
 OF_WIDTH(void)
 NAME(products)(const TokensJob *job, int64_t offset, const void *bias, const float *x, const uint16_t *row_of, int64_t named,
                int dtype, float *found) {
@@ -53,7 +53,7 @@ NAME(products)(const TokensJob *job, int64_t offset, const void *bias, const flo
     }
 }
 
-/* Hidden values of the first `named` neurons in `row_of`, for one token. The others' are zero. */
+/* Hidden values of the first `named` neurons in `row_of`, for one token; only non-zero ones are stored. */
 OF_WIDTH(void)
 NAME(up_token)(const TokensJob *job, const float *x, int64_t t, uint16_t *row_of, int64_t named, int dtype) {
     const RowLayout *layout = &job->layout;
@@ -124,7 +124,7 @@ BODY NAME(several_up)(void *data) {
 
 /* --- down */
 
-/* `parts` vectors of a token's output are kept in registers while its neurons go by. `packed`: the columns, if copied. */
+/* `parts` vectors of a token's output are kept in registers while its neurons go by. `packed`: the packed columns, or null. */
 OF_WIDTH(void) NAME(down_parts)(const TokensJob *job, const char *packed, int64_t t, int64_t column, int parts, int dtype) {
     const int64_t size = size_of(dtype), offset = job->layout.down_offset + column * size;
     const int64_t count = job->count[t];
@@ -150,7 +150,7 @@ OF_WIDTH(void) NAME(down_parts)(const TokensJob *job, const char *packed, int64_
         STORE(out + p * LANES, sums[p]);
 }
 
-/* The columns that are left after all whole vectors. */
+/* The columns that are left after whole vectors. */
 OF_WIDTH(void) NAME(down_rest)(const TokensJob *job, int64_t t, int64_t column, int dtype) {
     const int64_t width = job->layout.width;
     for (int64_t j = 0; j < job->count[t]; j++) {
@@ -160,8 +160,8 @@ OF_WIDTH(void) NAME(down_rest)(const TokensJob *job, int64_t t, int64_t column, 
     }
 }
 
-/* The columns of one tile, for all tokens. They are copied together when each is used often: rows are some pages apart, and
- * would get into each other's way in a cache. */
+/* The columns of one tile, for all tokens. They are packed first if each neuron is used often, because rows that are some pages
+ * apart would compete for the same cache lines. */
 OF_WIDTH(void) NAME(down_tile)(const TokensJob *job, int64_t column, int dtype) {
     const int64_t size = size_of(dtype), columns = TILE_PARTS * LANES, tile_bytes = columns * size;
     const int64_t width = job->layout.width, offset = job->layout.down_offset + column * size;

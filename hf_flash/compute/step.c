@@ -1,10 +1,10 @@
 /* A few tokens through one layer in one call: window, reads and neurons.
  *
- * runtime/layer.py does the same step by step for any call. This is for the calls that decoding consists of: one token, a small
- * batch or a draft, whose neurons fit into the window. In Python that takes ten times as long, because attention has emptied the
- * caches each time. The
- * rules are those of runtime/window.py (who goes when room is needed) and reading/chunks.py (neighbours on flash are one read);
- * tests hold both against the same model. Every other call is refused before anything is changed, and done there. */
+ * runtime/layer.py does the same step by step for any call. This file is for the calls of decoding: one token, a small batch or a
+ * draft, whose neurons fit into the window. In Python they take ten times as long, because attention has emptied the caches each
+ * time. The rules are those of runtime/window.py (who is evicted when room is needed) and reading/chunks.py (neighbours on flash
+ * are one read); tests compare both with the same model. Every other call is refused before anything is changed, and
+ * runtime/layer.py does it. */
 
 #include "native.h"
 
@@ -16,15 +16,15 @@
 #include "numbers.h"
 #include "parallel.h"
 
-enum { MOST_TOKENS = 16 }; /* in a call: runtime/token_step.py: MOST_TOKENS */
+enum { MOST_TOKENS = 16 }; /* tokens in a call (`tokens` of TokenRoom in kernels.py) */
 
 /* --- the window */
 
-/* A call's tokens use some neurons, each its own. */
+/* Note which neurons the tokens of a call use: last use and score. */
 static void note_use(Step *s, int64_t n) {
     Window *w = &s->window;
     const int64_t start = w->clock, earlier = s->tokens > w->kept_tokens ? s->tokens - w->kept_tokens : 0;
-    double score_of[MOST_TOKENS + 1]; /* of so many uses */
+    double score_of[MOST_TOKENS + 1]; /* what 0, 1, 2, ... uses add to a score */
     w->clock += s->tokens;
     w->use_score *= w->growth;
     if (w->use_score > w->rescale_beyond) {
@@ -36,7 +36,7 @@ static void note_use(Step *s, int64_t n) {
         score_of[uses] = w->use_score * (double)uses;
     for (int64_t k = 0; k < n; k++) {
         const int64_t id = s->ids[k];
-        int64_t uses = 0, last = start + earlier; /* used, but before the window */
+        int64_t uses = 0, last = start + earlier; /* at least the last token before those that the window keeps */
         for (int64_t t = 0; t < s->tokens; t++)
             if (s->selected[t * w->d_ff + id]) {
                 uses++;
@@ -47,7 +47,7 @@ static void note_use(Step *s, int64_t n) {
     }
 }
 
-/* A neuron that may go. */
+/* A neuron that may be evicted. */
 typedef struct {
     double rank;
     int64_t id;
@@ -57,7 +57,7 @@ _Static_assert(sizeof(Idle) == sizeof(Incoming), "they share their room");
 
 static int goes_before(Idle a, Idle b) { return a.rank < b.rank || (a.rank == b.rank && a.id > b.id); }
 
-/* Free `excess` slots of those that no token uses. `heap` holds the neurons to go, the last of them on top. */
+/* Free `excess` slots of neurons that no token uses. `heap` holds the neurons to evict; the last to go is on top. */
 static void evict(Window *w, const uint8_t *used, int64_t excess, Idle *heap) {
     int64_t size = 0;
     for (int64_t slot = 0; slot < w->capacity; slot++) {
@@ -103,7 +103,7 @@ static int by_place(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Begin to read the missing neurons. Neighbours on flash are one read, and one piece of it if they are neighbours in memory. */
+/* Begin to read the missing neurons. Neighbours on flash are one read, and one piece of it if also neighbours in memory. */
 static void begin_reads(void *step) {
     Step *s = step;
     const int64_t row_bytes = s->job.layout.row_bytes;
@@ -128,7 +128,7 @@ static void begin_reads(void *step) {
     s->failed = !s->ticket;
 }
 
-/* Wait for them, whatever happens: until then memory is written to. */
+/* Wait for the reads in any case: until then they write to memory. */
 static void end_reads(void *step) {
     Step *s = step;
     s->failed = s->failed || hf_read_wait(s->reader, s->ticket);
@@ -148,7 +148,8 @@ static const uint8_t *used_by_any(Step *s) {
     return s->used_by_any;
 }
 
-/* Find the neurons, and those that are missing, and make room for these. Returns 0, with nothing changed, if it cannot. */
+/* Find the neurons that are used and those that are missing, and make room for the latter. Returns 0, with nothing changed, if
+ * this is impossible. */
 static int make_room(Step *s) {
     Window *w = &s->window;
     const uint8_t *used = used_by_any(s);
@@ -186,7 +187,7 @@ static int make_room(Step *s) {
     return 1;
 }
 
-/* The slots of missing neurons hold them now; or, after a failure, nothing. */
+/* Enter missing neurons into the window after they were read; after a failure, free their slots. */
 static void take_in(Step *s) {
     Window *w = &s->window;
     for (int64_t k = 0; k < s->missing; k++) {
@@ -222,7 +223,7 @@ static void up_of_several(Step *s, const int64_t *positions, int64_t todo, const
     s->waited_s += job->meanwhile.waited_s;
 }
 
-/* The products with the rows that are there, while the others are read; then with these. Returns whether they were read. */
+/* The products with resident rows while the missing rows are read, then with these. Returns whether they could be read. */
 static int multiply(Step *s, Multiply up) {
     const Meanwhile nothing = {0}, reads = {.begin = begin_reads, .end = end_reads, .data = s};
     up(s, s->resident_at, s->used - s->missing, s->missing ? &reads : &nothing);

@@ -1,14 +1,14 @@
-"""`Transfers`: copies between this machine's memory and a device, beside what the device computes.
+"""`Transfers`: copies between this machine's memory and a device, concurrent with what the device computes.
 
-They run on a stream of their own, in the order in which they were asked for. Events hold them together with what the device
-computes, so that this process waits for the device only where it has to. Three things decide their speed:
+Copies run on a stream of their own, in the order in which they were requested. Events synchronize them with what the device
+computes, so that this process waits for the device only where it must. Copies are fast if they are:
 
-    pinned memory    a device reads it by itself; from any other the driver copies first, and this process waits
-    contiguous       torch gathers strided memory on the host, outside of the order of the stream
-    few              a copy takes some microseconds to start, whatever its size
+    from pinned memory    the device reads it by itself; other memory is copied by the driver first, and this process waits
+    contiguous            torch gathers strided memory on the host, outside of the order of the stream
+    few                   a copy takes some microseconds to start, whatever its size
 
-torch.accelerator's devices with streams (CUDA, ROCm, XPU) work so. Where a device has none (the CPU as its own device, MPS),
-copies are done when they are asked for, by the same calls.
+This holds for torch.accelerator's devices with streams (CUDA, ROCm, XPU). On devices without streams (MPS, or the CPU in place
+of a device), the same calls copy at once.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from hf_flash.base.sizes import format_bytes
 from hf_flash.machine.free_memory import available_memory
 
 logger = logging.getLogger("hf_flash")
-_PORTABLE: Final = 1  # for all devices: cudaHostRegisterPortable
-_NEEDED: Final = ("Stream", "Event", "stream", "current_stream")  # of a device's module in torch
+_PORTABLE: Final = 1  # cudaHostRegisterPortable: pinned for all devices
+_NEEDED: Final = ("Stream", "Event", "stream", "current_stream")  # attributes of a device's module in torch
 _WITHOUT_STREAMS: Final = ("cpu", "mps")
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A small array as a tensor on a device, without waiting for what the device computes.
+    """A small array as a tensor on a device; on CUDA, without waiting for what the device computes.
 
-    From memory that is not pinned, CUDA takes a copy before it returns; others may read it later, and are waited for.
+    CUDA copies memory that is not pinned before the call returns. Other devices may read it later, so the copy is waited for.
     """
     return torch.from_numpy(array).to(device, non_blocking=device.type == "cuda")
 
 
 class Copied:
-    """A copy on its way; or one that is done, where there are no streams.
+    """A copy that is under way, or done if the device has no streams.
 
     Args:
-        event: recorded behind it.
+        event: recorded after the copy; `None` without streams.
     """
 
     def __init__(self, event: Any) -> None:
         self.event = event
 
     def wait(self) -> None:
-        """Wait until it is done: then the memory that it came from may be written to."""
+        """Wait until the copy is done. Afterwards its source may be overwritten."""
         if self.event is not None:
             self.event.synchronize()
 
@@ -62,24 +62,24 @@ class Transfers:
     """Copies to and from one device.
 
     Args:
-        device: with its index, if it has one.
+        device: the device, with its index if it has one.
 
     Attributes:
-        copied_bytes: asked for since it was made.
+        copied_bytes: bytes of all copies requested so far.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.copied_bytes = device, 0
-        self._last: Any = None  # behind what the last caller told the device
+        self._last: Any = None  # recorded after the last caller's work
         module: Any = torch.get_device_module(device.type) if device.type not in _WITHOUT_STREAMS else None
         self._module = module if all(hasattr(module, name) for name in _NEEDED) else None
         self._stream: Any = None if self._module is None else self._module.Stream(device)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """For a layer's call: what the device was told by the call before, perhaps on another stream, is over before it begins.
+        """Run a layer's call inside this context: its work begins after that of the previous call, even on another stream.
 
-        Call with the engine's lock held. Buffers and slots are the same for all callers.
+        Hold the engine's lock: all callers share buffers and slots.
         """
         if self._last is not None and self._module is not None:
             self._module.current_stream(self.device).wait_event(self._last)
@@ -89,16 +89,16 @@ class Transfers:
             self._last = self.mark()
 
     def mark(self) -> Any:
-        """What the device has been told to compute so far: for [`follow`]."""
+        """A mark behind all work that the current stream has been given so far, for [`follow`]."""
         return None if self._module is None else self._recorded(self._module.current_stream(self.device))
 
     def follow(self, mark: Any) -> None:
-        """Let the copies from here on wait for what was computed up to a mark: they may overwrite what that reads."""
+        """Let later copies wait for the work before a mark, because they may overwrite what it reads."""
         if mark is not None:
             self._stream.wait_event(mark)
 
     def copy(self, *parts: tuple[torch.Tensor, torch.Tensor]) -> Copied:
-        """Begin to copy contiguous memory, of the same shape and dtype: sources and targets, one of each pair on the device."""
+        """Begin to copy (source, target) pairs of contiguous tensors of equal shape and dtype, one of each on the device."""
         self.copied_bytes += sum(source.nbytes for source, _ in parts)
         if self._module is None:
             for source, target in parts:
@@ -110,7 +110,7 @@ class Transfers:
         return Copied(self._recorded(self._stream))
 
     def use(self, copied: Copied) -> None:
-        """Let what the device computes from here on wait for a copy."""
+        """Let later work on the current stream wait for a copy."""
         if copied.event is not None:
             assert self._module is not None
             self._module.current_stream(self.device).wait_event(copied.event)
@@ -128,10 +128,10 @@ class Transfers:
 
 
 def free_bytes(device: str) -> int:
-    """The bytes that this process may still take on a device: what is free, and what torch holds there in reserve."""
+    """Bytes that this process may still take on a device: free memory, and memory that torch has reserved but does not use."""
     module = torch.get_device_module(torch.device(device).type)
     if not hasattr(module, "mem_get_info"):
-        return available_memory()  # it has this machine's memory
+        return available_memory()  # such a device uses this machine's memory
     free, held = module.mem_get_info(device)[0], 0
     if hasattr(module, "memory_reserved"):
         held = module.memory_reserved(device) - module.memory_allocated(device)
@@ -139,7 +139,7 @@ def free_bytes(device: str) -> int:
 
 
 def shares_memory(device: str) -> bool:
-    """Whether a device has this machine's memory instead of its own."""
+    """Whether a device uses this machine's memory instead of memory of its own."""
     place = torch.device(device)
     if place.type == "cuda":
         return bool(getattr(torch.cuda.get_device_properties(place), "is_integrated", False))
@@ -147,25 +147,25 @@ def shares_memory(device: str) -> bool:
 
 
 class Driver(Protocol):
-    """What pins memory for a kind of device."""
+    """Pins memory for one type of device."""
 
     def register(self, address: int, nbytes: int, device: torch.device) -> int:
-        """Pin memory that a device copies from; returns an error, or 0."""
+        """Pin memory for copies to and from a device. Returns 0, or the driver's error number."""
         ...
 
     def unregister(self, address: int) -> None:
-        """Memory that was pinned is as it was."""
+        """Unpin memory that `register` pinned."""
         ...
 
 
 class _Cuda:
-    """CUDA's driver, and ROCm's under the same names."""
+    """The driver of CUDA, and of ROCm, which torch offers under the same names."""
 
     def register(self, address: int, nbytes: int, device: torch.device) -> int:
-        with torch.cuda.device(device):  # or the first GPU would get a context, too
+        with torch.cuda.device(device):  # otherwise the first GPU would get a context, too
             error = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))  # type: ignore[no-untyped-call]
             if error:
-                with suppress(RuntimeError):  # the runtime remembers its last error, and the next kernel would raise it
+                with suppress(RuntimeError):  # clears the runtime's last error, which the next kernel would raise
                     torch.zeros(1, dtype=torch.uint8, device=device)
         return error
 
@@ -174,22 +174,23 @@ class _Cuda:
 
 
 DRIVERS: Final[dict[str, Driver]] = {"cuda": _Cuda()}
-"""By type of device. Memory for others is not pinned: copies of it are done when they are asked for, or as the driver likes."""
+"""By device type. Memory for other types is not pinned: their drivers decide how it is copied."""
 
 
 class PinnedMemory:
-    """Memory of this machine that a device copies from by itself.
+    """Memory of this machine that a device can copy from and to by itself.
 
-    torch's own allocator of such memory rounds sizes up to powers of two, which a budget cannot afford: pages are registered
-    with the driver instead. A forked process does not have them: it would turn the pages that the device knows into copies.
+    torch's own allocator of pinned memory rounds sizes up to powers of two, which a budget cannot afford. So pages are
+    registered with the driver instead. A forked process does not get these pages: sharing them would turn the pages that the
+    device knows into copies.
 
     Args:
-        shape: of a uint8 tensor.
-        transfers: that copy from it and to it. They are waited for before the memory goes.
+        shape: the shape of `tensor`.
+        transfers: the copies from and to this memory. They are waited for before it is unpinned.
 
     Attributes:
         tensor: uint8, page-aligned.
-        is_pinned: not where the driver refuses, which is said, nor for devices without one in `DRIVERS`.
+        is_pinned: false where the driver refuses, which is logged, and for devices without an entry in `DRIVERS`.
     """
 
     def __init__(self, shape: tuple[int, ...], transfers: Transfers) -> None:
@@ -214,7 +215,7 @@ class PinnedMemory:
         self._unpin.atexit = False  # the driver may be gone by then
 
     def release(self) -> None:
-        """Give it back. Nothing may be copied from it or to it any more."""
+        """Give the memory back. Nothing may be copied from or to it any more."""
         if self.is_pinned:
             self.is_pinned = False
             self._unpin()

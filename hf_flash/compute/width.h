@@ -1,8 +1,8 @@
 /* Vectors of one width. A file that is compiled once for each width includes this first, with LANES defined: 8 (AVX2) or 16
  * (AVX-512). There is no include guard, because every inclusion defines the names again.
  *
- *     VECTOR    LANES numbers in fp32; NARROW_VECTOR: as many in 16 bits
- *     PARTS     vectors that make 16 columns
+ *     VECTOR    LANES numbers in fp32; NARROW_VECTOR: LANES numbers in 16 bits
+ *     PARTS     how many vectors make 16 columns
  *     NAME(f)   the name of function f for this width
  *     OF_WIDTH  an inlined function for this width; BODY: one that threads run */
 

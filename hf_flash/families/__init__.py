@@ -1,7 +1,7 @@
-"""Families: how kinds of models name and shape their feed-forward layers. One file a family, one table by `model_type`.
+"""Families: how kinds of models name and shape their feed-forward layers. Each has a file, and a row in one table.
 
-`family_of` finds the family of a model; `register_family` adds one. What is not in the table is recognised by the structure of
-the model's modules (recognise.py), and its arithmetic is tried (arithmetic_check.py).
+`family_of` finds the family of a model by its `model_type`; `register_family` adds one. Models that are not in the table are
+recognised by the structure of their modules (recognise.py), and their arithmetic is tried (arithmetic_check.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _FAMILIES: Final[dict[str, Family]] = {family.model_type: family for family in (
 
 
 def register_family(family: Family) -> None:
-    """Make another kind of model known, or describe one anew.
+    """Add a kind of model, or replace the description of a known one.
 
     Raises:
         UnsupportedModelError: the description is not valid; the message says why.
@@ -28,9 +28,9 @@ def family_of(config: Any, model: Any = None) -> Family:
     """The family of a model.
 
     Args:
-        config: an object, or the dictionary in config.json.
-        model: the model, where there is one already, on the meta device perhaps. Otherwise one is made of the config, without
-            memory, if no family of the table describes it.
+        config: a config object, or the dictionary in config.json.
+        model: the model if it exists already, possibly on the meta device. If it is `None`, and the table has no such family,
+            a model without memory is built from the config.
 
     Raises:
         UnsupportedModelError: its feed-forward layers are not recognised, or compute something else.

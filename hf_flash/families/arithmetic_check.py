@@ -1,7 +1,7 @@
-"""Contract C9: what a feed-forward block computes is compared with what hf_flash would compute in its place.
+"""Contract C9: the result of a feed-forward block is compared with what hf_flash would compute in its place.
 
-The model's own block runs on random input, with small random matrices in place of its own: any activation between the matrices,
-factor, clamp or norm that hf_flash would leave out shows. No weight of the model is needed, so this is done before they load.
+The model's own block runs on random input, with small random matrices in place of its own. This reveals any activation, factor,
+clamp or norm that hf_flash would leave out. It needs no weights of the model, so it is done before they load.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _FUNCTIONAL: Final = (nn.functional.silu, nn.functional.gelu, nn.functional.relu
 
 @dataclass(frozen=True)
 class BlockArithmetic:
-    """What a block computes beside its matrices.
+    """What a block computes besides the products with its matrices.
 
     Attributes:
-        activation: between them.
-        attribute: where the activation is.
-        adds_residual: whether it is called with hidden states and the residual, to which it adds.
+        activation: the function between the matrices.
+        attribute: the block's attribute with the activation, or a torch function's name; inline, the path in the decoder layer.
+        adds_residual: whether the block is called with hidden states and the residual, to which it adds its result.
     """
 
     activation: Activation
@@ -47,14 +47,15 @@ class BlockArithmetic:
 
 
 def check_arithmetic(layer: nn.Module, family: Family, activation: Activation, where: str) -> None:
-    """Refuse a decoder layer whose feed-forward block computes something else than its family says.
+    """Refuse a decoder layer whose feed-forward block computes something else than its family describes.
 
     Args:
         layer: a decoder layer of the model, on any device. It is not changed.
-        activation: as the family says for the model's config.
+        activation: the family's activation for the model's config.
+        where: the layer's name, for the error.
 
     Raises:
-        UnsupportedModelError: with what differs.
+        UnsupportedModelError: it names the difference.
     """
     if family.inline:
         found = inline_arithmetic_of(layer, family.matrices, where)
@@ -75,7 +76,7 @@ def arithmetic_of(block: nn.Module, matrices: Mapping[Role, str], where: str) ->
     Args:
         block: the model's own module, on any device. It is not changed.
         matrices: names of its linear layers.
-        where: it is, for the error.
+        where: the block's name, for the error.
 
     Raises:
         UnsupportedModelError: it computes something else.
@@ -104,9 +105,9 @@ def arithmetic_of(block: nn.Module, matrices: Mapping[Role, str], where: str) ->
 
 
 def inline_arithmetic_of(layer: nn.Module, matrices: Mapping[Role, str], where: str) -> BlockArithmetic:
-    """The same of linear layers that are attributes of a decoder layer: what goes on between them is watched.
+    """The same for linear layers that are attributes of a decoder layer: what passes between them is recorded.
 
-    The layer runs with few neurons, and with modules in place of its attention that pass on what they get.
+    The layer runs with few neurons, and with modules in place of its attention that return their input.
     """
     parent = matrices["up"].rpartition(".")[0]
     with _on_its_own():
@@ -118,7 +119,7 @@ def inline_arithmetic_of(layer: nn.Module, matrices: Mapping[Role, str], where: 
 
 
 def _passes_through(layer: nn.Module, matrices: Mapping[Role, str], activation: str, where: str) -> bool:
-    """Whether the activation takes what up gives, and down what the activation gives, in a forward of the layer."""
+    """Whether, in a forward of the layer, the activation gets the output of up, and down that of the activation."""
     random = torch.Generator().manual_seed(_SEED)
     trial, width = _small_layer(layer, matrices, activation, random)
     x = torch.randn(1, _TOKENS, width, generator=random, dtype=torch.float32, device="cpu")
@@ -128,7 +129,7 @@ def _passes_through(layer: nn.Module, matrices: Mapping[Role, str], activation: 
         trial.get_submodule(path).register_forward_hook(lambda _, args, out, keep=keep: keep((args[0], out)))
     try:
         trial(x)
-    except Exception as error:  # whatever somebody's layer may raise
+    except Exception as error:  # a layer's code may raise anything
         raise _differs(where, "a decoder layer that runs on hidden states alone", in_a_line(error)) from error
     (_, up), (before, after), (hidden, _) = (
         seen.get(path, (None, None)) for path in (matrices["up"], activation, matrices["down"])
@@ -156,14 +157,14 @@ def _small_layer(
             setattr(trial, name, _Passing())
     for module in trial.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor.is_meta:  # of norms
+            if tensor.is_meta:  # the weights of norms
                 ones = torch.ones(tensor.shape, dtype=torch.float32, device="cpu")
                 setattr(module, name, nn.Parameter(ones) if isinstance(tensor, nn.Parameter) else ones)
     return trial, width
 
 
 class _Watched(nn.Module):
-    """A function as a module."""
+    """A function as a module, so that it can be hooked."""
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -174,14 +175,14 @@ class _Watched(nn.Module):
 
 
 class _Passing(nn.Module):
-    """Stands where attention stood: hidden states and no weights of attention."""
+    """Replaces attention: returns the hidden states, and no attention weights."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, None]:
         return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None
 
 
 class _Trial:
-    """Small matrices and input, and what comes out."""
+    """Small random matrices and input, with which the block and hf_flash's arithmetic are compared."""
 
     def __init__(self, block: nn.Module, matrices: Mapping[Role, str]) -> None:
         self._matrices, random = matrices, torch.Generator().manual_seed(_SEED)
@@ -190,7 +191,7 @@ class _Trial:
         self._residual = torch.randn(1, _TOKENS, _D_MODEL, generator=random, dtype=torch.float32, device="cpu")
         self._x = 2 * torch.randn(1, _TOKENS, _D_MODEL, generator=random, dtype=torch.float32, device="cpu")
         self._tensors, self._by_role = dict[str, torch.Tensor](), dict[str, tuple[torch.Tensor, torch.Tensor | None]]()
-        for role, name in matrices.items():  # of a fused matrix one after the other
+        for role, name in matrices.items():  # the parts of a fused matrix are appended to each other
             linear: Any = self._block.get_submodule(name)
             shape = (_D_MODEL, _NEURONS) if role == "down" else (_NEURONS, _D_MODEL)
             weight = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu") / shape[1] ** 0.5
@@ -204,11 +205,11 @@ class _Trial:
             self._by_role[role] = weight, bias if has_bias else None
 
     def of_block(self, where: str) -> torch.Tensor:
-        """The block's own answer."""
+        """The block's own result."""
         try:
             given = (self._x, self._residual) if self.adds_residual else (self._x,)
             found = torch.func.functional_call(self._block, self._tensors, given)
-        except Exception as error:  # whatever somebody's module may raise
+        except Exception as error:  # a module's code may raise anything
             raise _differs(where, "a module that is called with hidden states alone", in_a_line(error)) from error
         if not isinstance(found, torch.Tensor) or found.shape != self._x.shape:
             got = f"{type(found).__name__} {list(getattr(found, 'shape', []))}"
@@ -216,7 +217,7 @@ class _Trial:
         return found
 
     def agrees(self, wanted: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], *, of_both: bool) -> bool:
-        """Whether a neuron's arithmetic with this activation gives the same."""
+        """Whether the arithmetic of neurons with this activation gives the same result."""
         products = [self._product(role, self._x) for role in ("gate", "up") if role in self._matrices]
         if of_both and len(products) == 1:
             return False
@@ -233,13 +234,13 @@ class _Trial:
 
 @contextmanager
 def _on_its_own() -> Iterator[None]:
-    """Without what the loader, or a user, has set for a while: device, gradients, autocast."""
+    """Run without settings of the loader or the user: default device, gradients, autocast."""
     with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
 
 
 def in_a_line(error: Exception) -> str:
-    """What somebody else's error says, without its line breaks."""
+    """The type and message of another library's error in one line, at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
@@ -249,13 +250,13 @@ def is_turned(linear: nn.Module) -> bool:
 
 
 def _functions(block: nn.Module) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
-    """What might be a block's activation: what it has, and functions of torch that its forward may call by itself."""
+    """Candidates for a block's activation: its attributes, and torch functions that its forward may call directly."""
     yield from _attributes(block)
     yield from ((function.__name__, function) for function in _FUNCTIONAL)
 
 
 def _attributes(block: nn.Module) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
-    """Modules without parameters, and functions, that a block has."""
+    """The modules without parameters, and the functions, that are attributes of a block."""
     for name, child in block.named_children():
         if not any(True for _ in child.parameters()):
             yield name, child

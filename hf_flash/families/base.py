@@ -1,7 +1,7 @@
-"""`Family`: how a kind of model names and shapes its feed-forward layers. Data, no module of torch.
+"""`Family`: how a kind of model names and shapes its feed-forward layers. It is data, not a torch module.
 
 A family is one value: names in the module tree, names in the checkpoint, keys of the config. Everything else follows from it.
-How to add one is in CONTRIBUTING.md.
+CONTRIBUTING.md tells how to add one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from hf_flash.compute.activation import Activation, activation_named
 from hf_flash.errors import StoreFormatError, UnsupportedModelError
-from hf_flash.store.names import NOTICE
+from hf_flash.store.names import NOTICES
 from hf_flash.store.unit import COLUMN, HALVES, ROLES, ROW, Part, Role
 
 
@@ -25,7 +25,7 @@ class Shape:
     Attributes:
         d_model: width of the residual stream.
         widths: neurons of each layer's FFN.
-        heads, kv_heads: of attention; those of keys and values may be fewer.
+        heads, kv_heads: attention heads, of queries, and of keys and values, which may be fewer.
         head_dim: numbers in a head.
     """
 
@@ -45,7 +45,7 @@ class Shape:
         return max(self.widths)
 
     def kv_bytes(self, itemsize: int) -> int:
-        """What the KV cache takes for a token, in numbers of `itemsize` bytes."""
+        """Bytes of the KV cache per token, with numbers of `itemsize` bytes."""
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
 
 
@@ -54,8 +54,8 @@ class LayerNames:
     """Names of one layer's matrices in a plain checkpoint.
 
     Attributes:
-        matrices: one for each part, in the family's order.
-        prefix: what the names of the layer's tensors in a store begin with.
+        matrices: one name for each part, in the family's order.
+        prefix: the prefix of the layer's tensor names in a store.
     """
 
     index: int
@@ -69,23 +69,24 @@ class LayerNames:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model. Default values are what most families have.
+    """One kind of model. The defaults fit most families.
 
     Attributes:
         model_type: as in config.json.
-        matrices: the name of the linear layer for each role, in the order in which a unit's parts lie. Where gate and up have
-            the same name, that linear layer gives the gate's numbers first, then up's; it has no bias.
+        matrices: the name of the linear layer for each role, in the order of a unit's parts. If gate and up have the same name,
+            that linear layer returns the gate's numbers first, then up's; it has no bias.
         block: the name of the feed-forward module inside a decoder layer, which is replaced as a whole; `""`: the linear layers
             are attributes of the decoder layer itself, and are replaced one by one.
-        activation: the attribute of the decoder layer with the activation module, where `block` is `""`; of no use elsewhere.
+        activation: the attribute of the decoder layer that holds the activation module, if `block` is `""`; else unused.
         columns: the roles whose matrix has a neuron in a column.
-        adds_residual: whether the block is called with hidden states and the residual, to which it adds what it computes.
-        activation_of_both: in a block with a gate, whether the activation is done with the product with up, too (dReLU).
-        activation_key, level_key, heads_key, kv_heads_key, head_dim_key: keys of the config. `level_key`: of the number above
-            which `fatrelu` leaves what it gets.
-        d_ff_key: the same; its value is a number of neurons for all layers, or a list of one for each.
-        norm: the attribute of a decoder layer with the norm in front of the FFN; `""`: there is none that lookahead could use.
-        norm_first_key: the config's key that says whether that norm comes before the FFN; `""`: it always does.
+        adds_residual: whether the block is called with hidden states and the residual, to which it adds its result.
+        layers: the path of the list of decoder layers inside the decoder, and in the names of checkpoints.
+        activation_of_both: in a block with a gate, whether the activation is also applied to the product with up (dReLU).
+        activation_key, level_key, heads_key, kv_heads_key, head_dim_key: keys of the config. `level_key` has the level above
+            which `fatrelu` passes its input unchanged.
+        d_ff_key: the config key of the number of neurons, one for all layers or a list with one for each layer.
+        norm: the attribute of a decoder layer that holds the norm before the FFN; `""`: none that lookahead could use.
+        norm_first_key: the config key that tells whether that norm comes before the FFN; `""`: it always does.
     """
 
     model_type: str
@@ -107,7 +108,7 @@ class Family:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The parts of its units."""
+        """The parts of the family's units."""
         halves = iter(HALVES if is_fused(self.matrices) else ())
         return tuple(Part(role, COLUMN if role in self.columns else next(halves, ROW)) for role in self.matrices)
 
@@ -125,7 +126,7 @@ class Family:
         """The FFN matrices among the tensors of a plain checkpoint, by layer.
 
         Raises:
-            StoreFormatError: a layer without all of its matrices, or none at all; several stacks of layers.
+            StoreFormatError: a layer lacks matrices, there are no layers, or there are several stacks of layers.
         """
         known, (first, *others) = set(tensors), self._modules
         stem = rf"(?P<stem>(?:.*\.)?{re.escape(self.layers)}\.)"
@@ -154,18 +155,18 @@ class Family:
         return layers
 
     def activation_of(self, config: Any) -> Activation:
-        """The activation function; an error if transformers does not know it."""
+        """The activation that a config names. Raises `UnsupportedModelError` if transformers does not know it."""
         named = activation_named(get(config, self.activation_key), self.activation_key, level=get(config, self.level_key))
         return replace(named, of_both=self.activation_of_both)
 
     def shape(self, config: Any) -> Shape:
-        """Sizes from a config (an object or a dictionary); an error if they are none that a model could have."""
+        """Sizes from a config, an object or a dictionary. Raises `UnsupportedModelError` if a model cannot have them."""
         layers, d_model, heads = (_size(config, name) for name in ("num_hidden_layers", "hidden_size", self.heads_key))
         kv_heads, head_dim = get(config, self.kv_heads_key) or heads, get(config, self.head_dim_key) or d_model // heads
         return Shape(d_model, self._widths(config, layers), heads, kv_heads, head_dim)
 
     def _widths(self, config: Any, layers: int) -> tuple[int, ...]:
-        """Neurons of each layer: the config has one number for all of them, or a list."""
+        """Neurons of each layer: the config has one number for all layers, or a list."""
         found = get(config, self.d_ff_key)
         if not isinstance(found, list | tuple):
             return (_size(config, self.d_ff_key),) * layers
@@ -175,18 +176,18 @@ class Family:
         return tuple(found)
 
     def looks_ahead(self, config: Any) -> bool:
-        """Whether the FFN's input is close to the layer's own, through the norm in front of the FFN."""
+        """Whether the norm before the FFN turns the layer's input into a good guess of the FFN's input, for lookahead."""
         return bool(self.norm) and (not self.norm_first_key or bool(get(config, self.norm_first_key)))
 
     @property
     def store_keys(self) -> list[str]:
-        """Patterns of the checkpoint names that are not for transformers' loader."""
+        """Patterns of the names in a checkpoint that transformers' loader must skip."""
         names, layer = "|".join(map(re.escape, self._modules)), rf"{re.escape(self.layers)}\.\d+\."
         return [
             rf"{layer}({names})\.weight$",
             rf"{layer}{re.escape(self._modules[0])}\.(bundles|place|predictor\..+|calibration\..+)$",
             r"^calibration\.",
-            f"^{re.escape(NOTICE)}$",
+            *(f"^{re.escape(notice)}$" for notice in NOTICES),
         ]
 
 
@@ -199,7 +200,7 @@ def check_family(family: Family) -> None:
     """Refuse a description of a family that is not valid. `register_family` calls this.
 
     Raises:
-        UnsupportedModelError: with what is wrong.
+        UnsupportedModelError: it names the invalid field.
     """
     roles = set(family.matrices)
     if not {"up", "down"} <= roles <= set(ROLES) or list(family.matrices)[-1] != "down":
@@ -225,7 +226,7 @@ def _invalid(family: Family, field: str, expected: str, got: object) -> Unsuppor
 
 
 def _size(config: Any, key: str) -> int:
-    """A number of a config that is 1 or more; an error if it is none."""
+    """An integer of a config that is 1 or more. Raises `UnsupportedModelError` if it is not."""
     value = get(config, key)
     if type(value) is not int or value < 1:
         raise UnsupportedModelError("a size in config.json is none", where=key, expected="1 or more", got=value)
@@ -233,7 +234,7 @@ def _size(config: Any, key: str) -> int:
 
 
 def get(config: Any, key: str) -> Any:
-    """A value of a config, an object or the dictionary in config.json; `None` if it has none."""
+    """A value of a config, which is an object or the dictionary in config.json; `None` if it is not set."""
     return config.get(key) if isinstance(config, dict) else getattr(config, key, None)
 
 
@@ -242,6 +243,6 @@ _UNBOUNDED: Final = 1 << 17
 
 
 def longest_sequence(config: Any) -> int:
-    """The most tokens that a model is made for, from its config; 131 072 where nothing bounds them, as with ALiBi."""
+    """The most tokens that a model is made for, from its config; 131 072 if nothing bounds them, as with ALiBi."""
     found = (get(config.get_text_config(), key) for key in _LENGTH_KEYS)
     return next((value for value in found if type(value) is int and value > 0), _UNBOUNDED)

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint become which parameters of a model, by transformers' own conversion mapping."""
+"""Finds which tensors of a checkpoint become which parameters of a model, by transformers' own conversion mapping."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Sources:
     """The tensors of a checkpoint that become one parameter.
 
     Attributes:
-        converter: of transformers, or `None` if the tensor is taken as it is.
-        names: of the tensors, by the source pattern that they match, in the order in which transformers collects them.
+        converter: the converter of transformers, or `None` if the tensor is taken unchanged.
+        names: names of the tensors, by the source pattern that they match, in the order in which transformers collects them.
     """
 
     converter: Any
@@ -33,12 +33,12 @@ class Sources:
 
     @property
     def as_it_is(self) -> str | None:
-        """The one tensor that the parameter is, but for making plain numbers of it; `None`: it is made in another way."""
+        """The one tensor that is the parameter, apart from dequantization; `None` if the parameter is made in another way."""
         numbers = self.without_scales()[0].tensors
         return numbers[0] if len(numbers) == 1 and all(map(is_dequantizing, self.operations)) else None
 
     def without_scales(self) -> tuple[Sources, dict[str, str]]:
-        """The tensors that hold numbers; and for each of these that has any, the tensor of its scales."""
+        """The sources that hold numbers; and for those with scales, a dictionary from tensor to tensor of scales."""
         if not any(map(is_dequantizing, self.operations)):
             return self, {}
         numbers = {pattern: names for pattern, names in self.names.items() if has_numbers(pattern)}
@@ -52,8 +52,9 @@ class Sources:
 class Conversions:
     """How transformers renames and converts the tensors of a checkpoint for a model.
 
-    `get_model_conversion_mapping` of its conversion_mapping.py; `rename_source_key`, `WeightConverter`, `WeightRenaming` and
-    `dot_natural_key` of core_model_loading.py, all since 5.0. `convert_and_load_state_dict_in_model` there does what this does.
+    It uses `get_model_conversion_mapping` of transformers' conversion_mapping.py; `rename_source_key`, `WeightConverter`,
+    `WeightRenaming` and `dot_natural_key` of core_model_loading.py, all since 5.0. It follows
+    `convert_and_load_state_dict_in_model` there.
     """
 
     def __init__(self, model: Any) -> None:
@@ -69,7 +70,7 @@ class Conversions:
         self.prefix, self.state = model.base_model_prefix, model.state_dict()
 
     def sources_of(self, wanted: set[str], tensors: Sequence[str]) -> dict[str, Sources]:
-        """For each parameter, what it is made of."""
+        """For each wanted parameter that is among the targets of `tensors`, its sources."""
         from transformers.core_model_loading import dot_natural_key
 
         found: dict[str, Sources] = {}
@@ -81,7 +82,7 @@ class Conversions:
         return found
 
     def _targets(self, tensor: str) -> Iterator[tuple[str, str | None]]:
-        """The parameters that a tensor becomes, or becomes a part of, and the pattern of the converter that says so."""
+        """The parameters that a tensor becomes, or becomes a part of, each with the source pattern of its converter."""
         from transformers.core_model_loading import rename_source_key
 
         name, pattern = rename_source_key(tensor, self.renamings, self.converters, self.prefix, self.state)
@@ -93,13 +94,13 @@ class Conversions:
 
 
 def table_on_disk(model: Any, name: str, checkpoint: Checkpoint) -> str | None:
-    """The tensor that a matrix of a model lies in, whole, row after row; `None`: it is made of something else.
+    """The tensor of a checkpoint that is a matrix of a model, row after row; `None` if the matrix is made in another way.
 
     Args:
-        name: of the parameter.
+        name: the name of the parameter.
     """
     wanted = tuple(model.get_parameter(name).shape)
-    alike = [tensor for tensor, (_, shape) in checkpoint.specs.items() if shape == wanted]  # of all, each would be renamed
+    alike = [tensor for tensor, (_, shape) in checkpoint.specs.items() if shape == wanted]  # fewer tensors to rename
     source = Conversions(model).sources_of({name}, alike).get(name)
     tensor = source.as_it_is if source else None
     if tensor is None or codec_of(checkpoint.specs[tensor][0]) is None:

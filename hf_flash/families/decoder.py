@@ -1,7 +1,7 @@
-"""Where a model of transformers has its decoder layers. Nothing else in the package knows.
+"""Finds the decoder layers of a transformers model, for the whole package.
 
-`get_decoder` is public. What it returns is not said anywhere: the part that runs the decoder layers, for most models; the model
-itself, or its output matrix, for a few. That the layers are all in one list is not said either; a family names that list.
+`get_decoder` is public, but its result is not documented: for most models the part that runs the decoder layers; for a few the
+model itself, or its output matrix. It is not documented either that all layers are in one list; a family names that list.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hf_flash.families.base import Family
 
 
 def decoder_of(model: Any) -> Any:
-    """The part of a causal language model that runs its decoder layers; the model, if it does not say."""
+    """The part of a causal language model that runs its decoder layers; the model itself if `get_decoder` does not help."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else model
     return found if any(isinstance(module, nn.ModuleList) for module in found.modules()) else model
 
@@ -25,6 +25,6 @@ def decoder_layers(model: Any, family: Family) -> Any:
 
 
 def replace_module(parent: nn.Module, path: str, new: nn.Module) -> None:
-    """Put a module in place of what is at a path of attributes, a module or a function."""
+    """Replace the module or function at a path of attributes with a module."""
     holder, _, name = path.rpartition(".")
     setattr(parent.get_submodule(holder), name, new)

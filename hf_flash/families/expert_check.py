@@ -1,7 +1,7 @@
-"""Contract C9 for mixtures: what a module of experts computes is compared with what hf_flash computes in its place.
+"""Contract C9 for mixtures: the result of a module of experts is compared with what hf_flash computes in its place.
 
-The stock module's own forward runs on random input, with small random experts in place of its own. None of the model's weights
-are needed, so this is done before they load.
+The stock module's own forward runs on random input, with small random experts in place of its own. It needs no weights of the
+model, so it is done before they load.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def check_experts(model: Any) -> None:
     """Refuse a model whose experts compute something else than hf_flash would.
 
     Args:
-        model: of transformers, on the meta device. It is not changed.
+        model: a transformers model on the meta device. It is not changed.
 
     Raises:
-        UnsupportedModelError: with what differs.
+        UnsupportedModelError: it names the difference.
     """
     tried = set[type]()
     for name, module in expert_modules(model).items():
@@ -49,7 +49,7 @@ def _check(module: Any, where: str) -> None:
         index = torch.stack([torch.randperm(experts, dtype=torch.int64, device="cpu")[:used] for _ in range(_TOKENS)])
         try:
             stock = type(module).forward(small, x, index, weights)
-        except Exception as error:  # of whatever a module asks for that is not there
+        except Exception as error:  # a module's code may need attributes that it lacks here, and fail in any way
             raise _differs(where, f"{type(error).__name__}: {error}") from error
         mine = _computed(small, x, index, weights)
     if not isinstance(stock, torch.Tensor) or stock.shape != mine.shape:
@@ -59,12 +59,12 @@ def _check(module: Any, where: str) -> None:
 
 
 def _small_module(module: Any) -> Any:
-    """A module of the same class and settings, with as many experts, which are small."""
+    """A module of the same class and settings, with as many experts, but small ones."""
     kind: Any = type(module)
     small, sizes = kind.__new__(kind), small_sizes(module)
     nn.Module.__init__(small)
     for name, value in vars(module).items():
-        if not name.startswith("_") or type(value) is bool:  # what is nn.Module's own stays new
+        if not name.startswith("_") or type(value) is bool:  # nn.Module's own attributes stay new
             vars(small)[name] = sizes.get(value, value) if type(value) is int else value
     small.num_experts = sizes_of(module)[0]
     small.config = _Eager(module.config)
@@ -80,7 +80,7 @@ def _small_module(module: Any) -> Any:
 
 
 class _Eager:
-    """A config whose experts compute by their own code, not by a shared function of transformers."""
+    """A config that makes experts compute by their own code, not by a shared function of transformers."""
 
     _experts_implementation = "eager"
 
@@ -92,7 +92,7 @@ class _Eager:
 
 
 def _computed(module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What hf_flash computes, token by token and expert by expert."""
+    """The result of hf_flash, computed token by token and expert by expert."""
     first = first_of(module)
     out = torch.zeros_like(x)
     for token in range(len(x)):

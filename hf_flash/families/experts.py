@@ -1,11 +1,11 @@
 """Mixtures of experts: which modules hold experts, and where every expert's numbers lie in a checkpoint.
 
-transformers gives nearly all mixtures one module (`use_experts_implementation` in its integrations/moe.py): `gate_up_proj` or
-`up_proj` and `down_proj`, of three dimensions, the first of which is the expert. Checkpoints hold the same numbers under other
-names and in other pieces: a matrix for each expert, gate and up apart, transposed, interleaved. How one becomes the other is
-transformers' own conversion mapping. It is not read here, it is tried: the conversion runs on small tensors of serial numbers,
-and what comes out says where each number came from. So every conversion is understood that leaves an expert's numbers in a few
-contiguous pieces, and every other one is refused by name.
+transformers gives nearly all mixtures one kind of module (`use_experts_implementation` in its integrations/moe.py):
+`gate_up_proj` or `up_proj`, and `down_proj`, have three dimensions, the first of which is the expert. Checkpoints hold the same
+numbers under other names and in other pieces: a matrix for each expert, gate and up apart, transposed, interleaved.
+transformers' own conversion mapping turns one into the other. It is not parsed here but tried: the conversion runs on small
+tensors of serial numbers, and its output shows where each number came from. So this understands every conversion that leaves an
+expert's numbers in a few contiguous pieces, and refuses every other one by name.
 
 An expert is then read where it lies: nothing is repacked.
 """
@@ -35,9 +35,9 @@ from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.experts import SECOND, ExpertLayer, Piece, bytes_of
 
 _FIRST: Final = ("gate_up_proj", "up_proj")
-_MARK: Final = "is_concatenated"  # every instance of a decorated class has it
-_SMALL: Final = {"neurons": 3, "width": 5}  # of the tensors that conversions are tried with
-_MOST_PIECES: Final = 4  # of an expert's matrix
+_MARK: Final = "is_concatenated"  # an attribute of every instance of a decorated class
+_SMALL: Final = {"neurons": 3, "width": 5}  # sizes of the tensors with which conversions are tried
+_MOST_PIECES: Final = 4  # the most pieces of an expert's matrix
 
 Numbers = npt.NDArray[np.int64]
 
@@ -61,8 +61,8 @@ def mixture_of(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """The model of a checkpoint folder, without memory, if it is a mixture of experts; else `None`.
 
     Args:
-        folder: config.json is enough.
-        dtype: of compute; `None`: as config.json says.
+        folder: a folder with at least config.json.
+        dtype: the compute dtype; `None`: that of config.json, or else float32.
     """
     config = config_object(read_json(folder / "config.json"))
     config.dtype = dtype or config.dtype or torch.float32
@@ -74,14 +74,14 @@ _USED_KEYS: Final = ("num_experts_per_tok", "num_experts_per_token", "top_k_expe
 
 
 def experts_per_token(model: Any, layers: Sequence[ExpertLayer]) -> int:
-    """How many experts of a layer a token uses, as far as the config or a router says; else one."""
+    """How many experts of a layer a token uses, from the config or a router; 1 if neither has the number."""
     found = _number_of(model.config.get_text_config(), _USED_KEYS)
     routers = [module.top_k for module in model.modules() if isinstance(getattr(module, "top_k", None), int)]
     return min(found or max(routers, default=1), max(layer.experts for layer in layers))
 
 
 def kv_cache_bytes(model: Any) -> int:
-    """What the KV cache takes for a token of a sequence, as far as the config says."""
+    """Bytes of the KV cache per token of a sequence, as far as the config has the sizes."""
     config = model.config.get_text_config()
     layers, heads, width = (
         _number_of(config, (key,)) or 1 for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
@@ -94,9 +94,9 @@ def kv_cache_bytes(model: Any) -> int:
 
 
 def _number_of(config: Any, keys: Sequence[str]) -> int | None:
-    """The first of some keys of a config that is a number above zero."""
+    """The value of the first of some config keys that has an integer above zero."""
     for key in keys:
-        with suppress(Exception):  # transformers' own, of configs whose layers differ
+        with suppress(Exception):  # transformers raises for configs whose layers differ
             found = get(config, key)
             if type(found) is int and found > 0:
                 return found
@@ -107,10 +107,10 @@ def locate_experts(model: Any, checkpoint: Checkpoint) -> list[ExpertLayer]:
     """Find every expert of a model in its checkpoint.
 
     Args:
-        model: of transformers, on the meta device. It is not changed.
+        model: a transformers model on the meta device. It is not changed.
 
     Raises:
-        UnsupportedModelError: a conversion that does not leave experts in contiguous pieces.
+        UnsupportedModelError: a conversion does not leave experts in a few contiguous pieces.
         StoreFormatError: the checkpoint lacks experts, or has them in other sizes.
     """
     modules = expert_modules(model)
@@ -126,7 +126,7 @@ def _layer(
     first = first_of(module)
     experts, width, neurons = sizes_of(module)
     block = block_of(quantization_of(model.config))
-    pieces, numbers, of_numbers = list[Piece](), list[_Range](), list[_Range]()  # of_numbers: of their scales
+    pieces, numbers, of_numbers = list[Piece](), list[_Range](), list[_Range]()  # of_numbers: ranges of their scales
     for param in (first, SECOND):
         target = f"{name}.{param}"
         if target not in sources:
@@ -161,14 +161,14 @@ def sizes_of(module: Any) -> tuple[int, int, int]:
 
 
 class _Form(NamedTuple):
-    """A piece of every expert, and for each of them the number of its tensor, the matrix in that, and the row of the matrix."""
+    """A piece of every expert; and for each expert the index of its tensor, the matrix in the tensor, and the first row."""
 
     piece: Piece
     places: list[tuple[int, int, int]]
 
 
 def _try_conversion(model: Any, source: Sources, specs: Sequence[Any], module: Any, param: str, target: str) -> list[_Form]:
-    """What a conversion makes of tensors of such shapes."""
+    """The pieces that a parameter's experts have in the checkpoint, found by running the conversion on small tensors."""
     shape = module.get_parameter(param).shape
     small = small_sizes(module)
     shapes = [_small_shape(spec[1], small, tensor, target) for spec, tensor in zip(specs, source.tensors, strict=True)]
@@ -187,7 +187,7 @@ def _try_conversion(model: Any, source: Sources, specs: Sequence[Any], module: A
 
 
 class _Range(NamedTuple):
-    """For each expert, a tensor of the checkpoint and the byte where a range begins in it."""
+    """For each expert, a tensor of the checkpoint and the byte offset in it where a range begins."""
 
     tensors: list[str]
     begin: list[int]
@@ -207,7 +207,7 @@ def _scales_in_tensors(
     form: _Form, names: Sequence[str], specs: Sequence[Any], scales: Mapping[str, str], checkpoint: Checkpoint, target: str,
     block: tuple[int, int] | None,
 ) -> tuple[Piece, _Range | None]:  # fmt: skip
-    """A piece with what is known of its scales, and where these lie."""
+    """A piece with the layout of its scales, and where these lie; without scales, the piece itself and `None`."""
     piece, numbers = form.piece, form.places[0][0]
     if names[numbers] not in scales:
         if piece.dtype not in DTYPES:
@@ -227,17 +227,17 @@ def _scales_in_tensors(
 
 
 def small_sizes(module: Any) -> dict[int, int]:
-    """Sizes of one expert's matrices, and the small ones that stand for them. What is equal, or twice, stays so."""
+    """A small size for each size of an expert's matrices. Sizes that are equal, or twice another, stay so."""
     experts, width, neurons = sizes_of(module)
     small = {neurons: _SMALL["neurons"], 2 * neurons: 2 * _SMALL["neurons"]}
     small.setdefault(width, 2 * small[width // 2] if width // 2 in small and width % 2 == 0 else _SMALL["width"])
-    for size in (neurons, 2 * neurons, width):  # of all experts in one matrix
+    for size in (neurons, 2 * neurons, width):  # for matrices that hold all experts
         small.setdefault(experts * size, experts * small[size])
     return small
 
 
 def _small_shape(shape: Sequence[int], small: dict[int, int], name: str, target: str) -> tuple[int, ...]:
-    """A shape with small sizes; the first of three is a number of experts, and stays."""
+    """A shape with small sizes. The first of three dimensions is a number of experts, which stays."""
     given = [(0, size) if len(shape) == 3 and at == 0 else (1, size) for at, size in enumerate(shape)]
     if len(shape) not in (2, 3) or any(kind and size not in small for kind, size in given):
         raise StoreFormatError(
@@ -252,7 +252,7 @@ def _small_shape(shape: Sequence[int], small: dict[int, int], name: str, target:
 def _converted(
     model: Any, source: Sources, shapes: Sequence[tuple[int, ...]], wanted: torch.Size, target: str
 ) -> npt.NDArray[np.int64]:
-    """A parameter made of tensors whose numbers say which they are: tensor after tensor, in order."""
+    """A parameter converted from tensors of serial numbers, which count on from tensor to tensor."""
     numbers, at = [], 0
     for shape in shapes:
         count = torch.Size(shape).numel()
@@ -270,7 +270,7 @@ def _converted(
 def _run_operations(
     model: Any, source: Sources, numbers: Iterator[torch.Tensor], wanted: torch.Size, target: str
 ) -> torch.Tensor:
-    """The operations of transformers' converter, in its order."""
+    """Run the operations of transformers' converter, in its order."""
     stand_in = SimpleNamespace(
         get_parameter=lambda name: torch.empty(wanted, dtype=torch.int64, device="meta"), config=model.config
     )
@@ -284,7 +284,7 @@ def _run_operations(
             collected = operation.convert(
                 collected, **patterns, full_layer_name=target, model=stand_in, config=model.config, missing_keys=None
             )
-    except Exception as error:  # of whatever an operation asks for that is not there
+    except Exception as error:  # an operation may need attributes that the stand-in lacks, and fail in any way
         raise _refused(target, f"{type(operation).__name__}: {error}") from error
     mine = [value for pattern, value in collected.items() if target.endswith(pattern.replace("\\", ""))]
     if len(collected) == 1:
@@ -296,19 +296,21 @@ def _run_operations(
 
 
 def _dequantized(operation: Any, collected: dict[str, Any], target: str) -> dict[str, Any]:
-    """What an operation that makes plain numbers does to their places."""
-    if type(operation).__name__ == "Mxfp4Dequantize":  # its integrations/mxfp4.py: rows of outputs become columns
+    """The effect of a dequantizing operation on the order of numbers."""
+    if type(operation).__name__ == "Mxfp4Dequantize":  # integrations/mxfp4.py: rows of outputs become columns
         return {target: next(iter(collected.values()))[0].transpose(1, 2)}
     return {target: collected["weight"]} if "weight" in collected else collected
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Outputs of a matrix whose numbers are contiguous.
+    """Outputs of a matrix whose numbers are contiguous in a file.
 
     Attributes:
-        first: the serial number that the run begins with.
-        outputs: which they are, in the order of the file.
+        first: the serial number with which the run begins.
+        outputs: indices of the outputs, in the order of the file.
+        inputs: how many inputs an output has.
+        turned: whether an output is a column in the file.
     """
 
     first: int
@@ -318,7 +320,7 @@ class _Run:
 
 
 def _runs(block: Numbers, shapes: Sequence[tuple[int, ...]], target: str) -> list[_Run]:
-    """A matrix [outputs, inputs] of serial numbers, in runs that lie together in a file."""
+    """Split a matrix [outputs, inputs] of serial numbers into runs that are contiguous in a file."""
     outputs, inputs = block.shape
     order = np.argsort(block[:, 0], kind="stable")
     start = block[order, 0]
@@ -342,7 +344,7 @@ def _runs(block: Numbers, shapes: Sequence[tuple[int, ...]], target: str) -> lis
 def _in_file(
     run: _Run, shapes: Sequence[tuple[int, ...]], specs: Sequence[Any], param: str, target: str
 ) -> tuple[Piece, tuple[int, int, int]]:
-    """A run in sizes of the file: its piece, and the number of its tensor, the matrix in that, and the row where it begins."""
+    """A run in the sizes of the file: its piece; and the index of its tensor, the matrix in the tensor, and the first row."""
     ends = np.cumsum([torch.Size(shape).numel() for shape in shapes])
     number = int(np.searchsorted(ends, run.first, side="right"))
     small, (dtype, real) = shapes[number], specs[number]
@@ -359,7 +361,7 @@ def _in_file(
 
 
 def _order(run: _Run, count: int, target: str) -> tuple[int, int]:
-    """Which outputs a run has, in real sizes: `first_output` and `turns` of a piece."""
+    """`first_output` and `turns` of a piece, in real sizes, from the outputs of a run."""
     small, at = len(run.outputs), run.outputs
     steps = np.diff(at)
     if (steps == 1).all():
@@ -372,7 +374,7 @@ def _order(run: _Run, count: int, target: str) -> tuple[int, int]:
 
 
 def _check_outputs(forms: Sequence[Piece], outputs: int, target: str) -> None:
-    """Every output comes from one piece."""
+    """Refuse pieces that do not hold every output exactly once."""
     found = np.concatenate([piece.order for piece in forms])
     if not np.array_equal(np.sort(found), np.arange(outputs)):
         raise _refused(target, "its pieces do not make a whole")

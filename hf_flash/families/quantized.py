@@ -1,11 +1,11 @@
-"""Checkpoints that are quantized already, by another method than ours: which are read, and how.
+"""Checkpoints that are quantized by another method than ours: which ones are read, and how.
 
-transformers reads such a checkpoint by a quantizer of its own, which can be told to make plain numbers of all of it. Here that
-quantizer does so for everything but the experts. Those stay as they are, on flash: what its conversions say of them says which
-tensor holds the scales of which other.
+transformers reads such a checkpoint with a quantizer of its own, which can dequantize all of it to plain numbers. Here that
+quantizer dequantizes everything but the experts. Those stay in their stored form on flash; the quantizer's conversions tell
+which tensor holds the scales of which other tensor.
 
-    mxfp4   gpt-oss: 4 bits a number, 32 of a row share a scale that is a power of two
-    fp8     DeepSeek, Qwen and others: 8 bits a number, scales for blocks of numbers; or 4 bits, as above
+    mxfp4   gpt-oss: 4 bits per number; 32 numbers of a row share a scale that is a power of two
+    fp8     DeepSeek, Qwen and others: 8 bits per number, scales for blocks of numbers; or 4 bits, as above
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.experts import E2M1, E4M3, E8M0, Piece, Scales
 from hf_flash.store.safetensors_files import TensorSpec, as_bytes
 
-KEY: Final = "checkpoint_quantization"  # in our own config: what the checkpoint's config.json said
+KEY: Final = "checkpoint_quantization"  # key of our own config: the quantization of the checkpoint's config.json
 METHODS: Final = ("mxfp4", "fp8")
-_SCALES: Final = ((re.compile(r"_blocks$"), "_scales"), (re.compile(r"$"), "_scale_inv"))  # names: of numbers, of their scales
+_SCALES: Final = ((re.compile(r"_blocks$"), "_scales"), (re.compile(r"$"), "_scale_inv"))  # (name of numbers, name of scales)
 _IN_FILES: Final = ((".weight", ".weight_scale_inv"), (".weight", ".scale"), (".weight", ".qscale_weight"))  # before renaming
 _NO_NUMBERS: Final = re.compile(r"(_scales|_scale_inv|activation_scale)$")
-_OF_SCALES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E8M0, torch.uint8)  # a byte is an exponent
+_OF_SCALES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E8M0, torch.uint8)  # uint8: an exponent
 _CODED: Final = (E4M3, torch.int8, torch.uint8)  # dtypes of tensors whose numbers have scales
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
-    """How a checkpoint is quantized apart from hf_flash, as its config.json says; `None`: it is not.
+    """How a checkpoint is quantized apart from hf_flash, from its config.json; `None` if it is not.
 
     Args:
-        config: of transformers, or the dictionary in config.json.
+        config: a transformers config, or the dictionary in config.json.
 
     Raises:
-        ConfigError: by a method that is not read.
+        ConfigError: hf_flash does not read the method.
     """
     found = get(config, "quantization_config") or get(get(config, "text_config") or {}, "quantization_config")
     values = found.to_dict() if hasattr(found, "to_dict") else found
@@ -70,12 +70,13 @@ def _not_read(got: str) -> ConfigError:
 
 
 def dequantizer(quantization: Mapping[str, Any]) -> Any:
-    """The quantizer of transformers for such a checkpoint, told to make plain numbers of it.
+    """The transformers quantizer for such a checkpoint, set to dequantize it.
 
-    `HfQuantizer` of its quantizers/base.py; `quantization_config.dequantize` of both methods, all since 5.0.
+    It uses `HfQuantizer` of transformers' quantizers/base.py, and `quantization_config.dequantize` of both methods, all since
+    5.0.
 
     Raises:
-        ConfigError: transformers does not understand it.
+        ConfigError: transformers does not understand the quantization.
     """
     from transformers.quantizers import AutoHfQuantizer
 
@@ -91,16 +92,16 @@ def dequantizer(quantization: Mapping[str, Any]) -> Any:
 
 
 def block_of(quantization: Mapping[str, Any] | None) -> tuple[int, int] | None:
-    """Rows and columns of the blocks that share a scale, where config.json says so."""
+    """Rows and columns of the blocks that share a scale; `None` if config.json does not have them."""
     found = (quantization or {}).get("weight_block_size")
     return (int(found[0]), int(found[1])) if found else None
 
 
 def _with_uneven_blocks(operation: Any, block: tuple[int, int]) -> Any:
-    """`Fp8Dequantize` of integrations/finegrained_fp8.py for matrices whose last blocks are not whole.
+    """`Fp8Dequantize` of integrations/finegrained_fp8.py for matrices whose last blocks are cut off.
 
-    DeepSeek-V3 has some, 576 rows in blocks of 128. Stock refuses these, or takes the blocks for smaller ones. Here they are
-    filled up with zeros, which are cut off again.
+    DeepSeek-V3 has such matrices, with 576 rows in blocks of 128. Stock transformers refuses them, or takes the blocks for
+    smaller ones. Here they are padded with zeros, which are cut off again.
     """
 
     class Dequantize(operation):
@@ -118,7 +119,7 @@ def _with_uneven_blocks(operation: Any, block: tuple[int, int]) -> Any:
 
 
 def _is_uneven(shape: tuple[int, ...], grid: tuple[int, ...], block: tuple[int, int]) -> bool:
-    """Whether a matrix has blocks of this size, of which the last are not whole."""
+    """Whether a matrix has blocks of this size, of which the last are cut off."""
     blocks = tuple(-(-size // each) for size, each in zip(shape, block, strict=True))
     return grid == blocks and any(size % each for size, each in zip(shape, block, strict=True))
 
@@ -127,22 +128,22 @@ def _is_uneven(shape: tuple[int, ...], grid: tuple[int, ...], block: tuple[int, 
 
 
 def is_dequantizing(operation: Any) -> bool:
-    """Whether an operation of a conversion makes plain numbers of those with scales."""
+    """Whether an operation of a conversion dequantizes."""
     return hasattr(operation, "hf_quantizer")
 
 
 def has_numbers(pattern: str) -> bool:
-    """Whether tensors of this name hold numbers, and not what these are multiplied with."""
+    """Whether tensors of this name hold numbers, not scales."""
     return _NO_NUMBERS.search(pattern) is None
 
 
 def name_of_scales(pattern: str) -> str:
-    """The name of the scales of numbers of this name."""
+    """The name of the scales that belong to numbers of this name."""
     return next(end.sub(ending, pattern, count=1) for end, ending in _SCALES if end.search(pattern))
 
 
 def as_numbers(spec: TensorSpec, scales: TensorSpec | None) -> TensorSpec:
-    """Dtype and shape of a tensor of numbers, where a byte that holds two of them counts as two."""
+    """Dtype and shape of a tensor of numbers, in which a byte that holds two numbers counts as two."""
     dtype, shape = spec
     if scales is None:
         return spec
@@ -152,20 +153,22 @@ def as_numbers(spec: TensorSpec, scales: TensorSpec | None) -> TensorSpec:
 
 
 def scales_for(numbers: TensorSpec, scales: TensorSpec, block: tuple[int, int] | None = None) -> Scales | None:
-    """How the scales in one tensor belong to the numbers in another; `None`: not in a way that is known.
+    """How the scales in one tensor belong to the numbers in another; `None` if the layout is unknown.
 
     Args:
-        block: as config.json says: it is asked where blocks are not all whole.
+        numbers: as [`as_numbers`] returns it.
+        scales: dtype and shape of the tensor of scales.
+        block: the block size of config.json, which is needed if the last blocks are cut off.
 
-    Stock has a matrix of scales for each matrix of numbers, in blocks of one size (`Fp8Dequantize` of its
-    integrations/finegrained_fp8.py, `Mxfp4Dequantize` of mxfp4.py).
+    Stock transformers has a matrix of scales for each matrix of numbers, in blocks of one size (`Fp8Dequantize` of
+    integrations/finegrained_fp8.py, `Mxfp4Dequantize` of integrations/mxfp4.py).
     """
     (dtype, shape), (scale_dtype, grid) = numbers, scales
     if torch.Size(grid).numel() == 1:
         grid = (*(1 for _ in shape[:-2]), 1, 1)
     if dtype not in (E2M1, E4M3) or scale_dtype not in _OF_SCALES or len(grid) != len(shape) or grid[:-2] != shape[:-2]:
         return None
-    kind = E8M0 if scale_dtype == torch.uint8 else scale_dtype  # a byte alone is such an exponent
+    kind = E8M0 if scale_dtype == torch.uint8 else scale_dtype  # uint8 holds the same exponents
     if block and dtype == E4M3 and _is_uneven(shape[-2:], grid[-2:], block):
         return Scales(kind, *block)
     if 0 in grid[-2:] or shape[-2] % grid[-2] or shape[-1] % grid[-1]:
@@ -174,7 +177,7 @@ def scales_for(numbers: TensorSpec, scales: TensorSpec, block: tuple[int, int] |
 
 
 def scales_in(checkpoint: Checkpoint, name: str) -> str | None:
-    """The tensor of a checkpoint with the scales of another one that is not of an expert; `None`: it has none."""
+    """The name of the tensor with the scales of a tensor that belongs to no expert; `None` if it has no scales."""
     if name not in checkpoint.specs or checkpoint.specs[name][0] not in _CODED:
         return None
     names = (name.removesuffix(end) + ending for end, ending in _IN_FILES if name.endswith(end))
@@ -182,14 +185,14 @@ def scales_in(checkpoint: Checkpoint, name: str) -> str | None:
 
 
 def plain_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype, block: tuple[int, int] | None = None) -> torch.Tensor:
-    """A tensor of a checkpoint, as plain numbers if it has scales.
+    """A tensor of a checkpoint; one with scales is decoded to plain numbers.
 
     Args:
-        dtype: of compute.
+        dtype: the compute dtype.
         block: as in [`scales_for`].
 
     Raises:
-        StoreFormatError: it has scales that nothing is known of.
+        StoreFormatError: the layout of its scales is unknown.
     """
     scales = scales_in(checkpoint, name)
     if scales is None or dtype not in DTYPES:
@@ -205,10 +208,11 @@ def plain_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype, block: t
 
 
 def as_quantized(specs: Mapping[str, TensorSpec], quantization: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """The tensors of experts in a checkpoint that is not there: what a method makes of plain ones.
+    """The specs that a quantization method would give the tensors of plain experts, for a checkpoint that does not exist.
 
     Args:
-        specs: of plain experts, under the names of a checkpoint.
+        specs: specs of the plain experts, by their names in a checkpoint.
+        quantization: as [`quantization_of`] returns it.
 
     Raises:
         ConfigError: the method is not for such experts.

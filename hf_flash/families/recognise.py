@@ -1,8 +1,8 @@
 """Recognise the feed-forward blocks of a model that no family describes, by the structure of its modules.
 
-A block is recognised where every decoder layer has one module, under one name, that holds linear layers under one of the known
-sets of names and nothing else, and whose arithmetic is that of a neuron: `down(act(up x))`, or `down(act(gate x) * up x)`. That
-is tried (arithmetic_check.py), so a model that loads is right (contract C9).
+A block is recognised if every decoder layer has one such module, under the same name, that holds linear layers under one of the
+known sets of names and nothing else, and that computes `down(act(up x))`, or `down(act(gate x) * up x)`. The arithmetic is
+tried (arithmetic_check.py), so a model that loads computes the right result (contract C9).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _NAMES: Final[tuple[Mapping[Role, str], ...]] = (
     {"up": "intermediate", "down": "output"},
     {"up": "0", "down": "2"},
 )
-_INLINE: Final[tuple[Mapping[Role, str], ...]] = (  # of a decoder layer itself
+_INLINE: Final[tuple[Mapping[Role, str], ...]] = (  # linear layers in a decoder layer itself
     {"up": "fc1", "down": "fc2"},
     {"up": "intermediate.dense", "down": "output.dense"},
 )
-_NORMS: Final = (  # in front of the feed-forward block, the surest first
+_NORMS: Final = (  # names of the norm before the feed-forward block, the surest first
     "pre_feedforward_layernorm", "pre_mlp_layernorm", "post_attention_layernorm", "ffn_norm", "ln_2", "norm_2", "ln_mlp",
     "input_layernorm", "ln_1",
 )  # fmt: skip
@@ -48,10 +48,11 @@ _WIDTH_KEYS: Final = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_siz
 
 @dataclass(frozen=True, kw_only=True)
 class Recognised(Family):
-    """A family that was found in a model's modules, with what its config does not say.
+    """A family that was recognised from a model's modules. Its shape and activation come from there, not from the config.
 
     Attributes:
-        found_shape, found_activation: of the model.
+        found_shape: the shape of the model.
+        found_activation: the activation of the model.
     """
 
     found_shape: Shape
@@ -65,18 +66,18 @@ class Recognised(Family):
 
 
 def skeleton(config: Any) -> Any:
-    """A language model of transformers without memory: a causal one, or one that also looks at images.
+    """A language model of transformers on the meta device, without memory: a causal one, or one that also takes images.
 
     Args:
-        config: an object, or the dictionary in config.json.
+        config: a config object, or the dictionary in config.json.
 
     Raises:
-        UnsupportedModelError: transformers has no such model.
+        UnsupportedModelError: transformers cannot build such a model.
     """
     try:
         with torch.device("meta"):
             return _built(config_object(config) if isinstance(config, dict) else config)
-    except Exception as error:  # whatever a config makes a model's code raise
+    except Exception as error:  # with a wrong config, a model's code may raise anything
         raise UnsupportedModelError(
             "this architecture is not supported",
             where="config.json",
@@ -88,40 +89,40 @@ def skeleton(config: Any) -> Any:
 
 
 def _built(config: Any) -> Any:
-    """A model of the first class that has this kind of config."""
+    """A model of the first auto class that knows this kind of config."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     errors = []
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         try:
             return auto.from_config(config)
-        except ValueError as error:  # it has none, or the config is wrong
+        except ValueError as error:  # the class does not know it, or the config is wrong
             errors.append(error)
     raise errors[0]
 
 
 def config_object(values: dict[str, Any]) -> Any:
-    """The config of transformers that a config.json means."""
+    """The transformers config for the values of a config.json."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**_decoded(values))
 
 
 def _decoded(value: Any) -> Any:
-    """A value of config.json, with the numbers that JSON has no words for: transformers writes `{"__float__": "NaN"}`."""
+    """A value of config.json, including floats that JSON cannot express: transformers writes `{"__float__": "NaN"}`."""
     if isinstance(value, dict):
         return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
     return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def recognise(model: Any) -> Family:
-    """The family of a model.
+    """Recognise the family of a model.
 
     Args:
-        model: a causal language model of transformers, on any device, the meta device too. It is not changed.
+        model: a causal language model of transformers, on any device, including meta. It is not changed.
 
     Raises:
-        UnsupportedModelError: with what is not as it should be.
+        UnsupportedModelError: it is not recognised; the message names what was expected.
     """
     experts = [type(module).__name__ for path, module in decoder_of(model).named_modules() if "experts" in path.split(".")]
     if experts:
@@ -170,7 +171,7 @@ def _listed(lists: list[tuple[str, nn.ModuleList]]) -> str:
 
 
 def _blocks(layer: nn.Module) -> Iterator[tuple[str, Mapping[Role, str]]]:
-    """Modules in a decoder layer that hold linear layers under known names, and these names; `""` for the layer itself."""
+    """Modules in a decoder layer that hold linear layers under known names: paths and names; `""` is the layer itself."""
     inside = {path for path, module in layer.named_modules() if path.count(".") < 2 and _is_linear(module)}
     yield from (("", names) for names in _INLINE if set(names.values()) <= inside)
     for path, module in layer.named_modules():
@@ -183,8 +184,8 @@ def _blocks(layer: nn.Module) -> Iterator[tuple[str, Mapping[Role, str]]]:
 
 
 def _fits(held: Mapping[str, Any], names: Mapping[Role, str]) -> bool:
-    """Whether the matrices before the activation give as many numbers as the one after it takes; twice as many if fused."""
-    first, last = (held[names[role]] for role in ("up", "down"))  # with a weight: `_is_linear`
+    """Whether up has as many outputs as down has inputs; twice as many if gate and up are fused."""
+    first, last = (held[names[role]] for role in ("up", "down"))  # `_is_linear` has checked their weights
     given, taken = first.weight.shape[is_turned(first)], last.weight.shape[not is_turned(last)]
     return bool(given == taken * list(names.values()).count(names["up"]))
 
@@ -195,7 +196,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_by_column(linear: nn.Module, role: Role) -> bool:
-    """Whether a unit is a column of the matrix: of down, or of a `Conv1D`, which has its inputs first, of the others."""
+    """Whether a unit is a column of the matrix: so for down. In a `Conv1D`, which has its inputs first, it is the opposite."""
     return (role == "down") != is_turned(linear)
 
 
@@ -212,16 +213,16 @@ def _shape(model: Any, blocks: list[nn.Module], matrices: Mapping[Role, str]) ->
 
 
 def _number(config: Any, key: str) -> int | None:
-    """A number of a config, if it has one that holds for all layers."""
+    """A positive integer of a config; `None` if it has none that holds for all layers."""
     try:
         found = get(config, key)
-    except Exception:  # noqa: BLE001  # transformers' own, of configs whose layers differ
+    except Exception:  # noqa: BLE001  # transformers raises for configs whose layers differ
         return None
     return found if isinstance(found, int) and found > 0 else None
 
 
 def _width_key(config: Any, shape: Shape) -> str:
-    """The key of the config that says how many neurons a layer has."""
+    """The config key that has the number of neurons of a layer; the first known key if none matches."""
     text = config.get_text_config()
     return next((key for key in _WIDTH_KEYS if _number(text, key) == shape.d_ff), _WIDTH_KEYS[0])
 
@@ -229,7 +230,7 @@ def _width_key(config: Any, shape: Shape) -> str:
 def _what_differs(
     name: str, layers: nn.ModuleList, found: list[dict[str, Mapping[Role, str]]], paths: list[str]
 ) -> tuple[str, str]:
-    """What was expected of the decoder layers, and what they have instead."""
+    """For the error: what was expected of the decoder layers, and what they have instead."""
     if paths:
         return "one feed-forward block in a decoder layer", f"{', '.join(paths)} in {name}.0"
     first, *_ = found[0]

@@ -1,1 +1,1 @@
-"""Predictors: they say which neurons a token will use. `choice.py` has the table of their kinds and is the way in."""
+"""Predictors: they name the neurons that a token will use. The entry point is `choice.py`, with the table of their kinds."""

@@ -1,13 +1,13 @@
 """Predictors: which neurons a token will use (paper: section 3.1, appendix B).
 
     none        every neuron: the stock model
-    quantized   a low-bit copy of the projection that decides (predictors/quantized.py); works on any checkpoint at once
+    quantized   a low-bit copy of the deciding projection (predictors/quantized.py); works on any checkpoint at once
     lowrank     the paper's: two thin matrices, trained on text (predictors/lowrank.py); a tenth of the memory in large models
 
-A predictor sees one token at a time: what it says about a token never depends on the tokens beside it (contract C3), and a
-NaN in the input selects every neuron, so that it reaches the output as in the stock model.
+A predictor looks at one token at a time: its choice for a token never depends on the tokens beside it (contract C3). A NaN in
+the input selects every neuron, so that the NaN reaches the output as in the stock model.
 
-A *format* is what is known of a predictor before it is loaded: its name in the store, its tensors, the memory it will take.
+A *format* describes a predictor before it is loaded: its name in the store, its tensors, the memory that it will take.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ CPU: Final = torch.device("cpu")
 
 
 class Predictor(ABC):
-    """Names the neurons each token uses.
+    """Names the neurons that each token uses.
 
     Attributes:
-        nbytes: DRAM that it holds.
-        bias: [d_ff] of the projection that decides: the layer sets it before every call, since others may replace it.
+        nbytes: bytes of DRAM that it holds.
+        bias: [d_ff], the bias of the deciding projection. The layer sets it before every call, since users may replace it.
     """
 
     nbytes: int
@@ -48,8 +48,8 @@ class Predictor(ABC):
         """Which neurons each token uses.
 
         Args:
-            x: [tokens, d_model] in the dtype of compute.
-            allowed: bool [tokens, d_ff] or [d_ff], somebody else's choice, which narrows this one; `None`: all.
+            x: [tokens, d_model] in the compute dtype.
+            allowed: bool [tokens, d_ff] or [d_ff], a choice from outside that narrows this one; `None`: all.
 
         Returns:
             bool [tokens, d_ff], or `None`: every neuron for every token.
@@ -57,7 +57,7 @@ class Predictor(ABC):
 
 
 def narrowed(selected: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-    """The neurons that are selected, bool [tokens, d_ff], and allowed too."""
+    """The neurons that are both selected and allowed, bool [tokens, d_ff]."""
     return selected if allowed is None else selected & allowed
 
 
@@ -71,7 +71,7 @@ class NoPredictor(Predictor):
 
 
 class PredictorFormat(Protocol):
-    """A predictor before it is loaded: what it is called and what it takes."""
+    """Describes a predictor before it is loaded: its names, tensors and memory."""
 
     @property
     def kind(self) -> str:
@@ -80,17 +80,17 @@ class PredictorFormat(Protocol):
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """The arguments of `FlashOffloadConfig` that find it again."""
+        """The arguments of `FlashOffloadConfig` that select it again."""
         ...
 
     @property
     def assumed_margin(self) -> float | None:
-        """The margin that it takes where none was measured, if it has one."""
+        """The margin that it uses if none was measured; `None` if this kind has no margin."""
         ...
 
     @property
     def detail(self) -> str:
-        """What distinguishes it from others of its kind, for people."""
+        """What distinguishes it from others of its kind, in words for users."""
         ...
 
     @property
@@ -103,32 +103,32 @@ class PredictorFormat(Protocol):
         ...
 
     def dram_bytes(self, shape: Shape) -> int:
-        """What the loaded predictors of all layers hold."""
+        """Bytes of DRAM that the loaded predictors of all layers hold."""
         ...
 
     def load(self, store: FlashStore, layer: LayerStore, bias: torch.Tensor | None, device: torch.device = CPU) -> Predictor:
-        """The predictor of one layer; `bias` [d_ff] is that of the projection that decides, `device` the one that computes."""
+        """The predictor of one layer; `bias` [d_ff] is that of the deciding projection, `device` computes."""
         ...
 
     def made_up(self, d_ff: int, d_model: int) -> Predictor:
-        """A predictor of this size whose weights mean nothing: for measuring how long it takes."""
+        """A predictor of this size with meaningless weights, to measure how long it takes."""
         ...
 
 
 class CopyFormat(PredictorFormat, Protocol):
-    """A predictor that is made from a layer's weights alone, wherever a store lacks it."""
+    """Describes a predictor that can be made from a layer's weights alone, if a store lacks it."""
 
     def shapes(self, prefix: str, d_ff: int, d_model: int) -> dict[str, TensorSpec]:
-        """The tensors of one layer of this size, by `prefix.predictor.name`, in file order."""
+        """The tensors of one layer of this size, named `prefix.predictor.NAME`, in file order."""
         ...
 
     def tensors(self, layer: LayerStore) -> Iterator[torch.Tensor]:
-        """The same tensors one after the other, in any pieces, made from the layer's bundles."""
+        """The same tensors, made from the layer's bundles: one after another, each in any number of pieces."""
         ...
 
 
 def write_copy(path: Path, store: FlashStore, fmt: CopyFormat, progress: Any = iter) -> None:
-    """Make a predictor of every layer from the bundles on flash, one layer in memory at a time."""
+    """Make the predictors of all layers from the bundles on flash, one layer in memory at a time, and write them to `path`."""
     specs: dict[str, TensorSpec] = {}
     for layer in store.layers:
         specs |= fmt.specs(layer)
@@ -142,7 +142,12 @@ def write_copy(path: Path, store: FlashStore, fmt: CopyFormat, progress: Any = i
 
 
 def find_predictor(store: FlashStore, fmt: PredictorFormat) -> Path:
-    """The file of a predictor in a store, checked against the store it belongs to."""
+    """The file of a predictor in a store, after checking that it belongs to the store.
+
+    Raises:
+        StoreMissingError: the store has no such predictor.
+        StoreFormatError: the file was made from other weights, or does not fit a layer.
+    """
     path = store.predictors.get(fmt.variant)
     if path is None or not exists(path):
         raise StoreMissingError(
@@ -159,7 +164,7 @@ def find_predictor(store: FlashStore, fmt: PredictorFormat) -> Path:
 
 
 def belonging(store: FlashStore, path: Path) -> Mapping[str, tuple[TensorSpec, int]]:
-    """The tensors of a file that was made from a store's weights; an error if it was made from others."""
+    """The tensors of a file that was made from a store's weights; raises `StoreFormatError` if it was made from others."""
     tensors, meta = read_header(path)
     wanted, fingerprint = store.metadata, meta.get(META + "fingerprint")
     revision = meta.get(META + "revision", wanted["revision"])
@@ -175,7 +180,7 @@ def belonging(store: FlashStore, path: Path) -> Mapping[str, tuple[TensorSpec, i
 
 
 def check_specs(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], specs: Mapping[str, TensorSpec]) -> None:
-    """Refuse a file whose tensors are not those that its layer needs."""
+    """Raise `StoreFormatError` if a file does not have the tensors `specs` that its layer needs."""
     for name, spec in specs.items():
         if name not in tensors or tensors[name][0] != spec:
             raise StoreFormatError(
@@ -187,14 +192,14 @@ def check_specs(path: Path, tensors: Mapping[str, tuple[TensorSpec, int]], specs
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file whose names begin with `prefix.`, by the rest of their names; in memory."""
+    """Read the tensors of a file whose names begin with `prefix.`; the keys are the rest of the names."""
     found = {name: at for name, at in read_header(path)[0].items() if name.startswith(prefix + ".")}
     with StoredFile(path) as file:
         return {name.removeprefix(prefix + "."): read_tensor(file, *at) for name, at in found.items()}
 
 
 def made_up_tensor(spec: TensorSpec) -> torch.Tensor:
-    """A tensor of this dtype and shape whose numbers mean nothing."""
+    """A tensor of this dtype and shape with meaningless numbers."""
     dtype, shape = spec
     if dtype.is_floating_point:
         return torch.full(shape, 0.01, dtype=dtype, device="cpu")

@@ -1,4 +1,7 @@
-"""Which predictor a model gets: one table of the kinds that `FlashOffloadConfig(predictor=...)` can name."""
+"""Chooses the predictor of a model. One table has the kinds that `FlashOffloadConfig(predictor=...)` can name.
+
+A *wish* is the user's `FlashOffloadConfig`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from hf_flash.predictors import lowrank, quantized
 from hf_flash.predictors.base import CopyFormat, PredictorFormat
 from hf_flash.store.layout import FlashStore
 
-_NUMBER: Final = "[1-9][0-9]{0,5}"  # what N stands for in the name of a variant
+_NUMBER: Final = "[1-9][0-9]{0,5}"  # the numbers that N stands for in the name of a variant
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,10 @@ class PredictorKind:
     """One kind of predictor. It is made from weights (`from_weights`) or trained (`expected`).
 
     Attributes:
-        variants: what its files are called, in metadata and in their names; N stands for any number from 1 to 999999.
-        in_store: the formats of this kind that a store has. What it is given may have variants of other kinds.
-        from_weights: the format that a wish means; it may mean none.
-        expected: the format that training may come to, for models of a shape: what `hf-flash plan` counts with.
+        variants: names of its files, in metadata and in file names; N stands for any number from 1 to 999999.
+        in_store: returns the formats of this kind in a store, which may also have predictors of other kinds.
+        from_weights: returns the format that a wish selects, or `None` for no predictor.
+        expected: returns the format that training will probably produce for models of a shape; `hf-flash plan` uses it.
         exact: whether it names every neuron, so that the activation need not leave zeros.
     """
 
@@ -37,7 +40,7 @@ class PredictorKind:
     exact: bool = False
 
     def has_variant(self, name: str) -> bool:
-        """Whether a file of this name is one of its own."""
+        """Whether `name` is a variant of this kind."""
         return any(re.fullmatch(variant.replace("N", _NUMBER), name) for variant in self.variants)
 
 
@@ -62,15 +65,15 @@ PREDICTORS: Final[Mapping[str, PredictorKind]] = {
 
 
 def is_predictor(variant: str) -> bool:
-    """Whether files of some kind of predictor are called so."""
+    """Whether any kind of predictor has this variant."""
     return any(kind.has_variant(variant) for kind in PREDICTORS.values())
 
 
 def check_predictors(store: FlashStore) -> None:
-    """Refuse a store with a predictor that is of no kind.
+    """Refuse a store that has a predictor of an unknown kind.
 
     Raises:
-        StoreFormatError: with its file.
+        StoreFormatError: it names the predictor's file.
     """
     for variant, path in store.predictors.items():
         if not is_predictor(variant):
@@ -79,7 +82,7 @@ def check_predictors(store: FlashStore) -> None:
 
 
 def formats_in(store: FlashStore) -> list[PredictorFormat]:
-    """All predictors that a store has.
+    """The formats of all predictors in a store.
 
     Raises:
         StoreFormatError: as [`check_predictors`].
@@ -89,7 +92,7 @@ def formats_in(store: FlashStore) -> list[PredictorFormat]:
 
 
 def copies_in(store: FlashStore) -> list[PredictorFormat]:
-    """Those that were made from weights alone."""
+    """The formats of the predictors in a store that were made from weights alone."""
     return [fmt for kind in PREDICTORS.values() if kind.from_weights is not None for fmt in kind.in_store(store)]
 
 
@@ -97,11 +100,13 @@ def copies_in(store: FlashStore) -> list[PredictorFormat]:
 
 
 def stored_format(wish: FlashOffloadConfig, family: Family, config: Any, store: FlashStore) -> PredictorFormat | None:
-    """The predictor of a store that a wish means; `None` for none.
+    """The predictor that a wish selects for a store; `None` for no predictor.
+
+    One made from weights may be missing in the store.
 
     Raises:
         StoreFormatError: as [`check_predictors`].
-        StoreMissingError: one that has to be trained was asked for, and the store has none.
+        StoreMissingError: the wish is for a predictor that has to be trained, and the store has none.
         UnsupportedModelError: as [`fresh_format`].
     """
     check_predictors(store)
@@ -115,11 +120,11 @@ def stored_format(wish: FlashOffloadConfig, family: Family, config: Any, store: 
 
 
 def fresh_format(wish: FlashOffloadConfig, family: Family, config: Any) -> CopyFormat | None:
-    """The predictor to make from a plain checkpoint; `None` for none.
+    """The predictor to make from a plain checkpoint; `None` for no predictor.
 
     Raises:
-        UnsupportedModelError: a predictor was asked for and the activation leaves no exact zeros.
-        StoreMissingError: a predictor that has to be trained was asked for.
+        UnsupportedModelError: the wish is for a predictor, and the activation leaves no exact zeros.
+        StoreMissingError: the wish is for a predictor that has to be trained.
     """
     name = wished(wish, family, config)
     kind = PREDICTORS[name]
@@ -131,7 +136,7 @@ def fresh_format(wish: FlashOffloadConfig, family: Family, config: Any) -> CopyF
 
 
 def planned_format(wish: FlashOffloadConfig, family: Family, config: Any, store: FlashStore | None) -> PredictorFormat | None:
-    """The predictor that is meant: as a store has it, or as repacking or calibrating would make it.
+    """The predictor that a wish selects: as in the store, or as repacking or calibrating would make it.
 
     Raises:
         StoreFormatError, UnsupportedModelError: as [`stored_format`].
@@ -146,7 +151,7 @@ def planned_format(wish: FlashOffloadConfig, family: Family, config: Any, store:
 
 
 def check_sparse(family: Family, config: Any) -> None:
-    """Refuse a model of whose neurons nothing can be predicted.
+    """Refuse a model whose active neurons cannot be predicted.
 
     Raises:
         UnsupportedModelError: its activation leaves no exact zeros.
@@ -163,12 +168,12 @@ def check_sparse(family: Family, config: Any) -> None:
 
 
 def wished(wish: FlashOffloadConfig, family: Family, config: Any) -> str:
-    """The name of the kind that a wish means. Unset: `"quantized"` where the activation leaves zeros, else `"none"`."""
+    """The name of the kind that a wish selects. If unset: `"quantized"` if the activation leaves zeros, else `"none"`."""
     return str(wish.predictor or ("quantized" if family.activation_of(config).zeros else "none"))
 
 
 def stored_choice(fmt: PredictorFormat | None) -> Mapping[str, Any]:
-    """The arguments of `FlashOffloadConfig` that find a predictor again."""
+    """The arguments of `FlashOffloadConfig` that select a predictor again."""
     return {"predictor": "none"} if fmt is None else fmt.arguments
 
 

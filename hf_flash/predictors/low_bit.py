@@ -1,13 +1,13 @@
-"""Matrices in 8 and 4 bits, and their product with a few tokens: what predictors hold in DRAM.
+"""Matrices in 8 and 4 bits, which predictors hold in DRAM, and their products with a few tokens.
 
-    8 bits   symmetric, `w = code * scale`, one scale a row
-    4 bits   asymmetric, `w = (code - 8) * scale + zero`, per group of columns the range with the smallest squared error
+    8 bits   symmetric, `w = code * scale`, one scale per row
+    4 bits   asymmetric, `w = (code - 8) * scale + zero`, for each group of columns the range with the smallest squared error
 
 The store keeps plain codes, so that a file made on one machine serves on every other. The compiled part (compute/kernels.py)
-multiplies them as they are; without it torch does, whose layout of 4 bits is made when loading. Where torch has no fast product
-for a shape or a machine either, plain codes are widened some rows at a time, and that is said once.
+multiplies plain codes; without it torch multiplies, and its 4-bit layout is made at loading. If torch has no fast product for a
+shape or a machine either, plain codes are widened some rows at a time, which is logged once.
 
-Whichever it is, a token's sums do not depend on how many are beside it.
+In all cases a token's sums do not depend on the number of tokens beside it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from hf_flash.compute.library import GROUP_STEP
 logger = logging.getLogger("hf_flash")
 
 _ROWS: Final = 1024  # rows packed or widened at a time
-_INT8_COLUMNS: Final = 16  # torch's int8 product takes columns in steps of a vector register, 16 floats at most
+_INT8_COLUMNS: Final = 16  # torch's int8 product takes columns in steps of a vector register, at most 16 floats
 _TOKENS: Final = 256  # tokens multiplied at a time
 _WIDENED: Final = 1 << 24  # numbers that a device widens at a time
-_WIDENING_BYTES: Final = 7  # that a number takes meanwhile, at most: float32, and codes of 4 bits on their way to it
+_WIDENING_BYTES: Final = 7  # the most temporary bytes for each of these: float32, and unpacked 4-bit codes
 _SHRINK: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # candidate scales, as shares of the full range of a group
 
 
@@ -44,9 +44,10 @@ def quantize_rows(w: torch.Tensor, bits: int, group: int) -> dict[str, torch.Ten
         group: columns that share a scale; all of them in 8 bits.
 
     Returns:
-        `codes` (4 bits: uint8 [rows, columns / 2], two a byte; 8 bits: int8 [rows, columns]), `scales` and, in 4 bits,
-        `zeros` (bfloat16 [rows, groups]), and `error`, float32 [rows]: the norm of what rounding changed in a row. The same
-        bits with the compiled part and without. A weight that is no number gets the lowest code, and its row no error.
+        `codes` (4 bits: uint8 [rows, columns / 2], two codes per byte; 8 bits: int8 [rows, columns]), `scales` and, in 4 bits,
+        `zeros` (bfloat16 [rows, groups]), and `error`, float32 [rows]: the norm of a row's rounding error. The bits are the
+        same with and without the compiled part. A weight that is NaN gets the lowest code (in 4 bits, so does its group), and
+        the error of its row is NaN.
     """
     if native.library() is not None and w.device.type == "cpu":
         w = w if w.dtype in native.DTYPES else w.float()
@@ -55,7 +56,7 @@ def quantize_rows(w: torch.Tensor, bits: int, group: int) -> dict[str, torch.Ten
 
 
 def _quantize_with_torch(w: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
-    """[`quantize_rows`] of `w` float32 [rows, groups, group]. quantize.c takes the same steps: change both or none."""
+    """[`quantize_rows`] of `w` float32 [rows, groups, group]. quantize.c takes the same steps: change both or neither."""
     if bits == 8:
         scale = _safe_scale(w.abs().amax(-1, keepdim=True) / 127)
         code = (w / scale).round_().clamp_(-127, 127).nan_to_num_(nan=-127)
@@ -89,7 +90,7 @@ def _quantize_with_torch(w: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
 
 
 def _sum_of_eighths(x: torch.Tensor) -> torch.Tensor:
-    """Sums over the last axis, with one order on every machine: eight partial sums, each of every eighth number."""
+    """Sums over the last axis, in the same order on every machine: eight partial sums, each over every eighth number."""
     padded = F.pad(x, (0, -x.shape[-1] % 8))
     first, *others = padded.view(*padded.shape[:-1], -1, 8).unbind(-2)
     sums: torch.Tensor = first.clone()
@@ -101,18 +102,18 @@ def _sum_of_eighths(x: torch.Tensor) -> torch.Tensor:
 
 
 def _root(x: torch.Tensor) -> torch.Tensor:
-    """The square root of float32, rounded right: torch's own is off by one bit for every sixth number."""
+    """The correctly rounded square root of float32: torch's own is off by one bit for every sixth number."""
     return x.double().sqrt_().float()
 
 
 def _safe_scale(scale: torch.Tensor) -> torch.Tensor:
-    """Scales rounded to what is stored; 1 where a group is constant."""
+    """Scales, rounded to the stored dtype; 1 if the group is constant, or the scale is NaN."""
     scale = scale.bfloat16().float()
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def widen(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
-    """float32 [rows, columns] from what [`quantize_rows`] made of it."""
+    """The matrix, float32 [rows, columns], from the tensors of [`quantize_rows`]."""
     if zeros is None:
         return codes.float() * scales.float()
     rows, groups = scales.shape
@@ -121,7 +122,7 @@ def widen(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None)
 
 
 def _nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [rows, columns / 2] to int32 [rows, columns], 0 to 15."""
+    """Unpack uint8 [rows, columns / 2] to int32 [rows, columns], from 0 to 15."""
     return torch.stack([codes & 15, codes >> 4], dim=-1).view(codes.shape[0], -1).to(torch.int32)
 
 
@@ -132,12 +133,16 @@ class LowBitMatrix(Protocol):
     compiled: Product | None
 
     def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` bfloat16 or float32 [tokens, columns] to [tokens, rows], bfloat16 or float32; `shift` float32 [rows] is added."""
+        """The product with `x`, bfloat16 or float32 [tokens, columns], plus `shift`, float32 [rows].
+
+        Returns:
+            [tokens, rows], bfloat16 or float32.
+        """
         ...
 
 
 class Int8Matrix:
-    """8 bits, one scale a row. Args: `codes` int8 [rows, columns], `scales` bfloat16 [rows, 1]; both are copied."""
+    """8 bits, one scale per row. Args: `codes` int8 [rows, columns], `scales` bfloat16 [rows, 1]; both are copied."""
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         self._codes, self._scales = codes.clone(), scales.reshape(-1).clone()
@@ -182,7 +187,7 @@ class Int4Matrix:
         self.nbytes = self._codes.nbytes + scales.nbytes + zeros.nbytes
 
     def _pack(self, columns: int) -> bool:
-        """Change to the layout of torch's product, if it has one."""
+        """Convert the codes to the layout of torch's product; returns whether torch has one that works."""
         codes = self._codes
         try:
             slices = [
@@ -208,7 +213,7 @@ class Int4Matrix:
         return product
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """The product from plain codes; only where there is no packed layout."""
+        """The product from plain codes; only valid without a packed layout."""
 
         def rows_of(rows: slice) -> torch.Tensor:
             return widen(self._codes[rows], self._scales[rows], self._zeros[rows])
@@ -221,7 +226,7 @@ class DeviceMatrix:
 
     Args:
         codes, scales, zeros: as [`quantize_rows`] returns them; `zeros` is `None` in 8 bits.
-        device: of the copies.
+        device: the device that the copies are on.
     """
 
     compiled: Product | None = None
@@ -234,11 +239,11 @@ class DeviceMatrix:
 
     @staticmethod
     def scratch_bytes(rows: int, columns: int) -> int:
-        """The most that a product takes on its way, on the device."""
+        """The most temporary bytes that a product takes on the device."""
         return _WIDENING_BYTES * columns * min(rows, _widened_rows(columns))
 
     def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
-        tokens = torch.split(x.float(), 1)  # each by itself: those beside it change no bits
+        tokens = torch.split(x.float(), 1)  # each by itself, so that the tokens beside it change no bits
         found = []
         for at in range(0, len(self._codes), _widened_rows(self._columns)):
             multiply = self._product(slice(at, at + _widened_rows(self._columns)))
@@ -246,7 +251,7 @@ class DeviceMatrix:
         return _sum(torch.cat(found, dim=1), shift)
 
     def _product(self, rows: slice) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The product of a token, float32 [1, columns], with some rows, whose codes become numbers once: [1, rows]."""
+        """A function that multiplies a token, float32 [1, columns], with some rows, to [1, rows]; codes are widened once."""
         scales = self._scales[rows].float()
         if self._zeros is None:
             codes = self._codes[rows].float()
@@ -257,7 +262,7 @@ class DeviceMatrix:
         zeros = self._zeros[rows].float() - 8 * scales
 
         def multiply(token: torch.Tensor) -> torch.Tensor:
-            """Of each group the sum of codes times inputs, scaled; and the sum of inputs times what a code of 0 stands for."""
+            """For each group: scale * (codes . inputs) + (sum of inputs) * (value of code 0)."""
             parts = token.view(groups, -1)
             sums = torch.bmm(codes.transpose(0, 1), parts.unsqueeze(2)).squeeze(2)  # [groups, rows]
             return ((sums.T * scales).sum(1) + zeros @ parts.sum(1)).unsqueeze(0)
@@ -268,7 +273,7 @@ class DeviceMatrix:
 def matrix_in(
     device: torch.device, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group: int
 ) -> LowBitMatrix:
-    """A matrix of 4 bits, or of 8 where there are no zeros, that multiplies on a device: the fastest way for it."""
+    """A matrix in 4 bits, or in 8 bits if `zeros` is `None`, of the fastest kind for a device; arguments as in `Int4Matrix`."""
     if device != torch.device("cpu"):
         return DeviceMatrix(codes, scales, zeros, device)
     return Int8Matrix(codes, scales) if zeros is None else Int4Matrix(codes, scales, zeros, group)
@@ -284,13 +289,13 @@ def _sum(product: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a predictor makes of tokens: `matrix @ x + shift + bias`.
+    """The scores that a predictor gives tokens: `matrix @ x + shift + bias`.
 
     Attributes:
         matrix: [neurons, columns].
-        shift: float32 [neurons], added after `shift_scale` was multiplied with it.
+        shift: float32 [neurons], multiplied by `shift_scale` before it is added.
         bias: [neurons], any floating dtype.
-        first: another matrix, which `x` goes through before.
+        first: another matrix, with which `x` is multiplied before.
     """
 
     matrix: LowBitMatrix
@@ -299,7 +304,7 @@ class Scores:
     first: LowBitMatrix | None = None
 
     def __call__(self, x: torch.Tensor, shift_scale: torch.Tensor | None = None) -> torch.Tensor:
-        """[tokens, neurons] in float32 or bfloat16.
+        """The scores, [tokens, neurons] in float32 or bfloat16.
 
         Args:
             x: bfloat16 [tokens, columns].
@@ -313,7 +318,7 @@ class Scores:
         return scores if self.bias is None else scores + self.bias
 
     def called_active(self, x: torch.Tensor, shift_scale: torch.Tensor | None = None) -> torch.Tensor:
-        """bool [tokens, neurons]: whatever is not called inactive, so that what is no number is computed."""
+        """Where the score is above zero, or NaN, so that a NaN is computed: bool [tokens, neurons]."""
         first = None if self.first is None else self.first.compiled
         if self.matrix.compiled is None or (first is None) != (self.first is None):
             return ~(self(x, shift_scale) <= 0)
@@ -321,13 +326,13 @@ class Scores:
 
 
 def by_tokens(x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """`compute` over some tokens at a time, so that what it holds in between stays small."""
+    """`compute` over some tokens at a time, which bounds its temporary memory."""
     parts = [compute(x[at : at + _TOKENS]) for at in range(0, x.shape[0], _TOKENS)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _plain_product(x: torch.Tensor, rows_of: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
-    """The product in float64, then rounded, so that a token's sums do not depend on how many are beside it."""
+    """The product in float64, then rounded, so that a token's sums do not depend on the number of tokens beside it."""
     wide = x.double()
     parts = [F.linear(wide, rows_of(slice(at, at + _ROWS)).double()).float() for at in range(0, count, _ROWS)]
     return torch.cat(parts, dim=1)
@@ -347,7 +352,7 @@ def _works(call: Callable[[], Any]) -> bool:
 
 @lru_cache
 def _warn_slow(kind: str, columns: int) -> None:
-    """Say once that torch has no fast product here."""
+    """Log once that torch has no fast product here."""
     logger.warning(
         "hf_flash: torch has no packed %s product for %d columns on this machine; predicting takes the slow path", kind, columns
     )

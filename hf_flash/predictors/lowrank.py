@@ -4,9 +4,8 @@ Neuron i is called active when
 
     B_i . (A x) + offset_i  >  0            A [rank, d_model], B [d_ff, rank]
 
-The offset has the bias of the projection that decides and the layer's threshold in it. Ranks are chosen per layer by
-`calibrate`; A and B are kept in 8 bits with a scale a row, which changes nothing that can be measured and halves the memory and
-the time.
+The offset includes the bias of the deciding projection and the layer's threshold. `calibrate` chooses the rank of each layer. A
+and B are kept in 8 bits with one scale per row, which has no measurable effect on the result and halves memory and time.
 """
 
 from __future__ import annotations
@@ -83,13 +82,14 @@ class LowRankFormat:
 
 
 def expected_low_rank(shape: Shape) -> LowRankFormat:
-    """The format that calibration may come to: the paper's ranks, 128, in the last 4 of 32 layers 1024, at d_model 4096."""
+    """The format that calibration will probably produce, by the paper's ranks: 128, and 1024 in the last 4 of 32 layers, at
+    d_model 4096."""
     wide, narrow = shape.layers // 8, shape.layers - shape.layers // 8
     return LowRankFormat((fast_rank(shape.d_model // 32),) * narrow + (fast_rank(shape.d_model // 4),) * wide)
 
 
 def fast_rank(rank: float) -> int:
-    """The next rank that torch has a fast product for."""
+    """The next higher rank for which torch has a fast product."""
     return max(16, math.ceil(rank / 16) * 16)
 
 
@@ -105,7 +105,7 @@ def lowrank_specs(prefix: str, d_ff: int, d_model: int, rank: int) -> dict[str, 
 
 
 def lowrank_bytes(rank: int, d_ff: int, d_model: int) -> int:
-    """What one layer takes, on disk and in DRAM."""
+    """Bytes that one layer takes, on disk and in DRAM."""
     return rank * (d_model + d_ff) + 2 * (rank + d_ff) + 4 * d_ff
 
 
@@ -122,9 +122,9 @@ def pack_lowrank(a: torch.Tensor, b: torch.Tensor, offset: torch.Tensor) -> dict
 
 
 class LowRankPredictor(Predictor):
-    """The loaded predictor. Args: `tensors` as [`pack_lowrank`] returns them; `device` that computes.
+    """The loaded predictor. Args: `tensors` as [`pack_lowrank`] returns them; `device` computes.
 
-    It was trained with the biases that the model had then. It does not follow later ones, so `bias` has no effect.
+    It was trained with the model's biases at that time and does not follow later changes, so `bias` has no effect.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor], device: torch.device = CPU) -> None:
@@ -137,5 +137,5 @@ class LowRankPredictor(Predictor):
         return narrowed(by_tokens(x.bfloat16(), self._scores.called_active), allowed)
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [tokens, d_ff]: positive for neurons called active, in logits."""
+        """Logits, float32 [tokens, d_ff]: positive for neurons called active."""
         return self._scores(x.bfloat16())

@@ -1,19 +1,19 @@
-"""The quantized predictor: a low-bit copy q of the projection w that decides (up, or the gate) stays in DRAM.
+"""The quantized predictor: a low-bit copy q of the deciding projection w (up, or the gate) stays in DRAM.
 
-As it is made from weights alone, neuron i is called active when
+If it is made from weights alone, neuron i is called active when
 
     q_i . x + b_i + margin * ||w_i - q_i|| * ||x|| / sqrt(d_model)  >  0
 
-The last term is `margin` standard deviations of what rounding does to the sum, *if* rounding errors and inputs are
+The last term is `margin` standard deviations of the rounding error of the sum, *if* rounding errors and inputs are
 independent and inputs spread evenly over the columns. It needs no training and no data.
 
 Large OPTs have outlier features: a few columns of x that are always large and never change sign. Then the error is mostly a
-constant, which the margin has to cover although it is known. After `hf-flash calibrate` it is not assumed but measured: with
+constant, which the margin has to cover although it could be known. `hf-flash calibrate` measures the error instead: with
 e_i = q_i - w_i and the mean m and covariance C of the layer's real inputs,
 
     q_i . x + b_i - e_i . m + margin * sqrt(e_i' C e_i)  >  0
 
-and the margin of each layer is the one that finds the wanted share of the active neurons on text that was held out.
+and the margin of each layer is the one that finds the wanted share of the active neurons on held-out text.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ from hf_flash.store.safetensors_files import TensorSpec
 DEFAULT_MARGIN: Final = {4: 1.5, 8: 3.0}
 _FOUR_BITS, _EIGHT_BITS = "int4-g", "int8"
 VARIANTS: Final = (_FOUR_BITS + "N", _EIGHT_BITS)  # N: the group size
-WEIGHTS_AT_A_TIME: Final = 1 << 19  # weights quantized at a time: what fits into a core's cache is three times faster
+WEIGHTS_AT_A_TIME: Final = 1 << 19  # weights quantized at a time; three times faster if they fit into a core's cache
 
 
 @dataclass(frozen=True)
 class QuantizedFormat:
-    """Bits and group size of a quantized predictor, and what follows from them.
+    """Describes a quantized predictor by its bits and group size.
 
     Args:
-        margin: standard deviations of rounding error to allow for. Unset: the measured one where the store was calibrated,
+        bits: 4 or 8.
+        group_size: columns that share a scale, in 4 bits.
+        margin: standard deviations of rounding error to allow for. `None`: the measured margin if the store was calibrated,
             else `DEFAULT_MARGIN`.
     """
 
@@ -74,14 +76,14 @@ class QuantizedFormat:
         return f"{_FOUR_BITS}{self.group_size}" if self.bits == 4 else _EIGHT_BITS
 
     def group(self, d_model: int) -> int:
-        """Columns that share a scale: the whole row in 8 bits, else the asked group size or its part that divides."""
+        """Columns that share a scale: in 8 bits the whole row, else the greatest common divisor of group size and d_model."""
         return d_model if self.bits == 8 else math.gcd(self.group_size, d_model)
 
     def specs(self, layer: LayerStore) -> dict[str, TensorSpec]:
         return self.shapes(layer.prefix, layer.d_ff, layer.d_model)
 
     def shapes(self, prefix: str, d_ff: int, d_model: int) -> dict[str, TensorSpec]:
-        """The tensors of one layer, in file order."""
+        """The tensors of one layer, in file order. Raises `ConfigError` for 4 bits and an odd d_model."""
         if self.bits == 4 and d_model % 2:
             raise ConfigError(
                 "two 4-bit codes share a byte, but d_model is odd", where=prefix, got=d_model, hint="use predictor_bits=8"
@@ -107,7 +109,7 @@ class QuantizedFormat:
     def dram_bytes(self, shape: Shape) -> int:
         groups = shape.d_model // self.group(shape.d_model)
         neuron = shape.d_model // 2 + 4 * groups if self.bits == 4 else shape.d_model + 2
-        return sum(shape.widths) * (neuron + 4)  # and the margins
+        return sum(shape.widths) * (neuron + 4)  # 4: the margin
 
     def made_up(self, d_ff: int, d_model: int) -> QuantizedPredictor:
         tensors = {name.rpartition(".")[2]: made_up_tensor(spec) for name, spec in self.shapes("x", d_ff, d_model).items()}
@@ -121,7 +123,7 @@ class QuantizedFormat:
         return QuantizedPredictor(tensors, bias, self, margin, device, measured=measured)
 
     def margins(self, store: FlashStore, layer: LayerStore, error: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """The `margin` and `measured` of a layer's [`QuantizedPredictor`]; `error` [d_ff] is as stored with the codes."""
+        """The arguments `margin` and `measured` of a layer's [`QuantizedPredictor`]; `error` [d_ff] is one of its tensors."""
         found = read_measured(store, layer, self.variant)
         if found is None:
             margin = DEFAULT_MARGIN[self.bits] if self.margin is None else self.margin
@@ -133,7 +135,7 @@ class QuantizedFormat:
 def quantized_formats(store: FlashStore) -> list[QuantizedFormat]:
     """The quantized predictors in a store."""
     groups = [int(name.removeprefix(_FOUR_BITS)) for name in store.predictors if re.fullmatch(_FOUR_BITS + "[0-9]+", name)]
-    any_group = ARGUMENTS["predictor_group_size"].default  # 8 bits have one a row
+    any_group = ARGUMENTS["predictor_group_size"].default  # in 8 bits it has no effect
     eight = [QuantizedFormat(8, any_group)] if _EIGHT_BITS in store.predictors else []
     return [QuantizedFormat(4, group) for group in sorted(groups)] + eight
 
@@ -143,9 +145,11 @@ class QuantizedPredictor(Predictor):
 
     Args:
         tensors: as [`quantize_rows`] returns them, for the whole layer.
-        bias: [d_ff] of the deciding projection, or `None`. It is the layer's, not held twice. It may change, and be set anew.
-        margin: float32 [d_ff], added to the score: as it is if it was measured, else times the norm of the token.
-        device: that computes.
+        bias: [d_ff] of the deciding projection, or `None`. It is the layer's own tensor, not a copy, and may be replaced.
+        fmt: the predictor's format.
+        margin: float32 [d_ff], added to the score; multiplied by the norm of the token if it was not measured.
+        device: the device that computes.
+        measured: whether `margin` was measured.
     """
 
     def __init__(
@@ -185,11 +189,11 @@ class QuantizedPredictor(Predictor):
         return narrowed(by_tokens(x, called_active), allowed)
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, d_ff]: positive for neurons called active."""
+        """The scores, [tokens, d_ff]: positive for neurons called active."""
         return self._scores(x.bfloat16(), self._shift_scale(x))
 
     def _shift_scale(self, x: torch.Tensor) -> torch.Tensor | None:
-        """float32 [tokens]: what the margin is multiplied with for each token; `None`: 1."""
+        """The factor of the margin for each token, float32 [tokens]; `None`: 1."""
         return None if self._measured else torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
 
 
@@ -197,7 +201,7 @@ class QuantizedPredictor(Predictor):
 
 
 def read_measured(store: FlashStore, layer: LayerStore, variant: str) -> dict[str, torch.Tensor] | None:
-    """`shift` and `spread` float32 [d_ff] and `margin` float32 [1] of a quantized predictor, if the store was calibrated."""
+    """`shift` and `spread` float32 [d_ff] and `margin` float32 [1] of a quantized predictor; `None` if not calibrated."""
     if store.calibration is None:
         return None
     prefix = f"{layer.prefix}.calibration.{variant}"

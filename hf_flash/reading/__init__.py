@@ -1,4 +1,4 @@
 """Reading: bundles from the files of a store into rows of memory, while the caller does something else.
 
-`open_reader` in `reader.py` is the way in.
+The entry point is `open_reader` in `reader.py`.
 """

@@ -1,6 +1,6 @@
-"""Chunks: what is read of a layer's file at once, and the rows of memory that it goes to.
+"""Chunks: the contiguous reads of a layer's file, and the rows of memory that they fill.
 
-A *chunk* is one contiguous read: neighbours on flash, scattered over any rows of the caller's matrix.
+A *chunk* is one read: neighbours on flash, scattered over any rows of the caller's matrix.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from hf_flash.base.arrays import Ids
 
-_CHUNK_BYTES: Final = 1 << 20  # longer runs are split, so that they are read side by side
-_CHUNK_ROWS: Final = 1024  # what the kernel scatters one read over at most
+_CHUNK_BYTES: Final = 1 << 20  # longer runs are split, so that their parts are read in parallel
+_CHUNK_ROWS: Final = 1024  # the most pieces over which the kernel scatters one read
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Chunks:
 
     @property
     def parts(self) -> Ids:
-        """Where in `rows` each part of a chunk begins that lies together in memory too, [parts]."""
+        """Indices in `rows` where a new part of a chunk begins: bundles that are also neighbours in memory, [parts]."""
         if len(self) == len(self.rows):
             return self.first[:-1]
         begins = np.diff(self.rows, prepend=-2) != 1
@@ -49,7 +49,7 @@ class Chunks:
         return np.flatnonzero(begins)
 
     def pieces(self) -> Iterator[tuple[int, list[slice]]]:
-        """For each chunk its byte offset, and the rows that its bundles go to: a slice for rows that lie together in memory."""
+        """For each chunk its byte offset, and the rows that its bundles go to, as one slice for each part."""
         begins = self.parts
         start = self.rows[begins]
         end = start + np.diff(begins, append=len(self.rows))
@@ -60,10 +60,10 @@ class Chunks:
 
 
 def chunked(ids: Ids, rows: Ids, offset: int, size: int) -> Chunks:
-    """Chunks for neurons `ids`, ascending, that go to `rows`: as few as neighbourhood allows, none over 1 MiB much.
+    """As few chunks as possible that read neurons `ids`, ascending, into `rows`. A chunk has at most 1 MiB, or one bundle.
 
     Args:
-        offset: where the file's bundles begin.
+        offset: the byte of the file where the bundles begin.
         size: bytes of a bundle.
     """
     longest = longest_chunk(size)
@@ -75,12 +75,12 @@ def chunked(ids: Ids, rows: Ids, offset: int, size: int) -> Chunks:
 
 
 def torn(ids: Ids, rows: Ids, offset: int, size: int, pieces: int) -> Chunks:
-    """As [`chunked`], but every neuron takes `pieces` reads of its own, of `size // pieces` bytes.
+    """As [`chunked`], but every neuron takes `pieces` reads of its own, of `size // pieces` bytes each.
 
-    Rows of the caller's matrix are counted in pieces then: a row of the matrix is `pieces` rows of the chunks.
+    `rows` of the result count pieces: a row of the caller's matrix is `pieces` rows of the chunks.
 
     Raises:
-        ValueError: a bundle has no so many pieces of equal size.
+        ValueError: a bundle cannot be divided into `pieces` equal pieces.
     """
     if size % pieces:
         raise ValueError(f"a bundle of {size} bytes in {pieces} pieces")
@@ -90,5 +90,5 @@ def torn(ids: Ids, rows: Ids, offset: int, size: int, pieces: int) -> Chunks:
 
 
 def longest_chunk(size: int) -> int:
-    """The most bundles of `size` bytes that are one read."""
+    """The most bundles of `size` bytes in one read."""
     return max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // size))

@@ -24,19 +24,20 @@ _CHANGED, _SHORT, _FORGOTTEN = -1, -2, -3
 
 
 class CompiledQueue:
-    """Reads by the compiled part. To be made only where there is a `native.library()`.
+    """Reads by the compiled part. Make it only if `native.library()` is not `None`.
 
     Args:
-        threads: how many read where io_uring does not.
-        file: io_uring is tried with it.
-        ring: whether to try io_uring at all. warn: whether it costs speed to do without.
+        threads: how many threads read where io_uring cannot be used.
+        file: the file with which io_uring is tried.
+        ring: whether to try io_uring at all.
+        warn: whether to log that io_uring is missing, because that costs speed.
     """
 
     def __init__(self, threads: int, file: OpenFile, *, ring: bool = True, warn: bool = True) -> None:
-        library = native.loaded()  # whoever makes this queue has decided by `library()` already
+        library = native.loaded()  # the caller has checked `library()` already
         assert library is not None
         self._library, self._kept = library, dict[int, Bytes]()
-        self._targets = dict[int, Bytes]()  # what is written to: it must outlive the reads
+        self._targets = dict[int, Bytes]()  # memory that reads write to: it must outlive them
         self.reader: int | None = library.hf_reader_open(threads, ring, file.address)
         if not self.reader:
             raise MemoryError("no memory for reading")
@@ -55,7 +56,7 @@ class CompiledQueue:
         return "io_uring" if self.has_ring else f"{self._threads} threads"
 
     def _look_for_ring(self) -> None:
-        """Say once that there is no io_uring, or none any more."""
+        """Log once that io_uring is missing, or stopped working."""
         if self._warn and not self.has_ring:
             self._warn = False
             _warn_no_ring(self._threads)
@@ -69,12 +70,12 @@ class CompiledQueue:
         return self._submit(file, offsets, first, pieces, background), id(out)
 
     def start_into(self, file: OpenFile, reads: Ids, memory: Bytes) -> tuple[int, int]:
-        """Begin to fill parts of `memory`, contiguous, which stays alive as long as this queue; returns a ticket for `wait`.
+        """Begin to fill parts of `memory`, contiguous, which this queue keeps alive; returns a ticket for `wait`.
 
         Args:
-            reads: [n, 3] the byte of the file, the byte of `memory`, and how many bytes.
+            reads: [n, 3] offset in the file, offset in `memory`, and number of bytes.
         """
-        self._kept[memory.ctypes.data] = memory  # by its address: views of it may be made for every read
+        self._kept[memory.ctypes.data] = memory  # by address, since every read may pass a new view
         pieces = np.stack([memory.ctypes.data + reads[:, 1], reads[:, 2]], axis=1)
         return self._submit(file, np.ascontiguousarray(reads[:, 0]), np.arange(len(reads) + 1), pieces, True), 0
 
@@ -93,7 +94,7 @@ class CompiledQueue:
         self.check(error)
 
     def check(self, error: int) -> None:
-        """Raise what `hf_read_wait` returned, if it is an error."""
+        """Raise the error that `hf_read_wait` returned; 0 is none."""
         if self._warn:
             self._look_for_ring()
         if error == _CHANGED:

@@ -1,8 +1,8 @@
-"""`ExpertReader`: experts in, slots filled; straight from the files of a plain checkpoint.
+"""`ExpertReader`: reads experts into slots, directly from the files of a plain checkpoint.
 
-An expert lies in the file wherever it happened to be written. A direct read wants whole sectors, so what is read is the
-smallest range of sectors around it, and the slot has room for that: a piece begins in the slot as far from a sector as it does
-in the file. Pieces that are neighbours in the file are one range. Nothing is copied and nothing is repacked.
+An expert may lie anywhere in a file. A direct read needs whole pages, so the smallest range of pages around a piece is read,
+and the slot has room for that: a piece has the same distance from a page boundary in the slot as in the file. Pieces that are
+neighbours in the file are one range. Nothing is copied and nothing is repacked.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from hf_flash.reading.reader import READERS, ReadCount, chosen_alignment
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.experts import ExpertLayer
 
-_READ_BYTES: Final = 1 << 20  # at once: a queue of these keeps the disk busy, one large read does not
+_READ_BYTES: Final = 1 << 20  # the most in one read: a queue of these keeps the disk busy, one large read does not
 
 
 class _Range(NamedTuple):
-    """What is read of a file for an expert, and where it goes in the slot."""
+    """Bytes of a file that are read for an expert, and their offset `at` in the slot."""
 
     file: int
     offset: int
@@ -42,9 +42,9 @@ class ReadPlan(NamedTuple):
     """The reads of every expert of a layer, for the compiled part.
 
     Attributes:
-        orders: int64 [orders, 3] of reads of one file: which file, the first read, how many.
-        first_order: int64 [experts + 1] the orders of an expert are those from here to before the next.
-        reads: int64 [reads, 3] the byte of the file, the byte of the slot, bytes.
+        orders: int64 [orders, 3] reads of one file: the file's number, the first read, how many.
+        first_order: int64 [experts + 1] the orders of expert `e` are `first_order[e]` to before `first_order[e + 1]`.
+        reads: int64 [reads, 3] offset in the file, offset in the slot, bytes.
     """
 
     orders: Ids
@@ -53,15 +53,15 @@ class ReadPlan(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where an expert lies."""
+    """Where an expert lies in files and in a slot."""
 
     ranges: tuple[_Range, ...]
-    at: tuple[int, ...]  # the byte of the slot where each range of the expert begins
-    nbytes: int  # of a slot
+    at: tuple[int, ...]  # the offset in the slot where each range of the expert begins
+    nbytes: int  # bytes of a slot
 
 
 def _place(starts: Sequence[tuple[int, int, int]]) -> _Place:
-    """Where an expert lies whose ranges begin at these bytes (file, byte, length)."""
+    """The place of an expert, from its ranges: (file, offset, length)."""
     ranges: list[_Range] = []
     places, room = [0] * len(starts), 0
     for number in sorted(range(len(starts)), key=lambda number: starts[number][:2]):
@@ -82,9 +82,9 @@ class ExpertPlaces:
     """Where all experts of a model lie.
 
     Attributes:
-        layers: of the model.
-        paths: the files that hold them.
-        slot_bytes: for each layer, what a slot takes.
+        layers: the model's layers of experts.
+        paths: the files that hold the experts.
+        slot_bytes: for each layer, the bytes of a slot.
     """
 
     def __init__(self, layers: Sequence[ExpertLayer], checkpoint: Checkpoint) -> None:
@@ -103,19 +103,19 @@ class ExpertPlaces:
 
     @property
     def nbytes(self) -> int:
-        """Of all experts."""
+        """Bytes of all experts."""
         return sum(layer.experts * layer.expert_bytes for layer in self.layers)
 
     def __getitem__(self, at: tuple[int, int]) -> _Place:
-        """Where an expert of a layer lies."""
+        """The place of an expert, by (layer, expert)."""
         return self._places[at[0]][at[1]]
 
     def at(self, layer: int) -> npt.NDArray[np.int64]:
-        """[experts, ranges] the byte of a slot where each range of each expert begins."""
+        """[experts, ranges] the offset in a slot where each range of each expert begins."""
         return np.array([place.at for place in self._places[layer]], np.int64)
 
     def describe(self, layer: int, expert: int) -> str:
-        """An expert, and where it lies, for errors."""
+        """The name of an expert and the files that hold it, for errors."""
         files = ", ".join(dict.fromkeys(str(self.paths[part.file]) for part in self[layer, expert].ranges))
         return f"{self.layers[layer].name}, expert {expert}, in {files}"
 
@@ -129,10 +129,10 @@ class ExpertReader(OpenFiles):
     """Reads experts into slots.
 
     Args:
-        places: where they lie.
-        name: of a reader, as in `FlashOffloadConfig`.
-        threads: how many read directly where io_uring does not.
-        spare_bytes: memory that nobody else claims, for the page cache.
+        places: where the experts lie.
+        name: the name of a reader, as in `FlashOffloadConfig`.
+        threads: how many threads read directly where io_uring cannot be used.
+        spare_bytes: bytes of memory that nothing else claims, for the page cache.
     """
 
     def __init__(self, places: ExpertPlaces, name: str, threads: int, spare_bytes: int) -> None:
@@ -148,12 +148,12 @@ class ExpertReader(OpenFiles):
 
     @property
     def file_table(self) -> int:
-        """The address of a table of the files, for the compiled part."""
+        """The address of a table of the files' addresses, for the compiled part."""
         return int(self._file_table.ctypes.data)
 
     @property
     def queue(self) -> int | None:
-        """The reader of the compiled part, which may wait for tickets by itself; `None`: there is none."""
+        """The reader of the compiled part, which can wait for tickets by itself; `None` without the compiled part."""
         return self._queue.reader
 
     def start(self, layer: int, expert: int, slots: Bytes, slot: int) -> ExpertReading:
@@ -164,7 +164,7 @@ class ExpertReader(OpenFiles):
         """
         place, memory = self.places[layer, expert], slots.reshape(-1)
         base = slot * slots.shape[1]
-        if not 0 <= slot < len(slots) or place.nbytes > slots.shape[1]:  # the kernel would write there
+        if not 0 <= slot < len(slots) or place.nbytes > slots.shape[1]:  # the kernel would write beyond the slots
             raise IndexError(f"slot {slot} of {slots.shape}, for {place.nbytes} bytes")
         reading = ExpertReading(self, layer, expert)
         with reading.errors():
@@ -175,14 +175,14 @@ class ExpertReader(OpenFiles):
         return reading
 
     def _orders(self, place: _Place) -> Iterator[tuple[int, Ids]]:
-        """The reads of an expert, file by file: [reads, 3] byte of the file, byte of the slot, length."""
+        """The reads of an expert, each array of one file: [reads, 3] offset in the file, offset in the slot, length."""
         for part in place.ranges:
             file = self.files[part.file]
-            nbytes = min(part.nbytes, file.state.size - part.offset)  # the last sector of a file may not be whole
+            nbytes = min(part.nbytes, file.state.size - part.offset)  # the last page of a file may be cut off
             whole = nbytes // PAGE * PAGE if file.align else nbytes
             if whole:
                 yield part.file, _split(part.offset, part.at, whole)
-            if nbytes > whole:  # it cannot be read directly
+            if nbytes > whole:  # the cut-off page needs a read of its own
                 yield part.file, np.array([[part.offset + whole, part.at + whole, nbytes - whole]])
 
     def read_plan(self, layer: int) -> ReadPlan:
@@ -201,24 +201,24 @@ class ExpertReader(OpenFiles):
         self._queue.wait(ticket)
 
     def check(self, error: int) -> None:
-        """Raise `OSError` for what the compiled part says of reads that it has waited for, if it is an error."""
+        """Raise `OSError` if `error`, the result of reads that the compiled part has waited for, is not 0."""
         if error:
             self._queue.check(error)
 
 
 def _split(offset: int, at: int, nbytes: int) -> Ids:
-    """A range in reads of a size that a disk likes: [reads, 3] byte of the file, byte of memory, length."""
+    """Split a range into reads of at most `_READ_BYTES`: [reads, 3] offset in the file, offset in memory, length."""
     begin = np.arange(0, nbytes, _READ_BYTES)
     return np.stack([offset + begin, at + begin, np.minimum(_READ_BYTES, nbytes - begin)], axis=1)
 
 
 class ExpertReading:
-    """An expert on its way.
+    """An expert that is being read.
 
     Attributes:
-        tickets: of the queue, for what is not waited for yet.
-        count: what it costs.
-        waited_s: seconds that somebody waited for it.
+        tickets: the queue's tickets that have not been waited for.
+        count: bytes and orders of the read.
+        waited_s: seconds that were waited for it.
     """
 
     def __init__(self, reader: ExpertReader, layer: int, expert: int) -> None:
@@ -230,7 +230,7 @@ class ExpertReading:
         """Wait until the slot is filled.
 
         Raises:
-            StoreReadError: the disk failed, or the file is not what it was.
+            StoreReadError: the disk failed, or the file has changed.
         """
         start = perf_counter()
         with self.errors():
@@ -239,27 +239,27 @@ class ExpertReading:
         self.waited_s += perf_counter() - start
 
     def hand_over(self) -> tuple[int | None, int]:
-        """The reader and the ticket of the compiled part that are still to be waited for; a ticket of 0: none are."""
+        """Wait for all tickets but one. Returns the compiled part's reader and that ticket; 0 if there is none."""
         while len(self.tickets) > 1:
             with self.errors():
                 self.reader.wait(self.tickets.pop())
         return self.reader.queue, self.tickets.pop()[0] if self.tickets else 0
 
     def waited(self, error: int, seconds: float) -> None:
-        """What came of waiting for what was handed over. Raises as [`wait`] does."""
+        """Note the result of waiting for the ticket that was handed over. Raises as [`wait`] does."""
         self.waited_s += seconds
         with self.errors():
             self.reader.check(error)
 
     def check_scales(self, slot: Bytes) -> None:
-        """Refuse an expert, read into this slot, whose scales are not all numbers."""
+        """Raise if not all scales of the expert in this slot are finite numbers."""
         layer, at = self.reader.layers[self.layer], self.reader.places[self.layer, self.expert].at
         for piece, place in zip(layer.pieces, layer.scale_places, strict=True):
             if piece.scales and not are_numbers(piece, slot[at[place] : at[place] + piece.scale_bytes]):
                 raise self.damaged()
 
     def damaged(self) -> StoreFormatError:
-        """The error for an expert that was read, and whose scales are not all numbers."""
+        """The error for an expert with scales that are not finite numbers."""
         return StoreFormatError(
             "an expert has scales that are no numbers",
             where=self.reader.places.describe(self.layer, self.expert),
@@ -269,7 +269,7 @@ class ExpertReading:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Errors of the system become ours."""
+        """Turn `OSError` into `StoreReadError`."""
         try:
             yield
         except OSError as error:

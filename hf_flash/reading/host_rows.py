@@ -1,9 +1,9 @@
-"""`HostRows`: neurons of one layer that stay in this machine's memory, behind a device that has less of it.
+"""`HostRows`: neurons of one layer that stay in this machine's memory, as a second tier behind a device with less memory.
 
-What the device asked for most recently stays. A neuron may be here and on the device: what comes back from a device would have
-to be gathered there and spread here, row by row, and costs more than the room it saves.
+The neurons that the device requested most recently stay. A neuron may be here and on the device: to move neurons back, the
+device would have to gather them and this machine to scatter them, row by row, which costs more than the room it saves.
 
-A read is `take` -> (the caller reads what is missing) -> `commit`, or `give_back` when reading fails.
+A read is `take` -> (the caller reads missing neurons) -> `commit`, or `give_back` if reading fails.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from hf_flash.base.buffers import aligned_empty
 
 
 class Taken(NamedTuple):
-    """Where the neurons of a read are: positions in its ids.
+    """Where the neurons of a read are. `here`, `coming` and `passing` are positions in its ids.
 
     Attributes:
-        here: of those that are in memory, and `slots` of them.
-        coming: of those that get a slot, and `free` for them.
-        passing: of those that do not.
+        here: neurons that are in this memory.
+        slots: their slots.
+        coming: missing neurons that get a slot.
+        free: the slots for them.
+        passing: missing neurons that get no slot.
     """
 
     here: Ids
@@ -38,9 +40,9 @@ class HostRows:
 
     Args:
         d_ff: neurons of the layer.
-        rows: that there is room for.
-        numbers: of a neuron.
-        dtype: of compute.
+        rows: how many neurons there is room for.
+        numbers: how many numbers a neuron has.
+        dtype: the compute dtype.
     """
 
     _free: Ids
@@ -52,7 +54,7 @@ class HostRows:
         self.forget()
 
     def take(self, ids: Ids) -> Taken:
-        """Say where neurons are or go to. What was asked for least recently makes room, the higher id first among equals."""
+        """Find neurons, or slots for them. The least recently requested are evicted, among equals the higher id first."""
         self._clock += 1
         self._asked[ids] = self._clock
         slots = self.slot_of[ids]
@@ -69,17 +71,17 @@ class HostRows:
         return Taken(here, slots[here], missing[:count], free, missing[count:])
 
     def commit(self, ids: Ids, slots: Ids) -> None:
-        """Slots that `take` gave hold these neurons now."""
-        known = self.slot_of[ids] >= 0  # two reads may have been under way
+        """Note that slots from `take` now hold these neurons."""
+        known = self.slot_of[ids] >= 0  # two reads of the same neuron may have been under way
         self.slot_of[ids[~known]] = slots[~known]
         self.give_back(slots[known])
 
     def give_back(self, slots: Ids) -> None:
-        """Slots that `take` gave hold nothing."""
+        """Give back slots from `take` that hold nothing."""
         self._free = np.concatenate([self._free, slots])
 
     def forget(self) -> None:
-        """Nothing is here."""
+        """Forget all neurons: every slot is free."""
         self.slot_of[:] = -1
         self._free = np.arange(len(self.matrix))
 

@@ -1,9 +1,9 @@
-"""Where bytes come from: the files of a store's layers, opened, and a queue that reads them (reading/compiled_queue.py).
+"""The source of bytes: the opened files of a store's layers, and a queue that reads them (reading/compiled_queue.py).
 
-    mmap      through the page cache, which keeps what memory has room for. (The name is from the time when the files were
-              mapped. A page of a map that is lost, because somebody truncates the file, kills the process; a read fails.)
-    direct    O_DIRECT, past the page cache: what memory there is stays with the model. A file that refuses it is read through
-              the page cache, alone. Where there is no compiled part all are, and the pages are given back at once.
+    mmap      through the page cache, which keeps as much as memory has room for. (The name dates from when the files were
+              mapped. If somebody truncates a file, a lost page of a map kills the process; a read only fails.)
+    direct    O_DIRECT, past the page cache, which leaves the memory to the model. Only a file that refuses it is read through
+              the page cache. Without the compiled part all files are, and their pages are given back at once.
 
 Reading has two steps, `start` and `wait`, so that something else can be computed in between.
 """
@@ -36,23 +36,23 @@ from hf_flash.store.layout import FlashStore
 logger = logging.getLogger("hf_flash")
 
 PAGE: Final = mmap.PAGESIZE
-_TRIES: Final = 3  # reads of what changes all the time
+_TRIES: Final = 3  # attempts to read a file that keeps changing
 
 
 class StepFile(NamedTuple):
-    """What the compiled part reads rows of one layer with, by address."""
+    """What the compiled part needs to read rows of one layer: the addresses of its reader and its file."""
 
     reader: int
     file: int
-    unit: int  # bytes are read by so many at once, and counted so
+    unit: int  # the block size of reads in bytes: whole blocks are counted
 
 
 class OpenFiles:
     """Opened files, and the queue that reads them. They are closed with this object.
 
     Args:
-        align: what direct reads have to be multiples of; 0: through the page cache.
-        threads: how many read directly where io_uring does not.
+        align: the alignment of direct reads in bytes; 0: reads go through the page cache.
+        threads: how many threads read directly where io_uring cannot be used.
         only_contents: as in [`OpenFile`].
     """
 
@@ -67,7 +67,7 @@ class OpenFiles:
 
     @property
     def reads_with(self) -> str:
-        """What it reads with, for people."""
+        """How it reads, in words for users."""
         return self._queue.description if self.name == DIRECT else "the page cache"
 
     def settle(self) -> None:
@@ -75,7 +75,7 @@ class OpenFiles:
         self._queue.settle()
 
     def forget(self) -> None:
-        """Wait as `settle` does, and drop the results: nobody may wait for one of these reads afterwards."""
+        """Wait as `settle` does, and drop the results: none of these reads may be waited for afterwards."""
         self._queue.forget()
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class FileSource(OpenFiles):
 
     @staticmethod
     def _unit(file: OpenFile, layer: LayerStore) -> int:
-        """Bytes that are read at once: pages, and what a direct read is rounded to if bundles are not aligned."""
+        """The block size of reads in bytes: a page; for direct reads the alignment, or 1 if bundles are aligned."""
         if not file.align:
             return PAGE
         return file.align if (layer.offset | layer.bundle_bytes) % file.align else 1
@@ -106,13 +106,13 @@ class FileSource(OpenFiles):
         """Begin to fill rows of `out`, uint8 [any, bundle bytes], contiguous.
 
         Args:
-            background: there is something else to do before it is waited for.
+            background: whether the caller has something else to do before it waits.
         """
         ticket = self._queue.start(self.files[layer], chunks, out, background=background)
         return Pending(self, layer, chunks, out, ticket)
 
     def finish(self, pending: Pending) -> int:
-        """Wait for what was started; bytes asked of the disk. Raises `OSError`."""
+        """Wait for a read; returns the bytes requested from the disk. Raises `OSError`."""
         file, layer, chunks = self.files[pending.layer], self._layers[pending.layer], pending.chunks
         for _ in range(_TRIES):
             try:
@@ -126,7 +126,7 @@ class FileSource(OpenFiles):
         raise FileChangedError
 
     def step_file(self, layer: int) -> StepFile | None:
-        """What the compiled part can read rows of this layer with by itself."""
+        """What the compiled part needs to read rows of this layer by itself; `None` without the compiled part."""
         if self._queue.reader is None:
             return None
         return StepFile(self._queue.reader, self.files[layer].address, self._units[layer])
@@ -143,16 +143,16 @@ class Pending:
     ticket: Any
 
     def wait(self) -> int:
-        """Wait until nothing writes to the buffer any more; bytes asked of the disk. Raises `OSError`."""
+        """Wait until the buffer is filled; returns the bytes requested from the disk. Raises `OSError`."""
         return self.source.finish(self)
 
 
 def open_for_reading(path: Path, align: int, fds: list[int], *, only_contents: bool = False) -> OpenFile:
-    """Open a file that a queue is to read.
+    """Open a file for a queue to read.
 
     Args:
-        align: what direct reads have to be multiples of; 0: through the page cache.
-        fds: what was opened is added here; whoever has the list closes it.
+        align: the alignment of direct reads in bytes; 0: reads go through the page cache.
+        fds: the file descriptor is added to this list, whose owner closes it.
         only_contents: as in [`OpenFile`].
     """
     compiled, fd = native.library() is not None, -1
@@ -166,20 +166,20 @@ def open_for_reading(path: Path, align: int, fds: list[int], *, only_contents: b
     if fd < 0:
         fd = os.open(path, os.O_RDONLY)
     fds.append(fd)
-    hold(fd)  # for as long as the file is open
+    hold(fd)  # marks the file as used for as long as it is open
     if not direct and hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # only advice: no readahead
+        with suppress(OSError):  # no readahead; this is only advice
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     return OpenFile(fd, direct, transient=not compiled and align > 0, only_contents=only_contents)
 
 
 def open_queue(file: OpenFile, threads: int, *, direct: bool) -> ReadQueue:
-    """The queue that reads opened files.
+    """Open the queue that reads opened files.
 
     Args:
-        file: one of them.
-        threads: how many read directly where io_uring does not.
-        direct: whether files are read past the page cache, as far as they can be.
+        file: one of the files.
+        threads: how many threads read directly where io_uring cannot be used.
+        direct: whether files are read past the page cache, as far as possible.
     """
     if native.library() is not None:
         return CompiledQueue(threads, file, warn=direct)
@@ -189,24 +189,24 @@ def open_queue(file: OpenFile, threads: int, *, direct: bool) -> ReadQueue:
 
 
 def finish_reading(queue: ReadQueue, fds: list[int]) -> None:
-    """End what reads, then close what is read."""
+    """Close the queue, then the files that it reads."""
     queue.close()
     close_files(fds)
 
 
 def close_files(fds: list[int]) -> None:
-    """Close files, and forget them."""
+    """Close files, and empty the list."""
     while fds:
         os.close(fds.pop())
 
 
 def bounce_bytes(bundle_bytes: int, threads: int, align: int) -> int:
-    """DRAM for bounce buffers: none when bundles are aligned by themselves."""
+    """Bytes of DRAM for bounce buffers; none if the size of bundles is a multiple of the alignment."""
     return (threads + 1) * BOUNCE_BYTES if bundle_bytes % align else 0
 
 
 def direct_alignment(path: Path) -> tuple[int, str]:
-    """The alignment O_DIRECT needs for a file, or 0 and the reason why there is no direct I/O."""
+    """The alignment in bytes that O_DIRECT needs for a file, and ""; or 0, and the reason why direct I/O is impossible."""
     if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv"):
         return 0, "this system has no O_DIRECT"
     try:

@@ -1,11 +1,11 @@
-"""`DeviceReader`: neurons in, rows on a device out. What `BundleReader` reads goes through pinned memory of this machine.
+"""`DeviceReader`: reads neurons into rows on a device, through pinned memory of this machine that `BundleReader` fills.
 
     flash --read--> a lane of pinned memory --copy--> a lane on the device --> rows of the caller's matrix
        |                 ^
        +--read--> rows that stay in this machine's memory (host_rows.py), if the budget has room for them
 
-A lane has room for a block of neurons. While one is copied, the next is read. The last step is told to the device among what it
-computes, so that rows are never overwritten while they are used.
+A lane has room for a block of neurons. While one lane is copied, the next is read. The last step runs on the stream on which
+the device computes, so that rows are never overwritten while they are used.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from hf_flash.reading.reader import BundleReader, ReadCount, Reading
 from hf_flash.store.layout import FlashStore
 from hf_flash.store.unit import UnitLayout
 
-LANES: Final = 3  # one is read into, one is copied, and one is left for those who wait
+LANES: Final = 3  # one is read into, one is copied, and one is left for a caller that waits
 
 
 class _Lane:
-    """Room for some neurons here and on the device."""
+    """Room for some neurons in pinned memory (`here`) and on the device (`there`)."""
 
     def __init__(self, here: torch.Tensor, there: torch.Tensor) -> None:
         self.here, self.there = here, there
-        self.copied: Copied | None = None  # from here to there
-        self.taken: Any = None  # what was there has been taken into the caller's matrix
+        self.copied: Copied | None = None  # the last copy from here to there
+        self.taken: Any = None  # the mark behind which `there` has been copied into the caller's matrix
 
 
 class DeviceReader(BundleReader):
     """As `BundleReader`, for rows on a device.
 
     Args:
-        store, source, dtype: as `BundleReader` takes them.
-        transfers: to the device.
-        rows: of a lane.
-        kept: of each layer, neurons that stay in this machine's memory.
+        store, source, dtype: as in `BundleReader`.
+        transfers: copies to the device.
+        rows: neurons that a lane has room for.
+        kept: for each layer, how many neurons may stay in this machine's memory.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DeviceReader(BundleReader):
         self._lanes = [_Lane(*lane) for lane in zip(torch.split(here, rows), torch.split(there, rows), strict=True)]
         self.free = deque(self._lanes)
         self.lane_rows = rows
-        self.epoch = 0  # how often everything was forgotten
+        self.epoch = 0  # how often `forget` was called
         self.buffer_bytes += self.pinned.tensor.nbytes
         self._kept = [
             HostRows(layer.d_ff, count, unit.numbers, dtype) if count else None
@@ -69,11 +69,11 @@ class DeviceReader(BundleReader):
 
     @staticmethod
     def device_bytes(unit: UnitLayout, rows: int) -> int:
-        """What the lanes take on the device; in pinned memory it is as much.
+        """Bytes that the lanes take on the device, and again in pinned memory.
 
         Args:
-            unit: in the dtype of compute.
-            rows: of a lane.
+            unit: the layout of a neuron, in the compute dtype.
+            rows: neurons that a lane has room for.
         """
         return LANES * rows * unit.row_bytes
 
@@ -81,11 +81,11 @@ class DeviceReader(BundleReader):
         return None
 
     def start(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False) -> Reading:
-        """Begin to fill rows of a matrix on the device; arguments as `BundleReader.start` has them."""
+        """Begin to fill rows of a matrix on the device; arguments as in `BundleReader.start`."""
         return _ToDevice(self, layer, ids, out, rows)
 
     def start_in(self, lane: _Lane, layer: int, ids: Ids) -> Reading:
-        """Begin to fill a lane with at most as many neurons as it has rows."""
+        """Begin to fill a lane with neurons, at most as many as it has rows."""
         if lane.copied is not None:
             lane.copied.wait()
         kept = self._kept[layer]
@@ -96,7 +96,7 @@ class DeviceReader(BundleReader):
     def through_gaps(self, layer: int, ids: Ids, first: int, last: int, buffer: torch.Tensor) -> Ids:
         if len(self.free) < LANES:
             return ids
-        lane = self._lanes[0]  # to measure with, which happens once
+        lane = self._lanes[0]  # a buffer to measure with, which happens once
         if lane.copied is not None:
             lane.copied.wait()
         return super().through_gaps(layer, ids, first, last, lane.here)
@@ -109,7 +109,7 @@ class DeviceReader(BundleReader):
         super().forget()
         self.transfers.synchronize()
         self.epoch += 1
-        computed = self.transfers.mark()  # of a call that was interrupted, also what it had no time to note
+        computed = self.transfers.mark()  # includes work that an interrupted call had no time to mark
         for lane in self._lanes:
             lane.taken = computed
         self.free = deque(self._lanes)
@@ -129,12 +129,12 @@ class DeviceReader(BundleReader):
 
 
 class _ThroughHost:
-    """Neurons on their way into a lane, from rows that stay in this machine's memory, or into them first."""
+    """Neurons that go into a lane from the rows kept in this machine's memory; missing ones are first read into those rows."""
 
     def __init__(self, reader: DeviceReader, kept: HostRows, layer: int, ids: Ids, lane: _Lane) -> None:
         self._kept, self._lane, self._ids = kept, lane, ids
         self._taken = taken = kept.take(ids)
-        self._copy(taken.here, taken.slots)  # now: the next read may let them go
+        self._copy(taken.here, taken.slots)  # at once: the next read may evict them
         self._reading: list[Reading] = []
         with self._given_back_on_failure():
             for at, matrix, rows in ((taken.coming, kept.matrix, taken.free), (taken.passing, lane.here, taken.passing)):
@@ -161,7 +161,7 @@ class _ThroughHost:
         try:
             yield
         except HfFlashError:
-            while self._reading:  # nothing may write to slots that others get
+            while self._reading:  # no read may write to slots that are given back
                 with suppress(HfFlashError):
                     self._reading.pop(0).wait()
             self._kept.give_back(self._taken.free)
@@ -169,7 +169,7 @@ class _ThroughHost:
 
 
 class _ToDevice:
-    """Neurons on their way, a lane of them at a time. The first lane is read at once, if one is free for it."""
+    """Neurons that go to the device, one lane at a time. The first lane is read at once, unless only one lane is free."""
 
     def __init__(self, reader: DeviceReader, layer: int, ids: Ids, out: torch.Tensor, rows: Ids) -> None:
         self._reader, self._layer, self._out, self._epoch = reader, layer, out, reader.epoch
@@ -185,8 +185,8 @@ class _ToDevice:
             self._reading.append((lane, self._reader.start_in(lane, self._layer, ids), rows))
 
     def wait(self) -> ReadCount:
-        """Wait until the rows are read; the device fills them before it computes what it is told afterwards."""
-        if self._epoch != self._reader.epoch:  # others have its lanes, and its places among the rows that stay here
+        """Wait until the rows are read. The device fills them before it runs work that is queued afterwards."""
+        if self._epoch != self._reader.epoch:  # its lanes and its slots in host memory may belong to other reads
             raise StoreReadError(
                 "these reads were given up when something else was interrupted",
                 where=f"layer {self._layer}",
@@ -208,7 +208,7 @@ class _ToDevice:
         return total
 
     def _take_in(self, lane: _Lane, rows: Ids) -> int:
-        """Copy a lane to the device, and into the caller's rows; returns the bytes."""
+        """Copy a lane to the device, and from there into the caller's rows; returns the bytes."""
         transfers, there = self._reader.transfers, lane.there[: len(rows)]
         places = upload(rows, there.device)
         transfers.follow(lane.taken)
@@ -219,7 +219,7 @@ class _ToDevice:
         return there.nbytes
 
     def _give_up(self) -> None:
-        """Nothing may write to a lane that others get."""
+        """Free the lanes, after their reads have ended: no read may write to a lane that another gets."""
         while self._reading:
             with suppress(HfFlashError):
                 self._reading[0][1].wait()

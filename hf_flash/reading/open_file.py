@@ -1,4 +1,4 @@
-"""An open layer file, and whether it is still what it was when it was opened."""
+"""An open layer file, and whether it has changed since it was opened."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ _LARGEST_HEADER: Final = 1 << 27
 
 
 class FileChangedError(OSError):
-    """The file is not what it was when it was opened: what was read may be of either."""
+    """The file has changed since it was opened: bytes that were read may be of the old or the new contents."""
 
     def __init__(self) -> None:
         super().__init__(errno.ESTALE, "the file was changed since the model was loaded")
 
 
 def file_too_short() -> OSError:
-    """The error of a read that met the end of the file."""
+    """The error for a read that reached the end of the file."""
     return OSError(errno.EIO, "end of file: the file is shorter than when it was opened")
 
 
 class OpenFile:
-    """A file that is open for reading, and what it was then.
+    """A file that is open for reading, and its state when it was opened.
 
     Args:
-        fd: open; its owner closes it.
-        align: what offsets, lengths and addresses of a direct read have to be multiples of; 0: through the page cache.
-        transient: whether pages in the page cache are given back when they were read.
-        only_contents: whether a change of the inode alone, such as another link to the file, counts as none. There is no
-            checksum to tell by, in a file that others made.
+        fd: an open file descriptor; its owner closes it.
+        align: offsets, lengths and addresses of direct reads are multiples of this; 0: reads go through the page cache.
+        transient: whether pages are removed from the page cache after they were read.
+        only_contents: whether to ignore changes of the inode alone, such as another link to the file. This is for files that
+            others wrote, which have no checksum to verify by.
     """
 
     def __init__(self, fd: int, align: int, *, transient: bool = False, only_contents: bool = False) -> None:
         self.fd, self.align, self.transient, self._only_contents = fd, align, transient, only_contents
         nowait = not align and _takes_nowait(fd)
-        self.state = native.File(  # of the compiled part, which changes `nowait`
+        self.state = native.File(  # shared with the compiled part, which changes `nowait`
             fd=fd, align=align, nowait=nowait, only_contents=only_contents
         )
         self._set(self._identity())
@@ -55,14 +55,14 @@ class OpenFile:
 
     @property
     def changed(self) -> bool:
-        """Whether somebody wrote to the file or its inode since it was opened or last verified."""
+        """Whether the file, or (without `only_contents`) its inode, has changed since it was opened or last verified."""
         return self._identity() != self._known
 
     def verify(self, crc32: str) -> None:
         """Accept the file as it is now, if its data still has this checksum.
 
         Raises:
-            FileChangedError: it has another one, or changes all the time.
+            FileChangedError: the checksum differs, or the file keeps changing.
         """
         for _ in range(3):
             now = self._identity()
@@ -85,10 +85,10 @@ class OpenFile:
 
 
 def _takes_nowait(fd: int) -> bool:
-    """Whether a read through the page cache can be asked to return only what is there."""
+    """Whether a read through the page cache can be limited to cached bytes (RWF_NOWAIT)."""
     try:
         os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
-    except BlockingIOError:  # the page is not there, but was looked for
+    except BlockingIOError:  # the page is not cached, but the flag is supported
         return True
     except (OSError, AttributeError):
         return False
@@ -96,7 +96,7 @@ def _takes_nowait(fd: int) -> bool:
 
 
 def _crc_of_data(fd: int) -> str:
-    """CRC-32 of what is behind the header of a safetensors file; any text if it has no header any more."""
+    """CRC-32 of the data behind the header of a safetensors file; another text if it has no valid header."""
     room, crc, at = memoryview(allocate_pages(_VERIFIED_BYTES)), 0, 0
     header = 0
     while got := read_at(fd, [room], at):
@@ -107,5 +107,5 @@ def _crc_of_data(fd: int) -> str:
         crc = zlib.crc32(room[min(max(0, header - at), got) : got], crc)
         at += got
         if got % 4096:
-            break  # the end, or a direct read could not go on
+            break  # the end of the file; a direct read could not go on from here
     return f"{crc:08x}"

@@ -1,4 +1,4 @@
-"""Reads by Python alone, through the page cache: where there is no compiled part."""
+"""Reads by Python alone, through the page cache, for use without the compiled part."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hf_flash.reading.open_file import (
 
 
 class PagesQueue:
-    """Reads by Python alone, through the page cache: what is there is copied at once, the rest asked for, and copied later.
+    """Reads by Python alone, through the page cache: cached reads are copied at once, the others requested and copied later.
 
-    A pool of threads would be slower: each read costs a hand-over of the interpreter. Pages of a file that is to be read
-    directly are given back as soon as they are copied. Nothing goes on behind the caller's back, so nothing has to be settled.
+    A pool of threads would be slower: each read costs a hand-over of the interpreter's lock. Pages of a file that should be
+    read directly are given back as soon as they are copied. No read goes on in the background, so nothing has to be settled.
     """
 
     buffer_bytes, description = 0, "the page cache"
@@ -38,7 +38,7 @@ class PagesQueue:
         """Begin to fill parts of `memory`, contiguous; returns a ticket for `wait`.
 
         Args:
-            reads: [n, 3] the byte of the file, the byte of `memory`, and how many bytes.
+            reads: [n, 3] offset in the file, offset in `memory`, and number of bytes.
         """
         view = memory.data
         return self._start(file, [_Read(offset, size, [view[at : at + size]]) for offset, at, size in reads.tolist()])
@@ -78,19 +78,19 @@ class _Read(NamedTuple):
 
 
 class _Copying(NamedTuple):
-    """What is still to be copied."""
+    """Reads that are still to be copied."""
 
     file: OpenFile
     reads: list[_Read]
 
 
 def _read_at_once(fd: int, read: _Read) -> bool:
-    """Copy what is in the page cache, if all of it is."""
+    """Copy a read from the page cache; returns whether all of it was there."""
     if not (hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")):
         return False
     try:
         return os.preadv(fd, read.views, read.offset, os.RWF_NOWAIT) == read.nbytes
-    except OSError:  # some of it is not there, or this file system cannot tell
+    except OSError:  # it is not cached, or this file system cannot tell
         return False
 
 
@@ -103,7 +103,7 @@ def _advise(fd: int, reads: list[_Read], advice: str) -> None:
 
 
 def _read_exactly(fd: int, views: list[memoryview], offset: int, needed: int) -> None:
-    """Fill `views`, which take `needed` bytes, from `offset` on."""
+    """Fill `views`, `needed` bytes in total, from `offset` of the file on."""
     while needed:
         got = read_at(fd, views, offset)
         if got <= 0:

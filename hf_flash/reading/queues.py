@@ -3,12 +3,12 @@
     CompiledQueue    by the compiled part (compute/read_queue.c): io_uring, or a few threads of its own
     PagesQueue       by Python, through the page cache, where there is no compiled part
 
-Both keep these promises, which the layers above rely on:
+Both keep these promises, which the code above relies on:
 
-    a signal may interrupt the caller anywhere: nothing hangs, and `forget` makes the queue as good as new
-    after `settle`, `forget` or `close` nothing writes to memory any more
-    a forked process goes on with a queue of its own; what its parent has under way is none of it
-    a file that changed since it was opened is noticed when its reads are waited for
+    a signal may interrupt the caller anywhere: nothing hangs, and `forget` resets the queue
+    after `settle`, `forget` or `close` no read writes to memory any more
+    a forked process goes on with a queue of its own, without the reads that its parent has under way
+    a file that has changed since it was opened is noticed when its reads are waited for
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hf_flash.reading.open_file import OpenFile
 
 
 class ReadQueue(Protocol):
-    """What both queues do."""
+    """The interface of both queues."""
 
-    buffer_bytes: int  # the most DRAM that it takes for reads that are not aligned
-    reader: int | None  # of the compiled part, which may also be given reads by its own functions; `None`: there is none
+    buffer_bytes: int  # the most DRAM that it takes for unaligned reads
+    reader: int | None  # the compiled part's reader, which its own functions may also use; `None` without the compiled part
 
     @property
     def description(self) -> str:
-        """What it reads with, for people."""
+        """How it reads, in words for users."""
         ...
 
     def start(self, file: OpenFile, chunks: Chunks, out: Bytes, *, background: bool) -> Any:
@@ -39,23 +39,23 @@ class ReadQueue(Protocol):
         """Begin to fill parts of `memory`, uint8 [any], contiguous; returns a ticket for `wait`.
 
         Args:
-            reads: [n, 3] the byte of the file, the byte of `memory`, and how many bytes.
+            reads: [n, 3] offset in the file, offset in `memory`, and number of bytes.
         """
         ...
 
     def wait(self, ticket: Any) -> None:
-        """Wait for the reads of a ticket. Raises `OSError`, and [`FileChangedError`] after which they are to be read again."""
+        """Wait for the reads of a ticket. Raises `OSError`; after [`FileChangedError`], the caller must repeat the reads."""
         ...
 
     def check(self, error: int) -> None:
-        """Raise what the compiled part says of reads that it has waited for, as `wait` does; nothing if they went well."""
+        """Raise the error of reads that the compiled part has waited for, as `wait` does; 0 is none."""
 
     def settle(self) -> None:
-        """Wait until nothing writes to memory any more. Tickets stay good."""
+        """Wait until no read writes to memory any more. Tickets stay valid."""
         ...
 
     def forget(self) -> None:
-        """Wait as `settle` does. Tickets are worth nothing afterwards."""
+        """Wait as `settle` does. Tickets are invalid afterwards."""
         ...
 
     def close(self) -> None: ...

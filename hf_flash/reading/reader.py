@@ -1,7 +1,7 @@
-"""`BundleReader`: neurons in, rows out. Coalesces, converts, counts; where bytes come from is in reading/layer_files.py.
+"""`BundleReader`: reads neurons into rows. Coalesces, converts, counts; the bytes come from reading/layer_files.py.
 
-A reader is asked for neurons (sorted ids) and told the rows they go to, anywhere in the caller's matrix. When the dtype of
-compute differs from the store's, rows are read into a staging buffer and converted on the way.
+A reader gets neurons (sorted ids), and the rows that they go to, anywhere in the caller's matrix. If the compute dtype differs
+from the store's, rows are read into a staging buffer and converted from there.
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ from hf_flash.store.unit import UnitLayout
 logger = logging.getLogger("hf_flash")
 
 _STAGING_ROWS: Final = 128
-_SAMPLE: Final = 256  # reads, as many as are under way at once, that `gap` is measured with
-_SMALL: Final = 128  # neurons in a layer, below which it is not
+_SAMPLE: Final = 256  # reads with which `gap` is measured: as many as are under way at once
+_SMALL: Final = 128  # with fewer neurons in a layer, `gap` is not measured
 
 
 @dataclass
 class ReadCount:
-    """What a read cost: bytes asked of the disk, rounding included, and the number of chunks.
+    """The cost of reads.
 
     Attributes:
-        host_hits: units for a device that were in this machine's memory. bus_bytes: copied to it.
+        nbytes: bytes requested from the disk, rounding included.
+        chunks: number of chunks; for experts, of orders.
+        host_hits: units for a device that were in this machine's memory already.
+        bus_bytes: bytes copied to the device.
     """
 
     nbytes: int = 0
@@ -49,7 +52,7 @@ class ReadCount:
     bus_bytes: int = 0
 
     def add(self, other: ReadCount) -> None:
-        """Count another one beside it."""
+        """Add another count to this one."""
         self.nbytes += other.nbytes
         self.chunks += other.chunks
         self.host_hits += other.host_hits
@@ -57,18 +60,18 @@ class ReadCount:
 
 
 class Reading(Protocol):
-    """Bundles on their way; [`BundleReader.start`] makes it."""
+    """Bundles that are being read; [`BundleReader.start`] returns it."""
 
     def wait(self) -> ReadCount:
         """Wait until the rows are filled.
 
         Raises:
-            StoreReadError: the disk failed, or the file is shorter than it was.
+            StoreReadError: the disk failed, or the file has changed.
         """
 
 
 class _Reading:
-    """Straight into the caller's rows."""
+    """Reads bundles directly into the caller's rows."""
 
     def __init__(self, layer: LayerStore, chunks: Chunks, source: FileSource, out: Bytes, background: bool) -> None:
         self._layer, self._chunks = layer, chunks
@@ -96,7 +99,7 @@ class _Reading:
 
 @dataclass
 class _Converting:
-    """Through a staging buffer, some rows at a time, when it is waited for."""
+    """Reads bundles through a staging buffer, some rows at a time, during `wait`."""
 
     reader: BundleReader
     staging: torch.Tensor
@@ -117,18 +120,18 @@ class _Converting:
 
 
 class BundleReader:
-    """Neurons in, rows out: coalesces, converts, counts.
+    """Reads neurons into rows: coalesces, converts, counts.
 
     Args:
-        store: where the bundles lie.
-        source: how bytes get into memory.
-        dtype: dtype of the rows that callers pass.
+        store: the store that holds the bundles.
+        source: its files, with the queue that reads them.
+        dtype: the dtype of the rows that callers pass.
     """
 
     def __init__(self, store: FlashStore, source: FileSource, dtype: torch.dtype) -> None:
         self.layers, self.source = store.layers, source
-        self.gap: int | None = None  # neurons that are read sooner than skipped; measured when it is first needed
-        self._pieces = 0  # reads that a bundle is torn into; 0: neighbours are one read
+        self.gap: int | None = None  # the most neurons that are read faster than skipped; measured when first needed
+        self._pieces = 0  # how many reads a bundle is torn into; 0: neighbours are one read
         unit = store.unit
         self._staging = None if unit.dtype == dtype else aligned_empty((_STAGING_ROWS, unit.numbers), unit.dtype)
         self.buffer_bytes = source.buffer_bytes + _staging_bytes(unit, dtype)  # DRAM of its own
@@ -139,25 +142,25 @@ class BundleReader:
 
     @property
     def where(self) -> Path:
-        """The folder that is read."""
+        """The folder of the files."""
         return self.layers[0].path.parent
 
     @property
     def reads_with(self) -> str:
-        """What it reads with, for people."""
+        """How it reads, in words for users."""
         return self.source.reads_with
 
     def tear_bundles(self, *, parts: bool) -> None:
-        """From now on read every bundle by itself, or each of its `parts` by itself: what coalescing and bundling save."""
+        """From now on read every bundle, or each of its `parts`, separately, to measure what coalescing and bundling save."""
         self._pieces = len(self.layers[0].unit.parts) if parts else 1
 
     @property
     def converts(self) -> bool:
-        """Whether rows are converted on the way: then nothing is read before it is waited for."""
+        """Whether rows are converted after reading. Then reading begins only with `wait`."""
         return self._staging is not None
 
     def step_file(self, layer: int) -> StepFile | None:
-        """What the compiled part can read rows of this layer with by itself."""
+        """What the compiled part needs to read rows of this layer by itself; `None` if it cannot."""
         return None if self.converts or self._pieces else self.source.step_file(layer)
 
     def start(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False) -> Reading:
@@ -166,21 +169,21 @@ class BundleReader:
         Args:
             layer: index of the layer.
             ids: neurons, ascending.
-            out: contiguous [any, unit.numbers] in the dtype of compute.
+            out: contiguous [any, unit.numbers] in the compute dtype.
             rows: different rows of `out`, as many as `ids`.
             background: whether the caller has something else to do before it waits.
         """
         return self.start_here(layer, ids, out, rows, background=background)
 
     def start_here(self, layer: int, ids: Ids, out: torch.Tensor, rows: Ids, *, background: bool = False) -> Reading:
-        """The same, for rows in this machine's memory alone."""
+        """The same, but always into rows in this machine's memory."""
         store = self.layers[layer]
         if self._staging is not None and out is not self._staging:
             return _Converting(self, self._staging, layer, ids, out, rows)
         if out.dtype != store.dtype:
             raise TypeError(f"the store holds {store.dtype}, the rows {out.dtype}")
         target: Bytes = out.view(torch.uint8).numpy()
-        if len(rows) and not (rows.min() >= 0 and rows.max() < len(target)):  # the kernel would write there
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(target)):  # the kernel would write beyond `out`
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of {len(target)}")
         if store.place is not None:
             at = store.place[ids].astype(np.int64)
@@ -194,11 +197,11 @@ class BundleReader:
         return chunked(places, rows, store.offset, store.bundle_bytes)
 
     def through_gaps(self, layer: int, ids: Ids, first: int, last: int, buffer: torch.Tensor) -> Ids:
-        """`ids`, and those between them on flash that are read sooner than skipped.
+        """`ids`, and the neurons between them on flash if reading these is faster than skipping them.
 
         Args:
             ids: neurons, ascending, from `first` to before `last`.
-            buffer: rows in the dtype of compute that hold nothing, if that is still to be measured.
+            buffer: unused rows in the compute dtype, overwritten if the gap has not been measured yet.
         """
         store = self.layers[layer]
         if self.gap is None:
@@ -218,14 +221,14 @@ class BundleReader:
         return every if store.place is None else np.sort(np.argsort(placed)[every - first] + first)
 
     def _measured_gap(self, store: LayerStore, buffer: torch.Tensor) -> int:
-        """How many bundles are read, among many, in the time that a read of its own costs more."""
+        """How many bundles within a long read take the additional time of one separate read."""
         target: Bytes = (buffer if self._staging is None else self._staging).view(torch.uint8).numpy()
         many = min(len(target), store.d_ff)
         some = min(_SAMPLE, many, store.d_ff // 2)
         apart = store.d_ff // some
 
         def seconds(at: Ids) -> float:
-            """For a neuron. The first time neither the pages nor the kernel's threads may be there."""
+            """Seconds per neuron. The first time is slower: the pages or the kernel's threads may be missing."""
             start = perf_counter()
             chunks = chunked(at, np.arange(len(at)), store.offset, store.bundle_bytes)
             _Reading(store, chunks, self.source, target, True).wait()  # as a prompt does
@@ -244,7 +247,7 @@ class BundleReader:
         self.source.settle()
 
     def forget(self) -> None:
-        """The same after an interruption: nobody waits for what was started any more."""
+        """The same after an interruption: drops all reads, none of which may be waited for afterwards."""
         self.source.forget()
 
     def close(self) -> None:
@@ -252,7 +255,7 @@ class BundleReader:
 
 
 def _staging_bytes(unit: UnitLayout, dtype: torch.dtype) -> int:
-    """DRAM that converting on the way takes: the staging rows, and as many converted ones."""
+    """Bytes of DRAM for conversion: the staging rows, and as many converted rows."""
     return 0 if unit.dtype == dtype else _STAGING_ROWS * (unit.row_bytes + unit.as_dtype(dtype).row_bytes)
 
 
@@ -264,19 +267,19 @@ class ReaderKind:
     """A way to read that `FlashOffloadConfig(reader=...)` names.
 
     Attributes:
-        may_be_direct: whether it reads past the page cache.
-        caches_what_fits: whether it leaves a store that fits in free memory to the page cache all the same.
+        may_be_direct: whether it may read past the page cache.
+        caches_what_fits: whether it still uses the page cache for a store that fits in free memory.
     """
 
     may_be_direct: bool
     caches_what_fits: bool = False
 
     def wants_direct(self, nbytes: int, spare_bytes: int) -> bool:
-        """Whether a store is to be read past the page cache.
+        """Whether to read a store past the page cache.
 
         Args:
-            nbytes: of its bundles.
-            spare_bytes: memory that nobody else claims.
+            nbytes: bytes of its bundles.
+            spare_bytes: bytes of memory that nothing else claims.
         """
         return self.may_be_direct and not (self.caches_what_fits and nbytes <= spare_bytes)
 
@@ -293,8 +296,8 @@ def reader_buffer_bytes(unit: UnitLayout, dtype: torch.dtype, name: str, threads
     """The most DRAM that a reader's own buffers take, known before a store exists.
 
     Args:
-        unit: on flash.
-        dtype: of compute.
+        unit: the layout of a unit on flash.
+        dtype: the compute dtype.
         name, threads: as in [`open_reader`].
     """
     can_be_direct = READERS[name].may_be_direct and hasattr(os, "O_DIRECT")
@@ -302,25 +305,29 @@ def reader_buffer_bytes(unit: UnitLayout, dtype: torch.dtype, name: str, threads
 
 
 def open_reader(store: FlashStore, name: str, threads: int, dtype: torch.dtype, spare_bytes: int) -> BundleReader:
-    """Open the reader that `name` asks for, for rows in this machine's memory (on a device: on_device.py).
+    """Open the reader that `name` requests, for rows in this machine's memory (on a device: on_device.py).
 
-    `"auto"` takes the page cache when the whole store fits in `spare_bytes`, memory that nobody else claims, and direct I/O
-    otherwise. Direct I/O that the system does not offer falls back to mmap and says why, once.
+    `"auto"` takes the page cache if the whole store fits into `spare_bytes`, bytes of memory that nothing else claims, and
+    direct I/O otherwise. If the system does not offer direct I/O, it falls back to mmap and logs the reason once.
+
+    Args:
+        threads: how many threads read directly where io_uring cannot be used.
+        dtype: the compute dtype, which the rows have.
     """
     return BundleReader(store, open_source(store, name, threads, spare_bytes), dtype)
 
 
 def open_source(store: FlashStore, name: str, threads: int, spare_bytes: int) -> FileSource:
-    """The files of a store, to be read as `name` asks for; see [`open_reader`]."""
+    """Open the files of a store with the reader that `name` requests; see [`open_reader`]."""
     return FileSource(store, chosen_alignment(store.layers[0].path, store.nbytes, name, spare_bytes), threads)
 
 
 def chosen_alignment(path: Path, nbytes: int, name: str, spare_bytes: int) -> int:
-    """What direct reads have to be multiples of; 0: everything is read through the page cache.
+    """The alignment of direct reads in bytes; 0: all files are read through the page cache.
 
     Args:
         path: one of the files.
-        nbytes: of all that may be read.
+        nbytes: total bytes that may be read.
         name, spare_bytes: as in [`open_reader`].
     """
     kind = READERS[name]

@@ -1,4 +1,4 @@
-"""`TableReader`: rows of a matrix that lies in a plain checkpoint; of an embedding a token needs one."""
+"""`TableReader`: reads rows of a matrix in a plain checkpoint, such as the embedding, of which a token needs one row."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from hf_flash.store.safetensors_files import as_bytes
 
 
 class TableReader:
-    """Reads rows through the page cache, which keeps those that are asked for again.
+    """Reads rows through the page cache, which keeps those that are requested again.
 
     Args:
-        name: of a tensor in a safetensors file, [rows, width].
+        checkpoint: the checkpoint that holds the matrix.
+        name: the name of its tensor, [rows, width].
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
@@ -34,20 +35,20 @@ class TableReader:
         self._close()
 
     def read(self, ids: Ids) -> torch.Tensor:
-        """Some rows, [ids, width], as they are stored.
+        """Some rows in their stored dtype, [ids, width].
 
         Args:
-            ids: int64, ascending, each once, of rows that are there.
+            ids: int64, ascending, without duplicates; every row must exist.
 
         Raises:
-            StoreReadError: the disk failed, or the file is not what it was.
+            StoreReadError: the disk failed, or the file has changed.
         """
         found = torch.empty(len(ids), self.width, dtype=self.dtype, device="cpu")
         memory, nbytes = as_bytes(found).data, self.width * self.dtype.itemsize
         reads = [(self._offset + int(ids[begin]) * nbytes, begin * nbytes, end * nbytes) for begin, end in runs(ids)]
         try:
             if len(reads) > 1 and hasattr(os, "posix_fadvise"):
-                for offset, begin, end in reads:  # all at once: the disk is asked for many rows at a time
+                for offset, begin, end in reads:  # all first, so that the disk reads many rows in parallel
                     os.posix_fadvise(self._file.fd, offset, end - begin, os.POSIX_FADV_WILLNEED)
             for offset, begin, end in reads:
                 self._read(memory[begin:end], offset)

@@ -91,7 +91,7 @@ def __getattr__(name: str) -> Any:
         value = import_module(f"hf_flash.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # found directly from now on
+    globals()[name] = value  # so that the next access does not get here
     return value
 
 

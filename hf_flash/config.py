@@ -1,14 +1,14 @@
 """`FlashOffloadConfig`: what a user may choose, and where each choice comes from.
 
-An argument takes its value from the first of these that names it:
+An argument takes its value from the first of these that sets it:
 
     1. the `FlashOffloadConfig(...)` passed to `from_pretrained`
     2. `hf_flash.configure(...)`, defaults for the whole process
     3. `quantization_config` in the config.json of a repacked model
     4. the built-in default
 
-An argument that nobody named is not written to config.json, so that a better default can reach old models. The predictor is
-written always, because its files have to be found again.
+An argument that nobody set is not written to config.json, so that a better default can reach old models. The predictor is
+always written, because its files have to be found again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_flash.base.installing import UPDATE
 from hf_flash.config_arguments import ARGUMENTS, METHOD, PredictorBits, checked_arguments, checked_if_set, document_arguments
 from hf_flash.config_arguments import AUTO as AUTO
 from hf_flash.config_arguments import PredictorName as PredictorName
@@ -27,19 +28,19 @@ from hf_flash.config_arguments import UnitsOn as UnitsOn
 from hf_flash.errors import ConfigError, StoreVersionError
 
 CONFIG_VERSION: Final = 1
-UNSET: Final[Any] = None  # every argument left out
+UNSET: Final[Any] = None  # an argument that is left out
 _LOADING_KEY: Final = "flash_arguments"
 _process_defaults: dict[str, Any] = {}
 
 
 @document_arguments
 class FlashOffloadConfig(QuantizationConfigMixin):
-    """Run a model with its FFN weights on flash. Every argument is optional; left out means unset, not "default".
+    """Run a model with its FFN weights on flash. Every argument is optional; one that is left out is unset, not "default".
 
     Args:
         {arguments}
-        checkpoint_quantization (`dict`): how the checkpoint is quantized beside that. transformers' own word for it is found in
-            config.json when a model is loaded; nobody has to pass it.
+        checkpoint_quantization (`dict`): how another method has quantized the checkpoint. Loading takes it from transformers'
+            own `quantization_config` in config.json, so there is no need to pass it.
 
     Raises:
         ConfigError: an unknown argument (the message names the nearest valid one), a wrong type or value.
@@ -94,13 +95,13 @@ class FlashOffloadConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From `quantization_config` of a config.json; what it holds counts as stored, not as passed."""
+        """Make a config from `quantization_config` of a config.json; its values count as stored, not as passed."""
         config = cls(**config_dict)
         config._stored, config._passed = config._passed, {}
         return (config, kwargs) if return_unused_kwargs else config
 
     def __getattr__(self, name: str) -> Any:
-        """The effective value of an argument: passed, then process default, then stored, then built-in."""
+        """Return the effective value of an argument: passed, then process default, then stored, then built-in."""
         if name not in ARGUMENTS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         for source in (self._passed, _process_defaults, self._stored):
@@ -113,12 +114,12 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         return getattr(self, key, default)
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
-        """Take known arguments, return the others (as `QuantizationConfigMixin.update`)."""
+        """Set known arguments and return the others (as `QuantizationConfigMixin.update` does)."""
         self._passed |= checked_if_set({k: v for k, v in kwargs.items() if k in ARGUMENTS})
         return {k: v for k, v in kwargs.items() if k not in ARGUMENTS}
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json: the method, the format, and what somebody named for this model."""
+        """Return what goes into config.json: the method, the format version, and the arguments set for this model."""
         named = self._stored | self._passed
         beside = {} if self.checkpoint_quantization is None else {"checkpoint_quantization": dict(self.checkpoint_quantization)}
         return (
@@ -131,11 +132,11 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     def remember(self, **values: Any) -> None:
-        """Record what loading decided, so that saving the model stores it. What the user named is not touched."""
+        """Record what loading decided, so that saving the model stores it. Values that the user passed stay in force."""
         self._stored |= checked_arguments({k: v for k, v in values.items() if v is not None})
 
     def for_checkpoint(self, quantization: Mapping[str, Any]) -> FlashOffloadConfig:
-        """The same choices, for a checkpoint that is quantized by another method.
+        """Return the same choices for a checkpoint that another method has quantized.
 
         Args:
             quantization: `quantization_config` of its config.json.
@@ -145,10 +146,10 @@ class FlashOffloadConfig(QuantizationConfigMixin):
         return found
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Called by transformers when this config meets the stored one; only what the user named comes along.
+        """Return what the user passed, and only that. transformers calls this when a checkpoint has a config of its own.
 
         transformers then warns that the passed config is ignored except for these attributes. Here nothing is ignored,
-        so that one message, recognisable by our attribute, is silenced.
+        so this one warning, which names our attribute, is silenced.
         """
         warnings.filterwarnings("ignore", message=rf".*loading attributes \(e\.g\. \['{_LOADING_KEY}'\]\)")
         return {_LOADING_KEY: dict(self._passed)}
@@ -163,9 +164,9 @@ class FlashOffloadConfig(QuantizationConfigMixin):
 
 
 def configure(**defaults: Any) -> None:
-    """Set defaults for every flash model this process loads from now on; `None` takes one back.
+    """Set defaults for every flash model this process loads from now on; `None` removes a default.
 
-    They rank below what is passed to `from_pretrained` and above what a model stores: what a server's command line needs.
+    They rank below what is passed to `from_pretrained` and above what a model stores, as a server's command line needs.
 
     Raises:
         ConfigError: as [`FlashOffloadConfig`].
@@ -187,5 +188,5 @@ def _check_format(quant_method: str, format_version: int) -> None:
             where="quantization_config",
             expected=f"format_version up to {CONFIG_VERSION}",
             got=format_version,
-            hint="pip install -U hf-flash",
+            hint=UPDATE,
         )

@@ -1,11 +1,11 @@
 """The arguments of `FlashOffloadConfig`: one table, from which everything that names an argument is made.
 
-From it come the defaults and the checks of `FlashOffloadConfig`, its docstring, the options of `hf-flash serve`, the check of
-`hf-flash bench --flash-arg` and the table in docs/reference.md. This module imports neither torch nor transformers, so that a
-command line can be checked before anything heavy is loaded.
+The table gives `FlashOffloadConfig` its defaults, checks and docstring, `hf-flash serve` its options, `hf-flash bench
+--flash-arg` its check, and docs/reference.md its table. This module imports neither torch nor transformers, so that a command
+line can be checked before anything heavy is loaded.
 
 To add an argument, add it to the table and to the signature of `FlashOffloadConfig.__init__`, and put the line that
-`reference_row` returns into docs/reference.md. Tests hold the three together.
+`reference_row` returns into docs/reference.md. Tests keep the three in step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AUTO: Final = "auto"  # a memory budget that is worked out when the model is loa
 METHOD: Final = "flash"  # `quant_method` in config.json
 
 PredictorName = Literal["quantized", "lowrank", "none"]
-CopiedName = Literal["quantized", "none"]  # of these, what `repack` can store: made from weights alone
+CopiedName = Literal["quantized", "none"]  # those that `repack` can store: made from weights alone
 PredictorBits = Literal[4, 8]
 ReaderName = Literal["auto", "mmap", "direct"]
 UnitsOn = Literal["device", "cpu"]
@@ -47,9 +47,9 @@ class Argument:
         about: what it does, for the docstring.
         reference: what it does, for the table in docs/reference.md.
         option: keywords of `ArgumentParser.add_argument`, for `hf-flash serve`.
-        default: the value where nobody named one.
+        default: the value if nobody sets one.
         default_text: the default, for the table in docs/reference.md; the value itself if left out.
-        stored: whether it is written to config.json. What holds for one machine only is not.
+        stored: whether it is written to config.json. What applies to one machine only is not.
     """
 
     name: str
@@ -63,16 +63,16 @@ class Argument:
     stored: bool = True
 
     def is_stored(self, value: Any) -> bool:
-        """Whether a value is written to config.json: what names devices of one machine is not, either."""
+        """Tell whether a value is written to config.json. A value that names devices is not: they are of one machine."""
         return self.stored and not isinstance(value, Mapping)
 
     def reference_row(self) -> str:
-        """Its line in the table of docs/reference.md."""
+        """Return its line in the table of docs/reference.md."""
         shown = self.default_text or (f'`"{self.default}"`' if isinstance(self.default, str) else str(self.default))
         return f"| `{self.name}` | {shown} | {self.reference} |"
 
     def docstring(self) -> str:
-        """Its paragraph in the section "Args" of a docstring."""
+        """Return its paragraph in the section "Args" of a docstring."""
         return textwrap.fill(
             f"{self.name} ({self.types}): {self.about}",
             width=_DOC_WIDTH,
@@ -128,9 +128,9 @@ _TABLE: Final = (
         _one_of(*get_args(PredictorName)),
         types='`"quantized"`, `"lowrank"` or `"none"`',
         about='names the neurons each token needs. `"quantized"`, a low-bit copy of the up projection in DRAM, and '
-        '`"lowrank"`, the paper\'s, which `hf_flash.calibrate` trains, need exact zeros (ReLU). `"none"` computes every neuron '
-        'and equals the stock model. Unset: the stored one, else `"quantized"` for ReLU models and `"none"` for others. '
-        "Paper: section 3.1.",
+        '`"lowrank"`, the paper\'s predictor, which `hf_flash.calibrate` trains, need exact zeros (ReLU). `"none"` computes '
+        'every neuron and equals the stock model. Unset: the stored one, else `"quantized"` for ReLU models and `"none"` for '
+        "others. Paper: section 3.1.",
         default_text='the stored one, else `"quantized"` for ReLU, else `"none"`',
         reference='`"lowrank"` after `calibrate`; `"none"` gives the stock model\'s tokens, and reads everything',
         option={"choices": get_args(PredictorName), "help": "who names the neurons of a token"},
@@ -142,7 +142,7 @@ _TABLE: Final = (
         about="width of the quantized predictor. Default 4.",
         default=4,
         reference="8 bits: hardly a wasted read, twice the memory; of a repacked model, what is stored",
-        option={"type": int, "choices": get_args(PredictorBits), "help": "of the quantized one, for a plain checkpoint"},
+        option={"type": int, "choices": get_args(PredictorBits), "help": "width of the quantized one, for a plain checkpoint"},
     ),
     Argument(
         "predictor_group_size",
@@ -151,7 +151,7 @@ _TABLE: Final = (
         about="weights that share a scale in 4 bits. Default 64; 8 bits use one scale a neuron.",
         default=64,
         reference="weights that share a scale in 4 bits",
-        option={"type": int, "metavar": "N", "help": "weights that share a scale, likewise"},
+        option={"type": int, "metavar": "N", "help": "weights that share a scale, for a plain checkpoint"},
     ),
     Argument(
         "predictor_margin",
@@ -167,7 +167,7 @@ _TABLE: Final = (
         "window",
         _whole(1, 1 << 31),
         types="`int`",
-        about="neurons used in this many recent tokens stay in DRAM; older ones as long as there is room, the most used "
+        about="neurons used by this many recent tokens stay in DRAM; older ones stay while there is room, the most used "
         "longest. Default 5. Paper: section 3.1.",
         default=5,
         reference="tokens a neuron stays for; longer while there is room",
@@ -177,9 +177,9 @@ _TABLE: Final = (
         "lookahead",
         _whole(0, 1),
         types="`int`",
-        about="layers that reading starts ahead, on a guess that never decides what is computed: 0 for not at all, 1 for "
-        "before the layer's own attention runs. It hides reads, and costs some more of them and some computing. Unset: 1 "
-        "where torch leaves a core free; elsewhere only where a call used most of the layer before, as prompts do.",
+        about="how many layers ahead reading starts, on a guess that never decides what is computed: 0 not at all, 1 before "
+        "the layer's own attention runs. It hides reads, at the cost of some more reads and some computing. Unset: 1 where "
+        "torch leaves a core free; elsewhere only when a call used most of the previous layer, as prompts do.",
         default_text="1 where torch leaves a core free, else for prompts only",
         reference="1: reading starts before the layer's attention; 0: it never does",
         option={"type": int, "choices": [0, 1], "help": "start reading before a layer's attention"},
@@ -188,9 +188,9 @@ _TABLE: Final = (
         "memory_budget",
         _budget,
         types="`int`, `str` or `dict`",
-        about='ceiling on all weight bytes in memory, as bytes or text such as `"6GiB"`. On a GPU it is of the GPU\'s memory; '
-        '`{"cuda:0": "8GiB", "cpu": "16GiB"}` lets what left the GPU stay in this machine\'s. Unset or `"auto"`: what is free, '
-        'also in the cgroup; `"auto"` also where the model stores a budget.',
+        about='ceiling on all weight bytes in memory, as bytes or text such as `"6GiB"`. On a GPU it limits the GPU\'s memory; '
+        '`{"cuda:0": "8GiB", "cpu": "16GiB"}` keeps units that left the GPU in this machine\'s memory. Unset or `"auto"`: what '
+        'is free, also in the cgroup; `"auto"` even if the model stores a budget.',
         default_text="what is free",
         reference='`"6GiB"` or bytes, `{"cuda:0": "8GiB", "cpu": "16GiB"}`, or `"auto"` ([budget](budget.md))',
         option={"metavar": "SIZE", "help": 'weights in memory at most, such as "6GiB"'},
@@ -199,11 +199,12 @@ _TABLE: Final = (
         "units_on",
         _one_of(*get_args(UnitsOn)),
         types='`"device"` or `"cpu"`',
-        about='of a model on a GPU: where its units compute. `"device"`, the default: there. `"cpu"`: here, from slots in this '
-        "machine's memory, and everything else on the GPU. What crosses the bus then is a token, not experts. Not serialised.",
+        about='where the units of a model on a GPU compute. `"device"`, the default: on the GPU. `"cpu"`: on this machine\'s '
+        "CPU, from slots in its memory, and everything else on the GPU. Then a token crosses the bus, not experts. Not "
+        "serialised.",
         default="device",
         reference='`"cpu"`: of a model on a GPU, units compute here ([on a GPU](gpu.md#units-on-the-cpu)); never stored',
-        option={"choices": get_args(UnitsOn), "help": "of a model on a GPU: where its units compute"},
+        option={"choices": get_args(UnitsOn), "help": "where the units of a model on a GPU compute"},
         stored=False,
     ),
     Argument(
@@ -244,7 +245,7 @@ ARGUMENTS: Final[Mapping[str, Argument]] = {argument.name: argument for argument
 
 
 def checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, paths as text and budgets of several devices by their full names, if every name, type and value is valid.
+    """Check every name, type and value. Returns the arguments, with paths as text and full names of devices in a budget.
 
     Raises:
         ConfigError: an unknown argument (the message names the nearest valid one), a wrong type or value.
@@ -268,12 +269,12 @@ def checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked_if_set(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """[`checked_arguments`], where `None` means that an argument is not set. An unknown name is an error with any value."""
+    """Like [`checked_arguments`], but `None` means that an argument is not set. An unknown name is an error with any value."""
     return checked_arguments({name: value for name, value in arguments.items() if value is not None or name not in ARGUMENTS})
 
 
 def document_arguments(cls: type) -> type:
-    """Class decorator that puts the paragraphs of all arguments in place of the line `{arguments}` of the docstring."""
+    """Class decorator that replaces the line `{arguments}` of the docstring by the paragraphs of all arguments."""
     if cls.__doc__:  # python -OO leaves docstrings out
         cls.__doc__ = cls.__doc__.replace("        {arguments}", "\n".join(argument.docstring() for argument in _TABLE))
     return cls

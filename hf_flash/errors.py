@@ -1,22 +1,22 @@
-"""Every error hf_flash raises on purpose, in one tree.
+"""Every error that hf_flash raises on purpose, in one tree.
 
     HfFlashError
     ├── ConfigError              a bad argument of FlashOffloadConfig or of a public function   (also ValueError)
     ├── UnsupportedModelError    architecture, activation or checkpoint that cannot be offloaded (also ValueError)
     ├── BudgetError              the memory budget is too small for this model                  (also ValueError)
     ├── UsageError               a call the loaded model cannot serve: training, device, closed (also RuntimeError)
-    ├── CalibrationError         text or activations that nothing can be learnt from            (also ValueError)
+    ├── CalibrationError         nothing can be learnt from this text or these activations      (also ValueError)
     ├── StoreError               something is wrong with files on flash                         (also OSError)
     │   ├── StoreFormatError     not valid safetensors, or not what the store format says
     │   ├── StoreVersionError    written by a newer hf_flash
-    │   ├── StoreMissingError    a layer file, a predictor or a listed shard is not there
+    │   ├── StoreMissingError    a layer file, a predictor or a listed shard is missing
     │   └── StoreReadError       the disk did not deliver the bytes
     └── RepackError              repack, restore or save could not finish                       (also OSError)
         ├── TargetExistsError    the target folder is not empty
         ├── DiskSpaceError       not enough room, found before or while writing
         └── InvalidWeightsError  NaN or infinite values in the source
 
-Each message says what is wrong and, as far as it is known, where, what was expected, what was found and what to do.
+Each message says what is wrong and, if known, where, what was expected, what was found and what to do.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class UnsupportedModelError(HfFlashError, ValueError):
 
 
 class BudgetError(HfFlashError, ValueError):
-    """The memory budget cannot hold what must stay in DRAM. `minimum_bytes`: the least budget that can, where it is known."""
+    """The memory budget cannot hold what must stay in DRAM. `minimum_bytes`: the least budget that can, if it is known."""
 
     def __init__(self, what: str, *, minimum_bytes: int | None = None, **parts: Any) -> None:
         super().__init__(what, **parts)
@@ -93,7 +93,7 @@ class StoreVersionError(StoreError):
 
 
 class StoreMissingError(StoreError):
-    """A file or tensor that belongs to the store is not there."""
+    """A file or tensor that belongs to the store is missing."""
 
 
 class StoreReadError(StoreError):

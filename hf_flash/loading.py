@@ -1,4 +1,4 @@
-"""What happens while transformers loads a flash model: the quantizer (quantizer.py) says when.
+"""What happens while transformers loads a flash model. The quantizer (quantizer.py) decides when.
 
 prepare   before weights are loaded: open or make the store, replace the feed-forward blocks (their parameters are still on
           the meta device), divide the budget
@@ -47,13 +47,14 @@ Format = TypeVar("Format", bound=PredictorFormat)
 
 @dataclass
 class Loading:
-    """What is known of a model between the two steps.
+    """What is known about a model between the two steps.
 
     Attributes:
         checkpoint: the files that the other weights come from.
         fmt: the predictor; `None`: every neuron is used.
-        ffns: the blocks that were replaced, by layer.
-        device: where the model is, if that is not this machine's memory. units_on: where the blocks compute, likewise.
+        ffns: the replaced blocks, by layer.
+        device: the device that holds the model; `None`: this machine's memory.
+        units_on: the device on which the blocks compute; `None`: this machine's processor.
     """
 
     family: Family
@@ -66,16 +67,16 @@ class Loading:
     units_on: torch.device | None
 
     def finish(self, model: Any, config: FlashOffloadConfig) -> None:
-        """Everything after the other weights are loaded."""
+        """Do everything that follows the loading of the other weights."""
         attach(
             model, config, self.family, self.plan, self.store, self.checkpoint, self.fmt, self.ffns, self.device, self.units_on
         )
         ahead = config.lookahead
         if ahead and self.units_on is not None:
-            logger.warning("hf_flash: lookahead does nothing on a device: it would have to wait for it once more")
+            logger.warning("hf_flash: lookahead does nothing on a device: it would have to wait for the device once more")
         if ahead is None:
-            spare_core = usable_cores() > torch.get_num_threads()  # both cores busy: it costs what it hides
-            ahead = int(spare_core and self.device is None)  # a device would be waited for once more
+            spare_core = usable_cores() > torch.get_num_threads()  # if all are busy, it costs what it hides
+            ahead = int(spare_core and self.device is None)  # on a device it would add a wait
         if ahead and self.fmt is not None:
             add_lookahead(model, self.family, self.ffns)
 
@@ -83,18 +84,18 @@ class Loading:
 def prepare(
     model: Any, config: FlashOffloadConfig, files: Sequence[str] | None, *, repacked: bool, device: torch.device | None = None
 ) -> Loading | ExpertLoading:
-    """Everything before weights are loaded.
+    """Do everything that precedes the loading of weights.
 
     Args:
-        files: that transformers found for the checkpoint.
+        files: the files that transformers found for the checkpoint.
         repacked: whether the checkpoint has a store; otherwise one is made in the flash cache.
         device: where the model computes, if that is not this machine's processor.
 
     Raises:
-        UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not so.
+        UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not with these arguments.
     """
     if model.config.dtype not in DTYPES:
-        raise UnsupportedModelError("no such dtype of compute", where="dtype", expected=list(DTYPES), got=model.config.dtype)
+        raise UnsupportedModelError("no such compute dtype", where="dtype", expected=list(DTYPES), got=model.config.dtype)
     if not files:
         raise ConfigError(
             "hf_flash needs checkpoint files: there is nothing on disk to read neurons from",
@@ -147,7 +148,7 @@ def _prepare_neurons(
 
 
 def finish(model: Any, config: FlashOffloadConfig, loading: Loading | ExpertLoading) -> None:
-    """Everything after the other weights are loaded."""
+    """Do everything that follows the loading of the other weights."""
     plan = loading.plan
     loading.finish(model, config)
     give_flash_class(model)
@@ -171,7 +172,7 @@ def _divide(
     fmt: Format | None,
     device: torch.device | None,
 ) -> tuple[MemoryPlan, Format | None]:
-    """Divide the memory budget. A predictor `fmt` that nobody named, and that does not fit, is left out: `None`."""
+    """Divide the memory budget. If `fmt` does not fit and nobody asked for that predictor, it is left out: `None`."""
     shape, dtype = family.shape(model.config), model.config.dtype
     budget = None if config.memory_budget == AUTO else config.memory_budget
     resident = resident_bytes(model, dtype)
@@ -198,10 +199,10 @@ def _divide(
 
 
 def _check_shape(family: Family, model: Any, unit: UnitLayout, widths: tuple[int, ...]) -> None:
-    """Refuse weights that are not of this model.
+    """Refuse weights that do not fit the model's config.
 
     Args:
-        unit, widths: what a neuron is in the files, and how many each layer has.
+        unit, widths: the layout of a neuron in the files, and how many neurons each layer has there.
     """
     shape = family.shape(model.config)
     wanted, found = (family.parts, shape.d_model, shape.widths), (unit.parts, unit.width, widths)

@@ -1,7 +1,7 @@
-"""What happens while transformers loads a mixture of experts: loading.py says when.
+"""What happens while transformers loads a mixture of experts. loading.py decides when.
 
-Experts are read where they lie, in the files that transformers found: nothing is written and nothing is copied. Their
-parameters are taken off the model before weights are loaded, so that they never exist. Everything else is loaded as ever.
+Experts are read in place, from the files that transformers found: nothing is written and nothing is copied. Their parameters
+are removed from the model before weights are loaded, so they never take memory. Everything else is loaded as usual.
 """
 
 from __future__ import annotations
@@ -51,26 +51,26 @@ from hf_flash.store.experts import SECOND
 
 @dataclass
 class ExpertLoading:
-    """What is known of a mixture between the two steps."""
+    """What is known about a mixture between the two steps."""
 
     checkpoint: Checkpoint
     places: ExpertPlaces
     plan: ExpertPlan
     layers: list[FlashExperts]
-    dtypes: dict[str, torch.dtype]  # of the other weights, where the checkpoint is quantized
-    table: tuple[FlashEmbedding, Table] | None  # of embeddings, if it stays on flash
-    device: torch.device | None  # where it is, if that is not this machine's memory
+    dtypes: dict[str, torch.dtype]  # of the other weights, if the checkpoint is quantized
+    table: tuple[FlashEmbedding, Table] | None  # the table of embeddings, if it stays on flash
+    device: torch.device | None  # where the model is, if that is not this machine's memory
     units_on: torch.device | None  # where experts compute, likewise
 
     def finish(self, model: Any, config: FlashOffloadConfig) -> None:
-        """Everything after the other weights are loaded."""
+        """Do everything that follows the loading of the other weights."""
         _as_built(model, self.dtypes)
         load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
         plan, dtype = self.plan, model.config.dtype
         taken = plan.scratch_bytes + plan.window_bytes if plan.host is None else plan.host.nbytes
         spare_bytes = available_memory() - taken  # for the page cache
         reader = ExpertReader(self.places, config.reader, config.io_threads, spare_bytes)
-        self.checkpoint.check_unchanged()  # while it was opened and read
+        self.checkpoint.check_unchanged()  # since it was opened
         trim_heap()
         wide = torch.empty(wide_numbers(self.places.layers, dtype), dtype=torch.float32, device="cpu")
         engine = ExpertEngine(reader, dtype, wide)
@@ -96,10 +96,10 @@ class ExpertLoading:
         table = self.table[0] if self.table else None
         runtime = ExpertRuntime(config, plan, self.checkpoint, engine, self.layers, table, kv_cache_bytes(model))
         model.flash_runtime = runtime
-        engine.runtime = weakref.ref(runtime)  # the other way round would be a cycle
+        engine.runtime = weakref.ref(runtime)  # weak, since the runtime holds the engine
 
     def _attach(self, engine: ExpertEngine, wide: torch.Tensor) -> None:
-        """Slots in this machine's memory."""
+        """Give layers slots in this machine's memory."""
         plan = self.plan
         windows = [
             ExpertSlots(layer.experts, _memory(count, size))
@@ -110,7 +110,7 @@ class ExpertLoading:
             layer.attach(engine, mine, passing, wide)
 
     def _attach_on_device(self, engine: ExpertEngine, device: torch.device) -> None:
-        """Slots on a device, and behind them what the budget leaves in this machine's memory."""
+        """Give layers slots on a device, and behind them the slots that the budget leaves in this machine's memory."""
         plan, host = self.plan, self.plan.host
         assert host is not None
         shared = SharedOnDevice(
@@ -133,13 +133,13 @@ class ExpertLoading:
 def prepare_experts(
     model: Any, config: FlashOffloadConfig, checkpoint: Checkpoint, device: torch.device | None
 ) -> ExpertLoading:
-    """Everything before weights are loaded.
+    """Do everything that precedes the loading of weights.
 
     Args:
         device: where the model computes, if that is not this machine's processor.
 
     Raises:
-        UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not so.
+        UnsupportedModelError, ConfigError, BudgetError, StoreError: the model cannot be loaded, or not with these arguments.
     """
     if config.predictor not in (None, "none"):
         raise ConfigError(
@@ -164,10 +164,10 @@ def prepare_experts(
 
 
 def _as_built(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Give weights beside quantized ones their dtypes: transformers leaves those without scales as they are in the file.
+    """Give the other weights of a quantized checkpoint their dtypes: transformers leaves those without scales as in the file.
 
     Raises:
-        StoreFormatError: numbers that nothing made plain ones of.
+        StoreFormatError: a weight still has quantized numbers, for which the checkpoint has no scales.
     """
     for name, weight in model.named_parameters():
         wanted = dtypes.get(name, weight.dtype)
@@ -186,7 +186,7 @@ def _divide(
     """Divide the memory budget. Raises `BudgetError`.
 
     Args:
-        table: the parameter that may stay on flash.
+        table: the name of the parameter that may stay on flash.
     """
     here = config.units_on == "cpu"
     ceilings = ceilings_of(None if config.memory_budget == AUTO else config.memory_budget, device, units_here=here)
@@ -205,7 +205,7 @@ def _divide(
 
 
 def _memory(count: int, nbytes: int) -> Any:
-    """Slots, uint8 [count, nbytes], that begin on a page."""
+    """Allocate slots, uint8 [count, nbytes], that begin on a page boundary."""
     if not count:
         return np.empty((0, nbytes), np.uint8)
     return np.frombuffer(allocate_pages(count * nbytes), np.uint8).reshape(count, nbytes)

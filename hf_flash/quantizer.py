@@ -1,7 +1,7 @@
-"""The transformers seam: an `HfQuantizer` that says when things happen; what happens is in loading.py.
+"""The seam to transformers: an `HfQuantizer` that decides when things happen; loading.py decides what happens.
 
 This module is imported together with transformers' quantizers (registration.py). So it imports only what the class needs; the
-rest is imported when a model is loaded. The methods that transformers calls are in tests/contract/test_transformers_seam.py.
+rest is imported when a model is loaded. tests/contract/test_transformers_seam.py has the methods that transformers calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class FlashHfQuantizer(HfQuantizer):
     _device: Any = None  # where the model computes, if that is not this machine's processor
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse device maps that make no sense here."""
+        """Refuse device maps that make no sense for a flash model."""
         if device_map is None or isinstance(device_map, str):
             return
         from hf_flash.runtime.devices import check_places
@@ -30,7 +30,7 @@ class FlashHfQuantizer(HfQuantizer):
         check_places(device_map)
 
     def update_device_map(self, device_map: Any) -> Any:
-        """`"auto"` means the accelerator, where there is one."""
+        """Resolve `"auto"` to the accelerator, if there is one."""
         from hf_flash.runtime.devices import placed
 
         device_map, self._device = placed(device_map)
@@ -47,7 +47,7 @@ class FlashHfQuantizer(HfQuantizer):
         )
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """What is not on flash becomes plain numbers, by transformers' own quantizer for such a checkpoint."""
+        """Let transformers' own quantizer for such a checkpoint turn everything that is not on flash into plain numbers."""
         from hf_flash.families.quantized import dequantizer, quantization_of
 
         quantization = quantization_of({"quantization_config": self.quantization_config})
@@ -67,7 +67,7 @@ class FlashHfQuantizer(HfQuantizer):
         )
 
     def __deepcopy__(self, memo: Any) -> FlashHfQuantizer:
-        """It has done its work: a copied model needs no other."""
+        """Return itself: its work is done, and a copied model needs no quantizer of its own."""
         return self
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

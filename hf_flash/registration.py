@@ -1,33 +1,33 @@
 """How transformers learns of `quant_method: "flash"`: at once, or as soon as it is imported.
 
-`import hf_flash` promises that transformers knows the method, in whatever order the two are imported. The simple way is to
-import transformers here, which takes six seconds of CPU with torch behind it. But Python runs `hf_flash/__init__.py` before
-every module of the package, so `hf-flash --help` and a mistyped option would take these seconds as well, and would answer
-only after them. Therefore:
+`import hf_flash` promises that transformers knows the method, in whatever order the two are imported. The simple way would be
+to import transformers here, which takes six seconds of CPU time because it imports torch. But Python runs
+`hf_flash/__init__.py` before every module of the package, so `hf-flash --help` and a mistyped option would have to wait for
+these seconds as well. Therefore:
 
     transformers.quantizers is loaded        register now
-    it is not                                put a finder on `sys.meta_path`, and register when it is imported
+    it is not loaded                         put a finder on `sys.meta_path`, and register when it is imported
 
 The finder answers for that one module. It asks the other finders for the module's spec and puts a loader in front of the
 spec's own loader. That loader runs the module's code, takes itself off the module, registers the method, and removes the
 finder. Looking for the module without importing it, as `importlib.util.find_spec` does, registers nothing and leaves the
-finder where it is. What goes wrong while registering is raised by the import statement, and the next import tries again.
+finder where it is. The import statement raises any error of registering, and the next import tries again.
 
-What it costs: one comparison of strings for each module that Python looks for, until transformers is there.
+The cost: one string comparison for each module that Python looks for, until transformers is imported.
 
-What it asks of `hf_flash.quantizer` and `hf_flash.config`: at their top they import next to nothing of ours.
+The requirement on `hf_flash.quantizer` and `hf_flash.config`: at their top they import next to nothing of ours.
 transformers.modeling_utils imports transformers.quantizers in its own first lines, so `register` runs while modeling_utils is
 half imported, and while this thread holds the import lock of transformers.quantizers. A module that needs modeling_utils
-could not be imported there. A module that another thread is importing, and that waits for transformers, would be a deadlock,
-which Python reports as an error.
+could not be imported at that point. A module that another thread is importing, and that waits for transformers, would be a
+deadlock, which Python reports as an error.
 
-transformers has functions to register a quantizer and its config. For the other things we need there is no function; all
-are used in this module only, and tests/contract/test_public_surface.py names them:
+transformers has functions to register a quantizer and its config. It has none for the other things we need: these are used
+in this module only, and tests/contract/test_public_surface.py names them:
 
     AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING   to take out our entry when hf_flash is imported again
     LOADING_ATTRIBUTES_CONFIG_TYPES                            only classes in it may bring arguments for a stored config
     AutoHfQuantizer.merge_quantization_configs                 refuses a config of one method for a checkpoint of another. Ours
-                                                               is for both: experts in mxfp4 or fp8 are read as they lie
+                                                               goes with both: experts in mxfp4 or fp8 are read as stored
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _STOCK: Final = "stock_of_hf_flash"
 def register_when_imported() -> None:
     """Make transformers know the method: now if its quantizers are loaded, else when they are. Called by `import hf_flash`.
 
-    Calling it again changes nothing. After the modules of hf_flash were imported a second time it registers their new classes.
+    Calling it again changes nothing. If the modules of hf_flash were imported a second time, it registers their new classes.
     """
     _put_finder(_Finder())  # before the check, since another thread may be importing transformers
     if _QUANTIZERS in sys.modules:
@@ -56,7 +56,7 @@ def register_when_imported() -> None:
 
 
 def register() -> None:
-    """Import transformers' quantizers and tell them of the method, in place of an earlier registration of ours."""
+    """Import transformers' quantizers and register the method with them, in place of an earlier registration of ours."""
     from transformers.quantizers import auto, register_quantization_config, register_quantizer
 
     from hf_flash.config import FlashOffloadConfig
@@ -73,8 +73,8 @@ def register() -> None:
 
 
 def _merging(stock: Any) -> Any:
-    """`merge_quantization_configs`, for which ours goes with a checkpoint that is quantized by another method."""
-    stock = getattr(stock, _STOCK, stock)  # of an earlier registration
+    """Wrap `merge_quantization_configs` to accept our config for a checkpoint that another method has quantized."""
+    stock = getattr(stock, _STOCK, stock)  # unwrap an earlier registration
 
     def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
         values = quantization_config.to_dict() if hasattr(quantization_config, "to_dict") else quantization_config
@@ -92,17 +92,17 @@ def _is_ours(kind: type) -> bool:
 
 
 def _put_finder(finder: _Finder | None) -> None:
-    """Make this our only finder, or take ours away.
+    """Make this our only finder, or remove ours.
 
-    The list is replaced, not changed: another thread may be going through it for an import of its own, and would miss a finder
-    if one before it were removed.
+    The list is replaced, not changed: another thread may be iterating over it for an import of its own, and would skip a
+    finder if one before it were removed.
     """
     others = [one for one in sys.meta_path if type(one).__module__ != __name__]  # also those of an earlier copy of this module
     sys.meta_path = [*([finder] if finder else []), *others]
 
 
 class _Finder:
-    """Finds `transformers.quantizers` as the other finders do, and has it registered with once it is loaded."""
+    """Finds `transformers.quantizers` through the other finders, and sees to it that the method is registered after loading."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -120,7 +120,7 @@ class _Finder:
 
 
 class _Loader:
-    """Stands in front of a module's own loader until the module's code has run. It passes everything else on."""
+    """Stands in front of a module's own loader until the module's code has run, and passes everything else on to it."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader

@@ -15,7 +15,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def runs(ascending: npt.NDArray[np.integer[Any]]) -> Iterator[tuple[int, int]]:
-    """Where ids follow one another without a gap: the first index of each run, and the one behind its last."""
+    """Yield the runs of consecutive ids, each as the index of its first id and the index after its last."""
     breaks = (np.flatnonzero(np.diff(ascending) != 1) + 1).tolist()
     return ((begin, end) for begin, end in pairwise([0, *breaks, len(ascending)]) if begin < end)
 
@@ -23,6 +23,6 @@ def runs(ascending: npt.NDArray[np.integer[Any]]) -> Iterator[tuple[int, int]]:
 def count_uses(selected: Mask) -> Ids:
     """Count how many tokens use each neuron, int64 [d_ff], from bool [tokens, d_ff]."""
     total = np.zeros(selected.shape[1], dtype=np.int64)
-    for at in range(0, len(selected), 255):  # bytes are added much faster than wider numbers
+    for at in range(0, len(selected), 255):  # 255 uses fit in a byte, and bytes add much faster than wider integers
         total += np.add.reduce(selected[at : at + 255].view(np.uint8), axis=0, dtype=np.uint8)
     return total

@@ -1,4 +1,4 @@
-"""Memory that tensors lie in: pages of this process, which direct reads need, instead of the heap or a mapped file."""
+"""Memory for tensors: page-aligned memory of this process, which direct reads need, instead of the heap or a mapped file."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _LARGE_BYTES = 1 << 18
 
 
 def allocate_pages(nbytes: int) -> mmap.mmap:
-    """Allocate page-aligned memory of this process alone: a forked worker writes to a copy, not into ours.
+    """Allocate `nbytes` of page-aligned memory, private to this process: a forked worker writes to a copy, not into ours.
 
-    The pages are huge where the system has huge ones. Reading rows from all over a matrix is a quarter faster then, and
-    reading it whole a tenth.
+    It uses huge pages where the system has them. With those, reading rows from all over a matrix is a quarter faster, and
+    reading the whole matrix a tenth.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
+        with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Make an uninitialised tensor that starts on a page, as direct I/O needs it.
+    """Make an uninitialised tensor that starts on a page boundary, as direct I/O requires.
 
-    The kernel provides its pages when they are first written.
+    The kernel provides the pages when they are first written.
     """
     count = torch.Size(shape).numel()
     if count == 0:
@@ -40,8 +40,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def copy_to_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Make a contiguous copy. A large one gets pages of its own: these go back to the system when the copy is freed, and
-    memory of the heap might not."""
+    """Make a contiguous copy. A large copy gets its own pages, which return to the system when it is freed; heap memory might
+    not."""
     if tensor.nbytes < _LARGE_BYTES:
         return tensor.clone(memory_format=torch.contiguous_format)
     return aligned_empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
@@ -50,8 +50,8 @@ def copy_to_memory(tensor: torch.Tensor) -> torch.Tensor:
 def load_into_memory(tensors: Iterable[torch.Tensor]) -> None:
     """Copy tensors that lie in a mapped checkpoint file into anonymous memory, one at a time, in place.
 
-    transformers leaves a checkpoint of the same dtype in the mapped file. The kernel may drop the pages of attention and
-    embeddings there when memory is short, and they are slower to read. Only Linux tells which tensors these are; on other
+    transformers leaves tensors that need no other dtype in the mapped file. When memory is short, the kernel may drop these
+    pages of attention and embeddings, and they are slower to read. Only Linux reports which tensors are mapped; on other
     systems all are copied.
     """
     mapped = _file_mappings()
@@ -61,7 +61,7 @@ def load_into_memory(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def _file_mappings() -> list[tuple[int, int]] | None:
-    """Return the address ranges of mapped regular files, sorted, or `None` where the system does not tell."""
+    """Return the address ranges of mapped regular files, sorted, or `None` if the system does not report them."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -69,7 +69,7 @@ def _file_mappings() -> list[tuple[int, int]] | None:
     ranges = []
     for line in lines:
         parts = line.split(maxsplit=5)
-        if len(parts) == 6 and parts[4] != "0":  # an inode: file-backed
+        if len(parts) == 6 and parts[4] != "0":  # it has an inode: a file backs it
             start, _, end = parts[0].partition("-")
             ranges.append((int(start, 16), int(end, 16)))
     return sorted(ranges)

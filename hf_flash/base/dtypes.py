@@ -1,4 +1,4 @@
-"""The dtypes of compute, by name, so that a command line can list them without torch."""
+"""The compute dtypes, by name, so that a command line can list them without importing torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Reading files that somebody else may have made (contract C11), and writing ours so that none is half written.
+"""Reading files that somebody else may have made (contract C11), and writing our own whole or not at all.
 
-Only regular files are opened, and opening one never waits: a FIFO or a device in the place of a shard is an error at once.
-Bytes are read with `pread`, not through a memory map. If a file is cut short while it is read, that is an error and not a
-signal that ends the process. Errors of the operating system keep their `errno`, so that nobody takes "not now" for "damaged".
+Only regular files are opened, and opening one never waits: a FIFO or a device in place of a shard is an immediate error.
+Bytes are read with `pread`, not through a memory map, so a file that is cut short while it is read raises an error instead of
+a signal that ends the process. Operating system errors keep their `errno`, so that nobody mistakes "not now" for "damaged".
 
 Importing this module imports neither numpy nor torch.
 """
@@ -33,8 +33,8 @@ from hf_flash.errors import (
 if TYPE_CHECKING:
     from hf_flash.base.arrays import Bytes
 
-TEXT_BYTES: Final = 32 << 20  # of a header, an index or a config: 200 000 tensors. safetensors itself allows 100 MB
-DIGITS: Final = 18  # of a number in metadata: below 2^63
+TEXT_BYTES: Final = 32 << 20  # limit for a header, an index or a config: 200 000 tensors. safetensors itself allows 100 MB
+DIGITS: Final = 18  # limit for a number in metadata, so that it is below 2^63
 _HINTS: Final = {
     errno.EACCES: "check who may read it",
     errno.EPERM: "check who may read it",
@@ -52,12 +52,12 @@ _KINDS: Final = (
 
 
 class StoredFile:
-    """An open regular file. Closed with its last reference, or by `close`."""
+    """An open regular file. It is closed by `close`, or when its last reference is gone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path):
-            _check_regular(path, os.stat(path))  # before it is opened: opening a device can have effects
+            _check_regular(path, os.stat(path))  # before opening it: opening a device can have side effects
             flags = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
             self._fd = os.open(path, flags)
             self.close = weakref.finalize(self, os.close, self._fd)
@@ -75,7 +75,7 @@ class StoredFile:
         """Fill `out`, uint8 [n], with the bytes from `offset` on.
 
         Raises:
-            StoreReadError: the disk does not deliver, or the file ends before `out` is full.
+            StoreReadError: the disk does not deliver the bytes, or the file ends before `out` is full.
         """
         self._fill(out.data, offset)
 
@@ -101,7 +101,7 @@ class StoredFile:
         return bytes(out)
 
     def blocks(self, offset: int, size: int = 1 << 22) -> Iterator[Bytes]:
-        """Yield everything from `offset` on in blocks, uint8 [up to `size`]. Each block overwrites the one before."""
+        """Yield the file from `offset` on in blocks, uint8 [up to `size`]. Each block overwrites the previous one."""
         import numpy as np
 
         buffer = np.empty(min(size, max(1, self.nbytes - offset)), np.uint8)
@@ -118,15 +118,15 @@ def read_at(fd: int, views: Sequence[memoryview], offset: int) -> int:
     share a descriptor there.
 
     Args:
-        fd: open for reading.
-        views: writable, of bytes.
+        fd: a descriptor that is open for reading.
+        views: writable views of bytes.
         offset: in bytes.
 
     Returns:
-        How many bytes were read: 0 at the end of the file, and anywhere possibly fewer than `views` take.
+        How many bytes were read: 0 at the end of the file; elsewhere possibly fewer than `views` can hold.
 
     Raises:
-        OSError: as `preadv`.
+        OSError: as from `preadv`.
     """
     if hasattr(os, "preadv"):
         return os.preadv(fd, views, offset)
@@ -154,7 +154,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_error(path: Path, error: OSError) -> StoreError:
-    """Make our error out of one of the operating system's: the file is missing, or it cannot be read at the moment."""
+    """Convert an operating system error into ours: the file is missing, or it cannot be read at the moment."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         hint = "download or repack the model again"
         ours: StoreError = StoreMissingError("a file of the checkpoint is not there", where=path, hint=hint)
@@ -177,7 +177,7 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Tell whether `path` exists. If that cannot be known, it is an error here; `Path.exists` may say no."""
+    """Tell whether `path` exists. If that cannot be determined, this raises; `Path.exists` may answer no."""
     with reading(path):
         try:
             os.stat(path)
@@ -187,7 +187,7 @@ def exists(path: Path) -> bool:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """List what is in a folder, sorted. If that cannot be known, it is an error here; `Path.glob` finds nothing."""
+    """List the entries of a folder, sorted. If it cannot be listed, this raises; `Path.glob` would find nothing."""
     with reading(folder):
         return sorted(folder / name for name in os.listdir(folder))
 
@@ -196,16 +196,16 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def parse_number(text: object) -> int | None:
-    """Parse a number of metadata: at most `DIGITS` ASCII digits. Returns `None` for everything else."""
+    """Parse a number in metadata: at most `DIGITS` ASCII digits. Returns `None` for everything else."""
     whole = isinstance(text, str) and re.fullmatch(rf"[0-9]{{1,{DIGITS}}}", text) is not None
     return int(str(text)) if whole else None
 
 
 def parse_json(text: bytes | str, where: object, **hooks: Any) -> Any:
-    """Parse JSON in UTF-8 that anybody may have written. `hooks` go to `json.loads`.
+    """Parse untrusted JSON in UTF-8. `hooks` go to `json.loads`.
 
     Raises:
-        StoreFormatError: it is something else, or nested too deeply.
+        StoreFormatError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **hooks)
@@ -230,11 +230,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 # --- names ---------------------------------------------------------------------------------------------------------------
 
-_links: set[tuple[str, str]] = set()  # of this process: the folder of a link, and where it leads
+_links: set[tuple[str, str]] = set()  # made by this process: the folder of each link, and where it leads
 
 
 def link_inside(target: Path, name: Path) -> None:
-    """Make a link that leads out of its folder and yet counts as inside: uploads are made of such links."""
+    """Make a link that leads out of its folder but that [`check_inside`] accepts: uploads consist of such links."""
     real = os.path.realpath(target)
     name.symlink_to(real)
     _links.add((os.path.realpath(name.parent), real))
@@ -244,7 +244,7 @@ def check_inside(folder: Path, paths: Iterable[Path]) -> None:
     """Refuse files that lie outside a folder, by links or otherwise. The Hub cache's own links count as inside.
 
     Raises:
-        StoreFormatError: with the file and where it leads.
+        StoreFormatError: a file lies outside; the message names it and the path that it leads to.
     """
     home = os.path.realpath(folder)
     for path in paths:
@@ -265,7 +265,7 @@ def _within(path: str, folder: str | None) -> bool:
 
 
 def _blobs(folder: str) -> str | None:
-    """Where the files of a snapshot in the Hub's cache really lie: `snapshots/COMMIT/NAME` is a link to `blobs/HASH`."""
+    """Return the folder with the real files of a snapshot in the Hub's cache: `snapshots/COMMIT/NAME` links to `blobs/HASH`."""
     for part in (Path(folder), *Path(folder).parents):
         repo = part.parent.parent
         if part.parent.name == "snapshots" and repo.name.startswith("models--"):
@@ -275,7 +275,7 @@ def _blobs(folder: str) -> str | None:
 
 
 def is_plain_name(name: object) -> bool:
-    """Tell whether a name in an index can only mean something inside the folder of the index, on every system."""
+    """Tell whether a name in an index can only refer to a file inside the index's folder, on every system."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         return False
     try:
@@ -287,10 +287,10 @@ def is_plain_name(name: object) -> bool:
 
 
 def listed_files(index: Path) -> list[Path]:
-    """Return the files that a checkpoint's index lists, whether they exist or not: inside its folder, of the index's kind.
+    """Return the files that a checkpoint's index lists, whether or not they exist.
 
     Raises:
-        StoreFormatError: it lists anything else.
+        StoreFormatError: not an index, or one that lists files outside its folder or of another kind than it is for.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
@@ -316,14 +316,14 @@ _NO_SYNC: Final = {getattr(errno, name) for name in ("EINVAL", "ENOSYS", "ENOTSU
 
 
 def new_file(path: Path) -> IO[bytes]:
-    """Open a new file to write. What has its name is removed, so that nothing is written through a link or into a FIFO."""
+    """Create a file for writing. An existing entry of that name is removed, so that we never write through a link or a FIFO."""
     with suppress(FileNotFoundError):
         os.unlink(path)
     return open(path, "xb")
 
 
 def sync_to_disk(file: IO[bytes]) -> None:
-    """Make what was written survive a power cut. Some file systems refuse `fsync`; that is no error."""
+    """Make what was written survive a power cut. Some file systems refuse `fsync`; that is not an error."""
     file.flush()
     try:
         os.fsync(file.fileno())
@@ -333,11 +333,11 @@ def sync_to_disk(file: IO[bytes]) -> None:
 
 
 class writing:
-    """Turn the operating system's errors while `path` is written into ours, and remove what was half written.
+    """Turn the operating system's errors into ours while `path` is written, and remove the file if it is half written.
 
     Args:
-        path: the file. What is half written is `path` with `.tmp` behind it.
-        needed: bytes, for the message of a full disk.
+        path: the file. While it is half written, its name ends in `.tmp`.
+        needed: bytes to be written, for the error about a full disk.
     """
 
     def __init__(self, path: Path, needed: int = 0) -> None:

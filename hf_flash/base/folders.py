@@ -1,7 +1,7 @@
 """Folders that appear whole or not at all.
 
-A folder is made beside its target, under a lock, and renamed to it at the end. Before that, the target and the room on the
-disk are checked.
+A folder is built beside its target, under a lock, and renamed to the target at the end. The target and the free space on the
+disk are checked first.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from hf_flash.errors import DiskSpaceError, HfFlashError, TargetExistsError
 
 logger = logging.getLogger("hf_flash")
 
-MARK: Final = ".belongs-to"  # in a partial folder
-_MOST_BYTES: Final = 240  # of a name: file systems take 255, and hidden files beside it have longer ones
+MARK: Final = ".belongs-to"  # file in a partial folder that says what the folder is made from
+_MOST_BYTES: Final = 240  # limit for a name: file systems allow 255, and the hidden files beside it have longer names
 _NOT_COPIED: Final = re.compile(
     r"(.*\.(safetensors|bin|pt|pth|h5|msgpack|ot|onnx|gguf|tmp|new|partial|lock)|.*\.index\.json|config\.json|\..*)",
     re.IGNORECASE,
@@ -53,12 +53,12 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def lock_file(target: Path) -> Path:
-    """Return the file beside a target whose lock says that somebody is writing the target."""
+    """Return the lock file beside a target. Whoever writes the target holds its lock."""
     return path_beside(target, ".lock")
 
 
 def shorten_name(name: str, most: int = _MOST_BYTES) -> str:
-    """Return a name of at most `most` bytes: the end of one that is too long is replaced by a hash."""
+    """Return a name of at most `most` bytes: in a longer name, a hash replaces the end."""
     raw = os.fsencode(name)
     if len(raw) <= most:
         return name
@@ -66,7 +66,7 @@ def shorten_name(name: str, most: int = _MOST_BYTES) -> str:
 
 
 def path_beside(target: Path, suffix: str) -> Path:
-    """Return the path of the hidden file or folder beside a target that belongs to it."""
+    """Return the path of a hidden file or folder that lies beside a target and belongs to it."""
     return target.with_name(f".{shorten_name(target.name)}{suffix}")
 
 
@@ -75,7 +75,7 @@ def scratch_folder(parent: Path, purpose: str) -> Iterator[Path]:
     """Make a folder that is removed after the block, however often the user interrupts.
 
     Its name is known before it is made, so `finally` can always remove it. An interrupt within `tempfile.TemporaryDirectory`
-    can leave one behind.
+    can leave a folder behind.
     """
     folder = parent / f".hf-flash-{purpose}-{os.getpid()}-{time.monotonic_ns()}"
     try:
@@ -91,7 +91,7 @@ def _remove(folder: Path) -> None:
     while folder.exists():
         try:
             shutil.rmtree(folder)
-        except OSError:  # it stays; there may be an error on its way already, which says more
+        except OSError:  # the folder stays; an error that is already being raised says more
             break
         except KeyboardInterrupt as error:
             interrupted = error
@@ -101,7 +101,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def scratch_file(parent: Path, purpose: str, nbytes: int, pieces: Iterable[Any]) -> Iterator[Path]:
-    """Write a file of `nbytes`, which are those of `pieces`, to the disk. It is removed after the block."""
+    """Write `pieces`, which have `nbytes` in all, to a file on the disk. It is removed after the block."""
     check_room(parent, nbytes)
     with scratch_folder(parent, purpose) as folder:
         path = folder / "scratch"
@@ -113,7 +113,7 @@ def scratch_file(parent: Path, purpose: str, nbytes: int, pieces: Iterable[Any])
 
 
 def make_lock(path: Path) -> Any:
-    """Make the lock for an existing lock file. Where the file system has no locks, a second file beside it is the lock."""
+    """Make the lock for an existing lock file. On a file system without locks, a second file beside it serves as the lock."""
     return FileLock(path) if locks.has_locks(path) else SoftFileLock(path.with_name(f"{path.name}.held"))
 
 
@@ -121,17 +121,17 @@ def make_lock(path: Path) -> Any:
 def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
     """Hold the lock of a target while the block runs. Waiting for it is logged as a warning.
 
-    Where the file system has no locks, a file that exists is one. A file that a killed process of this machine left behind
-    does not count; one that another machine left has to be removed by hand.
+    On a file system without locks, the existence of a file is the lock. A file left behind by a killed process of this machine
+    does not count; one left by another machine has to be removed by hand.
 
     Args:
-        keep: leave the lock file there, for locks that many processes take. Without this the next owner must check the
+        keep: keep the lock file afterwards, for locks that many processes take. Otherwise the next owner must check the
             target again.
     """
     path = lock_file(target)
     with writing(target):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()  # where we may not write this fails at once; a FileLock would wait
+        path.touch()  # without permission to write this fails at once; a FileLock would wait
         lock = make_lock(path)
     try:
         lock.acquire(timeout=0)
@@ -152,13 +152,13 @@ def locked(target: Path, *, keep: bool = False) -> Iterator[None]:
 
 @contextmanager
 def partial_folder(target: Path, belongs: str = "") -> Iterator[Path]:
-    """Make a folder beside `target`. It is renamed to `target` when the block ends well, and else stays for the next run.
+    """Make a folder beside `target`. If the block succeeds it is renamed to `target`; otherwise it stays for the next run.
 
     The caller holds the target's lock.
 
     Args:
-        belongs: names what the folder is made from. If an earlier run left a folder that was made from the same, its files
-            are still there; otherwise, and without a name, the folder is empty.
+        belongs: identifies what the folder is made from. If an earlier run left a folder made from the same source, its files
+            are still there; otherwise, or if `belongs` is empty, the folder is empty.
     """
     check_target(target)
     partial = path_beside(target, ".partial")
@@ -192,7 +192,7 @@ def _text_of(path: Path) -> str | None:
 
 
 def clear_away(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it, if it is there."""
+    """Remove a file, a link, or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
         return
@@ -201,11 +201,11 @@ def clear_away(path: Path) -> None:
 
 
 def put_aside(folder: Path) -> Path:
-    """Rename a folder, to be cleared away later: it is gone from its place at once, or not at all. Returns the new path."""
+    """Rename a folder that is to be removed: it leaves its place at once, or not at all. Returns the new path."""
     for number in count():
         aside = folder.with_name(f".{folder.name}{f'.{number}' if number else ''}.removed")
         with suppress(OSError):  # another process is clearing it away
-            clear_away(aside)  # of a run that died here
+            clear_away(aside)  # left by a run that died here
         if not os.path.lexists(aside):
             break
     with writing(folder):
@@ -214,7 +214,7 @@ def put_aside(folder: Path) -> Path:
 
 
 def _sync(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can. The rename is done, so a refusal is no error."""
+    """Make a rename in `folder` survive a power cut, where the system can. The rename is done, so a refusal is not an error."""
     if hasattr(os, "O_DIRECTORY"):
         with suppress(OSError):
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -225,10 +225,10 @@ def _sync(folder: Path) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Refuse a target that exists and is no empty folder, or that a rename cannot replace.
+    """Refuse a target that exists and is not an empty folder, or that a rename cannot replace.
 
     Raises:
-        TargetExistsError: for these two.
+        TargetExistsError: the target is one of these.
         RepackError: the folder cannot be read.
     """
     with writing(target):
@@ -243,7 +243,7 @@ def _check_target(target: Path) -> None:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copy every file that is not weights: tokenizer, generation config, licence, model card."""
+    """Copy what belongs to a checkpoint besides weights and config.json: tokenizer, generation config, licence, model card."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
             with writing(target / path.name):

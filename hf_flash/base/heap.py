@@ -1,4 +1,4 @@
-"""The heap of glibc: returning what was freed to the system, and settings for long prompts."""
+"""The heap of glibc: returning freed memory to the system, and settings for long prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_OFF_HEAP_BYTES, _LARGEST_ON_HEAP = 2 << 20, 32 << 20  # the second is what glibc itself goes up to
+_OFF_HEAP_BYTES, _LARGEST_ON_HEAP = 2 << 20, 32 << 20  # the second is glibc's own upper limit
 _MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
 
 
@@ -20,13 +20,13 @@ def trim_heap() -> None:
 
 
 class Heap:
-    """Settings of glibc's heap: one for a call of many tokens, one for calls of few.
+    """Switches glibc's heap between its settings for calls of many tokens and for calls of few.
 
-    The blocks of a long prompt are freed in any order, and a heap keeps hundreds of MiB between them (1024 tokens of OPT-2.7B:
-    490). So a call with large blocks gets each as pages of its own, which go back to the system one by one. Decoding uses the
-    heap again: new pages for a growing KV cache would cost it a quarter of its time, and a heap reuses blocks of one size.
+    The blocks of a long prompt are freed in any order, and the heap keeps hundreds of MiB between them (490 for 1024 tokens of
+    OPT-2.7B). So in a call with large blocks each block gets its own pages, which return to the system one by one. Decoding
+    uses the heap again, which reuses blocks of one size: new pages for a growing KV cache would cost a quarter of its time.
 
-    Nothing is set before the first call of many tokens, where the user has set these options, or without glibc.
+    Nothing is set before the first call of many tokens, if the user has set these options, or without glibc.
     """
 
     def __init__(self) -> None:
@@ -43,9 +43,9 @@ class Heap:
             set_option(_M_MMAP_THRESHOLD, _OFF_HEAP_BYTES if large else _LARGEST_ON_HEAP)
             set_option(_M_TRIM_THRESHOLD, 2 * _LARGEST_ON_HEAP)
             if large:
-                trim_heap()  # of what the last call's tokens left
+                trim_heap()  # return what earlier calls left there
 
 
 def _glibc(name: str) -> Callable[..., int] | None:
-    """Find a function of glibc's allocator; musl has none of them."""
+    """Find a function of glibc's allocator; musl lacks these functions."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

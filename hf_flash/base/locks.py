@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-if sys.platform != "win32":  # which does not remove open files anyway
+if sys.platform != "win32":  # Windows does not remove open files anyway
     import fcntl
 
 
 def hold(fd: int) -> None:
-    """Take a shared lock on an open file: others see that it is in use. Several may hold it."""
+    """Take a shared lock on an open file, so that others see that it is in use. Several processes may hold it."""
     if sys.platform == "win32":
         return
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them: `"6GiB"`, `"50%"`, `"1.5 KiB"`, and those of several devices."""
+"""Sizes in bytes as people write and read them: `"6GiB"`, `"50%"`, `"1.5 KiB"`, and sizes for several devices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def parse_bytes(value: float | str) -> int:
     """Parse a number of bytes: `6_000_000`, `"6GB"` (decimal) or `"6GiB"` (binary).
 
     Raises:
-        ConfigError: it is no positive size.
+        ConfigError: the value is not a positive size.
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 1e18 and value == int(value):
         return int(value)
@@ -36,14 +36,15 @@ _DEVICE: Final = re.compile(r"([a-z]+)(?::(\d+))?|(\d+)")
 
 
 def parse_places(value: Any) -> dict[str, int | str] | None:
-    """Sizes by device: `{"cuda:0": "8GiB", "cpu": "16GiB"}`, keys as `max_memory` of transformers has them, or the text
-    `"cuda:0=8GiB,cpu=16GiB"`. `None`: it is no such thing.
+    """Parse sizes by device: `{"cuda:0": "8GiB", "cpu": "16GiB"}`, with keys as in transformers' `max_memory`, or the text
+    `"cuda:0=8GiB,cpu=16GiB"`.
 
     Returns:
-        Sizes by full names: a number means one of CUDA's, and a type without a number its first.
+        Sizes by full device name: a number means a CUDA device, and a type without a number its first device. `None`: the
+        value is neither a mapping nor such a text.
 
     Raises:
-        ConfigError: a key that names no device, or one twice, or a value that is no size.
+        ConfigError: a key is not a device, a device comes twice, a value is not a size, or there are no devices.
     """
     if isinstance(value, str) and "=" in value:
         value = dict(part.partition("=")[::2] for part in value.split(","))
@@ -67,7 +68,7 @@ def parse_places(value: Any) -> dict[str, int | str] | None:
 
 
 def parse_share(value: float | str, whole: int) -> int:
-    """Parse `"50%"` as a share of `whole` bytes, or a size as [`parse_bytes`] does."""
+    """Parse `"50%"` as a share of `whole` bytes, or any other value as [`parse_bytes`] does."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
     return int(whole * float(match[1]) / 100) if match else parse_bytes(value)
 

@@ -1,7 +1,6 @@
 """The model card of a folder that is pushed: where it comes from, how to load it, what it needs and what was measured.
 
-Nothing is claimed that is not in the folder: recall is there after calibration only, speed where a report of `hf-flash bench`
-is given.
+The card claims only what is known: recall only after calibration, speed only if a report of `hf-flash bench` is given.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hf_flash.base.files import read_json
+from hf_flash.base.tables import printed
 from hf_flash.bench.report import describe as describe_bench
 from hf_flash.budget.expert_plan import ExpertPlan
 from hf_flash.budget.plan import MemoryPlan
@@ -21,7 +21,8 @@ from hf_flash.hub.card_subjects import CardSubject, subject_of
 from hf_flash.packing.readme import body, merged
 
 TAGS: Final = ("hf_flash", "flash-offload")
-_TASKS: Final = {  # ending of the architecture -> pipeline_tag; the class to load it with is named alike
+_CARD_WIDTH: Final = 120  # columns of the table of speed
+_TASKS: Final = {  # ending of the architecture -> pipeline_tag; the auto class has the same ending
     "ForCausalLM": "text-generation",
     "ForSequenceClassification": "text-classification",
     "ForQuestionAnswering": "question-answering",
@@ -31,23 +32,23 @@ _TASKS: Final = {  # ending of the architecture -> pipeline_tag; the class to lo
 def model_card(
     folder: str | os.PathLike[str], name: str, before: str = "", *, bench: str | os.PathLike[str] | None = None
 ) -> str:
-    """The model card of a folder.
+    """Write the model card of a folder, as text.
 
     Args:
         folder: as [`repack`] or `save_pretrained` made it.
-        name: of the repository it is for.
-        before: the card so far, the source's for example: its front matter is merged, its text is kept below.
+        name: the name of the repository that the card is for.
+        before: the card so far, for example the source's: its front matter is merged, its text is kept below ours.
         bench: a JSON report of `hf-flash bench` on this model.
 
     Raises:
-        StoreError: the folder is none that these made.
+        StoreError: the folder was made by neither.
         ConfigError: the front matter of `before` cannot be read, or `bench` is a report of another model.
     """
     return card_of(subject_of(Path(folder)), name, before, bench=bench)
 
 
 def card_of(subject: CardSubject, name: str, before: str, *, bench: str | os.PathLike[str] | None) -> str:
-    """The same for a folder that was looked at."""
+    """Like [`model_card`], for a folder whose contents [`subject_of`] has described."""
     task = next((end for end in _TASKS if str((subject.config.get("architectures") or [""])[0]).endswith(end)), None)
     entries: dict[str, Any] = {"library_name": "transformers", "tags": list(TAGS)}
     entries |= {"base_model": subject.base} if subject.base else {}
@@ -66,7 +67,14 @@ def card_of(subject: CardSubject, name: str, before: str, *, bench: str | os.Pat
 
 def _loading(name: str, task: str, budget: str, without: str) -> Iterator[str]:
     auto = f"AutoModel{task}"
-    yield from ("", "## Load it", "", "It needs the package and the import: `pip install hf-flash`.", "", "```python")
+    yield from (
+        "",
+        "## Load it",
+        "",
+        "It needs the package hf_flash, installed as its README says, and the import.",
+        "",
+        "```python",
+    )
     yield "import hf_flash"
     yield f"from transformers import {auto}"
     yield f'model = {auto}.from_pretrained("{name}")'
@@ -79,7 +87,7 @@ def _loading(name: str, task: str, budget: str, without: str) -> Iterator[str]:
 
 
 def _some_budget(plan: MemoryPlan | ExpertPlan) -> str:
-    """An example: half of the model, or what it needs and a fifth."""
+    """Return a budget to show as an example: half of the model, or its minimum plus a fifth if that is more."""
     size = max(plan.dense_bytes // 2, plan.minimum_bytes * 6 // 5)
     return f"{-(-size // 2**30)}GiB" if size > 3 * 2**30 else f"{-(-size // 2**20)}MiB"
 
@@ -96,4 +104,4 @@ def _speed(name: str, budget: str, measured: dict[str, Any], bench: str | os.Pat
         raise ConfigError(
             "not a report of `hf-flash bench` on this model", where=bench, expected=json.dumps(measured), got=theirs
         )
-    yield from ("As `hf-flash bench` measured it:", "", "```", describe_bench(report), "```")
+    yield from ("As `hf-flash bench` measured it:", "", "```", printed(describe_bench(report), _CARD_WIDTH), "```")

@@ -1,6 +1,6 @@
-"""What a model card says of one folder: a repacked checkpoint, or a mixture of experts that `save_pretrained` made.
+"""What a model card says about one folder: a repacked checkpoint, or a mixture of experts that `save_pretrained` made.
 
-card.py puts the card together; here is what is particular to a kind of model, as lines of Markdown.
+card.py puts the card together; this module has what is specific to a kind of model, as lines of Markdown.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _PAPER: Final = '["LLM in a flash"](https://arxiv.org/abs/2312.11514)'
 
 @dataclass(frozen=True)
 class CardSubject:
-    """What a folder holds, as its card says it.
+    """What a folder holds, in the form that its card needs.
 
     Attributes:
         config: its config.json.
         source: `source` and `revision`: where it comes from.
-        plan: of memory, for a budget without end.
-        opening: what was made of the source.
-        without: what happens where hf_flash is not imported.
-        memory, predictors: sections.
-        measured: what a report of `hf-flash bench` on it says of the model.
+        plan: the memory plan for an unlimited budget.
+        opening: text: what was made of the source.
+        without: text: what happens if hf_flash is not imported.
+        memory, predictors: sections of the card.
+        measured: what a report of `hf-flash bench` on this folder has as its `model`.
     """
 
     config: dict[str, Any]
@@ -56,7 +56,7 @@ class CardSubject:
 
     @property
     def base(self) -> str | None:
-        """The Hub repository that it was made from, if it was one."""
+        """The Hub repository that it was made from; `None` if it was not made from one."""
         return "/".join(self.source["source"].split("/")[:2]) if self.source["revision"] else None
 
     @property
@@ -69,10 +69,10 @@ class CardSubject:
 
 
 def subject_of(folder: Path) -> CardSubject:
-    """What a folder holds.
+    """Describe what a folder holds: a repacked checkpoint, or a mixture of experts.
 
     Raises:
-        StoreError: neither of the two.
+        StoreError: the folder holds neither.
     """
     mixture = open_mixture(folder)
     return _of_store(folder) if mixture is None else _of_mixture(mixture)
@@ -81,12 +81,13 @@ def subject_of(folder: Path) -> CardSubject:
 def _memory(
     dtype: torch.dtype, rows: dict[str, int], plan: MemoryPlan | ExpertPlan, kept: str, token: int, on_disk: int
 ) -> Iterator[str]:
-    """The section about memory.
+    """Yield the section about memory.
 
     Args:
-        rows: what the least budget is made of.
-        kept: what a budget beyond the least is for.
-        token: bytes of the KV cache for a token.
+        rows: bytes of each part of the least budget, by name.
+        kept: text: what a budget beyond the least is used for.
+        token: bytes of the KV cache per token.
+        on_disk: bytes of the folder's weight files.
     """
     yield from ("", f"## Memory, in {str(dtype).removeprefix('torch.')}", "", "| | |", "|---|---|")
     yield from (f"| {name} | {format_bytes(size)} |" for name, size in rows.items())
@@ -111,7 +112,7 @@ def _of_mixture(mixture: Mixture) -> CardSubject:
     experts, expert = max(layer.experts for layer in layers), max(layer.expert_bytes for layer in layers)
     kept = (
         f"An expert is {format_bytes(expert)}; {len(layers)} layers have {experts} of them, of which a token uses "
-        f"{mixture.used} in each: {format_bytes(mixture.active_bytes)} a token, of which is read what is not in memory. What "
+        f"{mixture.used} in each: {format_bytes(mixture.active_bytes)} a token, and only what is not in memory is read. What "
         "a budget has beyond the least keeps experts that recent tokens used, so that they are not read again"
         + (f", and at last the table of embeddings, {format_bytes(plan.table_bytes)}." if plan.table_bytes else ".")
     )
@@ -167,7 +168,7 @@ def _of_store(folder: Path) -> CardSubject:
 
 
 def _plan(folder: Path, store: FlashStore, config: dict[str, Any]) -> tuple[MemoryPlan, torch.dtype, Shape]:
-    """What must stay in DRAM, and the dtype it is counted in: that of the config."""
+    """Return the memory plan, the dtype it is counted in, which is the config's, and the model's shape."""
     first = store.layers[0]
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or ""), first.dtype)
     wish = FlashOffloadConfig.from_dict(dict(config["quantization_config"]))
@@ -213,7 +214,7 @@ def _predictors(store: FlashStore, config: dict[str, Any], shape: Shape) -> Iter
 
 
 def _measured(report: dict[str, Any] | None, variant: str) -> tuple[str, str]:
-    """Share of the active neurons that are found, and how many are named for one, over all layers."""
+    """Return the share of active neurons that are found, and the neurons named per active one, over all layers."""
     layers = [(layer["active"], layer[variant]) for layer in report["layers"] if variant in layer] if report else []
     active = sum(count for count, _ in layers)
     if not active:

@@ -1,6 +1,6 @@
 """`save_pretrained` and `push_to_hub` of a loaded flash model: the store's files are copied as they are, never rewritten.
 
-The other weights are written anew: from memory where they differ from the checkpoint, else copied from it.
+The other weights are written anew: from memory if they differ from the checkpoint, else as copies of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
 
 _GENERATION: Final = "generation_config.json"
-_SHOWN: Final = 4  # of names in an error
+_SHOWN: Final = 4  # names in an error, at most
 _PUSH: Final = frozenset({"commit_message", "commit_description", "private", "revision", "create_pr", "bench"})
 _TOKENIZER: Final = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -67,20 +67,20 @@ def save_pretrained(
     repo_id: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Save a flash model: the store is copied as it is, tensors that were changed are written as they are now.
+    """Save a flash model: the store is copied as it is, and changed tensors are written with their present values.
 
-    Takes the place of `PreTrainedModel.save_pretrained` on the instance. With a PEFT adapter on it, the adapter alone is
-    saved, as transformers does. `max_shard_size`, `save_original_format` and `save_function` have no say: files are as the
-    store has them.
+    Replaces `PreTrainedModel.save_pretrained` on the instance. If the model has a PEFT adapter, only the adapter is saved, as
+    transformers does. `max_shard_size`, `save_original_format` and `save_function` have no effect: the store determines the
+    files.
 
     Args:
         save_directory: a new folder, or the one the model was loaded from.
-        state_dict: what to save in place of the model's own tensors. All of them; FFN matrices as they are on flash.
+        state_dict: what to save in place of the model's own tensors: all of them, with the FFN matrices that are on flash.
         push_to_hub: upload it afterwards; `repo_id`, `token` and `kwargs` go to [`push`].
 
     Raises:
-        ConfigError: `state_dict` lacks tensors, or an argument is unknown or asks for other files than safetensors ones
-            under their usual names.
+        ConfigError: `state_dict` lacks tensors, or an argument is unknown or asks for anything but safetensors files under
+            their usual names.
         UsageError: the model's layers are not those that were loaded, or `state_dict` has other FFN matrices.
     """
     if has_adapter(model):
@@ -119,16 +119,16 @@ def push_to_hub(
     tags: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Upload a flash model, with a card. Takes the place of `PreTrainedModel.push_to_hub` on the instance.
+    """Upload a flash model, with a model card. Replaces `PreTrainedModel.push_to_hub` on the instance.
 
-    The store is uploaded from where it lies; only the other weights pass through a temporary folder in the flash cache. The
-    tokenizer that lies beside the model's files comes along where the repository has none.
+    The store is uploaded from its own folder; only the other weights pass through a temporary folder in the flash cache. The
+    tokenizer beside the model's files is uploaded too if the repository has none.
 
     Args:
-        repo_id: the repository, created if it is not there.
+        repo_id: the repository, created if it does not exist.
         token: as in huggingface_hub.
-        max_shard_size: has no say: files are as the store has them.
-        tags: more of them for the card.
+        max_shard_size: has no effect: the store determines the files.
+        tags: further tags for the card.
         kwargs: as in [`push`].
     """
     if has_adapter(model):
@@ -145,7 +145,7 @@ def push_to_hub(
 
 
 def _refuse(where: str, refused: Mapping[str, bool]) -> None:
-    """Refuse arguments that a folder with a store cannot follow."""
+    """Refuse arguments that a folder with a store cannot honour."""
     if any(refused.values()):
         raise ConfigError(
             "a flash model is saved from its files",
@@ -157,7 +157,7 @@ def _refuse(where: str, refused: Mapping[str, bool]) -> None:
 
 
 def _check_known(where: str, kwargs: dict[str, Any]) -> None:
-    """Refuse what neither stock nor [`push`] would understand before anything is written."""
+    """Refuse arguments that neither stock transformers nor [`push`] knows, before anything is written."""
     if kwargs.keys() - _PUSH:
         raise ConfigError(
             "unknown arguments", where=where, expected=f"of {', '.join(sorted(_PUSH))}", got=", ".join(kwargs.keys() - _PUSH)
@@ -177,7 +177,7 @@ def _save(model: Any, folder: Path, state_dict: Mapping[str, Any] | None = None,
         changed = _changed(state, runtime.checkpoint, runtime.store)
         save_folder(folder, runtime.checkpoint, runtime.store, config, changed, link=link)
     if folder.resolve() == runtime.checkpoint.files[0].parent.resolve():
-        runtime.checkpoint = Checkpoint.open_folder(folder)  # its files are not the ones that were opened
+        runtime.checkpoint = Checkpoint.open_folder(folder)  # its files were replaced
     if model.can_generate():
         write_text(folder / _GENERATION, model.generation_config.to_json_string(use_diff=True))
 
@@ -185,10 +185,10 @@ def _save(model: Any, folder: Path, state_dict: Mapping[str, Any] | None = None,
 def _whole(
     model: Any, runtime: FlashRuntime | ExpertRuntime, state_dict: Mapping[str, Any] | None
 ) -> Mapping[str, torch.Tensor]:
-    """A model's tensors that are not on flash, if they and what is on flash are what its config describes.
+    """Return a model's tensors that are not on flash, if these and those on flash are what its config describes.
 
     Raises:
-        UsageError: they are not, so that what would be written could not be loaded.
+        UsageError: they are not, so what would be written could not be loaded.
         ConfigError: `state_dict` lacks tensors.
     """
     state = model.state_dict() if state_dict is None else state_dict
@@ -229,7 +229,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _changed(state: Mapping[str, torch.Tensor], checkpoint: Checkpoint, store: FlashStore) -> dict[str, torch.Tensor]:
-    """Tensors of the model that are not what its checkpoint says, under the checkpoint's names, and those it has not."""
+    """Return the model's tensors that differ from its checkpoint, under the checkpoint's names, and those that it lacks."""
     ffn, seen = store.ffn_names, set[int]()
     changed: dict[str, torch.Tensor] = {}
     matched: set[str] = set()
@@ -246,7 +246,7 @@ def _changed(state: Mapping[str, torch.Tensor], checkpoint: Checkpoint, store: F
 
 
 def _changed_beside_experts(model: Any, runtime: ExpertRuntime, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same for a mixture, whose checkpoint has other names than the model: transformers converts them back."""
+    """The same for a mixture, whose checkpoint has other names than the model; transformers converts the names back."""
     checkpoint, experts = runtime.checkpoint, {name for layer in runtime.ffns for row in layer.layer.tensors for name in row}
     beside = [name for name in checkpoint.specs if name not in experts]
     sources, tied = Conversions(model).sources_of(set(state), beside), tied_names(model)
@@ -269,7 +269,7 @@ def _changed_beside_experts(model: Any, runtime: ExpertRuntime, state: Mapping[s
 
 
 def _same(value: torch.Tensor, stored: torch.Tensor) -> bool:
-    """Whether `value` is `stored` in its own dtype; compared in parts, since embeddings are large."""
+    """Tell whether `value` equals `stored` in the dtype of `value`. It compares in parts, since embeddings are large."""
     if value.shape != stored.shape:
         return False
     mine, theirs = value.reshape(-1), stored.reshape(-1)

@@ -1,4 +1,4 @@
-"""Uploading a folder to the Hub, repacked or with a mixture of experts: its files as they are, and a model card."""
+"""Uploading a repacked folder or a mixture of experts to the Hub: its files as they are, and a model card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("hf_flash")
 
 CARD: Final = "README.md"
 _NOT_PUSHED: Final = ["*.tmp", ".*"]
-# What an earlier checkpoint in the repository may have left: transformers would prefer it to the index.
+# Files that an earlier checkpoint may have left in the repository: transformers would prefer some of them to the index.
 _REPLACED: Final = [
     "model.safetensors",
     "model-?????-of-?????.safetensors",
@@ -58,29 +58,29 @@ def push(
 ) -> Any:
     """Upload a folder to the Hub, its files as they are. Weights of another layout in the repository are replaced.
 
-    A model card is written for the repository: where the model comes from, its licence, how to load it, what it takes. The
-    folder's own README.md is kept below it, else that of the repository, else the source's, and its metadata merged; the
-    folder stays as it is. An upload that was interrupted goes on when it is started again: what the Hub has is not sent again.
+    A model card is written for the repository: where the model comes from, its licence, how to load it, what it needs. The
+    text of an existing card is kept below it and its metadata is merged: that of the folder's README.md, else the repository's,
+    else the source's. The folder is not changed. An interrupted upload can be started again: the Hub keeps what it has.
 
     Args:
-        folder: as [`repack`] or `save_pretrained` made it; of a mixture of experts, which is not repacked, as the latter did.
-        repo_id: the repository, created if it is not there.
-        commit_message, commit_description: of the commit.
-        private: for a new repository.
-        revision: branch to upload to, created if it is not there.
+        folder: as [`repack`] or `save_pretrained` made it; `repack` makes none of a mixture of experts.
+        repo_id: the repository, created if it does not exist.
+        commit_message, commit_description: text of the commit.
+        private: whether a new repository is private.
+        revision: branch to upload to, created if it does not exist.
         create_pr: open a pull request instead.
-        bench: a JSON report of `hf-flash bench` on this model, for the card: without one it says nothing about speed.
+        bench: a JSON report of `hf-flash bench` on this model, for the card; without it the card says nothing about speed.
 
     Returns:
         The Hub's `CommitInfo`.
 
     Raises:
-        StoreError: the folder is neither.
+        StoreError: the folder was made by neither.
         ConfigError: both `revision` and `create_pr`, `bench` is of another model, or the metadata of README.md cannot be read.
     """
     folder = Path(folder)
     text = folder / CARD
-    # What is wrong is found before the Hub is asked.
+    # Makes the card once before the Hub is asked, so that errors come first.
     model_card(folder, repo_id, _read(text) if text.is_file() else "", bench=bench)
     with staging() as place:
         for path in folder.rglob("*"):
@@ -96,12 +96,12 @@ def push(
 
 @contextmanager
 def staging() -> Iterator[Path]:
-    """A folder in the flash cache for what is uploaded: links to large files, and the files that are made for it."""
+    """Make a temporary folder in the flash cache for an upload: links to large files, and the files made for it."""
     cache = cache_folder(None)
     cache.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         with locked(cache / "push"):
-            for left in cache.glob(".push-*"):  # by a push that was killed
+            for left in cache.glob(".push-*"):  # by a killed push
                 if not is_held([left]):
                     shutil.rmtree(left, ignore_errors=True)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=cache, prefix=".push-")))
@@ -123,10 +123,12 @@ def upload(
     if_missing: Sequence[str] = (),
     tags: Sequence[str] | None = None,
 ) -> Any:
-    """Write the card into a staging folder, which may be written to, and upload it as [`push`] says.
+    """Write the card into a staging folder, and upload the folder as [`push`] says.
 
     Args:
+        folder: from [`staging`].
         if_missing: files to upload only if the repository has none of them.
+        tags: further tags for the card.
     """
     if create_pr and revision is not None:
         raise ConfigError("a pull request goes to the default branch", where="push", got="create_pr and revision")
@@ -156,7 +158,7 @@ def upload(
 
 
 def _card_so_far(api: huggingface_hub.HfApi, folder: Path, subject: CardSubject, name: str, revision: str | None) -> str:
-    """The folder's own card, else the repository's, else that of the source, from which the licence is known."""
+    """Return the folder's own card, else the repository's, else the source's, which says the licence."""
     if (folder / CARD).is_file():
         return _read(folder / CARD)
     base = subject.base
@@ -173,7 +175,7 @@ def _card_so_far(api: huggingface_hub.HfApi, folder: Path, subject: CardSubject,
 
 
 def _read(card: Path) -> str:
-    """The text as it is, with its line ends."""
+    """Read the text of a card, with its line ends unchanged."""
     try:
         return card.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,1 +1,1 @@
-"""Machine: what this one is and can deliver: cgroups, free memory, disk, memory cap, cores."""
+"""Machine: what this machine is and what it can deliver: cgroups, free memory, disk, memory cap, cores."""

@@ -13,7 +13,7 @@ from hf_flash.machine.cgroup import ROOT, cores
 
 
 def cpu_name() -> str:
-    """Return the name of the processor, or of its architecture where the system tells no more."""
+    """Return the name of the processor, or its architecture if the system reports no name."""
     try:
         rows = Path("/proc/cpuinfo").read_text().splitlines()
         return next(row.partition(":")[2].strip() for row in rows if row.startswith("model name"))
@@ -32,10 +32,10 @@ def mount_of(folder: Path) -> Any:
 
 
 def usable_cores(root: Path = ROOT) -> int:
-    """Count the cores that this process may use: those of its affinity, which a cpuset narrows too, or fewer under a quota.
+    """Count the cores that this process may use: those in its affinity, which a cpuset narrows too, or fewer under a quota.
 
     Args:
-        root: of the file system with the cgroups' files; another one for tests.
+        root: the root of the file system with the cgroup files; tests pass their own.
     """
     tied = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(tied, cores(root) or tied)

@@ -1,9 +1,9 @@
-"""What the cgroups of this process allow it: memory and cores. Version 1, version 2, and both at once.
+"""Memory and cores that the cgroups of this process allow it, in version 1, version 2, or both at once.
 
-This is the only module that parses files of cgroups. `/proc/self/cgroup` names the group of this process in every hierarchy.
+This is the only module that parses cgroup files. `/proc/self/cgroup` names the group of this process in every hierarchy.
 `/proc/self/mountinfo` says where a hierarchy is mounted, and at which group the mount begins: in a container that is often the
-container's own. The limits of this group, of our own and of all between them hold for this process. A file that is missing
-or cannot be read sets no limit, and no text in these files is an error.
+container's own. The limits of that group, of our own and of every group between them apply to this process. A file that is
+missing or cannot be read sets no limit, and no text in these files is an error.
 
 Every function takes the `root` of a file system, so that tests can use a made-up tree.
 """
@@ -22,13 +22,13 @@ ROOT: Final = Path("/")
 
 
 class _Names(NamedTuple):
-    """The files of a memory group, and the rows of its `memory.stat` that count the groups below it, too."""
+    """Names of a memory group's files, and of the rows of its `memory.stat`, which count the groups below it too."""
 
     limits: tuple[str, ...]
     usage: str
     peak: str
-    cache: tuple[str, ...]  # pages of files that lie in memory; those of tmpfs and locked ones are on other lists
-    busy: tuple[str, ...]  # of these: pages that must be written to the disk first
+    cache: tuple[str, ...]  # file pages in memory; tmpfs pages and locked pages are on other lists
+    busy: tuple[str, ...]  # file pages that must be written to the disk before they can be dropped
 
 
 _MEMORY: Final = {
@@ -56,7 +56,7 @@ class Group:
     """A cgroup.
 
     Attributes:
-        folder: where its files are.
+        folder: the folder with its files.
         version: 1 or 2.
     """
 
@@ -64,7 +64,7 @@ class Group:
     version: int
 
     def text(self, name: str) -> str:
-        """Read a file of the group. Returns an empty text where there is none, or it cannot be read."""
+        """Read a file of the group. Returns an empty text if the file is missing or cannot be read."""
         return _text(self.folder / name)
 
     def number(self, name: str) -> int | None:
@@ -85,12 +85,12 @@ def groups(controller: str, root: Path = ROOT) -> list[Group]:
 def memory_left(root: Path = ROOT) -> Iterator[int]:
     """Yield the bytes that each limited memory group still lets this process take; below zero where a group is over its limit.
 
-    Page cache counts as free: the kernel takes it back before it refuses memory, whether it was read once or often.
+    Page cache counts as free: the kernel reclaims it before it refuses memory, however often it was read.
     """
     seen: Group | None = None
     for group in groups("memory", root):
         if seen and seen.version == group.version == 1 and group.number("memory.use_hierarchy") == 0:
-            continue  # an old kernel: what is below does not count here
+            continue  # an old kernel: groups below do not count here
         seen, names = group, _MEMORY[group.version]
         limits = [limit for name in names.limits if (limit := group.number(name)) is not None and limit < _NO_LIMIT]
         if limits:
@@ -99,7 +99,7 @@ def memory_left(root: Path = ROOT) -> Iterator[int]:
 
 
 def memory_peak(root: Path = ROOT) -> int | None:
-    """Return the most bytes that the group of this process ever held, page cache included; `None` where no kernel tells."""
+    """Return the most bytes that the group of this process ever held, page cache included; `None` if no kernel reports it."""
     for version, names in _MEMORY.items():
         nearest = next((group for group in groups("memory", root) if group.version == version), None)
         if nearest and (peak := nearest.number(names.peak)) is not None:
@@ -108,7 +108,7 @@ def memory_peak(root: Path = ROOT) -> int | None:
 
 
 def cores(root: Path = ROOT) -> int | None:
-    """Count the cores' worth of time that the quotas of this process's groups leave it, rounded up; `None` without a quota."""
+    """Return the cores' worth of CPU time that the quotas on this process allow it, rounded up; `None` without a quota."""
     found = []
     for group in groups("cpu", root):
         match [_number(word) for name in _CPU[group.version] for word in group.text(name).split()]:
@@ -145,18 +145,18 @@ def _mounts(controller: str, version: int, root: Path) -> Iterator[tuple[Path, s
 
 
 def _chain(mount: Path, begin: str, name: str, version: int) -> list[Group]:
-    """List the groups from `name` up to a mount, without those that it does not show: removed ones, those of the host."""
+    """List the groups from `name` up to a mount, without those that the mount hides: removed groups, groups of the host."""
     begin = begin.rstrip("/")
     below = name[len(begin) :].strip("/") if (name + "/").startswith(begin + "/") else ""
     parts = below.split("/") if below else []
     if ".." in parts:  # the group is outside of our cgroup namespace
         parts = []
     folders = (mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1))
-    return [Group(folder, version) for folder in folders if os.path.isdir(folder)]  # `is_dir` may raise
+    return [Group(folder, version) for folder in folders if os.path.isdir(folder)]  # `Path.is_dir` may raise
 
 
 def _plain(field: str) -> str:
-    r"""Decode a field of mountinfo: blanks and backslashes are written there as `\040` and the like."""
+    r"""Decode a field of mountinfo, which writes blanks and backslashes as `\040` and the like."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 

@@ -1,10 +1,10 @@
-"""What the disk can deliver: its curve over the size of a read and the number of reads at a time.
+"""What the disk can deliver: its speed as a curve over the size of a read and the number of parallel reads.
 
 A disk has no single speed. Its latency bounds small random reads, its queue bounds many of them in parallel, and its bus bounds
 long ones. So [`disk_curve`] measures a grid: random reads of 4 KiB to 1 MiB, 1 to 32 at a time, and one sequential pass. Reads
 go past the page cache (O_DIRECT), at offsets in real model files, so a model gets what is measured. Disks of virtual machines
-are metered: a point ends after a fraction of a second or a bounded volume, whichever comes first. Python threads issue the
-reads, and on a fast disk that costs as much as the read: the figures are what this program can reach.
+are metered, so a point ends after a fraction of a second or a bounded volume, whichever comes first. Python threads issue the
+reads, and on a fast disk that costs as much as the read itself: the figures are what this program can reach.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class DiskPoint:
     """One measurement."""
 
     pattern: str  # "random" or "sequential"
-    direct: bool  # past the page cache; otherwise some of it may have come from memory
-    size: int  # bytes a read
+    direct: bool  # past the page cache; otherwise some bytes may have come from memory
+    size: int  # bytes per read
     depth: int  # reads at a time
-    nbytes: int  # volume that was read
+    nbytes: int  # bytes read in all
     seconds: float
 
     @property
@@ -59,14 +59,14 @@ def disk_curve(
     """Measure the disk that a file, or the largest safetensors files of a folder, lie on.
 
     Args:
-        path: the file or folder. Sizes that no file has are left out.
-        sizes: bytes a read, multiples of 4096.
+        path: the file or folder. Read sizes that exceed every file are left out.
+        sizes: bytes per read, multiples of 4096.
         depths: reads at a time.
-        max_bytes, max_seconds: where a point ends.
-        seed: of the random offsets.
+        max_bytes, max_seconds: limits of one point.
+        seed: seed of the random offsets.
 
     Returns:
-        One point for every size and depth, by size, then a sequential one.
+        One point for every size and depth, ordered by size, then a sequential point.
 
     Raises:
         StoreReadError: there is nothing to read, or reading failed.
@@ -101,7 +101,7 @@ def _largest_files(path: Path) -> list[tuple[Path, int]]:
 
 @contextmanager
 def _opened(files: list[tuple[Path, int]]) -> Iterator[tuple[list[tuple[int, int]], bool]]:
-    """Open files and yield (descriptor, size) pairs, and whether reads are direct. Else the files' page cache is dropped."""
+    """Open files and yield (descriptor, size) pairs, and whether reads are direct. If not, the files' page cache is dropped."""
     fds: list[tuple[int, int]] = []
     direct = hasattr(os, "O_DIRECT") and _takes_direct(files[0][0])
     try:
@@ -129,7 +129,7 @@ def _takes_direct(path: Path) -> bool:
 
 
 def _random_reads(files: list[tuple[int, int]], size: int, count: int, generator: np.random.Generator) -> list[tuple[int, int]]:
-    """Draw (descriptor, offset) pairs: offsets are multiples of 4 KiB, and every file comes up by its share of the bytes."""
+    """Draw (descriptor, offset) pairs: offsets are multiples of 4 KiB, and files are drawn in proportion to their bytes."""
     usable = [(fd, (length - size) // _ALIGN + 1) for fd, length in files if length >= size]
     if not usable:
         return []
@@ -141,7 +141,7 @@ def _random_reads(files: list[tuple[int, int]], size: int, count: int, generator
 
 
 def _measure(pattern: str, direct: bool, reads: list[tuple[int, int]], size: int, depth: int, max_seconds: float) -> DiskPoint:
-    """Measure one point: `depth` threads share a list of reads until it or the time is over."""
+    """Measure one point: `depth` threads share a list of reads until the list or the time runs out."""
     lanes = min(depth, len(reads))
     buffers, done, failed = [allocate_pages(size) for _ in range(lanes)], [0] * lanes, list[OSError]()
     barrier = threading.Barrier(lanes + 1)
@@ -184,12 +184,12 @@ def mean_curve(curves: Iterable[Iterable[DiskPoint]]) -> list[DiskPoint]:
 
 
 def rate_at(points: Iterable[DiskPoint], size: float, depth: float | None = None) -> float:
-    """Interpolate GB/s of random reads between the points of a curve, on logarithmic scales. Beyond an end, its value holds.
+    """Interpolate GB/s of random reads between the points of a curve, on logarithmic scales. Beyond an end, its value applies.
 
     Args:
         points: from [`disk_curve`].
-        size: bytes a read.
-        depth: reads at a time; `None`: as many as is best.
+        size: bytes per read.
+        depth: reads at a time; `None`: the fastest depth at each size.
     """
     random = [point for point in points if point.pattern == "random"]
     sizes, rates = sorted({point.size for point in random}), []

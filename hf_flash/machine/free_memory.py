@@ -1,4 +1,4 @@
-"""How much memory this process may still take, by the machine and by its cgroups."""
+"""How much memory this process may still take, given the machine and its cgroups."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A ceiling on the memory of a child process, by whatever means this system offers.
 
-These are tried in turn: a cgroup v2 below one that we may write to and that hands the memory controller down; a cgroup v1;
-`systemd-run --user --scope`, which needs no rights. The group nearest to this process comes first, so that the limits on this
-process hold for the child too. A means is taken only if a trial process ran in it. Swapping is switched off inside, since the
-child could otherwise exceed the ceiling. The page cache of the child counts; the kernel takes it back when it needs memory.
+Three means are tried in turn: a cgroup v2 below one that we may write to and that delegates the memory controller; a cgroup v1;
+`systemd-run --user --scope`, which needs no privileges. The group nearest to this process comes first, so that the limits on
+this process apply to the child too. A means is used only if a trial process ran under it. Swapping is switched off, since the
+child could otherwise exceed the ceiling. The child's page cache counts, but the kernel reclaims it when memory is needed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MemoryCap:
     label: str = NO_CAP
     nbytes: int | None = None
     prefix: tuple[str, ...] = ()  # goes before the command
-    folder: Path | None = None  # of our own cgroup
+    folder: Path | None = None  # our own cgroup's
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """Return the command that runs `arguments` under the cap, with the same process id and standard streams."""
@@ -51,7 +51,7 @@ class MemoryCap:
 
 @contextmanager
 def memory_cap(nbytes: int | None) -> Iterator[MemoryCap]:
-    """Yield the first cap that works, or none. Its cgroup is new, and removed after the block.
+    """Yield the first cap that works, or one without a ceiling. Its cgroup is new, and removed after the block.
 
     Args:
         nbytes: the ceiling; `None` asks for no cap.
@@ -85,7 +85,7 @@ def _candidates(nbytes: int) -> Iterator[MemoryCap]:
 
 
 def _cgroup(label: str, folder: Path, limits: dict[str, int], nbytes: int) -> Iterator[MemoryCap]:
-    """Yield a cgroup of our own, if it can be made and takes the first of the limits; the others are about swap."""
+    """Yield a new cgroup, if it can be made and accepts the first limit. The other limits, on swap, may be refused."""
     (first, ceiling), *others = limits.items()
     try:
         if not (folder.parent / "cgroup.procs").exists():

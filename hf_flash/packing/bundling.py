@@ -23,10 +23,11 @@ from hf_flash.store.writer import plain_unit, write_layer
 
 
 def build_store(folder: Path, checkpoint: Checkpoint, family: Family, fmt: CopyFormat | None, *, rest: bool) -> FlashStore:
-    """Write the layer files and the predictor into `folder`, passing over what is there already and complete.
+    """Write the layer files and the predictor into `folder`, except files that an earlier run has completed.
 
     Args:
-        rest: whether room for the other tensors is needed in `folder` too.
+        fmt: the predictor to make; `None` for none.
+        rest: whether `folder` needs room for the other tensors too.
     """
     names, origin = family.names(checkpoint.specs), checkpoint.origin()
     todo = _forget_strangers(folder, names, origin, fmt)
@@ -47,7 +48,7 @@ def build_store(folder: Path, checkpoint: Checkpoint, family: Family, fmt: CopyF
             try:
                 checkpoint.check_unchanged()
             except HfFlashError:
-                path.unlink()  # the next run might take it over
+                path.unlink()  # the next run might reuse it
                 raise
             del matrices
             trim_heap()
@@ -55,10 +56,10 @@ def build_store(folder: Path, checkpoint: Checkpoint, family: Family, fmt: CopyF
 
 
 def plain_layers(checkpoint: Checkpoint, family: Family) -> tuple[UnitLayout, tuple[int, ...]]:
-    """What a neuron of a plain checkpoint is, and how many each layer has.
+    """Return the layout of a plain checkpoint's neurons, and how many each layer has.
 
     Raises:
-        StoreFormatError: the matrices are not there, do not fit together, or are of different dtypes.
+        StoreFormatError: matrices are missing or do not fit together, or layers differ in dtype or width.
     """
     names = family.names(checkpoint.specs)
     found = [plain_unit(family.parts, [checkpoint.specs[name] for name in n.matrices], n.matrices) for n in names]
@@ -70,12 +71,12 @@ def plain_layers(checkpoint: Checkpoint, family: Family) -> tuple[UnitLayout, tu
 
 
 def _predictor_bytes(fmt: CopyFormat | None, widths: Sequence[int], d_model: int) -> int:
-    """What a model's predictor takes on disk."""
+    """Return the bytes that a model's predictor takes on disk."""
     return sum(nbytes_of(spec) for d_ff in widths for spec in fmt.shapes("", d_ff, d_model).values()) if fmt else 0
 
 
 def add_predictor(folder: Path, fmt: CopyFormat | None) -> FlashStore:
-    """Make a predictor from the layer files in `folder`, unless it is there."""
+    """Make a predictor from the layer files in `folder`, unless it exists."""
     store = FlashStore.open_folder(folder)
     check_predictors(store)
     if fmt is None or fmt.variant in store.predictors:
@@ -93,7 +94,7 @@ def add_predictor(folder: Path, fmt: CopyFormat | None) -> FlashStore:
 def _forget_strangers(
     folder: Path, names: list[LayerNames], origin: Mapping[str, str], fmt: CopyFormat | None
 ) -> list[LayerNames]:
-    """Remove what an earlier run left in `folder` and this one will not take over. Returns the layers still to do."""
+    """Remove what an earlier run left in `folder` and this run cannot reuse. Returns the layers still to be written."""
     done = {LAYER_FILE.format(layer.index): layer for layer in names}
     predictor = PREDICTOR_FILE.format(fmt.variant) if fmt else ""
     for path in list(folder.iterdir()):
@@ -104,7 +105,7 @@ def _forget_strangers(
 
 
 def _complete(path: Path, fingerprint: str) -> bool:
-    """Whether an earlier run finished this file, from the same source."""
+    """Tell whether an earlier run finished this file, from the same source."""
     try:
         return read_header(path)[1].get(META + "fingerprint") == fingerprint
     except StoreFormatError:

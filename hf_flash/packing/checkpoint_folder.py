@@ -1,11 +1,11 @@
-"""What makes a folder with a store a checkpoint: the other weights, tombstones, the index and config.json.
+"""Turning a folder with a store into a checkpoint: the other weights, tombstones, the index and config.json.
 
 `finish_folder`  writes these; `repack` calls it
-`save_folder`    a loaded model -> such a folder; the store's files are copied as they are
+`save_folder`    writes a loaded model as such a folder; the store's files are copied as they are
 `list_store`     brings the index up to date after files of the store were added or replaced
 
-The model's own folder may be the target. So the files with the other weights get new names, and the index that lists them is
-replaced in one step.
+The target may be the folder that the model was loaded from. So the files with the other weights get new names, and the index
+that lists them is replaced in one step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_flash.config_arguments import METHOD
 from hf_flash.errors import StoreFormatError
 from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
-from hf_flash.store.names import HEADERS, INDEX_NAME, NOTICE
+from hf_flash.store.names import HEADERS, INDEX_NAME, NOTICES
 from hf_flash.store.safetensors_files import TensorSpec, header_digest, nbytes_of, read_header
 from hf_flash.store.writer import rest_metadata, write_safetensors
 
@@ -43,11 +43,12 @@ def finish_folder(
     config: Mapping[str, Any],
     changed: Mapping[str, torch.Tensor],
 ) -> None:
-    """Write what makes a folder with a store a checkpoint: the other tensors with tombstones, the index, config.json.
+    """Turn a folder with a store into a checkpoint: write the other tensors with tombstones, the index and config.json.
 
     Args:
         checkpoint: where the other tensors come from: the plain checkpoint, or a repacked one.
-        changed: tensors whose values differ from the checkpoint's by now, or that it has not.
+        config: the content of config.json.
+        changed: tensors that now differ from the checkpoint's, or that the checkpoint lacks.
     """
     rest = other_weights(checkpoint, store)
     rest |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in changed.items()}
@@ -55,16 +56,20 @@ def finish_folder(
     for layer in store.layers:
         shapes = (part.plain_shape(0, layer.d_model) for part in layer.unit.parts)
         tombstones |= {name: (layer.dtype, shape) for name, shape in zip(layer.names, shapes, strict=True)}
-    tombstones[NOTICE] = (store.layers[0].dtype, (0,))
+    tombstones[NOTICES[0]] = (store.layers[0].dtype, (0,))
     _write_index(folder, store, _write_rest(folder, tombstones | rest, checkpoint, changed), {})
     write_json(folder / "config.json", config)
 
 
 def _write_index(folder: Path, store: FlashStore, weight_map: dict[str, str], headers: Mapping[str, str]) -> None:
-    """List the store's files in `folder` beside the other weights, `weight_map`, of which `headers` says what they are.
+    """Write the index of `folder`: the store's files, and the other weights in `weight_map` with a digest of each file.
 
-    What a file of other weights is, nothing but the index says. The store's own files say what they belong to, and they may
-    be written again before the index is.
+    Only the index identifies a file of other weights. The store's own files say what they belong to, and may be rewritten
+    before the index is.
+
+    Args:
+        weight_map: the file of each tensor that is not the store's.
+        headers: digests that are known already, by file name.
     """
     rest = sorted(set(weight_map.values()))
     for path in store.files:
@@ -85,18 +90,18 @@ def list_store(folder: Path) -> None:
 
 
 def other_weights(checkpoint: Checkpoint, store: FlashStore) -> dict[str, TensorSpec]:
-    """The tensors of a checkpoint, plain or repacked, that are neither FFN matrices nor the store's."""
-    passed_over = store.keys | store.ffn_names | {NOTICE}
+    """Return the tensors of a plain or repacked checkpoint that are neither FFN matrices nor part of the store."""
+    passed_over = store.keys | store.ffn_names | {*NOTICES}
     return {name: spec for name, spec in checkpoint.specs.items() if name not in passed_over}
 
 
 def _write_rest(
     folder: Path, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint, changed: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
-    """Write the weights that are not FFN matrices; returns which file has which tensor.
+    """Write the weights that are not FFN matrices. Returns the file of each tensor.
 
-    The files have names of their own. So the folder is what it was until its index is replaced, which is one step, and they may
-    be copies of files that the index lists until then.
+    The files get unused names. So the folder stays valid until its index is replaced, which is one step, and the weights may be
+    copied from files that the old index lists.
     """
     weight_map: dict[str, str] = {}
     shards = divide_into_shards(specs)
@@ -115,7 +120,7 @@ def _write_rest(
 
 
 def _free_names(folder: Path, shards: int) -> list[str]:
-    """Names of files that do not exist yet."""
+    """Return names for shards that do not exist in the folder yet."""
     for turn in count():
         end = f"-of-{shards:05d}{f'-{turn}' if turn else ''}.safetensors"
         names = [f"model-{number:05d}{end}" for number in range(1, shards + 1)]
@@ -125,7 +130,7 @@ def _free_names(folder: Path, shards: int) -> list[str]:
 
 
 def divide_into_shards(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
-    """Specs divided into files of at most `_SHARD_BYTES`, or one tensor."""
+    """Divide specs into files of at most `_SHARD_BYTES`. A larger tensor gets its own file."""
     shards: list[dict[str, TensorSpec]] = [{}]
     size = 0
     for name, spec in specs.items():
@@ -138,7 +143,7 @@ def divide_into_shards(specs: Mapping[str, TensorSpec]) -> list[dict[str, Tensor
 
 
 def repacked_config(folder: Path) -> dict[str, Any]:
-    """config.json of a repacked checkpoint; an error if the folder is something else."""
+    """Read config.json of a repacked or saved checkpoint; raises an error if the folder is something else."""
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
@@ -152,23 +157,23 @@ def repacked_config(folder: Path) -> dict[str, Any]:
 
 
 def link_or_copy(path: Path, name: Path) -> None:
-    """Make `name` a link to a file; a copy where there are no links."""
+    """Make `name` a link to a file, or a copy where links are not possible."""
     try:
         link_inside(path, name)
-    except OSError:  # Windows without the right to
+    except OSError:  # Windows without the privilege
         shutil.copyfile(path, name)
 
 
 def is_same_file(path: Path, other: Path) -> bool:
-    """Whether both are one file."""
+    """Tell whether both paths are the same file."""
     return other.exists() and os.path.samefile(path, other)
 
 
 def copy_whole(path: Path, name: Path, *, link: bool = False) -> None:
-    """Copy a file, which appears under its new name when it is complete; nothing if both are one file.
+    """Copy a file, which appears under its new name when it is complete. Does nothing if both paths are the same file.
 
     Args:
-        link: make a link where the system can.
+        link: make a link instead where the system can.
     """
     if is_same_file(path, name):
         return
@@ -196,6 +201,7 @@ def save_folder(
     `target` may be the folder the model was loaded from; its store is then left alone.
 
     Args:
+        config, changed: as in [`finish_folder`].
         link: link to the store's files where the system can, for a folder that does not outlive them.
     """
     with writing(target):
@@ -207,12 +213,12 @@ def save_folder(
 
 
 def remove_stale(target: Path, current: set[str]) -> None:
-    """Remove weight files of an earlier save: transformers would prefer a `model.safetensors`.
+    """Remove weight files of an earlier save: transformers would prefer a `model.safetensors` to the index.
 
     Args:
-        current: the names of those that belong to the checkpoint now.
+        current: names of the files that belong to the checkpoint now.
     """
     for path in target.iterdir():
-        left = path.name.removesuffix(".tmp").removesuffix(".new")  # by a save that was killed, of this version or an older one
+        left = path.name.removesuffix(".tmp").removesuffix(".new")  # of a killed save, by this version or an older one
         if _OURS.fullmatch(left) and path.name not in current:
             path.unlink()

@@ -1,7 +1,7 @@
-"""A mixture of experts as a folder: opened before it is loaded, saved afterwards, made plain again.
+"""A mixture of experts as a folder: opening it before it is loaded, saving it afterwards, making it plain again.
 
-Saved are the checkpoint's files as they are, and what was changed of the other weights. Nothing is converted: the folder is a
-plain checkpoint, whose config.json says that it is to be loaded with hf_flash. A small file says where it came from.
+Saving copies the checkpoint's files as they are, except for other weights that were changed. Nothing is converted: the folder
+is a plain checkpoint whose config.json says to load it with hf_flash. A small file says where the checkpoint came from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hf_flash.store.writer import write_safetensors
 
 _METADATA: Final = {"format": "pt"}
 _SINGLE: Final = "model.safetensors"
-SOURCE: Final = "flash-source.json"  # in a saved folder: what its checkpoint was loaded from
+SOURCE: Final = "flash-source.json"  # in a saved folder: where its checkpoint came from
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Mixture:
     """A mixture of experts in a folder, before it is loaded.
 
     Attributes:
-        folder: a plain checkpoint, or what `save_pretrained` made.
-        model: without memory.
+        folder: a plain checkpoint, or one that `save_pretrained` made.
+        model: the model on the meta device, without memory.
         places: where its experts lie.
     """
 
@@ -53,29 +53,29 @@ class Mixture:
 
     @property
     def active_bytes(self) -> int:
-        """Of all experts that a token uses, as they lie in the files."""
+        """Bytes in the files of all experts that a token uses, over all layers."""
         return sum(min(self.used, layer.experts) * layer.expert_bytes for layer in self.places.layers)
 
     @property
     def source(self) -> dict[str, str]:
-        """`source` and `revision`, as a store's metadata has them: of what it was saved from, else its own."""
+        """`source` and `revision`, as in a store's metadata: of the checkpoint that it was saved from, else its own."""
         return _source_of(self.checkpoint)
 
 
 def mixture_in(folder: Path) -> Any:
-    """The model in a folder, without memory, if it is a mixture of experts; else `None`. config.json is enough."""
+    """Make the model in a folder, without memory, if it is a mixture of experts; else `None`. Only config.json is needed."""
     if not (folder / "config.json").is_file() or any(folder.glob("flash-layer-*.safetensors")):
         return None
-    with suppress(Exception):  # of a config that no model can be made of: whoever loads it says what is wrong
+    with suppress(Exception):  # no model can be made from this config: loading it will say what is wrong
         return mixture_of(folder)
     return None
 
 
 def open_mixture(folder: Path) -> Mixture | None:
-    """The mixture of experts in a folder; `None` if it holds something else.
+    """Open the mixture of experts in a folder; `None` if it holds something else.
 
     Raises:
-        UnsupportedModelError, StoreError: its experts cannot be found in its files.
+        UnsupportedModelError, StoreError: the experts cannot be found in the folder's files.
     """
     model = mixture_in(folder)
     if model is None:
@@ -85,13 +85,13 @@ def open_mixture(folder: Path) -> Mixture | None:
 
 
 def refuse_mixture(folder: Path, what: str) -> None:
-    """Refuse to do to a mixture of experts what is done to layers of neurons.
+    """Refuse to apply to a mixture of experts what applies to layers of neurons only.
 
     Args:
         what: a verb, for the message.
 
     Raises:
-        UsageError: the folder holds one.
+        UsageError: the folder holds a mixture of experts.
     """
     if mixture_in(folder) is not None:
         raise UsageError(
@@ -111,7 +111,7 @@ def _source_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def copy_checkpoint(checkpoint: Checkpoint, target: Path) -> None:
-    """Copy a checkpoint's weights as they are, with their index, into another folder."""
+    """Copy a checkpoint's weight files as they are, with their index, into another folder."""
     for path in tqdm(checkpoint.files, desc="Copying the checkpoint", unit="file", delay=1):
         copy_whole(path, target / path.name)
     if [path.name for path in checkpoint.files] != [_SINGLE]:
@@ -125,11 +125,12 @@ def save_experts(
 
     Args:
         target: a new folder; or the one that the model was loaded from, if nothing was changed.
-        changed: tensors whose values differ from the checkpoint's by now, or that it has not, under the checkpoint's names.
-        link: link to files that are the same, where the system can, for a folder that does not outlive them.
+        config: the content of config.json.
+        changed: tensors that now differ from the checkpoint's, or that it lacks, under the checkpoint's names.
+        link: link to unchanged files where the system can, for a folder that does not outlive them.
 
     Raises:
-        UsageError: the model would write over what it reads from.
+        UsageError: the model would overwrite files that it reads from.
     """
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -142,10 +143,10 @@ def save_experts(
         )
     weight_map: dict[str, str] = {}
     by_file = checkpoint.tensors_by_file()
-    without = {scales_in(checkpoint, name) for name in changed}  # what is plain by now has no scales
+    without = {scales_in(checkpoint, name) for name in changed}  # changed tensors are plain numbers, without scales
     for path in tqdm(checkpoint.files, desc="Copying the checkpoint", unit="file", delay=1):
         specs = {name: checkpoint.specs[name] for name in by_file[path] if name not in without}
-        if path.name == _SINGLE:  # transformers would look no further
+        if path.name == _SINGLE:  # transformers would read no other file
             specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in changed.items() if name not in specs}
         mine = {name: changed[name] for name in specs if name in changed}
         if mine or len(specs) < len(by_file[path]):
@@ -162,7 +163,7 @@ def save_experts(
 
 
 def _write(name: Path, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint, changed: Mapping[str, torch.Tensor]) -> None:
-    """A file of the checkpoint with some tensors in place of its own."""
+    """Write a file of the checkpoint with some tensors in place of its own."""
     specs = {key: (changed[key].dtype, tuple(changed[key].shape)) if key in changed else spec for key, spec in specs.items()}
 
     def pieces() -> Iterator[torch.Tensor]:
@@ -173,7 +174,7 @@ def _write(name: Path, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint, 
 
 
 def _write_added(target: Path, added: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Files of tensors that the checkpoint does not have; returns which file has which tensor."""
+    """Write the tensors that the checkpoint lacks to files of their own. Returns the file of each tensor."""
     weight_map: dict[str, str] = {}
     specs: dict[str, TensorSpec] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in added.items()}
     for number, shard in enumerate(divide_into_shards(specs) if specs else [], start=1):
@@ -184,7 +185,7 @@ def _write_added(target: Path, added: Mapping[str, torch.Tensor]) -> dict[str, s
 
 
 def _write_index(target: Path, weight_map: Mapping[str, str]) -> None:
-    """The index, where there is more than one file; without it transformers looks for one alone."""
+    """Write the index, unless `model.safetensors` is the only file: without an index, transformers looks for that one."""
     files = sorted(set(weight_map.values()))
     if files == [_SINGLE]:
         (target / INDEX_NAME).unlink(missing_ok=True)

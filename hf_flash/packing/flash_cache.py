@@ -1,8 +1,7 @@
-"""The flash cache: what plain checkpoints are repacked into when they are loaded, what is in it, and how to remove that.
+"""The flash cache, into which plain checkpoints are repacked when they are loaded: its entries, and how to remove them.
 
-An entry is a folder of the cache with the bundles of one checkpoint; `.<name>.partial` is what an interrupted run left of
-one, and `.push-*` what an interrupted upload left. The lock file of an entry is touched by everybody who asks for it, which
-says when it was last used.
+An entry is a folder of the cache with the bundles of one checkpoint. An interrupted run leaves `.<name>.partial`, and an
+interrupted upload `.push-*`. Every request for an entry touches its lock file, whose time says when it was last used.
 """
 
 from __future__ import annotations
@@ -58,9 +57,9 @@ class Entry:
     """A folder in the flash cache.
 
     Attributes:
-        source, revision: what it was made from; empty where that cannot be told.
-        state: "ready", "unfinished" (an interrupted run left it; the next one goes on there), "damaged", or
-            "unreadable" (not to be read now, or by this version).
+        source, revision: what it was made from; empty if that is unknown.
+        state: "ready", "unfinished" (an interrupted run left it; the next run continues it), "damaged", or "unreadable" (it
+            cannot be read now, or not by this version).
         last_used: seconds since the epoch.
     """
 
@@ -78,27 +77,27 @@ class Entry:
 
     @property
     def in_use(self) -> bool:
-        """Whether a process is known to write it, or to have a model loaded from it."""
+        """Whether a process is known to be writing it, or to have a model loaded from it."""
         return locks.is_held([self.path, self._lock, *self.path.glob("*.safetensors")])
 
     @property
     def _lock(self) -> Path:
-        """The lock file of the folder that this one is, or was to become."""
+        """The lock file of this entry; for a leftover folder, that of the entry it was to become or used to be."""
         match = _LEFT.fullmatch(self.name)
         return lock_file(self.path.with_name(match["name"]) if match and match["name"] else self.path)
 
     def answers_to(self, target: str) -> bool:
-        """Whether a name, a pattern or the beginning of a commit means this entry."""
+        """Tell whether a name, a pattern or the beginning of a commit matches this entry."""
         if re.fullmatch(r"[0-9a-f]{7,40}", target) and self.revision.startswith(target):
             return True
         return any(fnmatchcase(known, target) for known in (self.name, self.source) if known)
 
     def remove(self) -> None:
-        """Remove it from the disk. It is out of the way at once, or not at all.
+        """Remove it from the disk. A finished entry leaves its place at once, or not at all.
 
         Raises:
             UsageError: it is in use.
-            RepackError: the system does not let it go.
+            RepackError: the system cannot remove it.
         """
         try:
             alone = make_lock(self._lock).acquire(timeout=0) if self._lock.exists() else nullcontext()
@@ -110,14 +109,14 @@ class Entry:
             raise UsageError("a running process is writing it", where=self.path, hint="wait for it") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         used = datetime.fromtimestamp(self.last_used, UTC).isoformat(timespec="seconds")
         facts = asdict(self) | {"path": str(self.path), "predictors": list(self.predictors), "last_used": used}
         return {"name": self.name} | facts | {"in_use": self.in_use}
 
 
 def scan(cache_dir: str | None = None) -> list[Entry]:
-    """What is in the flash cache, by source.
+    """List the entries of the flash cache, sorted by source.
 
     Args:
         cache_dir: as in `FlashOffloadConfig`.
@@ -139,7 +138,7 @@ def _entry(path: Path) -> Entry | None:
             predictors = tuple(store.predictors)
     except (StoreFormatError, StoreMissingError):
         pass
-    except StoreError:  # somebody else's, of a newer version, or out of reach just now
+    except StoreError:  # somebody else's, of a newer version, or not readable at the moment
         state = "unreadable"
     try:
         size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
@@ -150,7 +149,7 @@ def _entry(path: Path) -> Entry | None:
 
 
 def chosen(entries: Iterable[Entry], targets: Sequence[str]) -> tuple[list[Entry], list[str]]:
-    """The entries that the targets mean, and the targets that mean none."""
+    """Return the entries that the targets match, and the targets that match none."""
     entries = list(entries)
     found = [entry for entry in entries if any(map(entry.answers_to, targets))]
     return found, [target for target in targets if not any(entry.answers_to(target) for entry in entries)]
@@ -160,10 +159,10 @@ def chosen(entries: Iterable[Entry], targets: Sequence[str]) -> tuple[list[Entry
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """Where plain checkpoints are repacked to: `cache_dir`, else `$HF_FLASH_CACHE`, else `flash` in the Hugging Face home.
+    """Return where plain checkpoints are repacked to: `cache_dir`, `$HF_FLASH_CACHE`, or `flash` in the Hugging Face home.
 
     Raises:
-        ConfigError: that begins with the home of a user who has none, or with a current folder that was removed.
+        ConfigError: the path needs a home folder that the user lacks, or a current folder that was removed.
     """
     folder = Path(cache_dir or os.environ.get("HF_FLASH_CACHE") or Path(constants.HF_HOME) / "flash")
     try:
@@ -174,9 +173,9 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 
 def cached_store(checkpoint: Checkpoint, family: Family, fmt: CopyFormat | None, cache_dir: str | None) -> FlashStore:
-    """The bundles and predictor of a plain checkpoint, made once per source, revision and format.
+    """Return the store with the bundles and predictor of a plain checkpoint. Each source, revision and format is made once.
 
-    Several processes may ask at once: one works, the others wait for it.
+    If several processes ask at once, one makes it and the others wait.
     """
     origin = checkpoint.origin()
     key = checkpoint.identity(origin["fingerprint"], 1_000_000_000) if origin["revision"] else origin["fingerprint"]
@@ -193,7 +192,7 @@ def cached_store(checkpoint: Checkpoint, family: Family, fmt: CopyFormat | None,
         if exists(target):
             try:
                 return add_predictor(target, fmt)
-            except (StoreFormatError, StoreMissingError) as error:  # proven by what is there; not: cannot be read just now
+            except (StoreFormatError, StoreMissingError) as error:  # the files prove it; "cannot be read now" is another error
                 logger.warning("hf_flash: a damaged entry of the flash cache is made again: %s", error)
                 shutil.rmtree(put_aside(target), ignore_errors=True)
         logger.info("hf_flash: repacking the FFN of %s into %s, once", origin["source"], target)
@@ -204,9 +203,9 @@ def cached_store(checkpoint: Checkpoint, family: Family, fmt: CopyFormat | None,
 
 
 def _ready(target: Path, fmt: CopyFormat | None) -> FlashStore | None:
-    """A complete entry of a cache that may not be written to: on a read-only disk, or somebody else's.
+    """Open a complete entry in a cache that we may not write to: on a read-only disk, or somebody else's.
 
-    No lock is needed: whoever replaces an entry renames it as a whole, and a model that is being loaded notices.
+    No lock is needed: entries are replaced by renaming whole folders, and a model that is being loaded notices.
     """
     if not exists(target):
         return None

@@ -1,11 +1,11 @@
-"""README.md as a model card that has a part of ours: adding it, replacing it and taking it out.
+"""README.md as a model card with a part of ours: adding that part, replacing it and taking it out.
 
 ---                                       front matter: the source's, with our entries merged into it
 ---
-<!-- hf_flash: ... -->                    our part, between two comments; the first ones say what to leave alone and hold
-...                                       the front matter that the source had, so that it can be given back
+<!-- hf_flash: ... -->                    our part, between comments; the first two say what may be edited, and hold the
+...                                       source's front matter, so that it can be restored
 <!-- hf_flash: end -->
-                                          the source's card, or whatever else was there, as it was
+                                          the source's card, or whatever else was there, unchanged
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _OURS: Final = re.compile(
 
 
 def merged(text: str, entries: Mapping[str, Any], part: str) -> str:
-    """A card with our entries and our part in it, for the first time or again.
+    """Return a card with our entries and our part in it; those of an earlier call are replaced.
 
     Args:
         text: the card so far; may be empty.
-        entries: of the front matter. Tags are added to those that are there; the others take the place of what is there.
+        entries: for the front matter. Tags are added to the existing tags; other entries replace existing ones.
         part: Markdown.
 
     Raises:
@@ -49,18 +49,18 @@ def merged(text: str, entries: Mapping[str, Any], part: str) -> str:
 
 
 def body(text: str) -> str:
-    """What a card says besides its front matter and our part."""
+    """Return the text of a card without its front matter and our part."""
     return _divide(text)[2]
 
 
 def without_ours(text: str) -> str:
-    """The card as it was before [`merged`]; as it is, if it has no part of ours."""
+    """Return the card as it was before [`merged`]; a card without our part is returned unchanged."""
     _, before, rest = _divide(text)
     return text if before is None else before + rest
 
 
 def _divide(text: str) -> tuple[str, str | None, str]:
-    """Front matter, the front matter that was there before ours, and everything else but our part."""
+    """Split a card into its front matter, the front matter before ours (`None` without our part), and the text without it."""
     match = REGEX_YAML_BLOCK.search(text)
     front = match[0] if match else ""
     rest = text[len(front) :]

@@ -4,10 +4,10 @@
 `restore`    such a folder -> the plain checkpoint, every tensor bit for bit
 
 Both stream: at most one layer's bundles are in memory. They write into a folder beside the target, `.<name>.partial`, and
-rename it at the end. So a run that dies leaves the source whole and nothing that looks finished, and the next run of `repack`
-takes the complete layers from there and goes on.
+rename it at the end. So a run that dies leaves the source intact and nothing that looks finished, and the next run of `repack`
+reuses the complete layers in that folder.
 
-A mixture of experts is never repacked. What `save_pretrained` made of one is restored by copying its files (expert_folder.py).
+A mixture of experts is never repacked. One that `save_pretrained` wrote is restored by copying its files (expert_folder.py).
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ def repack(
     subfolder: str = "",
     delete_source: bool = False,
 ) -> Path:
-    """Write a checkpoint again with its FFN bundled for flash. Paper: section 3.2.
+    """Write a copy of a checkpoint with its FFN bundled for flash. Paper: section 3.2.
 
     Args:
         source: a folder or a Hub repository with a plain checkpoint, safetensors or `pytorch_model.bin`.
-        target: the folder to make; it must not exist or be empty.
-        predictor: which one to store; unset: `"quantized"` for ReLU models, `"none"` for others.
+        target: the folder to make; it must be empty, or must not exist.
+        predictor: which predictor to store. Unset: `"quantized"` for ReLU models, `"none"` for others.
         predictor_bits, predictor_group_size: as in [`FlashOffloadConfig`].
         revision, token, cache_dir, local_files_only, subfolder: for the Hub, as in `from_pretrained`.
-        delete_source: at the end, when every tensor of the source was compared with what was written, remove the source's
-            weight files from the Hub's cache, as far as no other revision uses them. A local folder is never touched.
+        delete_source: at the end, after comparing every tensor of the source with what was written, remove the source's weight
+            files from the Hub's cache, except those that another revision uses. A local folder is never touched.
 
     Returns:
         The target folder.
 
     Raises:
-        TargetExistsError, DiskSpaceError, InvalidWeightsError, RepackError: nothing is left at `target`.
+        TargetExistsError, DiskSpaceError, InvalidWeightsError, RepackError: it failed, and nothing is left at `target`.
         StoreError, UnsupportedModelError, ConfigError: the source cannot be repacked.
         UsageError: it is a mixture of experts, which is loaded as it is.
     """
@@ -91,7 +91,7 @@ def repack(
     family = family_of(config)
     fmt = fresh_format(wish, family, config)
     if (found := find_snapshot(folder)) and not local:
-        folder = resolve_folder(source, revision=found.commit, **hub)  # the commit that config.json is from
+        folder = resolve_folder(source, revision=found.commit, **hub)  # of the same commit as config.json
     checkpoint = Checkpoint.open_folder(folder)
     with locked(target), partial_folder(target, checkpoint.identity(checkpoint.origin()["fingerprint"])) as partial:
         store = build_store(partial, checkpoint, family, fmt, rest=True)
@@ -106,7 +106,7 @@ def repack(
 
 
 def _plain_config(folder: Path) -> dict[str, Any]:
-    """config.json of a plain checkpoint; an error if the folder is something else."""
+    """Read config.json of a plain checkpoint; raises an error if the folder is something else."""
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
         found = config["quantization_config"]
@@ -120,18 +120,18 @@ def _plain_config(folder: Path) -> dict[str, Any]:
 
 
 def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
-    """Undo [`repack`]: every tensor of the plain checkpoint with its name, dtype, shape and bytes, in safetensors files.
+    """Undo [`repack`]: write every tensor of the plain checkpoint, the same in name, dtype, shape and bytes, as safetensors.
 
     Args:
-        folder: a repacked checkpoint; or a mixture of experts that `save_pretrained` made, whose files are copied as they are.
-        target: the folder to make; it must not exist or be empty.
+        folder: a repacked checkpoint; or a mixture of experts that `save_pretrained` wrote, whose files are copied unchanged.
+        target: the folder to make; it must be empty, or must not exist.
 
     Returns:
         The target folder.
 
     Raises:
-        TargetExistsError, DiskSpaceError, RepackError: nothing is left at `target`.
-        StoreError: the folder is neither, or is damaged.
+        TargetExistsError, DiskSpaceError, RepackError: it failed, and nothing is left at `target`.
+        StoreError: the folder is neither of the two, or is damaged.
     """
     folder, target = Path(folder), Path(target).resolve()
     check_target(target)
@@ -149,7 +149,7 @@ def restore(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
 
 
 def _restore_neurons(folder: Path, target: Path) -> None:
-    """The plain checkpoint of a repacked one."""
+    """Write the plain checkpoint of a repacked one."""
     store = FlashStore.open_folder(folder)
     check_predictors(store)
     store.check_others()
@@ -176,7 +176,7 @@ def _restore_neurons(folder: Path, target: Path) -> None:
 
 
 def _finish_plain(folder: Path, partial: Path, config: dict[str, Any]) -> None:
-    """Everything beside the weights of a plain checkpoint."""
+    """Write everything except the weights of a plain checkpoint."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     if quantization := quantization_of(config):
         plain["quantization_config"] = quantization
@@ -186,7 +186,7 @@ def _finish_plain(folder: Path, partial: Path, config: dict[str, Any]) -> None:
 
 
 def _plain_card(path: Path) -> None:
-    """Take our part out of a model card that came from the Hub; one that is nothing else is removed."""
+    """Take our part out of a model card that came from the Hub. A card with nothing else is removed."""
     card = path.read_bytes() if path.exists() else b""
     try:
         plain = without_ours(card.decode("utf-8-sig")).encode()
@@ -199,7 +199,7 @@ def _plain_card(path: Path) -> None:
 
 
 def _restored(checkpoint: Checkpoint, store: FlashStore, rest: Mapping[str, TensorSpec]) -> Iterator[Iterable[torch.Tensor]]:
-    """The pieces of each tensor."""
+    """Yield the pieces of each tensor."""
     for name in rest:
         yield checkpoint.pieces(name)
     for layer in store.layers:

@@ -1,4 +1,4 @@
-"""A source in the Hub's cache: its weights are removed once a repacked copy was shown to hold every one of them."""
+"""Removing a source's weights from the Hub's cache, once its repacked copy is known to hold every one of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger("hf_flash")
 
 
 def delete_source(source: Checkpoint, target: Path) -> int:
-    """Remove a checkpoint's weight files from the Hub's cache, if `target` gives every tensor of it back bit for bit.
+    """Remove a checkpoint's weight files from the Hub's cache, if `target` holds every tensor of it bit for bit.
 
-    What other revisions use stays, and so does everything that is not one of these files: the Hub cache's own way of deleting
-    files sees to that. They can be downloaded again.
+    Files that other revisions use stay, and so does everything that is not one of these files: the Hub cache's own deletion
+    ensures that. The removed files can be downloaded again.
 
     Args:
         source: a snapshot in the Hub's cache.
@@ -33,7 +33,7 @@ def delete_source(source: Checkpoint, target: Path) -> int:
         The bytes that were freed.
 
     Raises:
-        RepackError: `target` lacks a tensor or has another value; nothing was deleted.
+        RepackError: the source is not in the Hub's cache, or `target` lacks a tensor or has another value; nothing was deleted.
         StoreError: `target` is damaged; nothing was deleted.
     """
     snapshot = find_snapshot(source.files[0].parent)
@@ -70,7 +70,7 @@ def _compare(source: Checkpoint, target: Path) -> None:
 
 
 def _identical(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit, NaN included."""
+    """Tell whether two tensors are equal bit for bit, NaN included."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))

@@ -1,4 +1,4 @@
-"""Bring a loaded model to life: weights into memory, predictors, windows, reader."""
+"""Set up a loaded model: weights in memory of our own, predictors, windows, reader."""
 
 from __future__ import annotations
 
@@ -50,14 +50,22 @@ def attach(
     device: torch.device | None,
     units_on: torch.device | None,
 ) -> None:
-    """Give the feed-forward blocks of a model what they run on, once its other weights are loaded.
+    """Give the feed-forward blocks of a model their engine, windows and predictors, once its other weights are loaded.
 
     Args:
+        model: the model, with the blocks replaced.
+        config: its configuration.
+        family: its family.
         plan: how the memory budget is divided.
+        store: the neurons on flash.
         checkpoint: where the other weights came from.
-        fmt: the predictor; `None`: every neuron is used.
+        fmt: the predictor's format; `None`: every neuron is used.
         ffns: the blocks that were replaced, by layer.
-        device: where the model is, if that is not this machine's memory. units_on: where the blocks compute, likewise.
+        device: where the model is; `None`: in this machine's memory.
+        units_on: where the blocks compute; `None`: on the CPU.
+
+    Raises:
+        ConfigError: the predictor does not compute on `units_on`.
     """
     load_into_memory({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     shape, dtype = family.shape(model.config), model.config.dtype
@@ -69,7 +77,7 @@ def attach(
         NoPredictor() if load is None else load(store, layer, ffn.projections[in_memory.deciding].bias)
         for ffn, layer in zip(ffns, store.layers, strict=True)
     ]
-    store.check_unchanged()  # while it was opened, made predictors of and opened for reading
+    store.check_unchanged()  # since it was opened: predictors and reader have opened the files again
     trim_heap()
     checkpoint.release()
     matrices = engine.arithmetic.matrices(plan.capacities)  # last: they fill the budget
@@ -92,10 +100,10 @@ def attach(
 
 
 def _loader(fmt: PredictorFormat, device: torch.device | None) -> Callable[..., Predictor]:
-    """What loads the predictor of a layer, for a device if one is given.
+    """The function that loads the predictor of a layer, on a device if one is given.
 
     Raises:
-        ConfigError: it knows no devices.
+        ConfigError: predictors of this format do not compute on a device.
     """
     if device is None:
         return fmt.load
@@ -117,7 +125,7 @@ def _engine(
     activation: Activation,
     device: torch.device | None,
 ) -> Engine:
-    """What layers share: reader and arithmetic of this machine, or of a device."""
+    """The engine that layers share, with reader and arithmetic for the CPU or for a device."""
     if device is None:
         spare_bytes = available_memory() - plan.predictor_bytes - plan.scratch_bytes - plan.window_bytes  # for the page cache
         reader = open_reader(store, config.reader, config.io_threads, unit.dtype, spare_bytes)

@@ -1,8 +1,8 @@
-"""Attention of a flash model: calls of few tokens go to the compiled part (compute/attention.py), others are transformers' own.
+"""Attention of a flash model: calls of few tokens go to the compiled part (compute/attention.py), all others to transformers.
 
-transformers looks an attention function up by name at every call, among those that all models share. `"sdpa"`, which most
-models use, is registered anew: for modules of flash models it answers calls of few tokens, and otherwise asks the function that
-it replaced.
+transformers looks up an attention function by name at every call, in a table that all models share. The entry `"sdpa"`, which
+most models use, is replaced: the new function computes calls of few tokens for modules of flash models, and passes every other
+call to the function that it replaced.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hf_flash.compute.library import DTYPES
 from hf_flash.runtime.flash_weights import is_in_memory
 
 _MARK: Final = "is_on_flash_model"
-_UNKNOWN: Final = ("position_bias", "cache", "softcap")  # what changes the result, and is not computed here
+_UNKNOWN: Final = ("position_bias", "cache", "softcap")  # arguments that change the result and are not supported here
 _SDPA: Final = "sdpa"
 
 
 def make_attention_resident(model: nn.Module) -> None:
-    """Let the attention of a loaded model be computed here where it pays."""
+    """Make a loaded model's attention use the compiled part where that is faster."""
     from transformers import AttentionInterface
 
     stock = AttentionInterface()[_SDPA]
@@ -36,12 +36,13 @@ def make_attention_resident(model: nn.Module) -> None:
 def _attend(
     stock: Any, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, Any]:
-    """What `sdpa_attention_forward` of transformers' integrations/sdpa_attention.py answers.
+    """The result of `sdpa_attention_forward` in transformers' integrations/sdpa_attention.py.
 
     Args:
         stock: that function.
-        module: which asks. query, key, value: [batch, heads, tokens, width], key and value with as many heads or fewer.
-        attention_mask: boolean, or to be added; `None`: one token sees everything, several only what was before each.
+        module: the attention module that calls.
+        query, key, value: [batch, heads, tokens, width]; key and value may have fewer heads.
+        attention_mask: boolean, or to be added; `None`: a single token sees everything, several see only what precedes each.
     """
     mine = getattr(module, _MARK, False) and _is_inference(query, key, value) and not kwargs.get("dropout")
     if not mine or any(kwargs.get(name) is not None for name in _UNKNOWN) or not _fits(query, key, value, attention_mask):
@@ -52,7 +53,7 @@ def _attend(
 
 
 def _is_inference(*tensors: torch.Tensor) -> bool:
-    """Whether these are ordinary tensors on the CPU, of which nobody wants gradients or makes a graph."""
+    """Whether these are ordinary tensors on the CPU, used without gradients, autocast or compilation."""
     return (
         all(is_in_memory(tensor) and tensor.stride(-1) == 1 for tensor in tensors)
         and not torch.compiler.is_compiling()
@@ -62,7 +63,7 @@ def _is_inference(*tensors: torch.Tensor) -> bool:
 
 
 def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> bool:
-    """Whether the compiled part computes this."""
+    """Whether the compiled part supports these shapes, dtypes and this mask."""
     if not (query.ndim == key.ndim == value.ndim == 4 and query.dtype == key.dtype == value.dtype):
         return False
     batch, heads, tokens, width = query.shape

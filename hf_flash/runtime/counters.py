@@ -17,12 +17,12 @@ class Counters:
     tokens: int = 0  # tokens through one FFN layer, summed over the layers
     selected: int = 0  # neurons computed, union over the tokens of a call
     hits: int = 0  # of these, already in the window
-    host_hits: int = 0  # those that were not on the device that computes, and in this machine's memory
-    bus_bytes: int = 0  # copied between the two
+    host_hits: int = 0  # with a device: of these, not there but in this machine's memory
+    bus_bytes: int = 0  # copied between device and host memory
     missing_bytes: int = 0  # bundles that were missing, times their size on flash
-    read_bytes: int = 0  # what was asked of the disk: missing_bytes plus page and sector rounding
+    read_bytes: int = 0  # requested from the disk: missing_bytes plus page and sector rounding
     reads: int = 0  # chunks: contiguous requests to the disk
-    ahead: int = 0  # neurons read before the forward that may need them: by lookahead, or behind the layer before
+    ahead: int = 0  # neurons read before the forward that may need them: by lookahead, or after the previous layer's call
     ahead_used: int = 0  # of these, computed by the forward they were read for
     predict_s: float = 0.0
     manage_s: float = 0.0
@@ -30,7 +30,7 @@ class Counters:
     compute_s: float = 0.0
 
     def add_read(self, read: ReadCount) -> None:
-        """Count what a read cost."""
+        """Add the bytes, chunks and hits of one read."""
         self.read_bytes += read.nbytes
         self.reads += read.chunks
         self.host_hits += read.host_hits
@@ -43,11 +43,11 @@ class Counters:
 
 @dataclass(frozen=True, kw_only=True)
 class FlashStats:
-    """A snapshot, as [`hf_flash.stats`] returns it. Sizes in bytes, times in seconds.
+    """A snapshot of the counters and the memory, as [`hf_flash.stats`] returns it. Sizes in bytes, times in seconds.
 
-    [`NeuronStats`] and [`ExpertStats`] add what is particular to a kind of model. Rates are per token that went through the
-    model, prompts and padding included; use `reset` to look at decoding alone. `read_bytes` is what readers asked for; under
-    mmap the page cache may have had it already.
+    [`NeuronStats`] and [`ExpertStats`] add the fields of one kind of model. Rates are per token that went through the model,
+    prompts and padding included; use `reset` to look at decoding alone. `read_bytes` is what readers requested; under mmap the
+    page cache may have had it already.
     """
 
     layers: int  # with weights on flash
@@ -60,12 +60,12 @@ class FlashStats:
     scratch_bytes: int
     window_bytes: int
     dense_bytes: int  # what the stock model would hold
-    process_bytes: int  # what the whole process has in memory: weights, interpreter, libraries, activations, KV cache
+    process_bytes: int  # resident memory of the whole process: weights, interpreter, libraries, activations, KV cache
     kv_cache_bytes_per_token: int  # per sequence; comes on top of the budget
     device: str = "cpu"  # where all of this is, and layers compute
-    beside_device: str | None = None  # where the rest is, if that is another device: `units_on="cpu"`
-    beside_bytes: int = 0
-    host_bytes: int = 0  # what is in this machine's memory beside it, where that is a GPU: buffers, and units
+    beside_device: str | None = None  # with `units_on="cpu"`: the device that holds everything that is not a unit
+    beside_bytes: int = 0  # what is there
+    host_bytes: int = 0  # if `device` is a GPU: buffers and units in this machine's memory
     predictor_bytes: int = 0
     counters: Counters = field(default_factory=Counters)
 
@@ -99,20 +99,20 @@ class FlashStats:
 
     @property
     def unit_bytes(self) -> float:
-        """What a neuron, or an expert, takes in a window, on average."""
+        """Average size of a neuron or an expert."""
         raise NotImplementedError
 
     @property
     def what_fits(self) -> str:
-        """What the window has room for, for people."""
+        """A phrase that says how many units a layer's window has room for."""
         raise NotImplementedError
 
     def _rows(self) -> list[tuple[str, str]]:
-        """What is particular to a kind of model, for people: a name and a text each."""
+        """The rows of one kind of model for `print`, a label and a text each."""
         return []
 
     def _host_rows(self) -> list[tuple[str, str]]:
-        """What a device has of this machine's memory, for people."""
+        """The rows about memory other than `device`'s for `print`, a label and a text each."""
         if self.device == "cpu":
             return [(f"on {self.beside_device}", format_bytes(self.beside_bytes))] if self.beside_device else []
         c, copied = self.counters, format_bytes(self.counters.bus_bytes / max(1, self.tokens))
@@ -120,9 +120,13 @@ class FlashStats:
         return [("weights in DRAM", f"{format_bytes(self.host_bytes)}; {found}; {copied} copied per token")]
 
     def __str__(self) -> str:
+        return "\n".join(f"{name:<20}{value}" for name, value in self.rows())
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What people read: names and values."""
         c, tokens, kv = self.counters, max(1, self.tokens), self.kv_cache_bytes_per_token
         per_token = {name: 1e3 * getattr(c, name + "_s") / tokens for name in ("predict", "manage", "io", "compute")}
-        rows = [
+        return [
             ("tokens", f"{self.tokens}"),
             ("read per token", f"{format_bytes(self.read_bytes_per_token)} in {c.reads / tokens:.1f} reads"),
             *self._rows(),
@@ -138,12 +142,11 @@ class FlashStats:
             ),
             ("FFN ms per token", ", ".join(f"{name} {ms:.2f}" for name, ms in per_token.items())),
         ]
-        return "\n".join(f"{name:<20}{value}" for name, value in rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronStats(FlashStats):
-    """Of a model whose feed-forward layers are neurons on flash."""
+    """The snapshot of a model whose feed-forward layers are neurons on flash."""
 
     d_ff: int  # neurons of a layer, of the widest where they differ
     neurons: int  # of all layers
@@ -172,13 +175,13 @@ class NeuronStats(FlashStats):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertStats(FlashStats):
-    """Of a mixture of experts."""
+    """The snapshot of a mixture of experts."""
 
-    experts: int  # of a layer
+    experts: int  # of a layer; of the largest where they differ
     experts_per_token: int
     resident_experts: tuple[int, ...]  # in memory now, of each layer
     all_experts: int  # of all layers
-    experts_bytes: int  # of all experts, as they lie in the files
+    experts_bytes: int  # of all experts, as stored in the files
 
     @property
     def unit_bytes(self) -> float:

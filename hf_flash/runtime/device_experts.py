@@ -3,16 +3,16 @@
     flash --read--> ring of pinned host memory --copy--> slots on the device
                     host's slots (if the budget names the host) <--copy-->
 
-How a call flows through it, in `run`. This process waits for the device once, for what the router named.
+How a call flows through it, in `run`. This process waits for the device only once, for the router's choice.
 
-    1. choose     the router's experts come to the host
-    2. make room  the most recently used stay (expert_tiers.py); reads of what is on flash alone begin
+    1. choose     the ids of the router's experts are copied to the host
+    2. make room  the most recently used experts stay (expert_tiers.py); reads of experts that are only on flash begin
     3. compute    experts that are on the device, while others are read and copied
-    4. arrive     the host's experts first, then each as it is read: copied on a stream of its own, computed behind it
-    5. sum        each token's experts with the router's weights, in the order in which it named them
+    4. arrive     the host's experts first, then each as it is read: copied on a separate stream, computed after the copy
+    5. sum        each token's experts with the router's weights, in the order in which the router named them
 
-Results depend on the call alone (contract C3): each expert is multiplied by itself, of few tokens with as many rows as the call
-has tokens (compute/device_products.py), and a token's sum is made at the end.
+Results depend on the call alone (contract C3): each expert is multiplied separately, for few tokens always with as many rows as
+the call has tokens (compute/device_products.py), and a token's sum is made at the end.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from hf_flash.runtime.engine import ExpertEngine
 from hf_flash.runtime.expert_tiers import ExpertTiers
 from hf_flash.store.experts import SECOND, ExpertLayer
 
-FEW: Final = 16  # tokens of a call, up to which every expert gets a row for each
-_SUMMED: Final = 256  # tokens whose experts are summed at a time: of a long prompt all would be large
+FEW: Final = 16  # up to so many tokens in a call, every expert gets a row for each of them
+_SUMMED: Final = 256  # tokens whose experts are summed at a time: for all of a long prompt, the buffer would be large
 
 
 class Ring:
-    """Slots of pinned memory that experts are read into, one after the other, before they are copied.
+    """Slots of pinned memory that experts are read into, one after the other, before they are copied to the device.
 
     Args:
-        slots: how many.
-        nbytes: of an expert as it is read from its file.
-        transfers: that copy.
+        slots: number of slots.
+        nbytes: size of a slot: of an expert as it is read from its file.
+        transfers: copies from the slots.
     """
 
     def __init__(self, slots: int, nbytes: int, transfers: Transfers) -> None:
@@ -53,7 +53,14 @@ class Ring:
         self.forget()
 
     def take(self, *, is_needed: bool) -> int | None:
-        """A slot that nothing is copied from any more. `None`: the only free one was given just now, and none `is_needed`."""
+        """Take a slot, once the last copy from it is done.
+
+        Args:
+            is_needed: whether to wait for a copy that may just have begun. If not, the last free slot is not taken.
+
+        Returns:
+            The slot; `None`: there is none to take.
+        """
         if not self._free or (len(self._free) == 1 and not is_needed):
             return None
         slot = self._free.popleft()
@@ -62,28 +69,30 @@ class Ring:
         return slot
 
     def give(self, slot: int, copied: Copied) -> None:
-        """A slot is free when this copy is done."""
+        """Give a slot back. It is free when this copy is done."""
         self._copied[slot] = copied
         self._free.append(slot)
 
     def forget(self) -> None:
-        """All are free. Call it when nothing is read or copied any more."""
+        """Make all slots free. Call it when no read or copy is under way."""
         self._free = deque(range(len(self._copied)))
 
 
 class SharedOnDevice:
-    """What the layers of one model share on a device.
+    """Memory and transfers that the layers of one model share on a device.
 
     Args:
-        device: of the slots.
-        slot_bytes: of a packed slot, of the largest layer. read_bytes: of an expert as it is read from its file.
-        passing: slots for experts that are not kept. ring: slots that experts are read into.
+        device: the device.
+        slot_bytes: size of a packed slot of the largest layer.
+        read_bytes: size of an expert as it is read from its file.
+        passing: number of slots for experts that are not kept.
+        ring: number of slots that experts are read into.
     """
 
     def __init__(self, device: torch.device, slot_bytes: int, read_bytes: int, *, passing: int, ring: int) -> None:
         self.device, self.transfers = device, Transfers(device)
         self.passing_memory = torch.empty(passing, slot_bytes, dtype=torch.uint8, device=device)
-        self._computed: list[Any] = [None] * passing  # what has to be over before a slot is overwritten
+        self._computed: list[Any] = [None] * passing  # per slot, the work that must be done before it is overwritten
         self._next = 0
         self.ring = Ring(ring, read_bytes, self.transfers)
 
@@ -94,29 +103,31 @@ class SharedOnDevice:
         self.passing_memory = self.passing_memory.new_empty((0, 0))
 
     def passes(self) -> int:
-        """The passing slot for an expert that is not kept: copies from here on wait for what is computed from it still."""
+        """The next passing slot. Later copies wait until the device has computed with what the slot holds now."""
         slot, self._next = self._next, (self._next + 1) % len(self._computed)
         self.transfers.follow(self._computed[slot])
         return slot
 
     def passed(self, slot: int) -> None:
-        """What is to be computed from such a slot has been told to the device."""
+        """Record that all work with this passing slot has been queued on the device."""
         self._computed[slot] = self.transfers.mark()
 
 
 class _Rows:
-    """Where each pair of a token and an expert is, in the rows that experts compute.
+    """The rows that experts compute, and the row of each pair of a token and an expert.
 
     Args:
-        index: int64 [tokens, k] as the router named experts. What is not among them, as the index of an expert elsewhere, adds
-            nothing.
-        experts: of the layer.
+        index: int64 [tokens, k] the experts that the router named. An index outside the layer's experts, such as that of an
+            expert elsewhere, adds nothing.
+        experts: number of experts in the layer.
 
     Attributes:
-        used: experts, ascending. last: the token that uses each of them last.
-        tokens: int64 [rows] whose row it is.
-        of_pair: int64 [tokens * k] the row of a pair. The one behind the last adds nothing.
-        bounds: of the rows of each expert.
+        count, k: tokens, and experts of each.
+        used: the experts in use, ascending.
+        last: the last token that uses each of them.
+        tokens: int64 [rows] the token of each row.
+        of_pair: int64 [tokens * k] the row of each pair; the index after the last row for a pair that adds nothing.
+        bounds: the rows of each expert, as a slice.
     """
 
     def __init__(self, index: Ids, experts: int) -> None:
@@ -151,12 +162,13 @@ class _Arriving(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A call on its way.
+    """A call while it is computed.
 
     Attributes:
         stock: the module that is called.
-        x: [tokens, d_model]; of many tokens, where each expert has its own, [rows, d_model].
-        out: [rows + 1, d_model], the last of zeros.
+        rows: the rows of its experts.
+        x: inputs [tokens, d_model]; with more than `FEW` tokens [rows, d_model], since each expert has rows of its own.
+        out: [rows + 1, d_model], with a last row of zeros.
         leaving: experts that have to leave the device.
     """
 
@@ -167,16 +179,19 @@ class _Call(NamedTuple):
     leaving: deque[int]
 
     def inputs(self, expert: int) -> torch.Tensor:
-        """The rows of an expert, [its rows, d_model]."""
+        """The inputs of an expert, [its rows, d_model]."""
         return self.x if self.rows.count <= FEW else self.x[self.rows.bounds[expert]]
 
 
 class _Arrived(NamedTuple):
-    """An expert that is copied to a slot of the device.
+    """An expert on its way into a slot of the device.
 
     Attributes:
-        number: of the slot, among those that are kept, or among those that experts pass through.
-        memory: of the slot.
+        expert: its index.
+        kept: whether it stays on the device.
+        number: the slot's number, among the layer's slots if the expert is kept, else among the passing slots.
+        memory: the slot's memory.
+        copied: the copy.
     """
 
     expert: int
@@ -187,14 +202,15 @@ class _Arrived(NamedTuple):
 
 
 class DeviceExperts:
-    """The experts of one layer; copies of the layer share it.
+    """The experts of one layer. Copies of the layer share it.
 
     Args:
-        layer: whose experts.
-        index: among the layers with experts.
-        engine: of the model.
-        shared: with the other layers.
-        memory: uint8 [slots, bytes of a packed slot] there. on_host: slots of this machine's memory; 0: it keeps none.
+        layer: the experts' places and shapes.
+        index: number of the layer among those with experts.
+        engine: the model's engine.
+        shared: what all layers share.
+        memory: uint8 [slots, bytes of a packed slot] on the device.
+        on_host: number of slots in this machine's memory; 0: it keeps no experts.
     """
 
     def __init__(
@@ -219,18 +235,20 @@ class DeviceExperts:
     # --- the main path
 
     def run(self, stock: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """What the layer makes of some tokens, [tokens, d_model], on the device.
+        """The layer's output for some tokens, [tokens, d_model], on the device.
 
         Args:
-            stock: the module that is called: a copy of the layer has its own.
-            x: [tokens, d_model] in the dtype of compute. index: int64 [tokens, k]. weights: [tokens, k].
+            stock: the module that is called; a copy of the layer is another one.
+            x: [tokens, d_model] in the compute dtype.
+            index: int64 [tokens, k] the experts that the router named.
+            weights: [tokens, k] the router's weights.
         """
         with self._shared.transfers.turn():
             return self._run(stock, x, index, weights)
 
     def _run(self, stock: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         start, transfers, tiers = perf_counter(), self._shared.transfers, self.tiers
-        rows = _Rows(index.cpu().numpy(), self._layer.experts)  # the process waits for the device: what it was told is done
+        rows = _Rows(index.cpu().numpy(), self._layer.experts)  # waits until the device has done all work queued so far
         room = tiers.make_room(rows.used, rows.last, rows.count)
         absent = [*((expert, True) for expert in room.kept), *((expert, False) for expert in room.passing)]
         on_host = deque((expert, kept) for expert, kept in absent if tiers.waits(expert))
@@ -244,7 +262,7 @@ class DeviceExperts:
         self._engine.counters.manage_s += perf_counter() - start
         host_hits = len(on_host)
         coming = deque[_Arrived]()
-        while on_host and on_host[0][1] and (tiers.device.free or call.leaving):  # copied while the hits are computed
+        while on_host and on_host[0][1] and (tiers.device.free or call.leaving):  # copies run while hits are computed
             coming.append(self._bring_from_host(call, on_host))
         for expert in room.hits:
             self._compute(call, expert, self.memory[int(tiers.device.slot_of[expert])])
@@ -266,7 +284,7 @@ class DeviceExperts:
     # --- how experts come and go
 
     def _start_reads(self, reads: deque[tuple[int, bool]], arriving: deque[_Arriving]) -> None:
-        """Begin to read what the ring has slots for."""
+        """Start to read experts, as far as the ring has free slots."""
         ring, reader = self._shared.ring, self._engine.reader
         while reads and (slot := ring.take(is_needed=not arriving)) is not None:
             expert, kept = reads.popleft()
@@ -291,15 +309,15 @@ class DeviceExperts:
         slot = int(self.tiers.host.slot_of[expert])
         arrived = self._bring(call, expert, [(self.host_memory.tensor[slot], 0)], kept=kept)
         if kept or not self.tiers.belongs_on_host(expert):
-            self.tiers.host.drop(expert)  # what is copied over it later is copied after this
+            self.tiers.host.drop(expert)  # safe at once: a later copy into this slot runs after this one
         return arrived
 
     def _bring(self, call: _Call, expert: int, parts: Sequence[tuple[torch.Tensor, int]], *, kept: bool) -> _Arrived:
-        """Begin to copy an expert to the device.
+        """Start to copy an expert to the device.
 
         Args:
-            parts: contiguous bytes of this machine's memory, and the byte of a packed slot where each of them goes.
-            kept: whether it stays on the device.
+            parts: contiguous bytes in this machine's memory, each with its offset in the packed slot.
+            kept: whether the expert stays on the device.
         """
         shared, device = self._shared, self.tiers.device
         if kept and not device.free:
@@ -310,7 +328,7 @@ class DeviceExperts:
         return _Arrived(expert, kept, number, memory, copied)
 
     def _take_in(self, call: _Call, arrived: _Arrived) -> None:
-        """Compute with an expert, once it is there, and let it stay or pass."""
+        """Compute with an expert once it is copied. Then it stays on the device, or goes on to the host if it belongs there."""
         self._shared.transfers.use(arrived.copied)
         self._compute(call, arrived.expert, arrived.memory)
         if arrived.kept:
@@ -320,7 +338,7 @@ class DeviceExperts:
             self._shared.passed(arrived.number)
 
     def _leave(self, expert: int) -> None:
-        """An expert leaves the device, for the host if it belongs there."""
+        """Remove an expert from the device, and copy it to the host if it belongs there."""
         device = self.tiers.device
         self._to_host(expert, self.memory[int(device.slot_of[expert])])
         device.drop(expert)
@@ -335,10 +353,10 @@ class DeviceExperts:
     # --- what is computed
 
     def _compute(self, call: _Call, expert: int, slot: torch.Tensor) -> None:
-        """Tell the device to multiply the rows of an expert.
+        """Queue the products of one expert's rows on the device.
 
-        Nothing is done for several experts at once, not even the gate: what some processors make of a number depends on how
-        many stand beside it.
+        Nothing is done for several experts at once, not even the gate: on some processors the result for a number depends on
+        how many others are computed with it.
         """
         start, stock, rows = perf_counter(), call.stock, call.rows.bounds[expert]
         products = self._up.multiply(call.inputs(expert), slot)
@@ -354,7 +372,7 @@ class DeviceExperts:
             products.add_(bias[expert])
 
     def _sum(self, rows: _Rows, out: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Each token's experts with the router's weights, in its order; as `grouped_mm` of transformers sums them."""
+        """Sum each token's experts with the router's weights, in the router's order, as `grouped_mm` of transformers does."""
         of_pair = upload(rows.of_pair, out.device).view(rows.count, rows.k)
         total = torch.empty(rows.count, out.shape[1], dtype=torch.promote_types(out.dtype, weights.dtype), device=out.device)
         for at in range(0, rows.count, _SUMMED):

@@ -1,8 +1,8 @@
-"""What a loaded flash model does differently from its class, with devices, dtypes, foreign weights and copies.
+"""Methods in which a loaded flash model differs from its class: devices, dtypes, foreign weights and copies.
 
-A flash model stays where it was loaded: on the CPU, or where `device_map` put it. `pipeline()` moves models to the first
-accelerator by default where there is one; it leaves those alone that have an `hf_device_map`, as accelerate gives them, and so
-flash models that are elsewhere get one.
+A flash model stays where it was loaded: on the CPU, or where `device_map` put it. If there is an accelerator, `pipeline()`
+moves models to the first one by default, except those with an `hf_device_map`, as accelerate sets it. So flash models that are
+elsewhere get one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ logger = logging.getLogger("hf_flash")
 
 
 def check_places(device_map: Mapping[str, Any]) -> None:
-    """Refuse a device map that makes no sense for a flash model.
+    """Check that a device map makes sense for a flash model.
 
     Raises:
-        ConfigError: it names the disk, a device that is not here, or several.
+        ConfigError: it names no device, the disk, a device that is not available, or several devices.
     """
     places = {str(place) for place in device_map.values()}
     if not places or "None" in places:
@@ -52,7 +52,7 @@ def check_places(device_map: Mapping[str, Any]) -> None:
             where="device_map",
             expected=f'"cpu", "auto" or None{f", or a device such as {here}:0" if here else ""}',
             got=", ".join(absent),
-            hint="a torch that was built for the GPU may be missing; lm-eval, which passes its --device on: --device cpu",
+            hint="leave device_map out to compute on the CPU; for a GPU, install a torch that is built for it",
         )
     numbers = {index for place in places if (index := _index(place)) is not None and here is not None and _kind(place) == here}
     if beyond := sorted(index for index in numbers if index >= torch.accelerator.device_count()):
@@ -82,9 +82,9 @@ def _index(place: str) -> int | None:
 
 
 def placed(device_map: Any) -> tuple[Any, torch.device | None]:
-    """A device map with devices by their full names, and the device that it names; `None`: this machine's processor.
+    """A device map with full device names, and the device that it names; `None`: the CPU.
 
-    transformers loads in threads of its own, where a name without a number may be another device than here.
+    transformers loads in threads of its own, where a name without an index may mean another device than here.
     """
     if isinstance(device_map, str):
         device_map = {"": torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"}
@@ -97,14 +97,14 @@ def placed(device_map: Any) -> tuple[Any, torch.device | None]:
 
 @lru_cache
 def _say_where() -> None:
-    """Say once that there is a device that nobody named."""
+    """Log, once, that a device is available that the user has not named."""
     if torch.accelerator.is_available():
         name = torch.accelerator.current_accelerator()
         logger.warning('hf_flash: this model computes on the CPU; device_map="%s" puts it on the device that torch finds', name)
 
 
 def _device_of(place: Any) -> torch.device | None:
-    """A value of a device map. `"cpu:0"` is the processor in the way of a device."""
+    """The device that a value of a device map names; `None`: the CPU. `"cpu:0"` makes the CPU compute like a device."""
     found = torch.device(place)
     if found.type != "cpu":
         return torch.device(found.type, torch.accelerator.current_device_index() if found.index is None else found.index)
@@ -115,7 +115,7 @@ def _device_of(place: Any) -> torch.device | None:
 
 
 def stay_there(model: Any) -> None:
-    """Give the model a device map where a pipeline would move it. Elsewhere a map would make `pipeline(device=...)` fail."""
+    """Give the model a device map if a pipeline would move it. Otherwise a map would only make `pipeline(device=...)` fail."""
     if torch.accelerator.is_available() and (model.device.type == "cpu" or model.device.index):
         model.hf_device_map = {"": model.device}
 
@@ -138,7 +138,7 @@ def _cpu(model: Any) -> Any:
 
 
 def _check_device(model: Any, device: torch.device) -> None:
-    """Refuse to move a model to another device than it was loaded on: its units on flash have their slots there."""
+    """Refuse to move a model off the device it was loaded on, where its units have their slots."""
     place = next(module.place for module in model.modules() if isinstance(module, OnFlash))
     if device.type == "meta" or (device.type == place.type == "cpu"):
         return
@@ -149,7 +149,7 @@ def _check_device(model: Any, device: torch.device) -> None:
 
 
 def _apply(model: Any, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-    """What `.to`, `.half()`, `.float()` and `.type()` call. It refuses them before anything is converted."""
+    """`.to`, `.half()`, `.float()` and `.type()` call this. It refuses other dtypes and devices before it converts anything."""
     for module in model.modules():
         if isinstance(module, OnFlash):
             module.check_conversion(fn)
@@ -157,12 +157,12 @@ def _apply(model: Any, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, *
 
 
 def _load_state_dict(model: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """FFN weights are taken if they are those on flash, and refused before anything is loaded otherwise."""
+    """Accept FFN weights that equal those on flash; refuse others before anything is loaded."""
     return stock_methods(model).load_state_dict(without_flash_weights(model, state_dict), *args, **kwargs)
 
 
 def _load_adapter(model: Any, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
-    """An adapter is loaded whole or not at all: transformers would pass over what belongs on the FFN, and only report it."""
+    """Load an adapter whole or not at all: transformers would leave out the parts for the FFN, and only report them."""
     info = stock_methods(model).load_adapter(peft_model_id, adapter_name, **kwargs)
     ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, OnFlash))
     if dropped := sorted(name for name in info.unexpected_keys if name.startswith(ours)):
@@ -172,7 +172,7 @@ def _load_adapter(model: Any, peft_model_id: str | None = None, adapter_name: st
 
 
 def _resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The table of embeddings is in memory from here on."""
+    """Load the table of embeddings into memory, where it stays, before it is resized."""
     for module in model.modules():
         if isinstance(module, FlashEmbedding) and args + tuple(kwargs.values()):
             module.into_memory()
@@ -185,7 +185,7 @@ def _empty(model: Any) -> Any:
 
 
 def _deepcopy(model: Any, memo: dict[int, Any]) -> Any:
-    """A model that has the weights in memory again, outside of any budget, and shares the store and the windows."""
+    """A copy with its own weights in memory, outside of any budget, that shares the store and the windows."""
     copied = _empty(model)
     memo[id(model)] = copied
     copied.__setstate__(copy.deepcopy(model.__dict__, memo))
@@ -209,7 +209,7 @@ METHODS: Final = {
     "to": _to,
     "cuda": _cuda,
     "cpu": _cpu,
-    "half": nn.Module.half,  # those of transformers refuse every quantized model, also what changes nothing
+    "half": nn.Module.half,  # the methods of transformers refuse every quantized model, even if nothing would change
     "float": nn.Module.float,
     "_apply": _apply,
     "load_state_dict": _load_state_dict,

@@ -1,7 +1,7 @@
-"""What the layers of one model share, and what a fork of the process does to it.
+"""What the layers of one model share, and how it survives a fork of the process.
 
-Engine         of feed-forward layers of neurons
-ExpertEngine   of mixtures of experts
+Engine         shared by feed-forward layers of neurons
+ExpertEngine   shared by layers of experts
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_flash.runtime.prompts import Sequences
 
 
 class Reader(Protocol):
-    """What every engine asks of its reader."""
+    """What every engine needs of its reader."""
 
     buffer_bytes: int
 
@@ -42,16 +42,17 @@ class Reader(Protocol):
 
 
 class SharedByLayers:
-    """The counters, how long sequences are, and the lock around everything.
+    """The counters, the lengths of sequences, and the lock around everything.
 
     Args:
-        files: what reads from flash.
-        dtype: of compute.
-        wide: float32, contiguous: rows of matrices are widened into it, at least one at a time.
+        files: reads from flash.
+        dtype: the compute dtype.
+        wide: float32 scratch, contiguous, with room for at least one row: rows of matrices are widened into it.
 
     Attributes:
-        device: where layers compute.
-        on_device: what they share there, if that is not this machine's processor.
+        device: where the model was loaded.
+        on_device: what layers of experts share on a device; `None` if they compute on the CPU.
+        runtime: returns the model's runtime, of which it holds a weak reference.
     """
 
     def __init__(self, files: Reader, dtype: torch.dtype, wide: torch.Tensor) -> None:
@@ -85,7 +86,7 @@ class SharedByLayers:
                 self._files.close()
 
     def settle(self) -> None:
-        """Wait until nothing is read any more."""
+        """Wait until all reads and copies are done."""
         if not self.closed:
             self._files.settle()
             if self.on_device is not None:
@@ -96,14 +97,15 @@ class Engine(SharedByLayers):
     """What feed-forward layers of neurons share.
 
     Args:
-        arithmetic: with the buffers that all layers use.
+        reader: reads bundles.
+        arithmetic: computes, and has the buffers that all layers use.
         fills_next: whether a call that uses most of a layer begins to fill the next layer's window.
     """
 
     def __init__(self, reader: BundleReader, arithmetic: Arithmetic, *, fills_next: bool = True) -> None:
         super().__init__(reader, arithmetic.unit.dtype, arithmetic.wide)
         self.reader, self.arithmetic, self.fills_next = reader, arithmetic, fills_next
-        self.turn: Callable[[], AbstractContextManager[None]] = nullcontext  # of the layer that computes: on a device
+        self.turn: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around a call; for devices, see Transfers
         self.early: Any = None  # a block that is read before its layer's call begins (stream.py)
 
     @property
@@ -127,10 +129,10 @@ _forking = threading.local()
 
 
 def _before_fork() -> None:
-    """Wait for layers that other threads run, and for reads: a child would wait for ever, and not know which rows are whole."""
+    """Wait for other threads' calls and for reads: a child would wait for them for ever, and not know which rows are whole."""
     found = (reference() for reference in _engines.valuerefs())
     _forking.held = []
-    for engine in sorted((engine for engine in found if engine is not None), key=id):  # one order for all who fork
+    for engine in sorted((engine for engine in found if engine is not None), key=id):  # all threads lock in the same order
         engine.lock.acquire()
         _forking.held.append(engine)
         engine.settle()
@@ -145,7 +147,7 @@ def _after_fork() -> None:
 def _after_fork_in_child() -> None:
     _after_fork()
     if not _forking.alone and torch.get_num_threads() > 1:
-        torch.set_num_threads(1)  # it would wait for threads that it does not have
+        torch.set_num_threads(1)  # with more, the child would wait for threads that it does not have
 
 
 if hasattr(os, "register_at_fork"):

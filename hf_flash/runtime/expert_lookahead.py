@@ -1,7 +1,7 @@
 """Reads of experts ahead of time: a layer's router is asked before the layer's attention runs.
 
-What enters a layer is close to what its router will get, so the router names most of the experts already. They are read while
-attention computes, when the disk has nothing else to do. The guess decides nothing of what is computed.
+A layer's input is close to what its router will get, so the router already names most of the experts. They are read while
+attention computes, when the disk has nothing else to do. The guess never decides what is computed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from hf_flash.runtime.experts import FlashExperts
 from hf_flash.runtime.flash_weights import stand_in
 from hf_flash.runtime.transformers_model import hidden_of
 
-_LAYER: Final = re.compile(r"(?P<layer>.*\.\d+)\.(?P<block>.+)\.[^.]+")  # of the name of a module of experts
+_LAYER: Final = re.compile(r"(?P<layer>.*\.\d+)\.(?P<block>.+)\.[^.]+")  # matches the name of a module of experts
 _NORMS: Final = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "post_attention_layernorm", "ffn_norm")
 
 
 def add_expert_lookahead(model: nn.Module, ffns: Sequence[FlashExperts], used: int) -> int:
-    """Read ahead in every layer that has a norm and a router of the usual kind; returns how many these are.
+    """Read ahead in every layer whose norm and router are found; returns the number of such layers.
 
     Args:
+        model: the model.
+        ffns: its layers of experts.
         used: experts that a token uses in a layer.
     """
     count = 0
@@ -46,7 +48,7 @@ def add_expert_lookahead(model: nn.Module, ffns: Sequence[FlashExperts], used: i
 
 
 class _Guess:
-    """Asks a layer's router of the layer's own input."""
+    """A hook before a decoder layer: gives the layer's own input to its router, and reads the experts that this names."""
 
     def __init__(self, ffn: FlashExperts, norm: Any, router: torch.Tensor, used: int) -> None:
         self._ffn, self._norm, self._router, self._used = ffn, norm, router, used
@@ -54,7 +56,7 @@ class _Guess:
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = hidden_of(args, kwargs)
         if hidden.numel() != self._ffn.layer.width or hidden.device.type != "cpu" or stand_in(hidden):
-            return  # more than one token use most experts; and what stands for a token has none
+            return  # several tokens use most experts anyway; a traced input has no values
         with torch.no_grad():
             x = self._norm.forward(hidden.view(1, -1)).to(self._router.dtype)
             logits = torch.nn.functional.linear(x, self._router)

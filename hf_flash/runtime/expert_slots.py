@@ -1,8 +1,8 @@
-"""`ExpertSlots`: which experts of a layer are in memory, and who goes when room is needed.
+"""`ExpertSlots`: which experts of a layer are in memory, and which ones go when room is needed.
 
-What was used by the most recent tokens stays: the rule is least recently used, token by token, also inside of a prompt. So
-after a prompt the slots hold what its last tokens used. Of a call that uses more experts than there are slots for, some are not
-kept: they go through slots that all layers share. compute/experts.c has the same rules and works on the same arrays.
+The least recently used experts go first, token by token, even within a prompt. So after a prompt the slots hold what its last
+tokens used. If a call uses more experts than there are slots, some are not kept: they pass through slots that all layers share.
+compute/experts.c has the same rules and works on the same arrays.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from hf_flash.compute.library import ExpertWindow
 
 
 class Room(NamedTuple):
-    """What a call's experts mean for the slots.
+    """What a call's experts need of the slots.
 
     Attributes:
         hits: experts that are in memory, ascending.
-        kept: missing experts that get a slot, the most recently used first. passing: missing ones that do not.
-        leaving: hits whose slots are free when they were computed.
+        kept: missing experts that get a slot, the most recently used first.
+        passing: missing experts that do not get one.
+        leaving: hits that have to be dropped once they are computed.
     """
 
     hits: list[int]
@@ -36,15 +37,15 @@ class _Slots:
 
     Args:
         memory: uint8 [slots, bytes], contiguous.
-        experts: that may be in them.
+        experts: number of experts that may be in them.
     """
 
     def __init__(self, memory: Bytes, experts: int) -> None:
         self.memory = memory
         self.slot_of: Ids = np.full(experts, -1, np.int64)
-        self.last_used: Ids = np.zeros(experts, np.int64)  # the token, from 1 on
+        self.last_used: Ids = np.zeros(experts, np.int64)  # the last token that used each expert, from 1 on; 0: none
         self._free: Ids = np.arange(len(memory))
-        self.state = ExpertWindow(  # what the compiled part sees of it
+        self.state = ExpertWindow(  # shared with the compiled part
             memory.ctypes.data, *(part.ctypes.data for part in (self.slot_of, self.last_used, self._free)),
             experts, len(memory), memory.shape[1], len(memory), 0,
         )  # fmt: skip
@@ -59,17 +60,17 @@ class _Slots:
         return int(self.state.free)
 
     def take(self) -> int:
-        """A free slot, which is not free any more."""
+        """Take a free slot."""
         self.state.free -= 1
         return int(self._free[self.state.free])
 
     def give(self, slot: int) -> None:
-        """A slot is free."""
+        """Make a slot free again."""
         self._free[self.state.free] = slot
         self.state.free += 1
 
     def forget(self) -> None:
-        """Nothing is in memory any more."""
+        """Drop every expert."""
         self.slot_of[:] = -1
         self._free[:] = np.arange(self.capacity)
         self.state.free, self.state.ahead = self.capacity, 0
@@ -86,7 +87,7 @@ class ExpertSlots(_Slots):
     """The slots of one layer.
 
     Args:
-        experts: of the layer.
+        experts: number of experts in the layer.
         memory: uint8 [slots, bytes], contiguous.
     """
 
@@ -104,11 +105,12 @@ class ExpertSlots(_Slots):
         return int((self.slot_of >= 0).sum())
 
     def make_room(self, used: Ids, last: Ids, tokens: int) -> Room:
-        """Take note of what a call uses, and let go what has to go.
+        """Record which experts a call uses, and drop those that have to go and are not used.
 
         Args:
-            used: experts, ascending. last: the token of the call, from 0 on, that uses each of them last.
-            tokens: of the call.
+            used: experts that the call uses, ascending.
+            last: the last token of the call, from 0 on, that uses each of them.
+            tokens: number of tokens in the call.
         """
         self.last_used[used] = self.clock + 1 + last
         self.state.clock += tokens
@@ -131,18 +133,18 @@ class ExpertSlots(_Slots):
         )
 
     def put(self, expert: int, slot: int) -> None:
-        """An expert is in a slot that was free."""
+        """Record that a slot now holds an expert."""
         self.slot_of[expert] = slot
 
     def drop(self, expert: int) -> None:
-        """An expert's slot is free."""
+        """Remove an expert, and free its slot."""
         slot = int(self.slot_of[expert])
         self.slot_of[expert] = -1
         self.give(slot)
 
 
 class Forgets(Protocol):
-    """What holds something that may be half there after an interruption."""
+    """Anything whose contents may be incomplete after an interruption, and that can forget them."""
 
     def forget(self) -> None: ...
 
@@ -152,10 +154,10 @@ class PassingSlots(_Slots):
 
     Args:
         memory: uint8 [slots, bytes], contiguous.
-        kept: the slots of every layer, and whatever else forgets with them.
+        kept: the slots of every layer, and everything else that has to forget with them.
 
     Attributes:
-        interrupted: a call was interrupted, so that nobody knows which slots of its layer are whole.
+        interrupted: a call is running or was interrupted; in the latter case nobody knows which of its slots are whole.
     """
 
     def __init__(self, memory: Bytes, kept: Sequence[Forgets]) -> None:
@@ -163,7 +165,7 @@ class PassingSlots(_Slots):
         self.others, self.interrupted = kept, False
 
     def forget(self) -> None:
-        """Nothing is in memory any more, in any layer. Call it when nothing is read any more."""
+        """Drop the experts of all layers. Call it when no read is under way."""
         for slots in self.others:
             slots.forget()
         super().forget()

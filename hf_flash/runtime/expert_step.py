@@ -1,7 +1,7 @@
 """`ExpertTokenStep`: a few tokens through the experts of one layer, in one call of the compiled part (compute/experts.c).
 
-Decoding consists of such calls. Which calls these are follows from their shape alone, not from what is in memory: so a token
-gets the same bits whatever is there.
+Decoding consists of such calls. Whether a call is one of them follows from its shape alone, not from what is in memory: so a
+token gets the same bits whatever the slots hold.
 """
 
 from __future__ import annotations
@@ -26,10 +26,17 @@ from hf_flash.store.experts import ExpertLayer, Piece
 
 
 class ExpertTokenStep:
-    """The step of one layer; see [`expert_step`].
+    """The step of one layer. Made by [`expert_step`].
+
+    Args:
+        call: arguments and results of the compiled part.
+        keep: objects whose memory `call` points to.
+        dtype: the compute dtype.
+        window: the layer's slots.
+        passing: slots that all layers share.
 
     Attributes:
-        call: what the compiled part is told, and what it says after a call.
+        call: arguments and results of the compiled part.
     """
 
     def __init__(
@@ -43,19 +50,21 @@ class ExpertTokenStep:
         self._run, self._ahead, self._settle = library.hf_expert_step, library.hf_expert_ahead, library.hf_expert_settle
 
     def takes(self, tokens: int, top_k_weights: torch.Tensor) -> bool:
-        """Whether this is a call of a few tokens."""
+        """Whether a call is one for this step: few tokens, with router weights in a dtype of `DTYPES`."""
         return 0 < tokens and dense.few(tokens, self._dtype) and top_k_weights.dtype in DTYPES
 
     def run(self, x: torch.Tensor, index: Ids, weights: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """What the layer makes of some tokens, [tokens, d_model] in the dtype of compute.
+        """The layer's output for some tokens, [tokens, d_model] in the compute dtype. `call` says if a read failed.
 
         Args:
-            x: [tokens, d_model] in the dtype of compute, contiguous.
-            index: [tokens, k] experts, contiguous. weights: [tokens, k] the router's, contiguous, in a dtype of `DTYPES`.
-            biases: [experts, outputs] before and behind the gate, contiguous, in the dtype of compute.
+            x: [tokens, d_model] in the compute dtype, contiguous.
+            index: int64 [tokens, k] the experts that the router named, contiguous.
+            weights: [tokens, k] the router's weights, contiguous, in a dtype of `DTYPES`.
+            biases: two, of the products before and after the gate: [experts, outputs], contiguous, in the compute dtype, or
+                `None`.
 
         Raises:
-            MemoryError: there is none for a few rows. What could not be read is in `call`.
+            MemoryError: there is no memory for a few rows.
         """
         call, out = self.call, torch.empty_like(x)
         call.x, call.index, call.weights, call.out = x.data_ptr(), index.ctypes.data, weights.data_ptr(), out.data_ptr()
@@ -67,16 +76,16 @@ class ExpertTokenStep:
         return out
 
     def ahead(self, index: Ids) -> int:
-        """Begin to read experts that the next call will probably use; returns how many are read.
+        """Start to read experts that the next call will probably use; returns how many are read.
 
         Args:
-            index: [1, k] experts, contiguous.
+            index: int64 [1, k] experts, contiguous.
         """
         self.call.index, self.call.k = index.ctypes.data, index.shape[1]
         return int(self._ahead(ctypes.byref(self.call)))
 
     def settle(self) -> None:
-        """Wait for what was read on a guess: for those who use the slots without the compiled part."""
+        """Wait for reads that [`ahead`] started. Call it before the slots are used without the compiled part."""
         self._settle(ctypes.byref(self.call))
 
 
@@ -88,12 +97,15 @@ def expert_step(
     dtype: torch.dtype,
     slots: tuple[ExpertSlots, PassingSlots],
 ) -> ExpertTokenStep | None:
-    """The step of a layer; `None` where there is no compiled part for it.
+    """The [`ExpertTokenStep`] of a layer; `None` if the compiled part is missing or does not support the layer.
 
     Args:
         stock: the stock module of experts.
-        index: of the layer.
-        slots: of the layer, and those that all layers share.
+        layer: its experts on flash.
+        index: number of the layer among those with experts.
+        reader: reads the experts.
+        dtype: the compute dtype.
+        slots: the layer's slots, and those that all layers share.
     """
     gate = known_gate(stock)
     if gate is None or native.library() is None or stock.has_post_expert_norm or reader.queue is None:

@@ -1,10 +1,10 @@
-"""`ExpertTiers`: which experts of a layer are on the device, which wait in this machine's memory, and which are on flash alone.
+"""`ExpertTiers`: which experts of a layer are on the device, which are in this machine's memory, and which only on flash.
 
-One rule decides: the most recently used are on the device, as many as it has slots for; the next ones in the host's slots. So
-an expert that has to leave the device goes to the host, and none is in both. (Host slots that also hold what is on the device
-would be simpler, but then a host with twice the device's slots would keep half as many experts from the disk.)
+One rule decides: the most recently used experts are on the device, as many as it has slots for; the next ones are in the host's
+slots. So an expert that has to leave the device goes to the host, and none is in both. (Host slots that also hold what is on
+the device would be simpler, but then a host with twice the device's slots would save the disk half as many experts.)
 
-Of a call that uses more experts than the device has slots for, some *pass*: they go through slots that all layers share.
+If a call uses more experts than the device has slots for, some *pass*: they go through slots that all layers share.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from hf_flash.runtime.expert_slots import ExpertSlots
 
 
 class TieredRoom(NamedTuple):
-    """What a call's experts mean for both tiers.
+    """What a call's experts need of both tiers.
 
     Attributes:
-        hits: experts that are on the device, ascending.
-        leaving: others on the device, which have to go before the call. leaving_later: hits, which have to go after it.
-        kept: experts that get a slot of the device, the most recently used first. passing: those that do not.
+        hits: experts of the call that are on the device, ascending.
+        leaving: other experts on the device that have to make room.
+        leaving_later: hits that have to leave the device once they are computed.
+        kept: experts not on the device that get a slot there, the most recently used first.
+        passing: experts not on the device that do not get one.
     """
 
     hits: list[int]
@@ -37,21 +39,22 @@ class ExpertTiers:
     """The slots of one layer on a device and in this machine's memory.
 
     Args:
-        experts: of the layer.
-        on_device: slots of the device.
-        on_host: slots of this machine's memory. One of them is always free, so that two experts can change places.
+        experts: number of experts in the layer.
+        on_device: number of slots on the device.
+        on_host: number of slots in this machine's memory. One of them is always free, so that two experts can change places.
     """
 
     def __init__(self, experts: int, on_device: int, on_host: int) -> None:
         self.device, self.host = _slots(experts, on_device), _slots(experts, on_host)
-        self._ranks_on_host: Ids = np.zeros(experts, np.bool_)  # after the last call
+        self._ranks_on_host: Ids = np.zeros(experts, np.bool_)  # whether each belongs on the host after the last call
 
     def make_room(self, used: Ids, last: Ids, tokens: int) -> TieredRoom:
-        """Take note of what a call uses, and say what has to move. Nothing is moved but what leaves the host for good.
+        """Record which experts a call uses, and work out which have to move. Drop only those that leave the host for good.
 
         Args:
-            used: experts, ascending. last: the token of the call, from 0 on, that uses each of them last.
-            tokens: of the call.
+            used: experts that the call uses, ascending.
+            last: the last token of the call, from 0 on, that uses each of them.
+            tokens: number of tokens in the call.
         """
         device, host = self.device, self.host
         device.last_used[used] = device.clock + 1 + last
@@ -81,15 +84,15 @@ class ExpertTiers:
         return bool(self.host.slot_of[expert] >= 0)
 
     def belongs_on_host(self, expert: int) -> bool:
-        """Whether the host's slots are where the last call's rule wants an expert."""
+        """Whether an expert belongs in the host's slots after the last call."""
         return bool(self._ranks_on_host[expert])
 
     def forget(self) -> None:
-        """Nothing is in memory any more."""
+        """Drop every expert from both tiers."""
         self.device.forget()
         self.host.forget()
 
 
 def _slots(experts: int, count: int) -> ExpertSlots:
-    """Slots whose memory is elsewhere."""
+    """Slots without memory of their own: the callers hold it."""
     return ExpertSlots(experts, np.empty((count, 0), np.uint8))

@@ -1,4 +1,4 @@
-"""`ExpertStack`: a parameter of a module of experts as the stock model has it, for those who ask for it by name."""
+"""`ExpertStack`: a parameter of a module of experts as the stock model has it, for code that asks for it by name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hf_flash.store.experts import ExpertLayer
 
 @dataclass(frozen=True)
 class ExpertStack(StoredWeight):
-    """All experts of a layer in one parameter [experts, outputs, inputs]; or [experts, inputs, outputs] where it is `turned`.
+    """All experts of a layer in one parameter [experts, outputs, inputs], or [experts, inputs, outputs] if it is `turned`.
 
     Attributes:
-        layer: whose experts.
-        param: of the module.
-        checkpoint: whose files hold them.
-        turned: whether the module has inputs first.
-        dtype: of compute.
+        layer: the layer's experts.
+        param: the parameter's name in the module.
+        checkpoint: the checkpoint whose files hold the experts.
+        turned: whether the module's matrices have inputs first.
+        dtype: the compute dtype.
     """
 
     layer: ExpertLayer
@@ -63,7 +63,7 @@ class ExpertStack(StoredWeight):
         )
 
     def _pieces(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Which outputs, and their rows [outputs, inputs] in the dtype of compute."""
+        """An expert's pieces of this parameter: which outputs, and their rows [outputs, inputs] in the compute dtype."""
         for number, (piece, place) in enumerate(zip(self.layer.pieces, self.layer.scale_places, strict=True)):
             if piece.param == self.param:
                 raw = self._range(expert, number)
@@ -77,7 +77,7 @@ class ExpertStack(StoredWeight):
                 yield torch.from_numpy(piece.order), (stored.T if piece.turned else stored).to(self.dtype)
 
     def _range(self, expert: int, number: int) -> Bytes:
-        """One of an expert's ranges, as it lies in the file."""
+        """The bytes of one of an expert's ranges, as stored in the file."""
         path, offset = self.checkpoint.place(self.layer.tensors[expert][number])
         with StoredFile(path) as file:
             raw = file.read(self.layer.ranges[number], offset + int(self.layer.begin[expert, number]))

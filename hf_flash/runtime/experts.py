@@ -1,19 +1,19 @@
-"""`FlashExperts`: the experts of one layer, which stay where they lie in the checkpoint.
+"""`FlashExperts`: the experts of one layer, which stay in the checkpoint's own files.
 
 How tokens flow through it, in `_run`:
 
     1. choose     the router has named the experts of each token: nothing is guessed
-    2. make room  what was used least recently goes (expert_slots.py)
+    2. make room  the least recently used experts go (expert_slots.py)
     3. read       missing experts are read into free slots, all at once (reading/experts.py)
-    4. compute    experts that are there first, while the others arrive; then each as it arrives
+    4. compute    experts in memory first, while the others arrive; then each as it arrives
     5. count      bytes, hits, seconds
 
-For a few tokens, as decoding has them, all of this is one call of the compiled part (expert_step.py). A call that uses more
-experts than there are slots, as a prompt does, reads every missing expert once, multiplies all of its tokens with it, and
-lets it go. So results do not depend on what is in memory (contract C3): a pair of a token and an expert is computed by itself,
-and a token's sum is made at the end, in the order in which the router named its experts.
+For a few tokens, as in decoding, all of this is one call of the compiled part (expert_step.py). A call that uses more experts
+than there are slots, as a prompt does, reads every missing expert once and multiplies all of its tokens with it; those that get
+no slot are dropped again. Results do not depend on what is in memory (contract C3): each pair of a token and an expert is
+computed separately, and a token's sum is made at the end, in the order in which the router named its experts.
 
-The module keeps the stock one's class as a base: its activation (`_apply_gate`, `act_fn`), its biases, its norm and its names.
+The module has the stock class as a base class: its activation (`_apply_gate`, `act_fn`), biases, norm and names stay.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from hf_flash.store.experts import SECOND, ExpertLayer
 _SHARED: Final = (  # by copies of a layer
     "engine", "layer", "window", "passing", "_wide", "_at", "_up", "_down", "step", "on_device",
 )  # fmt: skip
-_SUMMED: Final = 256  # tokens whose experts are summed at a time: of a long prompt all would be large
+_SUMMED: Final = 256  # tokens whose experts are summed at a time: for all of a long prompt, the buffer would be large
 
 
 class _Arriving(NamedTuple):
@@ -61,8 +61,8 @@ class _Call:
     """Pairs of tokens and experts, in the order in which experts are computed.
 
     Args:
-        top_k_index: int64 [tokens, k].
-        experts: of the layer. What is not among them, as the index of an expert elsewhere, adds nothing.
+        top_k_index: int64 [tokens, k] the experts that the router named.
+        experts: number of experts in the layer. An index outside of these, such as that of an expert elsewhere, adds nothing.
     """
 
     def __init__(self, top_k_index: Ids, experts: int) -> None:
@@ -79,7 +79,7 @@ class _Call:
         return self._flat[pairs]
 
     def sort(self, order: Sequence[int]) -> None:
-        """Pairs are those of the first expert of `order`, then of the second, and so on."""
+        """Order the pairs by expert: first those of the first expert in `order`, then of the second, and so on."""
         rank = np.full(self._experts + 1, len(order), np.int64)
         rank[list(order)] = np.arange(len(order))
         key = rank[np.where(self.valid, self._flat, self._experts)]
@@ -91,7 +91,7 @@ class _Call:
 
 
 class FlashExperts(OnFlash):
-    """Stands where a module of experts stood; [`put_on_flash`] makes one of it."""
+    """In place of a module of experts, which [`put_on_flash`] turns into it."""
 
     layer: ExpertLayer
     index: int  # among the layers with experts
@@ -100,9 +100,11 @@ class FlashExperts(OnFlash):
     step: ExpertTokenStep | None = None
 
     def attach(self, engine: ExpertEngine, slots: ExpertSlots, passing: PassingSlots, wide: torch.Tensor) -> None:
-        """Give the layer what it runs on. Called once the rest of the model is loaded.
+        """Give the layer its engine and slots. Called once the rest of the model is loaded.
 
         Args:
+            engine: what all layers share.
+            slots: the layer's slots.
             passing: slots that all layers share.
             wide: float32 scratch, as in [`Memory`].
         """
@@ -114,16 +116,18 @@ class FlashExperts(OnFlash):
         self.step = expert_step(self, self.layer, self.index, engine.reader, engine.dtype, (slots, passing))
 
     def attach_on_device(self, engine: ExpertEngine, on_device: DeviceExperts, interrupted: PassingSlots) -> None:
-        """The same for a layer that computes on a device.
+        """As [`attach`], for a layer that computes on a device.
 
         Args:
-            interrupted: knows all slots, and no memory.
+            engine: what all layers share.
+            on_device: the layer's experts on the device.
+            interrupted: passing slots without memory, which only make the slots of all layers forget.
         """
         self.engine, self.on_device, self.passing, self.window = engine, on_device, interrupted, on_device.tiers.device
 
     @property
     def window_bytes(self) -> int:
-        """Of slots: on the device, if it computes on one."""
+        """Bytes of the layer's slots, on the device if it computes on one."""
         return self.window.memory.nbytes if self.on_device is None else self.on_device.memory.nbytes
 
     def release(self) -> None:
@@ -134,13 +138,13 @@ class FlashExperts(OnFlash):
             self.on_device.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlashExperts:
-        """A layer with parameters of its own. What is on flash is only read, so everything that reads it is shared."""
+        """A layer with its own parameters. Weights on flash are only read, so everything that reads them is shared."""
         memo |= {id(self.__dict__[name]): self.__dict__[name] for name in _SHARED if name in self.__dict__}
         copied: FlashExperts = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         if self.engine is not None:
-            copied._runtime = self.engine.runtime()  # which knows the original layers alone: no cycle
+            copied._runtime = self.engine.runtime()  # it refers only to the original layers: no cycle
         return copied
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numpy, locks, system calls: not for tracing
@@ -179,7 +183,7 @@ class FlashExperts(OnFlash):
         return out
 
     def look_ahead(self, index: Ids) -> None:
-        """Begin to read what the next call will probably use; that decides nothing of what is computed.
+        """Start to read experts that the next call will probably use. The guess never decides what is computed.
 
         Args:
             index: int64 [1, k] experts, contiguous.
@@ -201,7 +205,7 @@ class FlashExperts(OnFlash):
     def _in_one_call(
         self, engine: ExpertEngine, step: ExpertTokenStep, x: torch.Tensor, index: Ids, weights: torch.Tensor
     ) -> torch.Tensor:
-        """All of it for a few tokens, in one call of the compiled part."""
+        """All steps for a few tokens, in one call of the compiled part."""
         start, count, found = perf_counter(), engine.counters, step.call
         out = step.run(x, index, weights, (self._bias_here(self.layer.first), self._bias_here(SECOND)))
         if found.failed:
@@ -221,7 +225,7 @@ class FlashExperts(OnFlash):
         return out
 
     def _run(self, engine: ExpertEngine, x: torch.Tensor, call: _Call) -> torch.Tensor:
-        """What each expert makes of each of its tokens, [pairs, d_model] in the order of `call.pairs`."""
+        """Each expert's output for each of its tokens, [pairs, d_model] in the order of `call.pairs`."""
         start = perf_counter()
         if self.step is not None:
             self.step.settle()
@@ -247,7 +251,7 @@ class FlashExperts(OnFlash):
         return out
 
     def _start_reads(self, engine: ExpertEngine, missing: deque[tuple[int, bool]], arriving: deque[_Arriving]) -> None:
-        """Begin to read what there are free slots for, in the order in which it will be computed."""
+        """Start to read missing experts, as far as there are free slots, in the order in which they will be computed."""
         while missing:
             expert, kept = missing[0]
             slots: ExpertSlots | PassingSlots = self.window if kept else self.passing
@@ -258,7 +262,7 @@ class FlashExperts(OnFlash):
             arriving.append(_Arriving(expert, slot, engine.reader.start(self.index, expert, slots.memory, slot), kept))
 
     def _take_in(self, engine: ExpertEngine, came: _Arriving) -> None:
-        """Wait for an expert that is not there yet."""
+        """Wait for an expert that is being read, check it, and put it into the window if it is kept."""
         came.reading.wait()
         engine.counters.io_s += came.reading.waited_s
         engine.counters.add_read(came.reading.count)
@@ -270,7 +274,7 @@ class FlashExperts(OnFlash):
         self, engine: ExpertEngine, x: torch.Tensor, call: _Call, groups: Sequence[Group], slots: Bytes,
         arriving: deque[_Arriving], out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """Multiply tokens with experts, a few experts at once, and wait for the next one that arrives in the last of it."""
+        """Multiply tokens with experts, a few experts at once. During the last product, wait for the next expert to arrive."""
         start, memory = perf_counter(), Memory(slots, self._wide)
         reading = arriving[0].reading if arriving else None
         waited = reading.waited_s if reading else 0.0
@@ -285,7 +289,7 @@ class FlashExperts(OnFlash):
         engine.counters.compute_s += perf_counter() - start - ((reading.waited_s - waited) if reading else 0.0)
 
     def _together(self, groups: Sequence[Group]) -> Iterator[tuple[Sequence[Group], bool]]:
-        """Experts that are computed at once: all with few tokens, and each of the others alone."""
+        """Experts to compute at once, and whether they are the last: all of them if each has few tokens, else each alone."""
         few = [group for group in groups if self._up.few(group.end - group.begin)]
         parts = [[group] for group in groups] if len(few) < len(groups) else [list(groups)]
         for number, part in enumerate(parts):
@@ -311,12 +315,12 @@ class FlashExperts(OnFlash):
         return normed.cpu()
 
     def _bias_here(self, param: str) -> torch.Tensor | None:
-        """[`_bias_of`] in this machine's memory. It is copied for every call: others may change it, and leave no trace."""
+        """[`_bias_of`] in this machine's memory. It is copied for every call, since users may change it without a trace."""
         bias = self._bias_of(param)
         return None if bias is None else bias.cpu()
 
     def _bias_of(self, param: str) -> torch.Tensor | None:
-        """The biases of all experts [experts, outputs] in the dtype of compute, if there are any."""
+        """The biases of all experts [experts, outputs] in the compute dtype, if there are any."""
         stock: Any = self
         if not stock.has_bias:
             return None
@@ -334,7 +338,7 @@ class FlashExperts(OnFlash):
             products.add_(bias.index_select(0, torch.from_numpy(call.experts_of(pairs))))
 
     def _sum(self, call: _Call, pairs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Each token's experts with the router's weights, in its order; as `grouped_mm` of transformers sums them."""
+        """Sum each token's experts with the router's weights, in the router's order, as `grouped_mm` of transformers does."""
         rows = torch.from_numpy(call.row).view(call.tokens, call.k)
         out = torch.empty(call.tokens, self.layer.width, dtype=torch.promote_types(pairs.dtype, weights.dtype), device="cpu")
         for at in range(0, call.tokens, _SUMMED):
@@ -355,7 +359,7 @@ class FlashExperts(OnFlash):
 
     @contextmanager
     def _whole_or_nothing(self, engine: ExpertEngine) -> Iterator[None]:
-        """After an interruption nobody knows which slots are whole: all are forgotten."""
+        """A context for a call. After an interruption nobody knows which slots are whole: the next call forgets them all."""
         if self.passing.interrupted:
             engine.reader.forget()
             if engine.on_device is not None:
@@ -367,11 +371,12 @@ class FlashExperts(OnFlash):
 
 
 def put_on_flash(module: Any, index: int, layer: ExpertLayer) -> FlashExperts:
-    """Make a stock module of experts read them from flash: it loses their parameters, and gets a class of both kinds.
+    """Make a stock module read its experts from flash: it loses their parameters, and gets a subclass of both classes.
 
     Args:
-        module: whose parameters are on the meta device.
-        index: among the layers with experts.
+        module: the module, with its parameters on the meta device.
+        index: number of the layer among those with experts.
+        layer: the experts on flash.
     """
     for param in (layer.first, SECOND):
         delattr(module, param)

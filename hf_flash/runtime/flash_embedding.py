@@ -1,7 +1,7 @@
-"""`FlashEmbedding`: the table of embeddings, of which a token needs one row, left in the checkpoint.
+"""`FlashEmbedding`: the table of embeddings, left in the checkpoint, since a token needs only one row of it.
 
-With the large vocabularies of today the table takes a tenth of a mixture, and most of it is never asked for. It stays in memory
-only where the budget holds everything else, too, and where the head uses the same matrix.
+With today's large vocabularies the table takes a tenth of a mixture, and most of it is never looked up. It is in memory only if
+the budget holds everything else as well, or if the head uses the same matrix.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Table(StoredWeight):
     """The parameter of an embedding, [vocabulary, d_model].
 
     Attributes:
-        name: of the parameter.
-        tensor: of the checkpoint, that it is.
-        checkpoint: whose file holds it.
-        dtype: of compute.
+        name: the parameter's name.
+        tensor: its tensor's name in the checkpoint.
+        checkpoint: the checkpoint whose file holds it.
+        dtype: the compute dtype.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Table(StoredWeight):
         return all(torch.equal(other[rows].cpu().to(self.dtype), part) for rows, part in self._parts())
 
     def _parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some rows at a time, in the dtype of compute."""
+        """Some rows at a time, in the compute dtype."""
         at = 0
         for part in self.checkpoint.rows(self.tensor).pieces(_ROWS):  # type: ignore[union-attr]  # it is no pickle
             yield slice(at, at + len(part)), part.to(self.dtype)
@@ -63,19 +63,19 @@ class Table(StoredWeight):
 
 
 class FlashEmbedding(OnFlash, nn.Embedding):
-    """Stands where an `nn.Embedding` stood."""
+    """In place of an `nn.Embedding`."""
 
     engine: SharedByLayers | None = None
     table: TableReader
     _dtype: torch.dtype
 
     def attach(self, engine: SharedByLayers, stored: Table) -> None:
-        """Give it what it runs on. Called once the rest of the model is loaded."""
+        """Give the module its engine and table. Called once the rest of the model is loaded."""
         self.engine, self._dtype, self.flash_weights = engine, stored.dtype, {"weight": stored}
         self.table = TableReader(stored.checkpoint, stored.tensor)
 
     def into_memory(self) -> None:
-        """Become an `nn.Embedding` with its weights in memory, outside of any budget: for what changes them."""
+        """Become an `nn.Embedding` with its weights in memory, outside of any budget: for code that changes them."""
         assert self.engine is not None
         weight = self.flash_weights["weight"].read().to(self.engine.device)
         self.flash_weights = {}
@@ -83,7 +83,7 @@ class FlashEmbedding(OnFlash, nn.Embedding):
         self.weight = nn.Parameter(weight)
 
     def __deepcopy__(self, memo: Any) -> FlashEmbedding:
-        return self  # it is only read
+        return self  # shared: it is only read
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numpy and system calls: not for tracing
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ class FlashEmbedding(OnFlash, nn.Embedding):
 
 
 def table_of(model: Any) -> tuple[str, nn.Embedding] | None:
-    """The name of a model's table of embeddings, and its module; `None`: it has none that is used for lookups alone."""
+    """The name of a model's table of embeddings, and its module; `None` if it has none that is used only for lookups."""
     try:
         module = model.get_input_embeddings()
     except NotImplementedError:
@@ -113,14 +113,19 @@ def table_of(model: Any) -> tuple[str, nn.Embedding] | None:
 
 
 def table_to_leave(model: Any, checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """The parameter that may stay in the checkpoint, and its tensor there."""
+    """The table of embeddings that may stay in the checkpoint: its parameter's and its tensor's name; `None`: there is none."""
     found = table_of(model)
     tensor = table_on_disk(model, found[0], checkpoint) if found else None
     return (found[0], tensor) if found and tensor else None
 
 
 def put_table_on_flash(model: Any, name: str) -> FlashEmbedding:
-    """Take the parameter of a table off a model. Its weights are on the meta device."""
+    """Take the parameter of a table off a model, and make its module a [`FlashEmbedding`].
+
+    Args:
+        model: the model, with its weights on the meta device.
+        name: the parameter's name.
+    """
     module = model.get_submodule(name.removesuffix(".weight"))
     del module.weight
     module.__class__ = FlashEmbedding

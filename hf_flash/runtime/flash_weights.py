@@ -1,10 +1,10 @@
-"""The weights on flash as everybody else sees them: under their names, with numbers that are read when somebody asks.
+"""The weights on flash as other code sees them: under their names, with numbers that are read when they are used.
 
-The modules of a flash layer have no parameter `weight`, and its experts none `down_proj`. Code that is not ours goes by these
-names all the same: it writes a `state_dict()`, loads one, assigns `layer.fc1.weight`. [`OnFlash`] answers it:
+The modules of a flash layer have no parameter `weight`, and its experts no `down_proj`. Code that is not ours uses these names
+all the same: it makes a `state_dict()`, loads one, assigns `layer.fc1.weight`. [`OnFlash`] handles this:
 
-    who reads     gets a [`FlashWeight`]: name, shape and dtype at once, numbers from flash when they are used
-    who writes    gets a `UsageError`, unless the values are those on flash
+    reading    gives a [`FlashWeight`]: name, shape and dtype at once, numbers from flash when they are used
+    writing    raises a `UsageError`, unless the values are those on flash
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _INSTEAD: Final = "change the plain checkpoint (`hf_flash.restore` gives it back
 
 
 class StoredWeight(ABC):
-    """A parameter of the plain model whose numbers lie on flash.
+    """A parameter of the plain model whose numbers are on flash.
 
     Attributes:
-        name: of the parameter, for people.
-        dtype: of compute.
+        name: the parameter's name, for messages.
+        dtype: the compute dtype.
     """
 
     name: str
@@ -59,22 +59,22 @@ class StoredWeight(ABC):
     @property
     @abstractmethod
     def layer_name(self) -> str:
-        """Which layer it is of, for people."""
+        """The layer that it belongs to, for messages."""
 
     @abstractmethod
     def _read(self, out: torch.Tensor) -> None:
-        """Fill `out`, of its shape and dtype."""
+        """Read the parameter into `out`, a tensor of its shape and dtype."""
 
     @abstractmethod
     def _equals(self, other: torch.Tensor) -> bool:
-        """Whether a tensor of its shape, in memory, has its numbers once they are rounded to its dtype."""
+        """Whether `other`, a tensor of its shape in memory, equals the parameter once it is rounded to its dtype."""
 
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """The parameter in memory.
+        """Read the parameter into memory.
 
         Raises:
             UsageError: it does not fit there.
@@ -94,7 +94,7 @@ class StoredWeight(ABC):
         return whole
 
     def equals(self, other: Any) -> bool:
-        """Whether these are the numbers of this parameter, once they are rounded to its dtype."""
+        """Whether `other` has this parameter's shape, and its numbers once they are rounded to its dtype."""
         if isinstance(other, FlashWeight) and other.stored == self:
             return True
         if not isinstance(other, torch.Tensor) or tuple(other.shape) != self.shape or other.is_meta:
@@ -102,7 +102,7 @@ class StoredWeight(ABC):
         return self._equals(other.detach())
 
     def refuse(self, other: Any) -> None:
-        """Refuse other numbers than those on flash."""
+        """Raise `UsageError` if `other` does not equal the parameter on flash."""
         if not self.equals(other):
             refuse_weights([self.name])
 
@@ -112,9 +112,9 @@ class Matrix(StoredWeight):
     """One of a layer's matrices, as the plain model has it.
 
     Attributes:
-        layer: where its numbers lie.
-        name: in the plain checkpoint.
-        dtype: of compute.
+        layer: the layer's store, which holds its numbers.
+        name: its name in the plain checkpoint.
+        dtype: the compute dtype.
     """
 
     layer: LayerStore
@@ -147,8 +147,8 @@ class Matrix(StoredWeight):
         )
 
     def _blocks(self, part: Part) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some neurons at a time: which, and their rows of a part [neurons, d_model] in the dtype of compute."""
-        read_header(self.layer.path)  # says what is wrong with a file that is gone or damaged
+        """A part, some neurons at a time: which ones, and their rows [neurons, d_model] in the compute dtype."""
+        read_header(self.layer.path)  # raises a clear error if the file is gone or damaged
         rows = self.layer.part(part.role)
         for at in range(0, self.layer.d_ff, _NEURONS):
             neurons = slice(at, min(at + _NEURONS, self.layer.d_ff))
@@ -156,7 +156,7 @@ class Matrix(StoredWeight):
 
 
 def refuse_weights(names: list[str]) -> NoReturn:
-    """Say that the weights under these names are not taken."""
+    """Raise the error that values for the weights under these names are not accepted."""
     raise UsageError(
         "the weights that a flash model has on flash are only read there: others cannot be put in their place",
         where=_some(names),
@@ -167,7 +167,7 @@ def refuse_weights(names: list[str]) -> NoReturn:
 
 
 def refuse_adapter(names: list[str]) -> NoReturn:
-    """Say that the module has no place for these, which `strict=False` would pass over in silence."""
+    """Raise the error that a module has no place for these weights, which `strict=False` would skip silently."""
     raise UsageError(
         "the layers of a flash model that are on flash take no adapters and no weights of another form",
         where=_some(names),
@@ -183,8 +183,8 @@ def _some(names: list[str]) -> str:
 class FlashWeight(torch.Tensor):
     """A parameter on flash as a tensor that cannot be written to: what `state_dict()` gives for `fc1.weight`.
 
-    It costs nothing until it is used. An operator reads the parameter and forgets it again; only who asks for its address or
-    its storage, as safetensors does, lets it stay in memory for as long as this object lives.
+    It costs nothing until it is used. An operator reads the parameter and drops it again. Only code that asks for its address
+    or storage, as safetensors does, makes it stay in memory for as long as this object lives.
     """
 
     stored: StoredWeight
@@ -239,14 +239,15 @@ _SAME: Final = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class OnFlash(nn.Module):
-    """A module that has parameters on flash: it stands where a linear layer or a module of experts stood.
+    """A module with parameters on flash, in place of a linear layer, a table of embeddings or a module of experts.
 
     Attributes:
-        flash_weights: these parameters, by their names in the module; none before the model is loaded.
+        flash_weights: these parameters, by their names in the module; empty before the model is loaded.
+        place: where the model was loaded.
     """
 
     flash_weights: Mapping[str, StoredWeight] = MappingProxyType({})
-    place = torch.device("cpu")  # where the model was loaded
+    place = torch.device("cpu")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination.update({f"{prefix}{name}": FlashWeight(stored) for name, stored in self.flash_weights.items()})
@@ -278,7 +279,7 @@ class OnFlash(nn.Module):
         self._put(name, tensor, lambda: super(OnFlash, self).register_buffer(name, tensor, persistent))
 
     def _put(self, name: str, value: Any, otherwise: Callable[[], None]) -> None:
-        """Refuse values other than those on flash under their names. For every other name call `otherwise`."""
+        """For names of weights on flash, refuse other values than theirs. For every other name call `otherwise`."""
         if name in self.flash_weights:
             self.flash_weights[name].refuse(value)
         else:
@@ -289,7 +290,7 @@ class OnFlash(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def check_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Refuse what would change the dtype of the module's tensors, or move them."""
+        """Raise `UsageError` if `fn` would change the dtype of the module's tensors, or move them."""
         for stored in self.flash_weights.values():
             before = torch.empty(0, dtype=stored.dtype, device=self.place)
             after = fn(before)
@@ -303,7 +304,7 @@ class OnFlash(nn.Module):
 
 
 def refuse_dtype(found: torch.dtype, wanted: torch.dtype, where: str) -> NoReturn:
-    """Say that the model computes in another dtype."""
+    """Raise the error that the model's dtype was changed after loading."""
     raise UsageError(
         "the dtype of the model was changed after loading",
         where=where,
@@ -314,12 +315,12 @@ def refuse_dtype(found: torch.dtype, wanted: torch.dtype, where: str) -> NoRetur
 
 
 def place_name(place: torch.device) -> str:
-    """Where a model computes, for people."""
+    """Where a model computes, for messages."""
     return "the CPU" if place.type == "cpu" else str(place)
 
 
 def refuse_move(place: torch.device, device: torch.device) -> NoReturn:
-    """Say that the model stays where it was loaded."""
+    """Raise the error that the model stays where it was loaded."""
     raise UsageError(
         f"this flash model computes on {place_name(place)}, and stays there",
         where="moving the model",
@@ -330,12 +331,15 @@ def refuse_move(place: torch.device, device: torch.device) -> NoReturn:
 
 
 def is_plain(x: Any) -> bool:
-    """Whether this is a tensor with numbers in it, and not one that stands for some."""
+    """Whether this is a tensor with numbers of its own, rather than a subclass that dispatches operators itself."""
     return isinstance(x, torch.Tensor) and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def stand_in(x: Any) -> str | None:
-    """Name what traces or transforms a call with this input, if anything does: its numbers then only stand for others."""
+    """The name of whatever traces or transforms a call with this input; `None`: nothing does.
+
+    When something does, the input's numbers are only placeholders.
+    """
     if not is_plain(x):
         return type(x).__name__
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
@@ -344,12 +348,12 @@ def stand_in(x: Any) -> str | None:
 
 
 def is_in_memory(x: Any) -> bool:
-    """Whether the numbers of a tensor are its own and lie in this machine's memory, where compiled code may read them."""
+    """Whether a tensor's numbers are its own and in this machine's memory, where compiled code may read them."""
     return type(x) in (torch.Tensor, nn.Parameter) and stand_in(x) is None and x.is_cpu and not x.is_neg() and x.data_ptr() != 0
 
 
 def refuse_tracing(got: str) -> NoReturn:
-    """Say that a layer cannot be made a graph of."""
+    """Raise the error that a flash layer cannot be traced."""
     raise UsageError(
         "a flash layer cannot be traced, exported or transformed: what it reads and computes is chosen anew for every token",
         got=got,
@@ -358,10 +362,10 @@ def refuse_tracing(got: str) -> NoReturn:
 
 
 def without_flash_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict for a whole model, less its weights on flash: those in it must be these.
+    """A state dict for a whole model, without the weights that are on flash.
 
     Raises:
-        UsageError: some are others.
+        UsageError: it has other values for some of these.
     """
     ours = {
         f"{name}.{param}": stored

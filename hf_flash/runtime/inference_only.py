@@ -1,4 +1,4 @@
-"""What a layer on flash refuses, whether it is made of neurons or of experts: training, tracing, other dtypes and devices."""
+"""What a layer on flash refuses, whether it has neurons or experts: training, tracing, other dtypes and devices."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ E = TypeVar("E", bound=SharedByLayers)
 
 
 def usable_engine(engine: E | None, layer: nn.Module, x: torch.Tensor, width: int, where: str) -> E:
-    """The engine of a layer, if this input can be computed; a clear error otherwise.
+    """The engine of a layer, if the layer can compute this input.
 
     Args:
-        x: [..., width] as it should be.
+        engine: the layer's engine; `None`: it was never attached.
+        layer: the layer.
+        x: the input, which has to be [..., width].
+        width: the layer's width.
+        where: the layer's name, for messages.
+
+    Raises:
+        UsageError: it cannot, for the reason that the message gives.
     """
     if tracer := stand_in(x):
         refuse_tracing(tracer)
@@ -48,7 +55,7 @@ def usable_engine(engine: E | None, layer: nn.Module, x: torch.Tensor, width: in
 
 
 def without_backward(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-    """What a layer computed, tracked if its inputs are: a backward through it is refused instead of skipping it in silence."""
+    """A layer's output, tracked if its inputs are, so that a backward raises an error instead of silently skipping it."""
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
         return out
     tracked: torch.Tensor = _NoBackward.apply(out, *inputs)  # type: ignore[no-untyped-call]
@@ -60,7 +67,7 @@ class _NoBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return out.clone()  # itself it would be a view, which models may not add to in place
+        return out.clone()  # autograd would make `out` itself a view, to which models may not add in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -2,27 +2,26 @@
 
 How a token flows through it (paper: section 3; the stock layer is `down(act(up(x) + b))`), in `_run`:
 
-    1. choose     the predictor names the neurons this token uses; with several tokens in a call, each its own; in a prompt
-                  all of them are used (prompts.py)
-    2. make room  if room is needed: what was used least, outside the window of the last tokens, goes
+    1. choose     the predictor names the neurons that each token of the call uses; a prompt uses all of them (prompts.py)
+    2. make room  if room is needed, the window evicts the least used neurons that the last tokens did not use
     3. read       named neurons that are not in DRAM are read from flash into the window's free slots
     4. compute    up, activation and down over exactly the named neurons, in the order of their ids
     5. count      bytes, hits, seconds
 
 What is computed depends on the weights, the predictor and the tokens alone (contract C3): the window decides how bytes
-arrive, never the arithmetic. To keep results bit-identical whatever is resident, a call's neurons are worked off in *blocks*
+arrive, never the arithmetic. To keep results bit-identical whatever is resident, a call's neurons are computed in *blocks*
 that follow from the call alone (stream.py), and in the order of their ids.
 
-A few tokens whose neurons fit into the window are the rule in decoding: steps 2 to 4 are one call of the compiled part then,
-where there is one (token_step.py). All others go step by step.
+Decoding mostly has calls of a few tokens whose neurons fit into the window. With the compiled part, steps 2 to 4 are then one
+call of it (token_step.py). All other calls go step by step.
 
 When a call's neurons do not all fit into the window (prefill, a tight budget), or many tokens miss more than a block of
-them, blocks are *streamed* through two buffers (stream.py). So after prefill the window holds what the prompt's last tokens
-used, without a second read. After the last block the empty slots of the next layer's window begin to be filled, so that
-the disk has something to do during attention.
+them, blocks are *streamed* through two buffers (stream.py). Neurons worth keeping are copied from there into the window, so
+after prefill it holds what the prompt's last tokens used, without a second read. After the last block, reads into the empty
+slots of the next layer's window begin, so that the disk is busy during attention.
 
-*Lookahead* starts step 3 early: while the layer's attention runs, on what the predictor says of the layer's own input
-(`look_ahead`). That brings most neurons in time; what it missed is read as ever.
+*Lookahead* starts step 3 early: it reads while the layer's attention runs, and guesses the neurons by giving the predictor the
+layer's own input (`look_ahead`). Most neurons arrive in time; step 3 reads the ones that the guess missed.
 """
 
 from __future__ import annotations
@@ -67,11 +66,13 @@ _SHARED: Final = (
 
 @dataclass
 class _Work:
-    """What is to be done for a call, once there is room for it.
+    """The work that a call needs, once there is room for it.
 
     Attributes:
-        ids: neurons that the call uses. missing: those of them that are not in the window.
-        slots: where in the window `missing` go; `None`: the call is streamed past it.
+        call: what is computed, and in which blocks.
+        ids: neurons that the call uses.
+        missing: the ones of these that are not in the window.
+        slots: the window's slots for `missing`; `None`: the call is streamed past the window.
     """
 
     call: Call
@@ -81,15 +82,15 @@ class _Work:
 
 
 class FlashFFN(nn.Module):
-    """A whole feed-forward block: input of any shape [..., d_model], output alike in the dtype of compute.
+    """A whole feed-forward block: maps an input [..., d_model] to an output of the same shape, in the compute dtype.
 
-    How it stands in a model, under whose names, is for its subclasses (sites.py).
+    Its subclasses define how it fits into a model, and under which names (sites.py).
 
     Args:
-        index: of the layer.
-        d_ff: neurons.
-        d_model: width.
-        activation: between the matrices.
+        index: the layer's index.
+        d_ff: number of neurons.
+        d_model: width of the hidden states.
+        activation: the function between the matrices.
     """
 
     def __init__(self, index: int, d_ff: int, d_model: int, activation: Activation) -> None:
@@ -100,25 +101,25 @@ class FlashFFN(nn.Module):
 
     @property
     def projections(self) -> dict[Role, Any]:
-        """The modules that stand where the linear layers stood, with their biases."""
+        """The modules that replace the linear layers, with their biases."""
         raise NotImplementedError
 
     def attach(self, engine: Engine, window: ResidentWindow, predictor: Predictor) -> None:
-        """Give the layer what it runs on. Called once the rest of the model is loaded."""
+        """Give the layer its engine, window and predictor. Called once the rest of the model is loaded."""
         self.engine, self.window, self.predictor = engine, window, predictor
         self.reads = WindowReads(engine, self.index, window)
         self._all_ids: Ids = np.arange(self.d_ff)
         self.step: TokenStep | None = token_step(engine.arithmetic, window, engine.reader.layers[self.index])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlashFFN:
-        """A layer with parameters of its own. What is on flash is only read, so everything that reads it is shared."""
+        """A layer with its own parameters. Weights on flash are only read, so everything that reads them is shared."""
         memo |= {id(self.__dict__[name]): self.__dict__[name] for name in _SHARED if name in self.__dict__}
         copied: FlashFFN = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         copied.observer = None
         if self.engine is not None:
-            copied._runtime = self.engine.runtime()  # which knows the original layers alone: no cycle
+            copied._runtime = self.engine.runtime()  # it refers only to the original layers: no cycle
         return copied
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numpy, locks, system calls: not for tracing
@@ -144,7 +145,7 @@ class FlashFFN(nn.Module):
     # --- the main path
 
     def _run(self, engine: Engine, x: torch.Tensor, biases: Biases, *, is_prompt: bool) -> torch.Tensor:
-        """The sum before the last bias, float32 [tokens, d_model], for `x` [tokens, d_model] in the dtype of compute."""
+        """The output before the last bias, float32 [tokens, d_model], for `x` [tokens, d_model] in the compute dtype."""
         selected = self._choose(engine, x, biases, is_prompt=is_prompt)
         if selected is not None and (out := self._in_one_call(engine, x, biases, selected)) is not None:
             return out
@@ -159,7 +160,7 @@ class FlashFFN(nn.Module):
         return not isinstance(self.predictor, NoPredictor) and engine.sequences.is_prompt(x)
 
     def _choose(self, engine: Engine, x: torch.Tensor, biases: Biases, *, is_prompt: bool) -> torch.Tensor | None:
-        """Which neurons each token uses, bool [tokens, d_ff]; `None`: all. What was read ahead for them is taken in."""
+        """Which neurons each token uses, bool [tokens, d_ff]; `None`: all. Also takes in the neurons that were read ahead."""
         start = perf_counter()
         self.predictor.bias = biases[engine.arithmetic.unit.deciding]
         selected = None if is_prompt else self.predictor.select(x)
@@ -169,7 +170,7 @@ class FlashFFN(nn.Module):
         return selected
 
     def _in_one_call(self, engine: Engine, x: torch.Tensor, biases: Biases, selected: torch.Tensor) -> torch.Tensor | None:
-        """Steps 2 to 5 of a few tokens, of which 2 to 4 are one call of the compiled part. `None`: step by step, then."""
+        """Steps 2 to 5 for a few tokens, with steps 2 to 4 in one call of the compiled part. `None`: go step by step."""
         if self.step is None or len(x) > MOST_TOKENS:
             return None
         start = perf_counter()
@@ -183,10 +184,10 @@ class FlashFFN(nn.Module):
     def _make_room(
         self, engine: Engine, x: torch.Tensor, biases: Biases, selected: torch.Tensor | None, *, is_prompt: bool
     ) -> _Work:
-        """Note what is used, decide where it is computed, and make room for what is missing."""
+        """Record which neurons are used, decide whether the call is streamed, and if not make room for missing neurons."""
         start, window, tokens = perf_counter(), self.window, len(x)
         ids = self._all_ids if selected is None else _used_by_any(selected)
-        if is_prompt:  # what is used will be known when it is computed
+        if is_prompt:  # which neurons are active is known only once they are computed
             window.advance(tokens)
         else:
             window.note_use(None if selected is None else selected.numpy(), tokens, ids)
@@ -202,7 +203,7 @@ class FlashFFN(nn.Module):
         return _Work(call, ids, missing, slots)
 
     def _read(self, engine: Engine, work: _Work) -> Reading | None:
-        """Start to read what is missing, unless it is streamed."""
+        """Start to read missing neurons, unless the call is streamed."""
         if work.slots is None or not len(work.missing):
             return None
         start = perf_counter()
@@ -211,7 +212,7 @@ class FlashFFN(nn.Module):
         return reading
 
     def _compute(self, engine: Engine, x: torch.Tensor, biases: Biases, work: _Work, reading: Reading | None) -> torch.Tensor:
-        """Compute with what is there while the rest is read; then with the rest."""
+        """Compute with the neurons in the window while missing ones are read; then with those."""
         start, window, waited = perf_counter(), self.window, 0.0
         out = torch.zeros(len(x), self.d_model, dtype=torch.float32, device=x.device)
         if work.slots is None:
@@ -247,7 +248,7 @@ class FlashFFN(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def look_ahead(self, x: torch.Tensor) -> None:
-        """Start to read what the next forward will probably need, as far as there is room for it.
+        """Start to read the neurons that the next forward will probably need, as far as there is room for them.
 
         Args:
             x: [1, d_model] a guess at that forward's input. It decides which bytes come early, never what is computed.
@@ -267,14 +268,19 @@ class FlashFFN(nn.Module):
             if selected is None:
                 return
             ids = _used_by_any(selected)
-            missing = window.missing(ids)[: window.spare(ids)]  # a guess pushes nothing out that recent tokens used
+            missing = window.missing(ids)[: window.spare(ids)]  # a guess evicts nothing that recent tokens used
             self.reads.read_ahead(missing, ids)
             counters.manage_s += perf_counter() - predicted
 
     def _begin_next_layer(self, call: Call, free: list[torch.Tensor]) -> None:
-        """Read for the next layer during attention: a call that uses most of this layer will use most of that one.
+        """Read for the next layer during attention: a call that uses most of this layer will use most of the next.
 
-        Empty slots of its window are filled. If there are none, and the call uses all neurons, its first block is begun.
+        Empty slots of the next layer's window are filled. If it has none, and the call uses all neurons, the read of its first
+        block is started.
+
+        Args:
+            call: the call of this layer.
+            free: buffers that this call does not need any more.
         """
         engine = self.engine
         runtime = None if engine is None else engine.runtime()
@@ -292,8 +298,12 @@ class FlashFFN(nn.Module):
     # --- what it refuses
 
     def _checked_biases(self, engine: Engine, x: torch.Tensor) -> Biases:
-        """The biases as they are now, where they are used. Others may have put them there, and they go to the compiled part by
-        their address."""
+        """The current biases, in the memory where they are used. They are checked, since users may have replaced them, and the
+        compiled part gets only their addresses.
+
+        Raises:
+            UsageError: a bias has another shape, dtype, device or layout than the layer needs.
+        """
         biases: dict[Role, torch.Tensor | None] = {role: module.bias for role, module in self.projections.items()}
         for role, bias in biases.items():
             if bias is None or role == "down":

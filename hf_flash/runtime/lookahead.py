@@ -1,7 +1,7 @@
 """Lookahead: every layer's FFN begins to read while that layer's attention runs.
 
-The residual stream as it enters a layer, through the norm in front of the FFN, is close to what the FFN will get. Where the
-norm comes after the FFN there is nothing of the kind.
+The residual stream that enters a layer, passed through the norm in front of the FFN, is close to the FFN's later input. Models
+with the norm after the FFN have no such guess.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_flash.runtime.transformers_model import hidden_of
 
 
 def add_lookahead(model: nn.Module, family: Family, ffns: Sequence[FlashFFN]) -> None:
-    """Let every layer's FFN look ahead, if the family says that it can."""
+    """Make every layer's FFN look ahead, if the family says that this model can."""
     if not family.looks_ahead(model.config):
         return
     for layer, ffn in zip(decoder_layers(model, family), ffns, strict=True):
@@ -28,7 +28,7 @@ def add_lookahead(model: nn.Module, family: Family, ffns: Sequence[FlashFFN]) ->
 
 
 class _LookaheadHook:
-    """A hook before a decoder layer. Only for one token: several need most neurons, which no guess can spare."""
+    """A hook before a decoder layer. It acts on single tokens only: several need most neurons, so a guess gains nothing."""
 
     def __init__(self, ffn: FlashFFN, norm: nn.Module) -> None:
         self.ffn, self.norm = ffn, norm

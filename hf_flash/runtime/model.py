@@ -1,4 +1,4 @@
-"""A loaded flash model: what its layers run on, what it did and holds, how it is closed."""
+"""The runtime behind a loaded flash model, `stats` and `close`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hf_flash.store.layout import FlashStore
 
 @dataclass
 class FlashRuntime:
-    """Everything behind a loaded model but the modules themselves. Reach it with `find_runtime(model)`."""
+    """Everything behind a loaded model except the modules themselves. `find_runtime(model)` returns it."""
 
     config: FlashOffloadConfig
     plan: MemoryPlan
@@ -77,22 +77,22 @@ class FlashRuntime:
         """Give the windows' memory back."""
         for ffn in self.ffns:
             ffn.window.release()
-            if self.plan.host is not None:  # a device's memory is scarce
+            if self.plan.host is not None:  # the predictor takes memory on a device, which is scarce
                 ffn.predictor = NoPredictor()
         self.engine.arithmetic.release()
 
 
 @dataclass
 class ExpertRuntime:
-    """Everything behind a loaded mixture of experts but the modules themselves."""
+    """Everything behind a loaded mixture of experts except the modules themselves."""
 
     config: FlashOffloadConfig
     plan: ExpertPlan
     checkpoint: Checkpoint
     engine: ExpertEngine
     ffns: Sequence[FlashExperts]
-    table: FlashEmbedding | None  # of embeddings, if it is on flash
-    kv_bytes: int  # of the KV cache, for a token of a sequence
+    table: FlashEmbedding | None  # the table of embeddings, if it is on flash
+    kv_bytes: int  # of the KV cache, per token of a sequence
 
     def __deepcopy__(self, memo: Any) -> ExpertRuntime:
         """A copied model reads the same files through the same slots."""
@@ -144,7 +144,7 @@ def runtime_of(model: Any) -> FlashRuntime | ExpertRuntime:
     """The runtime of a flash model, of a pipeline around one, or of any module that contains one.
 
     Raises:
-        UsageError: there is no flash model in it.
+        UsageError: `model` contains no flash model.
     """
     module = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
     for part in module.modules() if isinstance(module, nn.Module) else ():
@@ -160,10 +160,10 @@ def runtime_of(model: Any) -> FlashRuntime | ExpertRuntime:
 
 
 def find_runtime(model: Any) -> FlashRuntime:
-    """The runtime of a flash model whose feed-forward layers are neurons: as [`runtime_of`].
+    """As [`runtime_of`], for a model whose feed-forward layers are neurons.
 
     Raises:
-        UsageError: there is no flash model in it, or a mixture of experts.
+        UsageError: `model` contains no flash model, or a mixture of experts.
     """
     runtime = runtime_of(model)
     if isinstance(runtime, FlashRuntime):
@@ -176,7 +176,7 @@ def find_runtime(model: Any) -> FlashRuntime:
 
 
 def stats(model: Any, *, reset: bool = False) -> FlashStats:
-    """What a flash model did since loading, or since the last reset, and what it holds in DRAM.
+    """What a flash model did since loading, or since the last reset, and what it holds in memory.
 
     Args:
         model: a flash model, or a pipeline around one.
@@ -184,6 +184,9 @@ def stats(model: Any, *, reset: bool = False) -> FlashStats:
 
     Returns:
         A snapshot; `print` it, or take `to_dict()`.
+
+    Raises:
+        UsageError: `model` contains no flash model.
     """
     runtime = runtime_of(model)
     with runtime.engine.lock:
@@ -194,9 +197,12 @@ def stats(model: Any, *, reset: bool = False) -> FlashStats:
 
 
 def close(model: Any) -> None:
-    """Close the files and give the windows' memory back. May be called twice.
+    """Close a flash model's files and give the windows' memory back. May be called twice.
 
     Neither the model nor any copy of it can run afterwards.
+
+    Raises:
+        UsageError: `model` contains no flash model.
     """
     runtime = runtime_of(model)
     with runtime.engine.lock:

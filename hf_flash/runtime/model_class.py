@@ -1,12 +1,13 @@
 """A class for one loaded model: a subclass of the stock class, under its name, with methods of its own.
 
-transformers has no way to give one model other methods. Methods set on the instance would be a reference cycle, and a model
+transformers has no way to give one model other methods. Methods set on the instance would make a reference cycle, and a model
 that is dropped would keep its memory until the next garbage collection. So the model's class is replaced by a subclass that
-nothing else uses. This relies on four things that `tests/contract/test_transformers_seam.py` holds torch and transformers to:
+nothing else uses. This relies on four properties of torch and transformers, which `tests/contract/test_transformers_seam.py`
+checks:
 
 - `model.__class__` may be assigned, and the model stays an instance of the stock class.
-- Whoever asks a model for its class asks for its name and its module (configs, cards, pipelines), which are the stock ones.
-- The methods that are replaced exist on the stock class, and take no arguments that the replacements do not know.
+- Code that asks for a model's class (configs, cards, pipelines) asks for its name and module, which are the stock class's.
+- The replaced methods exist on the stock class, and take no arguments that the replacements do not know.
 - The stock class makes a model from a config alone.
 """
 
@@ -17,14 +18,14 @@ from typing import Any
 
 
 def add_methods(model: Any, methods: Mapping[str, Any]) -> None:
-    """Give one model methods of its own. They reach the stock ones through [`stock_methods`]."""
+    """Give one model methods of its own. These reach the stock methods through [`stock_methods`]."""
     stock = type(model)
     namespace = {"__module__": stock.__module__, "__doc__": stock.__doc__, **methods}
     model.__class__ = type(stock.__name__, (stock,), namespace)
 
 
 def stock_methods(model: Any) -> Any:
-    """The model as its stock class would treat it: for the methods that [`add_methods`] replaced."""
+    """The model with the methods of its stock class, including those that [`add_methods`] replaced."""
     return super(type(model), model)
 
 

@@ -1,7 +1,7 @@
-"""What every token read and reused, layer by layer, found by comparing windows before and after a forward.
+"""Watch what every token reads and reuses, layer by layer, by comparing windows before and after a forward.
 
-Each FFN has hooks while somebody watches, and none otherwise: the path of a token knows nothing of it. Counters tell
-what a call cost; the window's own tables tell which neurons it was.
+Layers have hooks only while somebody watches, so the main path of a token has no code for it. Counters tell what a call cost,
+and the window's own tables tell which neurons were involved.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from hf_flash.runtime.model import runtime_of
 
 @dataclass(frozen=True)
 class LayerSeen:
-    """One layer after a token. All [d_ff], of neurons; or, in a mixture, [experts]."""
+    """One layer after a token. All arrays are [d_ff], one entry per neuron; in a mixture [experts]."""
 
-    read: Mask  # used, and not in DRAM before: read now, or just ahead
+    read: Mask  # used, and not in DRAM before: read now, or ahead of this forward
     reused: Mask  # used, and in DRAM already
     resident: Mask  # in DRAM now
     age: npt.NDArray[np.int64]  # tokens since the last use; huge if there was none
@@ -37,11 +37,11 @@ class LayerSeen:
 
 @dataclass(frozen=True)
 class TokenSeen:
-    """One call of the model, and the token that came of it."""
+    """One call of the model, and the token that it produced."""
 
     number: int  # 0: the prompt
     token: int  # the id that was chosen
-    tokens: int  # that went through the model: the prompt's, then one at a time
+    tokens: int  # how many went through the model: the prompt's, then one at a time
     ms: float
     read_bytes: int
     reads: int
@@ -49,12 +49,12 @@ class TokenSeen:
 
     @property
     def read(self) -> int:
-        """Neurons, or experts, read, over all layers."""
+        """Neurons, or experts, that were read, over all layers."""
         return sum(int(layer.read.sum()) for layer in self.layers)
 
     @property
     def reused(self) -> int:
-        """Neurons, or experts, used that were in DRAM, over all layers."""
+        """Neurons, or experts, that were used and already in DRAM, over all layers."""
         return sum(int(layer.reused.sum()) for layer in self.layers)
 
     @property
@@ -62,14 +62,14 @@ class TokenSeen:
         return self.reused / max(1, self.read + self.reused)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: numbers of neurons, not which."""
+        """Plain values for JSON. Layers have counts instead of arrays."""
         layers = [{name: int(getattr(layer, name).sum()) for name in ("read", "reused", "resident")} for layer in self.layers]
         plain = {name: getattr(self, name) for name in ("number", "token", "tokens", "ms", "read_bytes", "reads", "hit_rate")}
         return plain | {"layers": layers}
 
 
 class _LayerWatch:
-    """Watches one layer. Neurons that lookahead has under way are committed within the forward, so they count as read."""
+    """Watches one layer. Neurons that are read ahead enter the window within the forward, so they count as read."""
 
     def __init__(self, ffn: FlashFFN | FlashExperts) -> None:
         self._window: Any = ffn.window
@@ -90,7 +90,7 @@ class _LayerWatch:
 
 
 class _Watcher(StoppingCriteria):
-    """Called where a token is chosen; never stops a run."""
+    """Called by `generate` after every token; never stops it."""
 
     def __init__(self, counters: Counters, layers: list[_LayerWatch], show: Callable[[TokenSeen], None], pace: float) -> None:
         self._counters, self._layers, self._show, self._pace = counters, layers, show, pace
@@ -114,15 +114,15 @@ class _Watcher(StoppingCriteria):
 
 @contextmanager
 def watched(model: Any, show: Callable[[TokenSeen], None], pace: float = 0.0) -> Iterator[StoppingCriteria]:
-    """Look at every token of one `generate`, of one sequence.
+    """Watch every token of one call of `generate` for a single sequence.
 
     Args:
         model: a flash model.
         show: called after every token. Its time, and the pause, do not count as the next token's.
-        pace: seconds that a token is shown at least.
+        pace: seconds from one call of `show` until the next token begins, at least.
 
     Yields:
-        What to pass on: `generate(..., stopping_criteria=[it])`.
+        A stopping criterion for `generate(..., stopping_criteria=[it])`.
     """
     runtime = runtime_of(model)
     layers = [_LayerWatch(ffn) for ffn in runtime.ffns]
@@ -135,9 +135,9 @@ def watched(model: Any, show: Callable[[TokenSeen], None], pace: float = 0.0) ->
 
 @contextmanager
 def observed(ffn: FlashFFN, record: Callable[[torch.Tensor, Values], None]) -> Iterator[None]:
-    """Hand every forward's input x [tokens, d_model], and what it computed of every neuron [tokens, d_ff], to `record`.
+    """Give every forward's input x [tokens, d_model] and the values of every neuron [tokens, d_ff] to `record`.
 
-    For a layer without a predictor, and for several tokens: the two ways of computing that see every neuron's.
+    Only for forwards of several tokens that compute every neuron: of a layer without a predictor, or of a prompt.
     """
     whole: list[torch.Tensor] = []
 

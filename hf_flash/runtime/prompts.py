@@ -1,12 +1,12 @@
-"""Which calls are prompts: those that bring more than `MOST_PREDICTED` tokens of one sequence.
+"""Which calls are prompts: those with more than `MOST_PREDICTED` tokens of one sequence.
 
-The tokens of a prompt use most of a layer's neurons between them. So a predictor spares little of what has to be read, and
-predicting takes longer than the product that it replaces. The feed-forward blocks of a prompt are computed whole instead, as
-the stock model's are: their answer is exact (contract C3). Up to `MOST_PREDICTED` tokens are predicted: a token of decoding, a
-draft, a batch of any size, a short prompt.
+Together, the tokens of a prompt use most of a layer's neurons. So a predictor saves few reads, and predicting takes longer than
+the product that it replaces. The feed-forward blocks of a prompt are computed whole instead, like the stock model's: their
+answer is exact (contract C3). Up to `MOST_PREDICTED` tokens are predicted: a token of decoding, a draft, a batch of any size, a
+short prompt.
 
-A block gets its input flattened in some models, [sequences * tokens, d_model]. So the decoder says how long sequences are, by a
-hook that notes it for the thread that runs it.
+Some models flatten the input of a block to [sequences * tokens, d_model]. So a hook on the decoder records how long sequences
+are, for the thread that runs it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import nn
 from hf_flash.runtime.transformers_model import sequence_length
 
 MOST_PREDICTED: Final = 16
-"""Tokens of one sequence in one call, up to which a predictor chooses what each of them uses."""
+"""The most tokens of one sequence in a call for which a predictor chooses the neurons that each of them uses."""
 
 
 class Sequences:
-    """How many tokens of one sequence the calls of a model bring.
+    """How many tokens of one sequence a model's current call has.
 
     Attributes:
-        predict_always: whether prompts are predicted too, as decoding is: for measuring what a predictor loses.
+        predict_always: whether prompts are predicted like decoding: to measure how much quality a predictor costs.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Sequences:
         self._calls = threading.local()
 
     def watch(self, decoder: nn.Module) -> None:
-        """Note the length of sequences whenever this decoder runs."""
+        """Record the length of sequences whenever this decoder runs."""
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end, always_call=True)
 

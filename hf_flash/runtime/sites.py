@@ -1,9 +1,9 @@
-"""How a `FlashFFN` stands in a model, so that names, parameters and state dicts stay those of the model's class.
+"""How a `FlashFFN` fits into a model, so that names, parameters and state dicts stay those of the model's class.
 
-BlockFFN      replaces one feed-forward module, with modules under the names of its linear layers inside;
-              ResidualBlockFFN one that is also called with the residual
-InlineFFN     replaces the first of linear layers that are attributes of the decoder layer itself (OPT); the activation
-              and the last linear layer are replaced by modules that pass on what it computed
+BlockFFN      replaces one feed-forward module, and has modules under the names of its linear layers;
+              ResidualBlockFFN replaces one that is also called with the residual
+InlineFFN     replaces the first linear layer where linear layers are attributes of the decoder layer itself (OPT); the
+              activation and the last linear layer are replaced by modules that pass on what it computed
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _ON_FLASH: Final = "weights on flash, LoRA only on attention"  # what PEFT quote
 
 
 def empty_bias(linear: Any) -> nn.Parameter | None:
-    """A bias like that of the linear layer that is replaced: of the dtype and on the device that the loader chose."""
+    """An empty bias like that of the linear layer that is replaced: its dtype and device are those that the loader chose."""
     bias = getattr(linear, "bias", None)
     return None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
 
 
 class WeightOnFlash(OnFlash):
-    """A module that stands where a linear layer stood.
+    """A module in place of a linear layer.
 
     Attributes:
-        index: of the layer.
-        role: of the matrix.
-        bias: of the linear layer, if it had one.
+        index: the layer's index.
+        role: the matrix's role in the block.
+        bias: the linear layer's bias, if it had one.
     """
 
     index: int
@@ -43,12 +43,12 @@ class WeightOnFlash(OnFlash):
     bias: nn.Parameter | None
 
     def put(self, matrix: Matrix) -> None:
-        """Say what the weight is. Called once the rest of the model is loaded."""
+        """Set the weight on flash that this module stands for. Called once the rest of the model is loaded."""
         self.flash_weights = {"weight": matrix}
 
 
 class Projection(WeightOnFlash):
-    """Stands where a linear layer of a replaced block stood. The block computes its product and reads its bias here."""
+    """In place of a linear layer of a replaced block. The block computes its product, and finds the bias here."""
 
     def __init__(self, index: int, role: Role, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -66,11 +66,12 @@ class Projection(WeightOnFlash):
 
 
 class BlockFFN(FlashFFN):
-    """Stands where a feed-forward module stood.
+    """In place of a feed-forward module.
 
     Args:
-        names: of its linear layers, by role.
-        biases: of these, or `None`.
+        index, d_ff, d_model, activation: as in [`FlashFFN`].
+        names: names of the module's linear layers, by role.
+        biases: their biases, by role; `None` for a linear layer without one.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class BlockFFN(FlashFFN):
         super().__init__(index, d_ff, d_model, activation)
         self._names = dict(names)
         for role, name in names.items():
-            if not hasattr(self, name):  # two roles may share a matrix
+            if not hasattr(self, name):  # two roles may share a linear layer
                 setattr(self, name, Projection(index, role, biases[role]))
 
     @property
@@ -98,7 +99,7 @@ class BlockFFN(FlashFFN):
 
 
 class ResidualBlockFFN(BlockFFN):
-    """A feed-forward module that adds what it computes to the residual."""
+    """A feed-forward module that is also called with the residual, and adds its output to it."""
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = residual + super().forward(x)
@@ -106,10 +107,12 @@ class ResidualBlockFFN(BlockFFN):
 
 
 class InlineFFN(FlashFFN, WeightOnFlash):
-    """Stands where the first linear layer stood, and keeps its parameter name `bias`.
+    """In place of the first linear layer, whose parameter name `bias` it keeps.
 
     Args:
-        last: what stands where the last linear layer stood. It is not registered as a part of this module.
+        index, d_ff, d_model, activation: as in [`FlashFFN`].
+        bias: the first linear layer's bias, if it had one.
+        last: the module in place of the last linear layer. It is not registered as a submodule of this one.
     """
 
     role: Role = "up"
@@ -130,9 +133,9 @@ class InlineFFN(FlashFFN, WeightOnFlash):
 
 
 class PassingActivation(nn.Module):
-    """Stands where the activation stood, and passes on what [`InlineFFN`] has computed already.
+    """In place of the activation: passes on what [`InlineFFN`] has computed already.
 
-    If somebody has put a plain up projection in its place, what comes is as wide as that, and is activated here.
+    If somebody has replaced the [`InlineFFN`] by a plain up projection, the input has another width, and is activated here.
     """
 
     def __init__(self, activation: Elementwise, d_model: int) -> None:
@@ -147,7 +150,7 @@ class PassingActivation(nn.Module):
 
 
 class LastProjection(WeightOnFlash):
-    """Stands where the last linear layer stood, and passes on what [`InlineFFN`] has computed. Its bias is added there."""
+    """In place of the last linear layer: passes on what [`InlineFFN`] has computed. That also adds the bias found here."""
 
     role: Role = "down"
 

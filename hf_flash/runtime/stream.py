@@ -1,8 +1,8 @@
-"""A call of several blocks: neurons that do not all fit into the window are worked off in blocks, read while others compute.
+"""A call of several blocks: neurons that do not all fit into the window are read one block at a time, while others compute.
 
 What a call computes, and in which blocks, follows from the call alone ([`Call`]), so that results do not depend on what is in
 memory. Where its neurons fit into the window, all blocks are computed from there. Otherwise they are *streamed* ([`stream`])
-through two buffers, one of which is filled while the other is computed. What is worth keeping goes on to the window.
+through two buffers, one of which is filled while the other is computed. Neurons worth keeping are copied into the window.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from hf_flash.runtime.engine import Engine
 from hf_flash.runtime.window import ResidentWindow
 
 Observer = Callable[[torch.Tensor, Ids, Values], None]
-"""Called with a layer's input x, float32 [tokens, d_model], the ids of a block and what was computed of them."""
+"""Called with a layer's input x, float32 [tokens, d_model], the ids of a block and the values computed of these neurons."""
 
 
-LEARNT_TOKENS: Final = 64  # at the end of a prompt: which neurons they used decides what stays in the window
+LEARNT_TOKENS: Final = 64  # last tokens of a prompt: the neurons that they used decide what stays in the window
 _BUFFERS: Final = 2  # one is filled while the other is computed
 
 
@@ -37,22 +37,27 @@ class Call:
     """What one forward of a layer computes, and in which blocks.
 
     Args:
-        x: [tokens, d_model] in the dtype of compute, contiguous.
+        arithmetic: computes the products.
+        x: [tokens, d_model] in the compute dtype, contiguous.
+        biases: the layer's biases.
         selected: bool [tokens, d_ff], which neurons each token uses; `None`: all.
-        ids: neurons that any of them uses, sorted.
-        streamed: whether they are read past the window.
-        observer: sees what is computed, where all tokens use all neurons.
-        learner: the layer's window, if it is to learn from these which neurons are in use.
+        ids: neurons that any token uses, sorted.
+        d_ff: the layer's number of neurons.
+        streamed: whether neurons are read past the window.
+        observer: is shown the values that are computed, where all tokens use all neurons.
+        learner: the layer's window, if it is to learn from this call which neurons are active.
 
     Attributes:
-        step: neurons in a block at most.
+        step: the most neurons in a block.
         uses_all: whether every token uses every neuron.
-        blocks: sorted ids. One token: `step` neurons of those it uses. Several: those used of `step` neighbours, which lie
-            together on flash; in the window, where that matters to nobody, `step` used ones if every token is on its own.
-        one_block: whether one token is done with a single one.
-        of_neighbours: whether blocks are of neighbours.
-        together: columns of the neurons of a streamed block that have to be in one matrix.
-        uses_most: whether these are most of the layer's neurons.
+        uses_most: whether `ids` are more than half of the layer's neurons.
+        of_neighbours: whether blocks are made of neighbours.
+        blocks: sorted ids of each block. Blocks of neighbours hold the used ones of `step` consecutive ids, which lie together
+            on flash. All others hold `step` used neurons: for one token; and for several whose neurons are in the window, if
+            the arithmetic multiplies each neuron only with the tokens that use it.
+        one_block: whether the call is of one token, with a single block.
+        has_several_tokens: whether the call is of several tokens.
+        together: columns of a streamed block's neurons that have to be in one matrix.
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class Call:
         self._arithmetic, self._x, self._biases = arithmetic, x, biases
         self._observer, self._learner = observer, learner
         self.d_ff = d_ff
-        self.step = block_rows(d_ff, len(x) if selected is not None else 2)  # of all neurons as many as have two buffers
+        self.step = block_rows(d_ff, len(x) if selected is not None else 2)  # with all neurons: blocks that two buffers hold
         self.one_block = len(x) == 1 and len(ids) <= self.step
         self.uses_all, self.uses_most = selected is None, 2 * len(ids) > d_ff
         self._several = arithmetic.several_tokens(x, selected, len(ids), biases) if len(x) > 1 else None
@@ -85,7 +90,7 @@ class Call:
             self.blocks = [ids[at : at + self.step] for at in range(0, len(ids), self.step)]
 
     def add(self, matrix: torch.Tensor, rows: Ids, ids: Ids, out: torch.Tensor) -> None:
-        """Add a block's share to `out` [tokens, d_model] float32; `rows` of `matrix` hold neurons `ids`."""
+        """Add a block's share to `out` [tokens, d_model] float32; `rows` of `matrix` hold the neurons `ids`."""
         if self._several is None:
             token = self._arithmetic.one_token(self._x, self._biases, matrix, rows, ids, one_block=self.one_block)
             token.finish(out)
@@ -93,7 +98,12 @@ class Call:
         self._observe(ids, self._several.add(matrix, rows, ids, out))
 
     def add_streamed(self, matrix: torch.Tensor, rows: Ids, places: Ids, ids: Ids, out: torch.Tensor) -> None:
-        """Of several tokens, the same for neurons at addresses `places`, of which `rows` have the columns `together`."""
+        """As [`add`], for several tokens and a streamed block.
+
+        Args:
+            matrix: its `rows` hold the columns `together` of the neurons `ids`.
+            places: addresses of the whole neurons.
+        """
         assert self._several is not None
         self._observe(ids, self._several.add_streamed(matrix, rows, places, ids, out))
 
@@ -115,14 +125,17 @@ def stream(
     out: torch.Tensor,
     at_end: Callable[[list[torch.Tensor]], None],
 ) -> float:
-    """Work off what does not fit into the window, the next block on its way while one is computed.
+    """Compute a call whose neurons do not fit into the window. The next block is read while one is computed.
 
     Args:
+        layer: the layer's index.
+        window: the layer's window, which takes in the neurons worth keeping.
+        call: the call.
         out: float32 [tokens, d_model], to which the sum is added.
-        at_end: called when everything that the call needs is read, with the buffers that are free.
+        at_end: called with the free buffers once everything is read, if the call uses most of the layer's neurons.
 
     Returns:
-        Seconds spent on reading and nothing else.
+        Seconds spent on starting reads and waiting for them, while nothing was computed.
     """
     rows, waited = engine.arithmetic.rows, 0.0
     free = [rows[at : at + call.step] for at in range(0, len(rows) - call.step + 1, call.step)][:_BUFFERS]
@@ -144,18 +157,18 @@ def stream(
                 free.append(block.buffer)
     except BaseException:
         engine.early = None
-        engine.reader.forget()  # nothing may write to the buffers any more
+        engine.reader.forget()  # from here on no read may write to the buffers
         raise
     return waited
 
 
 def start_early(engine: Engine, layer: int, window: ResidentWindow, step: int, free: list[torch.Tensor]) -> None:
-    """Start to read the first block that a call of all neurons of the next layer will lack: the disk is not idle meanwhile.
+    """Start to read the next layer's first incomplete block, for a call of all its neurons, so that the disk is not idle.
 
     Args:
-        layer, window: of that layer.
+        layer, window: the next layer's index and window.
         step: neurons in a block.
-        free: buffers of so many rows, which that layer's call will have, too.
+        free: buffers of `step` rows; the next layer's call uses the same ones.
     """
     d_ff = len(window.slot_of)
     missing = np.flatnonzero(window.slot_of < 0)
@@ -169,7 +182,7 @@ def start_early(engine: Engine, layer: int, window: ResidentWindow, step: int, f
 
 
 def _take_early(engine: Engine, blocks: list[_Block], free: list[torch.Tensor]) -> None:
-    """Let what was started early stand for the block that it is, if that still lacks the same neurons."""
+    """Put the block that was started early in place of its equal among `blocks`, if that still lacks the same neurons."""
     early, engine.early = engine.early, None
     if early is None:
         return
@@ -183,12 +196,14 @@ def _take_early(engine: Engine, blocks: list[_Block], free: list[torch.Tensor]) 
 
 
 class _Block:
-    """Some neurons of a call: resident ones, and others that are to be read into a buffer. It is `complete` without those.
+    """Some neurons of a call: resident ones, and missing ones, to be read into a buffer. It is `complete` if none is missing.
 
     Args:
-        ids: sorted.
-        step: of neurons that are neighbours in blocks of so many; else 0.
-        d_ff: neurons of the layer.
+        layer: the layer's index.
+        window: the layer's window.
+        ids: the neurons, sorted.
+        step: block size, if the block is one of neighbours; else 0.
+        d_ff: the layer's number of neurons.
     """
 
     buffer: torch.Tensor
@@ -206,11 +221,11 @@ class _Block:
 
     @property
     def is_started(self) -> bool:
-        """Whether nothing is left to be started."""
+        """Whether no read is left to be started."""
         return self.complete or self._reading is not None
 
     def is_alike(self, other: _Block) -> bool:
-        """Whether it reads the same neurons of the same layer to the same rows of a buffer."""
+        """Whether both read the same neurons of the same layer into the same rows of a buffer."""
         return (
             self._layer == other._layer
             and np.array_equal(self.ids, other.ids)
@@ -219,7 +234,7 @@ class _Block:
         )
 
     def start(self, engine: Engine, free: list[torch.Tensor]) -> None:
-        """Start to read what is missing, if anything is, into a buffer taken from `free`."""
+        """Start to read missing neurons, if there are any, into a buffer taken from `free`."""
         if self.is_started:
             return
         self.buffer = free.pop(0)
@@ -233,7 +248,7 @@ class _Block:
         self._reading = engine.reader.start(self._layer, missing, self.buffer, rows, background=True)
 
     def wait(self, engine: Engine) -> None:
-        """Wait until what is read is there, and count it."""
+        """Wait for the read, and count it."""
         if self._reading is None:
             return
         try:
@@ -241,7 +256,7 @@ class _Block:
         except StoreReadError:
             if not self.is_early:
                 raise
-            self._start(engine)  # it may have been forgotten with the reads of another call
+            self._start(engine)  # `forget` may have dropped it with the reads of another call
             read = self._reading.wait()
         engine.counters.add_read(read)
 
@@ -261,7 +276,7 @@ class _Block:
             call.add(self.buffer, self._rows, self.ids, out)
 
     def keep(self, engine: Engine) -> None:
-        """Leave in the window, or take into it, what is worth keeping of this block and those before it."""
+        """Keep in the window, or copy into it, what is worth keeping of this block and those before it."""
         window, ids = self._window, self.ids
         if not window.capacity:
             return

@@ -16,8 +16,12 @@ from hf_flash.runtime.sites import BlockFFN, InlineFFN, LastProjection, PassingA
 def replace_feed_forwards(model: nn.Module, family: Family) -> list[FlashFFN]:
     """Replace every feed-forward block. Returns the new modules, by layer.
 
+    Args:
+        model: the model, with its parameters on the meta device.
+        family: its family.
+
     Raises:
-        UnsupportedModelError: a block does not hold what its family describes, or computes something else.
+        UnsupportedModelError: a block has other modules than its family describes, or computes something else.
     """
     config: Any = model.config
     shape, activation = family.shape(config), family.activation_of(config)

@@ -2,7 +2,7 @@
 
 [`FlashFFN`] does the same step by step for any call. Its Python takes ten times as long within a model as in a loop, because
 attention has emptied the caches in between: half a millisecond a layer. So where the neurons of a few tokens fit into the
-window, window, reads and products are one call (compute/step.c), which follows the rules of runtime/window.py and
+window, a single call (compute/step.c) updates the window, reads and multiplies, by the rules of runtime/window.py and
 reading/chunks.py. It refuses every other case before it changes anything.
 """
 
@@ -27,25 +27,26 @@ from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.unit import UnitLayout
 
 MOST_TOKENS: Final = TokenRoom.tokens
-MOST_NEURONS: Final = 1 << 16  # whose places among a call's are 16 bits: `row_of` of native.h
-_GROWTH: Final = tuple(GROWTH**tokens for tokens in range(MOST_TOKENS + 1))  # as the window has it
+MOST_NEURONS: Final = 1 << 16  # `row_of` of native.h counts a call's neurons in 16 bits
+_GROWTH: Final = tuple(GROWTH**tokens for tokens in range(MOST_TOKENS + 1))  # worked out as the window does
 
 
 def token_step(arithmetic: Arithmetic, window: ResidentWindow, store: LayerStore) -> TokenStep | None:
-    """The step of a layer, if the arithmetic can take tokens through it in one call."""
+    """The [`TokenStep`] of a layer; `None` if the arithmetic cannot do one in the compiled part."""
     if arithmetic.step_kernel is None:
         return None
     return TokenStep(arithmetic.step_kernel.room, arithmetic.unit, arithmetic.activation, window, store)
 
 
 class TokenStep:
-    """The step of one layer. To be made only where there is a `library()`, and units of a layout that kernels.py `supports`.
+    """Takes a few tokens through one layer. It needs a `library()`, and a unit layout that kernels.py `supports`.
 
     Args:
-        room: shared with other layers, which run at other times.
-        unit: as units lie in the window. activation: one that the compiled part knows.
-        window: the layer's. Its arrays are changed where they lie.
-        store: where the layer's units are.
+        room: scratch memory, shared with other layers, which run at other times.
+        unit: the layout of units in the window.
+        activation: one that the compiled part knows.
+        window: the layer's window. The compiled part changes its arrays in place.
+        store: the layer's units on flash.
     """
 
     def __init__(
@@ -83,15 +84,16 @@ class TokenStep:
         )  # fmt: skip
 
     def run(self, x: torch.Tensor, selected: torch.Tensor, biases: Biases, file: StepFile | None) -> torch.Tensor | None:
-        """float32 [tokens, width]: the sum before bias and rounding. `None`: the call does not fit here, or a read failed.
+        """Compute a call: the sum before bias and rounding, float32 [tokens, width].
 
-        After a failed read the window holds what it held and some less; who reads again is told what is wrong.
+        `None`: the call is not one for this step, or a read failed. After a failed read the window holds less than before, and
+        reading again step by step reports what is wrong.
 
         Args:
-            x: [tokens, width] in the dtype of compute, contiguous; `MOST_TOKENS` at most.
-            selected: bool [tokens, d_ff], contiguous: the neurons that each uses.
-            biases: of the layer.
-            file: what is missing is read with it. `None`: nothing can be read, as where numbers are converted.
+            x: [tokens, width] in the compute dtype, contiguous; at most `MOST_TOKENS` tokens.
+            selected: bool [tokens, d_ff], contiguous: the neurons that each token uses.
+            biases: the layer's biases.
+            file: missing neurons are read with it. `None`: it cannot read them, for example where numbers are converted.
         """
         step, window, resident, tokens = self._step, self._step.window, self._window, len(x)
         job = step.job if tokens == 1 else step.several
@@ -113,11 +115,15 @@ class TokenStep:
 
     @property
     def missing(self) -> int:
-        """Those of them that were not in the window."""
+        """How many of them were not in the window."""
         return int(self._step.missing)
 
     def count(self, counters: Counters, seconds: float) -> None:
-        """Count what the last call, which took so long, read and spent its time on."""
+        """Add the last call's reads and times to the counters.
+
+        Args:
+            seconds: how long the call took.
+        """
         step, waited_s = self._step, self._step.waited_s
         counters.read_bytes += step.read_bytes
         counters.reads += step.chunks

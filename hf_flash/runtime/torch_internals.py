@@ -1,6 +1,7 @@
-"""What hf_flash uses of torch that is no public interface. Nothing else in the package knows these names, with two exceptions.
+"""Everything of torch that hf_flash uses and that is not public. Nothing else in the package uses these names, with two
+exceptions.
 
-torch may change any of them in any release. `tests/contract/test_torch_seam.py` names each and asks torch itself.
+torch may change any of them in any release. `tests/contract/test_torch_seam.py` checks each against torch itself.
 
     torch._C._nn._parse_to                                     target_device
     torch.Tensor._make_wrapper_subclass                        make_wrapper
@@ -14,9 +15,9 @@ torch may change any of them in any release. `tests/contract/test_torch_seam.py`
                                                                transforming
     _metadata of a state dict                                  same_metadata
 
-The exceptions: predictors/low_bit.py asks for torch's own low-bit products, which it tries before it uses them. And modules
-override `_apply`, `_save_to_state_dict`, `_load_from_state_dict` and `__prepare_scriptable__` of `nn.Module`, and read its
-`_parameters`, `_buffers` and `_modules`: that is done in the class, not by a function (flash_weights.py, resident_linear.py).
+The exceptions: predictors/low_bit.py uses torch's own low-bit products, which it tries out first. And modules override
+`_apply`, `_save_to_state_dict`, `_load_from_state_dict` and `__prepare_scriptable__` of `nn.Module`, and read its
+`_parameters`, `_buffers` and `_modules`: this has to be in the class (flash_weights.py, resident_linear.py).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _transforms: Final[Callable[..., Any]] = torch._C._functorch.peek_interpreter_st
 T = TypeVar("T", bound=torch.Tensor)
 
 without_torch_function: Final = torch._C.DisableTorchFunctionSubclass
-"""A context in which `__torch_function__` of subclasses is not called, as torch's own default implementation has it."""
+"""A context in which `__torch_function__` of subclasses is not called. torch's own default implementation uses it."""
 
 ADDRESSES: Final[frozenset[Any]] = frozenset(
     {
@@ -45,7 +46,7 @@ ADDRESSES: Final[frozenset[Any]] = frozenset(
         torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.tolist,
     }
 )  # fmt: skip
-"""Methods that hand out where a tensor's numbers lie, or the numbers themselves, without an operator."""
+"""Methods that give access to a tensor's numbers or their address without calling an operator."""
 
 
 def target_device(*args: Any, **kwargs: Any) -> torch.device | None:
@@ -55,13 +56,13 @@ def target_device(*args: Any, **kwargs: Any) -> torch.device | None:
 
 
 def make_wrapper(kind: type[T], shape: tuple[int, ...], dtype: torch.dtype) -> T:
-    """A tensor of a subclass, on the CPU, that has a shape and a dtype and no numbers."""
+    """A tensor of a subclass, on the CPU, that has a shape and a dtype but no numbers."""
     made: T = torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=torch.device("cpu"))
     return made
 
 
 def written(kind: type[T], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T]:
-    """The tensors of a class that an operator writes to, when it is called with these arguments."""
+    """The tensors of class `kind` that an operator writes to when it is called with these arguments."""
     given = (
         kwargs.get(argument.name, args[number] if number < len(args) else None)
         for number, argument in enumerate(func._schema.arguments)
@@ -71,12 +72,12 @@ def written(kind: type[T], func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def replaced(kind: type[T], change: Callable[[T], Any], given: Any) -> Any:
-    """Arguments with every tensor of a class, also inside of lists and dictionaries, replaced by what `change` makes of it."""
+    """Arguments with every tensor of class `kind` replaced by `change(tensor)`, also within lists and dictionaries."""
     return tree_map_only(kind, change, given)
 
 
 def transforming(x: torch.Tensor) -> str | None:
-    """What traces or transforms a call with this input from outside, if anything does. No call of an ordinary token is."""
+    """The name of what traces or transforms a call with this input from outside; `None`: nothing, as in ordinary calls."""
     if _transforms() is not None:
         return "torch.func"
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
@@ -89,6 +90,6 @@ def transforming(x: torch.Tensor) -> str | None:
 
 
 def same_metadata(state_dict: Any, source: Any) -> None:
-    """Give a state dict the versions of modules that another one has: `nn.Module.load_state_dict` looks for them there."""
+    """Copy the module versions of one state dict to another: `nn.Module.load_state_dict` looks for them there."""
     if hasattr(source, "_metadata"):
         state_dict._metadata = source._metadata

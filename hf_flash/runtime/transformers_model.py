@@ -1,7 +1,7 @@
-"""What hf_flash uses of a transformers model that is no public interface. Nothing else in the package knows these names.
+"""Everything of a transformers model that hf_flash uses and that is not public. Nothing else in the package uses these names.
 
-transformers may change any of them in any release. Each has one function here, which says where transformers has the name, and
-a test in `tests/contract/test_transformers_seam.py` that names it and asks transformers itself.
+transformers may change any of them in any release. Each is used in functions here, which say where transformers defines it, and
+checked against transformers itself in `tests/contract/test_transformers_seam.py`.
 
     all_tied_weights_keys                    tied_names, tied_pairs
     _hf_peft_config_loaded                   has_adapter
@@ -14,12 +14,12 @@ a test in `tests/contract/test_transformers_seam.py` that names it and asks tran
     _original_source_patterns, and -target-  plain_state
     how the model calls its decoder          sequence_length
     how the model calls a decoder layer      hidden_of, first_layer_call
-    how a decoder layer answers              run_layer
+    what a decoder layer returns             run_layer
 
-Other rooms have what only they use: families/decoder.py where the decoder layers are, runtime/model_class.py the class of a
-model, serving/transformers_serving.py the server, registration.py the tables of quantizers, quantizer.py the methods that
-transformers calls while it loads a model, runtime/devices.py what `load_adapter` reports and what `hf_device_map` does to a
-pipeline.
+Some modules rely on further details that only they need: families/decoder.py on where the decoder layers are,
+runtime/model_class.py on the class of a model, serving/transformers_serving.py on the server, registration.py on the tables of
+quantizers, quantizer.py on the methods that transformers calls while it loads a model, runtime/devices.py on what
+`load_adapter` reports and what `hf_device_map` does to a pipeline.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ _CONVERSIONS: Final = "_weight_conversions"
 
 
 def tied_names(model: Any) -> set[str]:
-    """Names of the parameters that are others under a second name, as `lm_head.weight` is the embedding's.
+    """Names of parameters that are only second names of other parameters, as `lm_head.weight` may be of the embedding.
 
-    `all_tied_weights_keys` of `PreTrainedModel`, since 5.0: a dictionary from such a name to that of the other parameter. It is
-    set by `post_init`, which a model that somebody wrote may not call.
+    `all_tied_weights_keys` of `PreTrainedModel`, since 5.0: a dictionary from such a name to the name of the other parameter.
+    `post_init` sets it; a custom model may not call that.
     """
     return set(tied_pairs(model))
 
 
 def tied_pairs(model: Any) -> dict[str, str]:
-    """The same, each with the name of the parameter that it is."""
+    """The names of [`tied_names`], each with the name of the parameter that it stands for."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def plain_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Some of a model's tensors under the names, and in the form, that its checkpoint has them in; numbers are plain ones.
+    """Some of a model's tensors under the names and in the form of its checkpoint, but always with plain numbers.
 
-    `revert_weight_conversion` of core_model_loading.py, since 5.0: `save_pretrained` calls it. It goes by
-    `_weight_conversions`, which loading leaves at the model; those that make plain numbers of others are not reverted.
+    `revert_weight_conversion` of core_model_loading.py, since 5.0: `save_pretrained` calls it. It uses `_weight_conversions`,
+    which loading sets on the model. Conversions that dequantize are not reverted.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -70,7 +70,7 @@ def plain_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torc
 
 
 def _without_dequantizing(conversion: Any) -> Iterator[Any]:
-    """What a conversion does beside making plain numbers, if anything."""
+    """A conversion without its dequantizing operations; nothing if it has no others."""
     operations = getattr(conversion, "operations", ())
     left = [operation for operation in operations if not is_dequantizing(operation)]
     if len(left) == len(operations):
@@ -81,7 +81,7 @@ def _without_dequantizing(conversion: Any) -> Iterator[Any]:
 
 
 def mark_as_initialized(module: Any) -> None:
-    """Keep the loader from giving random numbers to parameters of this module that it does not have any more.
+    """Keep the loader from initializing parameters that this module does not have any more.
 
     `_is_hf_initialized` of `PreTrainedModel._initialize_weights`, since 4.20: an attribute of a module.
     """
@@ -89,10 +89,11 @@ def mark_as_initialized(module: Any) -> None:
 
 
 def loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtypes that a model's parameters are loaded in: some stay in fp32, such as routers.
+    """The dtype that each of a model's parameters is loaded in: some, such as routers, stay in fp32.
 
     Args:
-        dtype: of compute.
+        model: the model.
+        dtype: the compute dtype.
 
     `_get_dtype_plan` of `PreTrainedModel` and `build_glob_alternation` of core_model_loading.py, since 5.0.
     """
@@ -109,10 +110,11 @@ def loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def resident_bytes(model: Any, dtype: torch.dtype) -> int:
-    """Of all weights that a model has, as they are loaded; tied ones count once.
+    """Bytes of all weights that a model has, in the dtypes they are loaded in; tied ones count once.
 
     Args:
-        dtype: of compute.
+        model: the model.
+        dtype: the compute dtype.
     """
     tied, dtypes = tied_names(model), loaded_dtypes(model, dtype)
     weights = {id(p): (name, p) for name, p in [*model.named_parameters(), *model.named_buffers()] if name not in tied}
@@ -130,49 +132,50 @@ def has_adapter(model: Any) -> bool:
 
 
 def ignore_on_load(model: Any, patterns: Iterable[str]) -> None:
-    """Let the loader pass over tensors of the checkpoint whose name one of the patterns is found in; of this model alone.
+    """Make the loader skip tensors of the checkpoint whose name one of the patterns is found in; for this model alone.
 
-    `_keys_to_ignore_on_load_unexpected` of `PreTrainedModel`, since 4.0: regular expressions, or `None`. An attribute of the
-    class, which one of the model hides. The loader reads it after the quantizer has seen the model.
+    `_keys_to_ignore_on_load_unexpected` of `PreTrainedModel`, since 4.0: regular expressions, or `None`. It is an attribute of
+    the class; setting one on the model hides it. The loader reads it after the quantizer has seen the model.
     """
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """The hidden states [sequences, tokens, d_model] among what a decoder layer is called with.
+    """The hidden states [sequences, tokens, d_model] among the arguments of a decoder layer.
 
-    Models of transformers hand them over as the first positional argument. Where they do not, they say `hidden_states`.
+    Models of transformers pass them as the first positional argument, or by the name `hidden_states`.
     """
     hidden: torch.Tensor = args[0] if args else kwargs[_HIDDEN]
     return hidden
 
 
 def sequence_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Tokens of each sequence among what a decoder is called with.
+    """Tokens of each sequence, from the arguments of a decoder.
 
-    Causal language models of transformers hand over `input_ids` [sequences, tokens] or `inputs_embeds` [sequences, tokens,
-    d_model] by name. A decoder that is called alone may get token ids as its first positional argument.
+    Causal language models of transformers pass `input_ids` [sequences, tokens] or `inputs_embeds` [sequences, tokens, d_model]
+    by name. A decoder that is called by itself may get token ids as its first positional argument.
     """
     ids = args[0] if args else kwargs.get("input_ids")
     return int(ids.shape[-1] if ids is not None else kwargs["inputs_embeds"].shape[-2])
 
 
 class _Entered(Exception):
-    """Ends a forward at the door of the first decoder layer."""
+    """Ends a forward before the first decoder layer runs."""
 
 
 def first_layer_call(model: Any, first: Any, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """What the first decoder layer is called with. No decoder layer runs.
+    """The arguments that the first decoder layer is called with. No decoder layer runs.
 
-    For running decoder layers one by one, which transformers has no way to do: what the model hands the first layer by name is
-    what it hands every layer, for the same tokens.
+    This serves to run decoder layers one by one, which transformers has no way to do: the arguments that the model passes by
+    name are the same for all layers, for the same tokens.
 
     Args:
-        first: the first of the model's decoder layers.
+        model: the model.
+        first: the first of its decoder layers.
         batch: token ids [sequences, tokens].
 
     Returns:
-        Hidden states [sequences, tokens, d_model], and the other arguments by name: they do for every layer.
+        Hidden states [sequences, tokens, d_model], and the other arguments by name, which fit every layer.
 
     Raises:
         UnsupportedModelError: the layer is called in another way than this module knows.
@@ -202,10 +205,12 @@ def first_layer_call(model: Any, first: Any, batch: torch.Tensor) -> tuple[torch
 
 
 def run_layer(layer: Any, hidden: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Hidden states behind a decoder layer, which returns them alone or first in a tuple.
+    """The output [sequences, tokens, d_model] of a decoder layer, which returns it alone or first in a tuple.
 
     Args:
-        arguments: as [`first_layer_call`] gave them.
+        layer: the decoder layer.
+        hidden: its input, hidden states [sequences, tokens, d_model].
+        arguments: the other arguments, as [`first_layer_call`] returned them.
     """
     out = layer(hidden, **arguments)
     behind: torch.Tensor = out[0] if isinstance(out, tuple) else out

@@ -1,22 +1,23 @@
 """`ResidentWindow`: the neurons of one layer that are in DRAM (paper: section 3.3).
 
     matrix    [capacity, numbers of a unit]   allocated once
-    pointer   [capacity]   which neuron a row (*slot*) holds, or -1
-    slot_of   [d_ff]       the way back: the slot of a neuron, or -1
-    last_used [d_ff]       the token that used a neuron last: `last_k_active` for every k at once
-    score     [d_ff]       how often it was used, older uses counting less
+    pointer   [capacity]   the neuron that a row (*slot*) holds, or -1
+    slot_of   [d_ff]       the inverse: the slot of a neuron, or -1
+    last_used [d_ff]       the last token that used a neuron: `last_k_active` for every k at once
+    score     [d_ff]       how often a neuron was used, with older uses counting less
 
-What the last `window` tokens used stays. Older neurons stay as long as there is room; when there is none, those that were used
-least go first. (The paper drops what left the window at once. On the shipped model, with room for half of the neurons, that
-reads 75 % of a token's neurons again, the least recently used rule 23 %, and this one 21 %: `scripts/window_rules.py`.)
+The neurons that the last `window` tokens used stay. Older neurons stay as long as there is room, and when there is none the
+least used go first. (The paper drops a neuron as soon as it leaves the window. On the shipped model, with room for half of the
+neurons, that rule reads 75 % of a token's neurons again, the least recently used rule 23 %, and this one 21 %:
+`scripts/window_rules.py`.)
 
 The paper closes holes by moving the last rows, so that a product can run over all of them. Here only the neurons predicted for
 a token are computed (contract C3), wherever they lie; so a new row goes into any free slot, and no row ever moves. Nothing
 of the size of a row is allocated after construction.
 
 One forward is `note_use` -> `make_room` -> `reserve` -> (the caller reads) -> `commit`, or `give_back` when reading fails. A
-prompt is `advance` instead, and `note_active` once its neurons are computed. A caller that is interrupted anywhere in between
-calls `forget`. The window knows neither the reader nor the predictor, and never decides what is computed.
+prompt calls `advance` instead of `note_use`, and `note_active` once its neurons are computed. A caller that is interrupted
+anywhere in between calls `forget`. The window knows neither the reader nor the predictor, and never decides what is computed.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ import torch
 
 from hf_flash.base.arrays import Ids, Mask, count_uses
 
-GROWTH: Final = 1 / 0.99  # of what a use scores, per token: half of a neuron's score is of the last 69 tokens
-RESCALE_BEYOND: Final = 1e9  # when weights have grown this large they start from 1 again
-_FORGOTTEN: Final = 2000  # tokens after which older uses count for nothing, and their weight still is a number
+GROWTH: Final = 1 / 0.99  # growth of a use's weight per token: half of a neuron's score comes from the last 69 tokens
+RESCALE_BEYOND: Final = 1e9  # when the weight has grown this large, it starts from 1 again
+_FORGOTTEN: Final = 2000  # tokens after which older uses hardly count; more would make the weight overflow
 
 
 class ResidentWindow:
@@ -40,25 +41,25 @@ class ResidentWindow:
     Args:
         d_ff: neurons in the layer.
         matrix: [capacity, any], one row for each neuron that fits: memory that the arithmetic provides.
-        window: tokens a neuron stays for after its last use.
+        window: for how many tokens a neuron stays after its last use.
     """
 
     def __init__(self, d_ff: int, matrix: torch.Tensor, window: int) -> None:
         capacity = len(matrix)
         self.capacity, self.window = capacity, window
-        self.matrix = matrix.zero_()  # now, or reads wait for pages the first time
+        self.matrix = matrix.zero_()  # allocates its pages now, or the first reads would wait for them
         self.last_used = np.full(d_ff, np.iinfo(np.int64).min, dtype=np.int64)
         self.score = np.zeros(d_ff)
-        self.use_score = 1.0  # what a use adds to `score` now; it grows, instead of all of `score` shrinking
+        self.use_score = 1.0  # what a use adds to `score` now; it grows, so that `score` need not be scaled down
         self.clock = 0  # tokens seen
-        self.consistent = True  # for callers: whether what they do with it was not interrupted halfway
+        self.consistent = True  # kept by callers: False while they change the window, or were interrupted doing so
         self.slot_of, self.pointer = np.empty(d_ff, dtype=np.int64), np.empty(capacity, dtype=np.int64)
         self._free = np.empty(capacity, dtype=np.int64)
         self.forget()
 
     @property
     def arrays(self) -> tuple[Ids, Ids, Ids, Ids, npt.NDArray[np.float64]]:
-        """`slot_of`, `pointer`, `last_used`, the stack of free slots and `score`: the same arrays for good."""
+        """`slot_of`, `pointer`, `last_used`, the stack of free slots and `score`. These arrays are never replaced."""
         return self.slot_of, self.pointer, self.last_used, self._free, self.score
 
     @property
@@ -71,8 +72,8 @@ class ResidentWindow:
 
         Args:
             selected: bool [tokens, d_ff], or `None` when every token uses all of `union`.
-            tokens: how many.
-            union: sorted ids used by any of them.
+            tokens: number of tokens.
+            union: ids that any token uses, sorted.
         """
         start = self.clock
         self.advance(tokens)
@@ -95,12 +96,12 @@ class ResidentWindow:
             self.use_score = 1.0
 
     def note_active(self, uses: Ids, last: Ids, tokens: int, ids: Ids) -> None:
-        """Mark which neurons the last tokens of a call used, once they are computed; after [`advance`].
+        """Mark which neurons the last tokens of a call used, once they are computed. Call it after [`advance`].
 
         Args:
-            uses: int64 [n] by how many of those tokens.
-            last: int64 [n] the number of the last that did, from 1 on.
-            tokens: how many.
+            uses: int64 [n] how many of those tokens used each neuron.
+            last: int64 [n] number of the last such token, from 1 on.
+            tokens: number of tokens.
             ids: [n] the neurons.
         """
         used = np.flatnonzero(uses)
@@ -109,13 +110,13 @@ class ResidentWindow:
         self.last_used[at] = np.maximum(self.clock - tokens + last[used], self.clock - min(tokens, self.window))  # or before it
 
     def missing(self, ids: Ids) -> Ids:
-        """Those of `ids` that are not in DRAM, in the same order."""
+        """The ones of `ids` that are not in DRAM, in the same order."""
         return ids[self.slot_of[ids] < 0]
 
     def make_room(self, count: int, union: Ids) -> None:
-        """Evict until `count` slots are free, none of `union`. Call only if `union` and as many others fit.
+        """Evict neurons until `count` slots are free, but none of `union`.
 
-        Among equals the higher id goes first.
+        Call it only if `count` is at most the capacity less the residents among `union`. Among equals the higher id goes first.
         """
         excess = count - self.free
         if excess <= 0:
@@ -129,23 +130,24 @@ class ResidentWindow:
         self.evict(np.append(worse, equal[len(equal) - (excess - len(worse)) :]))
 
     def spare(self, union: Ids) -> int:
-        """Slots that are free, or hold what neither `union` nor the window needs."""
+        """Number of slots that are free, or hold a neuron that is neither in `union` nor used by the last `window` tokens."""
         evictable = (self.slot_of >= 0) & (self.last_used <= self.clock - self.window)
         evictable[union] = False
         return self.free + int(evictable.sum())
 
     def _rank(self, ids: Ids) -> npt.NDArray[np.float64]:
-        """What goes first has the lowest: out of the window by score, then in the window by last use."""
+        """The order of eviction, lowest first: neurons outside the window by score, then the ones inside by last use."""
         last = self.last_used[ids]
         return np.where(last > self.clock - self.window, 1e30 * last, self.score[ids])
 
     def worth_keeping(self, union: Ids, until: int | None = None) -> Mask:
-        """Of the residents and `union`: what should stay when not all of it can, bool [until].
+        """Which of the residents and `union` should stay when not all of them fit, bool [until].
 
-        Among equals what is in DRAM already, then the lower id.
+        Among equals, neurons that are in DRAM already come first, then lower ids.
 
         Args:
-            until: the first id that is not to be judged yet. Residents from there on stay. `None`: all are judged.
+            union: ids of the neurons that may be taken in.
+            until: the first id that is not judged yet: residents from there on stay. `None`: all are judged.
         """
         wanted, judged = self.slot_of >= 0, len(self.slot_of) if until is None else until
         room = self.capacity - int(np.count_nonzero(wanted[judged:]))
@@ -156,7 +158,7 @@ class ResidentWindow:
         if excess <= 0:
             return wanted
         rank = self._rank(ids)
-        least = np.partition(rank, excess - 1)[excess - 1]  # of those that go, the best
+        least = np.partition(rank, excess - 1)[excess - 1]  # the best rank among those that go
         worse, equal = ids[rank < least], ids[rank == least]
         present_first = equal[np.argsort(self.slot_of[equal] < 0, kind="stable")]
         wanted[worse] = False
@@ -171,19 +173,19 @@ class ResidentWindow:
         self.give_back(slots)
 
     def reserve(self, count: int) -> Ids:
-        """Free slots for `count` new neurons, ascending. They hold nothing before [`commit`]."""
+        """Take free slots for `count` new neurons, ascending. They hold nothing before [`commit`]."""
         if count > self.free:
             raise AssertionError(f"window overflow: {count} of {self.free} free slots")
         self.free -= count
         return np.sort(self._free[self.free : self.free + count])
 
     def commit(self, ids: Ids, slots: Ids) -> None:
-        """Slots that [`reserve`] gave now hold `ids`."""
+        """Record that `slots`, which [`reserve`] gave, now hold `ids`."""
         self.pointer[slots] = ids
         self.slot_of[ids] = slots
 
     def give_back(self, slots: Ids) -> None:
-        """Slots that hold nothing, to be reserved again."""
+        """Make slots that hold nothing free again."""
         self._free[self.free : self.free + len(slots)] = slots
         self.free += len(slots)
 

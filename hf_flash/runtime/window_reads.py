@@ -1,7 +1,7 @@
-"""`WindowReads`: reads into the window of one layer, when they are needed or ahead of that.
+"""`WindowReads`: reads into the window of one layer, on demand or ahead of time.
 
 A read may fail, and its caller may be interrupted anywhere, by a signal for example. Slots that a failed read was to fill go
-back to the window. After an interruption nobody knows which rows are whole, and the window forgets all of them.
+back to the window. After an interruption nobody knows which rows are whole, so the window forgets all of them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hf_flash.runtime.window import ResidentWindow
 
 
 class WindowReads:
-    """The reads of one layer. Copies of the layer share it, as they share the window. Call with the engine's lock held."""
+    """The reads of one layer. Copies of the layer share it, as they share the window. Hold the engine's lock to call it."""
 
     def __init__(self, engine: Engine, layer: int, window: ResidentWindow) -> None:
         self._engine, self._layer, self._window = engine, layer, window
-        self._ahead: tuple[Ids, Ids, Reading] | None = None  # neurons on their way, the slots they go to
+        self._ahead: tuple[Ids, Ids, Reading] | None = None  # neurons that are read ahead, their slots, and the read
 
     def reserve(self, missing: Ids, used: Ids) -> Ids:
-        """Slots for `missing`, without evicting any of `used`."""
+        """Reserve slots for `missing`, without evicting any of `used`."""
         self._window.make_room(len(missing), used)
         return self._window.reserve(len(missing))
 
@@ -37,7 +37,7 @@ class WindowReads:
             return self._engine.reader.start(self._layer, ids, self._window.matrix, slots, background=background)
 
     def take_in(self, ids: Ids, slots: Ids, reading: Reading) -> float:
-        """Wait for what [`start`] started, and count it; returns the seconds it took."""
+        """Wait for a read that [`start`] started, commit and count it; returns the seconds it took."""
         start = perf_counter()
         with self._given_back_on_failure(slots):
             read = reading.wait()
@@ -53,7 +53,7 @@ class WindowReads:
         return self._ahead is not None
 
     def read_ahead(self, missing: Ids, used: Ids) -> None:
-        """Start to read `missing` into the window, without evicting any of `used`; [`arrive`] takes it in."""
+        """Start to read `missing` into the window, without evicting any of `used`; [`arrive`] takes them in."""
         if not len(missing):
             return
         with self.changing():
@@ -62,10 +62,10 @@ class WindowReads:
                 self._ahead = missing, slots, self.start(missing, slots, background=True)
 
     def arrive(self, selected: torch.Tensor | None) -> float:
-        """Take in what was read ahead; returns the seconds that had to be waited.
+        """Take in the neurons that were read ahead; returns the seconds spent waiting.
 
         Args:
-            selected: bool [tokens, d_ff], what is really used; `None`: all.
+            selected: bool [tokens, d_ff], the neurons that are really used; `None`: all.
         """
         if self._ahead is None:
             return 0.0
@@ -84,14 +84,17 @@ class WindowReads:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """The block may be interrupted anywhere, and so may the clearing up after it: then the next call does that."""
+        """A context for code that changes the window. If it is interrupted, the window forgets everything.
+
+        The clean-up may be interrupted as well; then the next call does it.
+        """
         window = self._window
         if not window.consistent:
             self._forget()
         window.consistent = False
         try:
             yield
-        except HfFlashError:  # nothing was committed that is not whole
+        except HfFlashError:  # only whole rows were committed
             window.consistent = True
             raise
         except BaseException:

@@ -1,7 +1,7 @@
 """Plain checkpoints: a folder, a Hub repository or a list of files, seen as named tensors that stay on disk until used.
 
-It reads what transformers reads: `model.safetensors` or `pytorch_model.bin`, single or sharded. Safetensors are read in pieces
-and never mapped; pickles are opened with `weights_only`, and memory-mapped.
+The files are those that transformers reads: `model.safetensors` or `pytorch_model.bin`, single or sharded. Safetensors are read
+in pieces and never mapped; pickles are opened with `weights_only`, and memory-mapped.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
@@ -48,12 +49,12 @@ _SNAPSHOT: Final = re.compile(
 
 @dataclass
 class Checkpoint:
-    """Tensors by name over one or more files."""
+    """Tensors by name, in one or more weight files."""
 
     files: list[Path]
     specs: dict[str, TensorSpec] = field(default_factory=dict)
-    _where: dict[str, tuple[Path, int]] = field(default_factory=dict)  # file and byte
-    _states: dict[Path, tuple[int, int]] = field(default_factory=dict)  # of the files, when they were opened
+    _where: dict[str, tuple[Path, int]] = field(default_factory=dict)  # file, and byte where the data begins
+    _states: dict[Path, tuple[int, int]] = field(default_factory=dict)  # size and time when opened
     _pickles: dict[Path, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -61,7 +62,7 @@ class Checkpoint:
         """Open weight files: all safetensors or all pickles.
 
         Raises:
-            StoreMissingError, StoreFormatError: with the file and what is wrong with it.
+            StoreMissingError, StoreFormatError: a file is missing or not valid; the message names it and the fault.
         """
         self = cls([absolute(path) for path in files])
         for path in self.files:
@@ -79,21 +80,21 @@ class Checkpoint:
 
     @classmethod
     def open_folder(cls, folder: Path) -> Checkpoint:
-        """Open the weights in a folder as transformers would choose them."""
+        """Open the weight files in a folder that transformers would choose."""
         return cls.open(weight_files(folder))
 
     def tensors_by_file(self) -> dict[Path, list[str]]:
-        """The names of the tensors in each file, in the order of the file."""
+        """Return the names of the tensors in each file, in the order of the file."""
         found: dict[Path, list[str]] = {path: [] for path in self.files}
         for name in sorted(self.specs, key=lambda name: self._where[name][1]):
             found[self._where[name][0]].append(name)
         return found
 
     def place(self, name: str) -> tuple[Path, int]:
-        """The file that holds a tensor, and the byte where it begins there.
+        """Return the file that holds a tensor, and the byte where it begins there.
 
         Raises:
-            StoreFormatError: it is pickled, so that it cannot be read where it lies.
+            StoreFormatError: the tensor is pickled, so it cannot be read in place.
         """
         path, offset = self._where[name]
         if path.suffix != ".safetensors":
@@ -107,11 +108,11 @@ class Checkpoint:
         return path, offset
 
     def is_safetensors(self, name: str) -> bool:
-        """Whether a tensor is no pickle."""
+        """Tell whether a tensor lies in a safetensors file."""
         return bool(self._where) and self._where[name][0].suffix == ".safetensors"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in memory; memory-mapped if it is pickled."""
+        """Return one tensor in memory, or memory-mapped if it is pickled."""
         path, offset = self._where[name]
         if path.suffix != ".safetensors":
             return self._unpickled(path)[name]
@@ -119,12 +120,12 @@ class Checkpoint:
             return read_tensor(file, self.specs[name], offset)
 
     def in_memory(self, name: str) -> torch.Tensor:
-        """One tensor, contiguous, in memory even if it is pickled."""
+        """Return one tensor, contiguous and in memory, even if it is pickled."""
         tensor = self.tensor(name)
         return tensor if self._where[name][0].suffix == ".safetensors" else copy_to_memory(tensor)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """One tensor in pieces of some MiB, in its own order, which share a buffer."""
+        """Yield one tensor as flat pieces of some MiB, in order. They share a buffer. A pickled tensor comes whole."""
         path, offset = self._where[name]
         if path.suffix != ".safetensors":
             yield self._unpickled(path)[name]
@@ -133,7 +134,7 @@ class Checkpoint:
             yield from read_pieces(file, self.specs[name], offset)
 
     def rows(self, name: str) -> Rows | torch.Tensor:
-        """One matrix whose rows are read by slices when they are asked for."""
+        """Return one matrix whose rows are read when it is sliced."""
         path, offset = self._where[name]
         if path.suffix != ".safetensors":
             return self._unpickled(path)[name]
@@ -143,7 +144,7 @@ class Checkpoint:
         """Refuse files that were written to or replaced since they were opened.
 
         Raises:
-            RepackError: with the file.
+            RepackError: a file changed; the message names it.
         """
         for path, before in self._states.items():
             if not exists(path) or _state(path) != before:
@@ -160,19 +161,19 @@ class Checkpoint:
         return self._pickles[path]
 
     def release(self) -> None:
-        """Let go of open pickles, of which old ones lie in memory whole. They are opened again when a tensor is asked for."""
+        """Drop open pickles; old ones lie in memory whole. They are opened again when one of their tensors is requested."""
         self._pickles.clear()
 
     def origin(self) -> dict[str, str]:
-        """Say where it comes from: `source`, `revision`, and a `fingerprint` that differs whenever the weights may differ.
+        """Return its `source` and `revision`, and a `fingerprint` that differs whenever the weights may differ.
 
-        The fingerprint is made of sizes, headers and samples of the contents. A Hub snapshot adds repository and commit, and
-        the folder in it where it is not at the top; a local folder adds its path and the times of its files.
+        The fingerprint covers sizes, headers and samples of the contents. For a Hub snapshot it also covers the repository, the
+        commit and any subfolder; for a local folder, its path and the times of its files.
         """
         folder = self.files[0].parent
         found = find_snapshot(folder)
         source, revision = (found.name, found.commit) if found else (folder.name, "")
-        source = source.encode("utf-8", "replace").decode()  # a name of a file system may have bytes that are no text
+        source = source.encode("utf-8", "replace").decode()  # a file name may have bytes that are not text
         digest = hashlib.sha256(f"{FORMAT_VERSION}\n{source}\n".encode() + os.fsencode(f"{revision or folder.resolve()}\n"))
         for path in sorted(self.files):
             size, time = _state(path)
@@ -182,18 +183,18 @@ class Checkpoint:
         return {"source": source, "revision": revision, "fingerprint": digest.hexdigest()[:32]}
 
     def identity(self, fingerprint: str, unit_ns: int = 1) -> str:
-        """A text that changes with every write to the files, even one between the samples of the fingerprint.
+        """Return a hash that changes with every write to the files, even a write between the samples of the fingerprint.
 
         Args:
-            fingerprint: as [`origin`] has it.
-            unit_ns: the unit that times are rounded down to. Some copies keep times to the second only.
+            fingerprint: from [`origin`].
+            unit_ns: the unit in ns that file times are rounded down to. Some copies keep times only to the second.
         """
         states = [f"{path.name} {size} {time // unit_ns}" for path, (size, time) in sorted(self._states.items())]
         return hashlib.sha256(os.fsencode("\n".join([fingerprint, *states]))).hexdigest()[:32]
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """Size and time of last modification in ns. Not the inode, which some network file systems make up anew."""
+    """Return a file's size in bytes and modification time in ns. Not its inode: some network file systems invent new ones."""
     with reading(path):
         found = os.stat(path)
     return found.st_size, found.st_mtime_ns
@@ -201,7 +202,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A folder in the Hub's cache: which cache, the repository and the folder in it as one name, the commit."""
+    """A folder in the Hub's cache: the cache, the repository and any subfolder as one name, and the commit."""
 
     cache: Path
     name: str
@@ -209,7 +210,7 @@ class Snapshot:
 
 
 def find_snapshot(folder: Path) -> Snapshot | None:
-    """What a folder is in the Hub's cache, if it is one."""
+    """Return the snapshot that a folder belongs to, or `None` if it does not lie in the Hub's cache."""
     match = _SNAPSHOT.fullmatch(str(folder))
     if match is None:
         return None
@@ -218,14 +219,14 @@ def find_snapshot(folder: Path) -> Snapshot | None:
 
 
 def _samples(path: Path) -> bytes:
-    """Some KiB from all over a file: other weights differ there, even under the same size and time."""
+    """Read some KiB from all over a file: other weights differ there, even with the same size and time."""
     with StoredFile(path) as file:
         starts = [file.nbytes * i // _SAMPLES for i in range(_SAMPLES)]
         return b"".join(file.read(min(256, file.nbytes - start), start) for start in starts)
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    StoredFile(path).close()  # what cannot be opened, or is no regular file, is said so
+    StoredFile(path).close()  # raises our error if it cannot be opened or is not a regular file
     try:
         mapped = zipfile.is_zipfile(path)
         if not mapped:
@@ -249,7 +250,7 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder, in the order of preference that transformers has."""
+    """Find the weight files of a checkpoint folder, in the order of preference that transformers has."""
     for name in _WEIGHTS:
         path = folder / name
         if exists(path):
@@ -269,14 +270,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def given_files(folder: str, files: Sequence[str]) -> list[Path]:
-    """The weight files that transformers found for a checkpoint. It takes the names in an index as they are; here they stay in
-    the checkpoint's folder, and there is no pickle among those of a safetensors index.
+    """Check the weight files that transformers found for a checkpoint, and return their paths.
+
+    transformers does not check the names in an index. Here they must stay in the checkpoint's folder, and a safetensors index
+    must not list pickles.
 
     Args:
         folder: what `from_pretrained` was called with: a folder, or a repository, whose files lie in the Hub's cache.
+        files: the files that transformers found.
 
     Raises:
-        StoreFormatError: with what is wrong.
+        StoreFormatError: a file is outside the folder, or is a pickle from a safetensors index.
     """
     paths, base = [Path(file) for file in files], Path(folder)
     if not folder or not base.is_dir():
@@ -293,11 +297,21 @@ def given_files(folder: str, files: Sequence[str]) -> list[Path]:
             )
         if path.suffix != ".safetensors":
             for index in path.parent.glob("model.safetensors.index*.json"):
-                if path.name in {listed.name for listed in listed_files(index)}:  # an error where it is listed
+                if path.name in {listed.name for listed in listed_files(index)}:  # `listed_files` raises
                     raise StoreFormatError("a pickle out of a safetensors index", where=index, got=path.name)
-    if len(paths) > 1 or paths[0].name not in _WEIGHTS:  # out of an index
+    if len(paths) > 1 or paths[0].name not in _WEIGHTS:  # they come from an index
         check_inside(base, paths)
     return paths
+
+
+def _nearest_folder(folder: Path) -> str | None:
+    """What to do about a folder that is not there; `None` where nothing is like it."""
+    try:
+        names = [other.name for other in folder.expanduser().parent.iterdir() if other.is_dir()]
+    except OSError:
+        return None
+    near = get_close_matches(folder.name, names, 1)
+    return f"did you mean {folder.parent / near[0]}?" if near else None
 
 
 def resolve_folder(
@@ -310,16 +324,27 @@ def resolve_folder(
     subfolder: str = "",
     config_only: bool = False,
 ) -> Path:
-    """The local folder of a checkpoint, downloaded from the Hub if `source` is a repository's name.
+    """Return the local folder of a checkpoint, downloaded from the Hub if `source` is the name of a repository.
 
-    Safetensors weights are preferred; pickles are downloaded only where there are none. `subfolder`: where in the repository
-    or folder it is. `config_only` fetches nothing else but what was measured of a mixture's routers.
+    Safetensors weights are preferred; pickles are downloaded only if there are none.
+
+    Args:
+        source: a folder, or the name of a repository.
+        revision, token, cache_dir, local_files_only: for the Hub, as in `from_pretrained`.
+        subfolder: the folder inside `source` that holds the checkpoint.
+        config_only: download only config.json and the measurements of a mixture's routers.
+
+    Raises:
+        ConfigError: `source` is neither a folder nor the name of a repository.
+        StoreMissingError: the repository or revision does not exist, or the Hub cannot be reached.
     """
     folder = Path(source)
     if folder.is_dir():
         return folder / subfolder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
-        raise ConfigError("neither a folder nor the name of a Hub repository", got=str(source))
+    if folder.exists():
+        raise ConfigError("a file, and not the folder of a model", where=source, hint="name the folder that it is in")
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
+        raise StoreMissingError("no such folder", where=source, hint=_nearest_folder(folder) or "check the name")
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     inside = f"{subfolder.strip('/')}/" if subfolder.strip("/") else ""
 
@@ -344,6 +369,6 @@ def resolve_folder(
         raise StoreMissingError(
             "no such folder, and no such repository or revision on the Hub, or the Hub cannot be reached",
             where=source,
-            got=str(error).splitlines()[0],
-            hint="check the name, the connection, and `token` for a private repository",
+            got=str(error).splitlines()[0].removeprefix("Got: "),
+            hint=_nearest_folder(folder) or "check the name, the connection, and `token` for a private repository",
         ) from error

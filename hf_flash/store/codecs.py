@@ -1,6 +1,6 @@
 """Codecs: how the numbers of a unit are stored.
 
-A codec is a floating-point dtype: the numbers are stored as they are in the checkpoint, and torch reads them as they lie.
+A codec is a floating-point dtype: numbers are stored as they are in the checkpoint, and torch reads them without decoding.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ class Codec:
     """How numbers are stored.
 
     Attributes:
-        dtype: of the tensor in the file.
+        dtype: the dtype of the tensor in the file.
     """
 
     dtype: torch.dtype
 
     def nbytes(self, count: int) -> int:
-        """Bytes of `count` numbers."""
+        """Return the bytes that `count` numbers take."""
         return count * self.dtype.itemsize
 
 
@@ -30,5 +30,5 @@ CODECS: Final = (Codec(torch.float32), Codec(torch.float16), Codec(torch.bfloat1
 
 
 def codec_of(dtype: torch.dtype) -> Codec | None:
-    """The codec that stores numbers of this dtype as they are, if there is one."""
+    """Return the codec that stores numbers of this dtype as they are, if there is one."""
     return next((codec for codec in CODECS if codec.dtype == dtype), None)

@@ -1,7 +1,7 @@
-"""`ExpertLayer`: the experts of one layer, as they lie in the files of a plain checkpoint.
+"""`ExpertLayer`: the experts of one layer, and where they lie in the files of a plain checkpoint.
 
-What lies where is worked out in families/experts.py. An expert is a few *pieces*: contiguous ranges of bytes, each a matrix or
-some outputs of one. All experts of a layer have the same pieces, at places of their own.
+families/experts.py works out what lies where. An expert consists of a few *pieces*: contiguous ranges of bytes, each with a
+matrix or some outputs of one. All experts of a layer have the same pieces, each expert at its own places.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-SECOND: Final = "down_proj"  # the parameter behind the activation
-PACKED_ALIGNMENT: Final = 256  # bytes: the fast products of GPUs want 16, and copies a line of their caches
-E2M1: Final = torch.float4_e2m1fn_x2  # 4 bits a number, two in a byte, the first of them in its low half
-E4M3: Final = torch.float8_e4m3fn  # 8 bits a number
+SECOND: Final = "down_proj"  # the parameter after the activation
+PACKED_ALIGNMENT: Final = 256  # bytes: fast products on GPUs need 16, and copies prefer a cache line
+E2M1: Final = torch.float4_e2m1fn_x2  # 4 bits per number, two in a byte, the first in its low half
+E4M3: Final = torch.float8_e4m3fn  # 8 bits per number
 E8M0: Final = torch.float8_e8m0fnu  # a scale: a power of two
 
 
 def bytes_of(count: int, dtype: torch.dtype) -> int:
-    """What so many numbers take in a file."""
+    """Return the bytes that `count` numbers take in a file."""
     return count // 2 if dtype == E2M1 else count * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What the numbers of a piece are multiplied with; blocks of them share a scale.
+    """The scales that a piece's numbers are multiplied by. The numbers of a block share one scale.
 
     Attributes:
-        dtype: of a scale in the file.
-        block_rows, block_columns: of numbers that share one.
+        dtype: the dtype of a scale in the file.
+        block_rows, block_columns: the size of a block, in numbers.
     """
 
     dtype: torch.dtype
@@ -42,17 +42,17 @@ class Scales:
 
 @dataclass(frozen=True)
 class Piece:
-    """What all experts of a layer have in common of one piece.
+    """The form of one piece, the same for all experts of a layer.
 
     Attributes:
-        param: of the experts module, that it is a part of.
-        rows, columns: as they are stored.
-        turned: whether a row holds what one input is multiplied with; otherwise what makes one output.
-        first_output, turns: its outputs are those of the parameter from `first_output` on, one after the other; or, with two
-            `turns`, one of the first half and one of the second half take turns; or the other way round, where `turns` is -2.
-        dtype: of the file; `E2M1` and `E4M3` go with scales.
-        scales: of its numbers, which lie in a tensor of their own, row after row of blocks, and
-            whose rows are outputs; `None`: they are what they are.
+        param: the parameter of the experts module that the piece is a part of.
+        rows, columns: its size as stored.
+        turned: whether a row holds the weights of one input; otherwise it holds those of one output.
+        first_output, turns: which outputs of the parameter it has, from `first_output` on: with `turns` 1, consecutive ones in
+            their order; with 2, the same outputs, with those of both halves alternating; with -2, every second output.
+        dtype: its dtype in the file; `E2M1` and `E4M3` come with scales.
+        scales: the scales of its numbers, in a tensor of their own, one row of blocks after the other; its rows are outputs
+            then. `None`: it has no scales.
     """
 
     param: str
@@ -74,12 +74,12 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """Of its numbers."""
+        """Bytes of its numbers, without scales."""
         return bytes_of(self.rows * self.columns, self.dtype)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """How many scales there are, in rows and columns of blocks."""
+        """How many scales it has: rows and columns of blocks, (0, 0) without scales."""
         if self.scales is None:
             return 0, 0
         return -(-self.rows // self.scales.block_rows), -(-self.columns // self.scales.block_columns)
@@ -91,7 +91,7 @@ class Piece:
 
     @property
     def order(self) -> npt.NDArray[np.int64]:
-        """Which output of the parameter each of its outputs is."""
+        """For each output of the piece, its index among the outputs of the parameter, int64 [outputs]."""
         every = np.arange(self.outputs)
         if self.turns == 2:
             every = every.reshape(2, -1).T.reshape(-1)
@@ -105,13 +105,13 @@ class ExpertLayer:
     """The experts of one layer.
 
     Attributes:
-        name: of the module in the model.
-        experts: how many.
+        name: the name of the experts module in the model.
+        experts: how many experts it has.
         width, neurons: d_model, and the neurons of one expert.
         first: the parameter before the activation.
-        pieces: of an expert; those of `first` come first.
-        tensors: for each expert, the checkpoint's tensor that each of its `ranges` is a part of.
-        begin: [experts, ranges] the byte in that tensor where the range begins.
+        pieces: the pieces of an expert; those of `first` come first.
+        tensors: for each expert, the name of the checkpoint tensor that holds each of its `ranges`.
+        begin: int64 [experts, ranges], the byte in that tensor where the range begins.
     """
 
     name: str
@@ -125,31 +125,31 @@ class ExpertLayer:
 
     @property
     def ranges(self) -> tuple[int, ...]:
-        """What an expert has in the files, in bytes: each piece, then the scales of each piece that has any."""
+        """Sizes in bytes of an expert's ranges in the files: each piece, then the scales of each piece that has any."""
         return (*(piece.nbytes for piece in self.pieces), *(piece.scale_bytes for piece in self.pieces if piece.scales))
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert, as it lies in the files."""
+        """Bytes of one expert in the files."""
         return sum(self.ranges)
 
     @property
     def packed_at(self) -> tuple[int, ...]:
-        """The byte where each of `ranges` begins in a packed slot, and then the bytes of the slot: for devices."""
+        """For devices: the byte where each of `ranges` begins in a packed slot, and at the end the bytes of the slot."""
         sizes = (-(-nbytes // PACKED_ALIGNMENT) * PACKED_ALIGNMENT for nbytes in self.ranges)
         return tuple(itertools.accumulate(sizes, initial=0))
 
     @property
     def packed_bytes(self) -> int:
-        """Of a packed slot."""
+        """Bytes of a packed slot."""
         return self.packed_at[-1]
 
     @property
     def scale_places(self) -> tuple[int, ...]:
-        """For each piece, which of `ranges` its scales are; -1: it has none."""
+        """For each piece, the index of its scales in `ranges`; -1 if it has none."""
         scaled = [number for number, piece in enumerate(self.pieces) if piece.scales]
         return tuple(len(self.pieces) + scaled.index(n) if n in scaled else -1 for n in range(len(self.pieces)))
 
     def of(self, param: str) -> tuple[Piece, ...]:
-        """The pieces of a parameter."""
+        """Return the pieces of a parameter."""
         return tuple(piece for piece in self.pieces if piece.param == param)

@@ -1,7 +1,8 @@
-"""One file of a store: a layer's bundles, and what the file's metadata must say of them (docs/store-format.md).
+"""One file of a store: a layer's bundles, and what the file's metadata must say about them (docs/store-format.md).
 
-The metadata names the layer's matrices in the plain checkpoint, one key a part: `up` and `down`, and what `parts` lists beside
-them. A file without `parts` holds two matrices, up by row and down by column: every file of format versions 1 and 2 does.
+The metadata names the layer's matrices in the plain checkpoint, with one key per part: `up`, `down`, and any other role that
+`parts` lists. A file without `parts` holds two matrices, up by row and down by column; so does every file of format versions 1
+and 2.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import numpy.typing as npt
 import torch
 
 from hf_flash.base.files import StoredFile, parse_number
+from hf_flash.base.installing import UPDATE
 from hf_flash.errors import StoreFormatError, StoreVersionError
 from hf_flash.store.codecs import codec_of
 from hf_flash.store.names import ALIGNMENT, HALVES_VERSION, NEWEST_VERSION, PARTS_VERSION, PLACED_VERSION
 from hf_flash.store.safetensors_files import Rows, TensorSpec, data_offset, read_tensor
 from hf_flash.store.unit import TWO_MATRICES, Part, Role, UnitLayout, parse_parts
 
-_MOST: Final = 1 << 24  # neurons, or layers, or columns: what is as long as this is read at once
+_MOST: Final = 1 << 24  # limit for neurons, layers and columns: arrays of this length are read at once
 
 Tensors = Mapping[str, tuple[TensorSpec, int]]
 
@@ -35,9 +37,9 @@ class LayerStore:
     Attributes:
         key: the name of the tensor with the bundles.
         d_ff: neurons.
-        unit: what a neuron is.
-        names: of the matrices in the plain checkpoint, one for each of `unit.parts`.
-        place: the row of each neuron; `None`: its id.
+        unit: the layout of a neuron.
+        names: names of the matrices in the plain checkpoint, one for each of `unit.parts`.
+        place: the row of each neuron, int32 [d_ff]; `None`: the row is the neuron's id.
     """
 
     index: int
@@ -68,7 +70,7 @@ class LayerStore:
 
     @property
     def prefix(self) -> str:
-        """What the names of this layer's predictor tensors begin with."""
+        """The prefix of the names of this layer's predictor tensors."""
         return self.key.removesuffix(".bundles")
 
     @property
@@ -77,11 +79,11 @@ class LayerStore:
         return self.unit.dtype, (self.d_ff, self.unit.numbers)
 
     def name(self, role: Role) -> str:
-        """The name of a matrix in the plain checkpoint."""
+        """Return the name of a matrix in the plain checkpoint."""
         return self.names[self.unit.roles.index(role)]
 
     def parts_of(self, name: str) -> list[Part]:
-        """The parts that a matrix of the plain checkpoint has: one, or two that share it."""
+        """Return the parts that a matrix of the plain checkpoint holds: one, or two that share it."""
         return [part for part, matrix in zip(self.unit.parts, self.names, strict=True) if matrix == name]
 
     @property
@@ -91,19 +93,19 @@ class LayerStore:
         return {name: (self.unit.dtype, shape) for name, shape in zip(self.names, shapes, strict=True)}
 
     def rows(self, columns: slice = slice(None), *, by_neuron: bool = True) -> Rows:
-        """The bundles, [d_ff, unit.numbers] or some columns of them, by neuron or as they lie; read by slices.
+        """Return the bundles, [d_ff, unit.numbers] or some columns of them, by neuron or as on flash. Slicing reads rows.
 
         Raises:
-            StoreReadError, StoreMissingError: the file cannot be opened now, and so when rows are read.
+            StoreReadError, StoreMissingError: the file cannot be opened now. Slicing may raise a StoreReadError too.
         """
         return Rows(StoredFile(self.path), self.spec, self.offset, columns, self.place if by_neuron else None)
 
     def part(self, role: Role) -> Rows:
-        """One part of every neuron, [d_ff, d_model], by neuron; a part that is stored by column comes transposed."""
+        """Return one part of every neuron, [d_ff, d_model], by neuron; a part stored by column comes transposed."""
         return self.rows(self.unit.columns(role))
 
     def bundles(self) -> torch.Tensor:
-        """All of them in memory, as they lie on flash, [d_ff, unit.numbers]."""
+        """Read all bundles into memory, in their order on flash, [d_ff, unit.numbers]."""
         return self.rows(by_neuron=False)[:]
 
 
@@ -119,19 +121,19 @@ def check_version(path: Path, metadata: Mapping[str, str]) -> None:
             where=path,
             expected=f"format version up to {NEWEST_VERSION}",
             got=version,
-            hint="pip install -U hf-flash",
+            hint=UPDATE,
         )
 
 
 def layer_of(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> LayerStore:
-    """Check one layer file against the format.
+    """Check one layer file against the format, and return what it holds.
 
     Args:
-        tensors: as its header has them.
-        metadata: what its header has under our prefix, without the prefix.
+        tensors: the tensors in its header.
+        metadata: the metadata in its header under our prefix, without the prefix.
 
     Raises:
-        StoreFormatError: with what is wrong.
+        StoreFormatError: the file does not follow the format; the message says how.
     """
     version = parse_number(metadata.get("format_version")) or 0
     parts = _parts_of(path, metadata, version)
@@ -169,12 +171,12 @@ def layer_of(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Layer
 
 
 def parts_version(parts: tuple[Part, ...]) -> int:
-    """The lowest format version that describes a list of parts."""
+    """Return the lowest format version that describes a list of parts."""
     return HALVES_VERSION if any(part.is_half for part in parts) else PARTS_VERSION
 
 
 def _parts_of(path: Path, metadata: Mapping[str, str], version: int) -> tuple[Part, ...]:
-    """The parts that a layer file lists."""
+    """Parse and check the parts that a layer file lists."""
     if version < PARTS_VERSION and "parts" not in metadata:
         return TWO_MATRICES
     parts = parse_parts(metadata.get("parts", ""))
@@ -190,7 +192,7 @@ def _parts_of(path: Path, metadata: Mapping[str, str], version: int) -> tuple[Pa
 
 
 def _names_of(path: Path, metadata: Mapping[str, str], parts: tuple[Part, ...]) -> tuple[str, ...]:
-    """The matrices of the parts: those that are halves share one, and no others do."""
+    """Return the matrix name of each part. Halves must share one matrix, and no other parts may share theirs."""
     names = tuple(metadata[part.role] for part in parts)
     halves = {name for name, part in zip(names, parts, strict=True) if part.is_half}
     whole = [name for name, part in zip(names, parts, strict=True) if not part.is_half]
@@ -206,13 +208,13 @@ def _names_of(path: Path, metadata: Mapping[str, str], parts: tuple[Part, ...]) 
 
 
 def _place_of(path: Path, tensors: Tensors, key: str, version: int, d_ff: int) -> npt.NDArray[np.int32] | None:
-    """The row of each neuron, as the file has it; `None` where rows are in the order of ids."""
+    """Read and check the row of each neuron; `None` if rows are in the order of ids."""
 
     def wrong(what: str, expected: object, got: object) -> StoreFormatError:
         hint = "the file is damaged, or was rewritten by another tool: repack the model"
         return StoreFormatError(what, where=f"{path}: {key}", expected=expected, got=got, hint=hint)
 
-    if version < PARTS_VERSION and (key in tensors) != (version == PLACED_VERSION):  # bundles of other neurons would be read
+    if version < PARTS_VERSION and (key in tensors) != (version == PLACED_VERSION):  # else bundles of other neurons are read
         raise wrong(
             "the format version and the tensors do not agree on whether neurons have places",
             f"this tensor from format version {PLACED_VERSION} on, and not before",
@@ -232,7 +234,7 @@ def _place_of(path: Path, tensors: Tensors, key: str, version: int, d_ff: int) -
 
 
 def crc_of_file(path: Path) -> str:
-    """CRC-32 of everything behind the header."""
+    """Return the CRC-32 of everything after the header, in 8 hex digits."""
     crc = 0
     with StoredFile(path) as file:
         for block in file.blocks(data_offset(file)):

@@ -11,22 +11,23 @@ A repacked checkpoint is an ordinary folder of safetensors files, all of them li
     flash-predictor-int4-g64.safetensors    what a predictor needs, per layer
     flash-calibration.safetensors           what was measured on text, per layer; only after calibration
 
-A *bundle* is what one neuron needs, side by side, so that one read fetches it (paper: section 3.2). Which matrices it has a row
-or a column of is the layer's `UnitLayout` (unit.py):
+A *bundle* holds everything one neuron needs, side by side, so that one read fetches it (paper: section 3.2). It has a row or a
+column of each matrix of the layer, as the layer's `UnitLayout` (unit.py) says:
 
     bundles[d_ff, parts * d_model]    row place[i] = up[i, :] | down[:, i], in gated layers gate[i, :] before them
     place[d_ff]                       int32, a permutation; left out where place[i] = i
 
-Ids never change: predictors, biases, calibration and arithmetic know nothing of places, so that placing neurons changes
-where bytes lie and nothing else. Only what reads bundles looks at `place`.
+Ids never change: predictors, biases, calibration and arithmetic know nothing of places, so placing neurons changes where bytes
+lie and nothing else. Only code that reads bundles looks at `place`.
 
-A program that does not know of places or of other parts would take other neurons' weights. So each file has the lowest format
-version that describes it, and older readers refuse the others: 1 plain, 2 with places, 3 with a list of parts.
+A program that does not know about places or other parts would use the weights of other neurons. So each file has the lowest
+format version that describes it, and older readers refuse newer versions: 1 plain, 2 with places, 3 with a list of parts, and
+4 with halves of a matrix in that list.
 
-One file a layer, because the safetensors format allows no holes between tensors and every bundle tensor has to start on
-4 KiB for direct I/O: the header is padded with spaces, which the format does allow. It also makes writing resumable.
-The metadata of every file says which format version it is and has a CRC-32 of the data for `check`; that of a layer file
-also says where it came from, and the names and shapes that `restore` needs (layer_file.py).
+Each layer has its own file, because the safetensors format allows no holes between tensors and every bundle tensor has to start
+on 4 KiB for direct I/O: the header is padded with spaces, which the format allows. It also makes writing resumable.
+The metadata of every file holds its format version and a CRC-32 of the data for `check`; that of a layer file also says where
+it came from, and has the names and shapes that `restore` needs (layer_file.py).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from hf_flash.store.names import HEADERS, INDEX_NAME, LAYER_FILE, META
 from hf_flash.store.safetensors_files import header_digest, read_header
 from hf_flash.store.unit import UnitLayout
 
-_VARIANT: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # a part of a file's name; predictors/choice.py knows which there are
+_VARIANT: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # becomes part of a file name; predictors/choice.py knows the variants
 _LONGEST_VARIANT: Final = 40
 
 
@@ -58,15 +59,16 @@ class FlashStore:
     calibration: Path | None
     others: tuple[Path, ...]  # files with the other weights of the checkpoint
     metadata: Mapping[str, str]  # source, revision, fingerprint
-    strangers: tuple[Path, ...] = ()  # files that the index lists and that are none of the store's
-    headers: Mapping[str, str] = field(default_factory=dict)  # what the index says of `others`, by file name
+    strangers: tuple[Path, ...] = ()  # files that the index lists but that do not belong to the store
+    headers: Mapping[str, str] = field(default_factory=dict)  # digest of each of `others` in the index, by file name
 
     @classmethod
     def open(cls, files: Iterable[str | os.PathLike[str]]) -> FlashStore:
-        """Open the store that these safetensors files hold; files without bundles or predictors are passed over.
+        """Open the store that these safetensors files hold; files that belong to no store are skipped.
 
         Raises:
-            StoreMissingError, StoreFormatError, StoreVersionError: with the file and what is wrong with it.
+            StoreMissingError, StoreFormatError, StoreVersionError: a file is missing, not valid, or of a newer version; the
+                message names it.
         """
         paths = [absolute(path) for path in files]
         found = _Found()
@@ -87,7 +89,7 @@ class FlashStore:
 
     @classmethod
     def open_folder(cls, folder: str | os.PathLike[str]) -> FlashStore:
-        """Open the store in a folder, a repacked checkpoint or an entry of the flash cache."""
+        """Open the store in a folder: a repacked checkpoint, or an entry of the flash cache."""
         folder = absolute(folder)
         if not exists(folder) or not folder.is_dir():
             raise StoreMissingError("not a folder", where=folder)
@@ -112,7 +114,7 @@ class FlashStore:
 
     @property
     def unit(self) -> UnitLayout:
-        """What a neuron is, in every layer."""
+        """The layout of a neuron, the same in every layer."""
         return self.layers[0].unit
 
     @property
@@ -131,10 +133,10 @@ class FlashStore:
         return {name for path in self.files for name in read_header(path)[0]}
 
     def check_unchanged(self) -> None:
-        """Refuse files that took the place of those that were opened: their neurons may lie elsewhere.
+        """Refuse layer files that have replaced the opened ones: their neurons may lie elsewhere.
 
         Raises:
-            StoreFormatError: with the file.
+            StoreFormatError: a layer file was replaced; the message names it.
         """
         for layer in self.layers:
             if read_header(layer.path)[1].get(META + "crc32") != layer.crc32:
@@ -143,7 +145,7 @@ class FlashStore:
                 )
 
     def check(self, progress: Any = iter) -> list[str]:
-        """Read every file, compare its checksum and what the index says of it; the problems found, one sentence each."""
+        """Read every file and compare it with its checksum and the index. Returns the problems, one sentence each."""
         problems = [f"{path.name}: the index lists it, and it is no file of this store" for path in self.strangers]
         for path in progress([*self.files, *self.others]):
             expected, found = read_header(path)[1].get(META + "crc32"), crc_of_file(path)
@@ -154,10 +156,11 @@ class FlashStore:
         return problems
 
     def check_others(self) -> None:
-        """Refuse files with other weights that lack what the index lists (transformers makes it up), and damaged ones of ours.
+        """Refuse files of other weights that lack tensors of the index (transformers would make them up), or that we wrote and
+        that are not the ones the index was written for.
 
         Raises:
-            StoreFormatError: with the file.
+            StoreFormatError: one of these; the message names the file.
         """
         index = self.layers[0].path.parent / INDEX_NAME
         if not exists(index):
@@ -175,7 +178,7 @@ class FlashStore:
 
 @dataclass
 class _Found:
-    """What the files of a store turn out to be, one after the other."""
+    """Collects the files of a store, sorted by what they hold."""
 
     layers: dict[int, LayerStore] = field(default_factory=dict)
     predictors: dict[str, Path] = field(default_factory=dict)
@@ -184,7 +187,7 @@ class _Found:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def add(self, path: Path) -> None:
-        """Sort a safetensors file in by what its metadata says. One that belongs to no store is passed over."""
+        """Add a safetensors file, sorted by its metadata. A file that belongs to no store is skipped."""
         tensors, header = read_header(path)
         metadata = {k.removeprefix(META): v for k, v in header.items() if k.startswith(META)}
         if not metadata:
@@ -215,14 +218,14 @@ class _Found:
 
 
 def _headers(index: Path) -> dict[str, str]:
-    """What the index says to identify each file by. There may be no index, and those of hf_flash 0.1 say nothing."""
+    """Read the digest that the index has of each file of other weights. It may have none: hf_flash 0.1 wrote none."""
     metadata = read_json(index).get("metadata") if exists(index) else None
     found = metadata.get(HEADERS) if isinstance(metadata, dict) else None
     return {name: value for name, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
 
 
 def _check_layers(layers: Mapping[int, LayerStore], count: int) -> None:
-    """Refuse a store that lacks layers, or whose layers are not alike."""
+    """Refuse a store that lacks layers, or whose layers differ in layout or claim the same tensors."""
     folder = next(iter(layers.values())).path.parent
     missing = [i for i in range(min(count, len(layers) + 5)) if i not in layers]
     if missing or max(layers) >= count:

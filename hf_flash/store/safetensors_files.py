@@ -1,8 +1,8 @@
 """Safetensors files: their headers, checked before anything else is read or allocated, and their tensors, read piece by piece.
 
 This reader is stricter than the safetensors library, never laxer (tests/store/test_hostile_store.py compares them): a header
-has at most `TEXT_BYTES`, a tensor 64 dimensions and one of the dtypes below, numbers at most 18 digits, no key comes twice, and
-a tensor's entry has its three keys and no other.
+has at most `TEXT_BYTES`, a tensor at most 64 dimensions and one of the dtypes below, a number at most 18 digits; no key comes
+twice, and a tensor's entry has exactly its three keys.
 """
 
 from __future__ import annotations
@@ -45,16 +45,19 @@ _MOST_DIMS: Final = 64
 
 
 def nbytes_of(spec: TensorSpec) -> int:
-    """Bytes of a tensor."""
+    """Return the bytes of a tensor."""
     return spec[0].itemsize * math.prod(spec[1])
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[TensorSpec, int]], dict[str, str]]:
-    """Names, dtypes, shapes and absolute offsets of a safetensors file, and its metadata.
+    """Read the header of a safetensors file.
+
+    Returns:
+        The dtype, shape and absolute byte offset of each tensor by name, and the metadata.
 
     Raises:
-        StoreMissingError, StoreReadError: it cannot be opened or read.
-        StoreFormatError: it is no valid safetensors file, or one with tensors that cannot be carried.
+        StoreMissingError, StoreReadError: the file cannot be opened or read.
+        StoreFormatError: it is not a valid safetensors file, or has tensors of a dtype that hf_flash cannot carry.
     """
     with StoredFile(path) as file:
         text = _header_text(file)
@@ -66,13 +69,13 @@ def read_header(path: Path) -> tuple[dict[str, tuple[TensorSpec, int]], dict[str
 
 
 def header_digest(path: Path) -> str:
-    """What identifies a file of ours: its header, which has the CRC-32 of the data in it."""
+    """Return the hash of a header. In our files the header holds the CRC-32 of the data, so the hash identifies the file."""
     with StoredFile(path) as file:
         return hashlib.sha256(_header_text(file)).hexdigest()[:32]
 
 
 def data_offset(file: StoredFile) -> int:
-    """Where a safetensors file's data begins."""
+    """Return the byte where a safetensors file's data begins."""
     return 8 + len(_header_text(file))
 
 
@@ -159,7 +162,7 @@ def _check_text(text: str) -> None:
 
 
 def _check_entry(name: str, info: object) -> None:
-    """A tensor's entry: whole numbers where there have to be."""
+    """Refuse a tensor's entry that lacks its keys, or whose shape and offsets are not whole numbers."""
     if not isinstance(info, dict) or info.keys() != _ENTRY or not isinstance(info["dtype"], str):
         raise _Wrong(f"an entry {name!r} without dtype, shape and data_offsets")
     shape, offsets = info["shape"], info["data_offsets"]
@@ -174,27 +177,27 @@ def _check_entry(name: str, info: object) -> None:
 
 
 def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor in memory. A large one has pages of its own, which go back to the system with it."""
+    """Make an uninitialised tensor in memory. A large one gets its own pages, which return to the system when it is freed."""
     if nbytes_of((dtype, shape)) < _LARGE_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")
     return aligned_empty(shape, dtype)
 
 
 def as_bytes(tensor: torch.Tensor) -> Bytes:
-    """The memory of a contiguous tensor, uint8 [n]."""
+    """Return a view of a contiguous tensor's memory, uint8 [n]."""
     found: Bytes = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
     return found
 
 
 def read_tensor(file: StoredFile, spec: TensorSpec, offset: int) -> torch.Tensor:
-    """A whole tensor, in memory."""
+    """Read a whole tensor into memory."""
     tensor = new_tensor(spec[1], spec[0])
     file.read_into(as_bytes(tensor), offset)
     return tensor
 
 
 def read_pieces(file: StoredFile, spec: TensorSpec, offset: int) -> Iterator[torch.Tensor]:
-    """A tensor in its own order as flat pieces of some MiB. The same buffer is yielded again and again."""
+    """Yield a tensor as flat pieces of some MiB, in order. All pieces share one buffer."""
     count, step = math.prod(spec[1]), PIECE_BYTES // spec[0].itemsize
     buffer = new_tensor((min(count, step),), spec[0])
     for at in range(0, count, step):
@@ -204,11 +207,11 @@ def read_pieces(file: StoredFile, spec: TensorSpec, offset: int) -> Iterator[tor
 
 
 class Rows:
-    """A matrix in a file: rows are read when they are asked for, by slices, and never more than those.
+    """A matrix in a file. Slicing it reads the requested rows and no others.
 
     Args:
-        columns: which columns to give.
-        place: in which row of the file each row is; `None`: as they lie.
+        columns: which columns to return.
+        place: the row of the file that holds each row; `None`: rows are in the order of the file.
     """
 
     def __init__(
@@ -226,7 +229,7 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows and columns that it gives."""
+        """Bytes of its rows, counting only the columns that it returns."""
         return self.shape.numel() * self.dtype.itemsize
 
     def __getitem__(self, ids: slice) -> torch.Tensor:
@@ -243,7 +246,7 @@ class Rows:
         return out
 
     def pieces(self, rows: int) -> Iterator[torch.Tensor]:
-        """All of it, so many rows at a time. A piece is a view into a buffer that the next one overwrites."""
+        """Yield the matrix, `rows` rows at a time. A piece is a view into a buffer that the next piece overwrites."""
         buffer = new_tensor((min(rows, self._count), self._width), self.dtype)
         for at in range(0, self._count, rows):
             part = buffer[: self._count - at]
@@ -261,7 +264,7 @@ class Rows:
         return self.gather(self._place[start:stop], buffer)
 
     def gather(self, rows: npt.NDArray[np.integer[Any]], buffer: torch.Tensor) -> torch.Tensor:
-        """Rows of the file in any order, whole. `buffer` is as large, for what lies together is read together."""
+        """Read whole rows of the file in any order. `buffer` has room for all of them: neighbours are read together."""
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
         for begin, end in runs(ascending):

@@ -1,4 +1,4 @@
-"""`UnitLayout`: what one unit of a layer is, on flash and in memory.
+"""`UnitLayout`: how one unit of a layer is laid out, on flash and in memory.
 
 A *unit* is what is chosen, read and kept together. In a feed-forward layer it is a neuron: a row or a column of each of the
 layer's matrices, its *parts*, side by side in one row of numbers (a *bundle*):
@@ -6,7 +6,7 @@ layer's matrices, its *parts*, side by side in one row of numbers (a *bundle*):
     OPT       up[i, :] | down[:, i]
     gated     gate[i, :] | up[i, :] | down[:, i]
 
-Everybody who has to know where a part lies, or how many bytes a unit takes, asks the layout: writer, restore, placement,
+All code that has to know where a part lies, or how many bytes a unit takes, asks the layout: writer, restore, placement,
 reader, window, budget, planner, model card, arithmetic, and the compiled part through `row_bytes` and `offset`.
 """
 
@@ -32,12 +32,12 @@ HALVES: Final[tuple[Stored, ...]] = ("first_rows", "last_rows")
 
 @dataclass(frozen=True)
 class Part:
-    """One matrix of a layer, as its units have it.
+    """What a unit has of one matrix of its layer.
 
     Attributes:
         role: what the matrix does: hidden = activation(up x), or activation(gate x) * (up x); output = down hidden.
-        stored: whether a unit is a `"row"` of the plain matrix, [units, width], or a `"column"`, [width, units]. Of a matrix
-            that two parts share, [2 * units, width], one has the `"first_rows"` and the other the `"last_rows"`.
+        stored: whether a unit has a `"row"` of the plain matrix, [units, width], or a `"column"`, [width, units]. If two parts
+            share a matrix, [2 * units, width], one has its `"first_rows"` and the other its `"last_rows"`.
     """
 
     role: Role
@@ -49,35 +49,35 @@ class Part:
         return self.stored in HALVES
 
     def plain_shape(self, units: int, width: int) -> tuple[int, int]:
-        """The shape of the matrix in the plain checkpoint."""
+        """Return the shape of the matrix in the plain checkpoint."""
         if self.stored == COLUMN:
             return width, units
         return (2 * units, width) if self.is_half else (units, width)
 
     def sizes(self, plain_shape: Sequence[int]) -> tuple[int, int]:
-        """Units and width, from the shape of the matrix."""
+        """Return how many units a matrix of this shape has, and their width."""
         first, second = plain_shape
         if self.stored == COLUMN:
             return second, first
         return (first // 2, second) if self.is_half else (first, second)
 
     def units(self, plain_shape: Sequence[int]) -> slice:
-        """In which rows of the matrix, or columns, the units are."""
+        """Return the rows, or columns, of the plain matrix that hold the units."""
         units, start = self.sizes(plain_shape)[0], HALVES.index(self.stored) if self.is_half else 0
         return slice(start * units, (start + 1) * units)
 
     def by_unit(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The plain matrix as a view [units, width]."""
+        """Return a view of the plain matrix, [units, width]."""
         return (matrix.T if self.stored == COLUMN else matrix)[self.units(matrix.shape)]
 
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """The parts of a unit in the order in which they lie, their width, and how their numbers are stored.
+    """The parts of a unit in their order in a row, their width, and how their numbers are stored.
 
     Attributes:
         parts: in the order of the row; each role at most once; `down` and `up` are always there.
-        width: numbers in a part: d_model.
+        width: numbers in a part, which is d_model.
         codec: how numbers are stored.
     """
 
@@ -87,7 +87,7 @@ class UnitLayout:
 
     @classmethod
     def of(cls, parts: Sequence[Part], width: int, dtype: torch.dtype) -> UnitLayout:
-        """The layout of units whose numbers are kept as `dtype`: in a checkpoint, or in memory.
+        """Make the layout of units whose numbers are kept as `dtype`, in a checkpoint or in memory.
 
         Raises:
             StoreFormatError: no codec stores this dtype.
@@ -99,7 +99,7 @@ class UnitLayout:
         return cls(tuple(parts), width, codec)
 
     def as_dtype(self, dtype: torch.dtype) -> UnitLayout:
-        """The same units with their numbers in another dtype: as they are in memory, in the dtype of compute."""
+        """Return the layout of the same units in another dtype: in memory, numbers have the compute dtype."""
         return self if dtype == self.dtype else UnitLayout.of(self.parts, self.width, dtype)
 
     @property
@@ -118,16 +118,16 @@ class UnitLayout:
 
     @cached_property
     def row_bytes(self) -> int:
-        """Bytes of a unit: from one row of a contiguous matrix of units to the next."""
+        """Bytes of a unit: the distance from one row to the next in a contiguous matrix of units."""
         return self.codec.nbytes(self.numbers)
 
     def columns(self, role: Role) -> slice:
-        """Where a part lies in a row, in numbers."""
+        """Return where a part lies in a row, in numbers."""
         at = self.roles.index(role) * self.width
         return slice(at, at + self.width)
 
     def offset(self, role: Role) -> int:
-        """Where a part lies in a row, in bytes."""
+        """Return where a part begins in a row, in bytes."""
         return self.codec.nbytes(self.columns(role).start)
 
     def part(self, role: Role) -> Part:
@@ -140,21 +140,21 @@ class UnitLayout:
 
     @property
     def text(self) -> str:
-        """The parts as metadata has them: `up:row,down:column`."""
+        """The parts as metadata writes them: `up:row,down:column`."""
         return parts_text(self.parts)
 
 
 TWO_MATRICES: Final = (Part("up", "row"), Part("down", "column"))
-"""The parts of layers whose files say nothing about parts: those of format versions 1 and 2."""
+"""The parts of layers whose files do not list them, as in format versions 1 and 2."""
 
 
 def parts_text(parts: Sequence[Part]) -> str:
-    """Parts as metadata has them: `up:row,down:column`."""
+    """Return parts as metadata writes them: `up:row,down:column`."""
     return ",".join(f"{part.role}:{part.stored}" for part in parts)
 
 
 def parse_parts(text: str) -> tuple[Part, ...] | None:
-    """[`UnitLayout.text`] as parts; `None` for any other text."""
+    """Parse [`UnitLayout.text`]; `None` for any text that is not a valid list of parts."""
     known: Mapping[str, Part] = {f"{role}:{stored}": Part(role, stored) for role in ROLES for stored in get_args(Stored)}
     words = text.split(",")
     if len(words) > len(ROLES) or not all(word in known for word in words):

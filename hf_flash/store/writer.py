@@ -1,4 +1,4 @@
-"""Writing the files of a store (store/layout.py has the layout): streamed, checksummed, complete or not there at all."""
+"""Writing the files of a store (store/layout.py has the layout): streamed, checksummed, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_flash.store.names import ALIGNMENT, FORMAT_VERSION, META, PLACED_VERSION
 from hf_flash.store.safetensors_files import DTYPE_NAMES, PIECE_BYTES, Rows, TensorSpec, new_tensor, read_header
 from hf_flash.store.unit import COLUMN, ROW, TWO_MATRICES, Part, UnitLayout
 
-_SHAPES: Final = {ROW: "[d_ff, d_model]", COLUMN: "[d_model, d_ff]"}  # of matrices that no two parts share
+_SHAPES: Final = {ROW: "[d_ff, d_model]", COLUMN: "[d_model, d_ff]"}  # of matrices that have one part each
 _NO_CRC: Final = "0" * 8
 
 
@@ -38,8 +38,8 @@ def write_safetensors(
 
     Args:
         specs: dtype and shape of every tensor, in the order of the file.
-        pieces: their bytes in that order, in any pieces; only one piece is in memory at a time.
-        metadata: text; a `hf_flash.crc32` in it is filled in with the CRC-32 of all the data.
+        pieces: the data in that order, cut into any pieces; only one piece is in memory at a time.
+        metadata: text by key; if it has `hf_flash.crc32`, that is set to the CRC-32 of all the data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
@@ -65,20 +65,20 @@ def write_safetensors(
 
 
 def _encode(header: dict[str, Any]) -> bytes:
-    """The header, padded with spaces so that the data begins on `ALIGNMENT`."""
+    """Encode the header, padded with spaces so that the data begins on a multiple of `ALIGNMENT`."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
 
 def plain_unit(parts: Sequence[Part], specs: Sequence[TensorSpec], names: Sequence[str]) -> tuple[UnitLayout, int]:
-    """What a layer's units are, and how many it has, from its matrices in the plain checkpoint.
+    """Return the layout of a layer's units, and how many it has, from its matrices in the plain checkpoint.
 
     Args:
         specs, names: of the matrices, one for each part.
 
     Raises:
-        StoreFormatError: they are empty, or do not fit together.
+        StoreFormatError: the matrices are empty, or do not fit together.
     """
     found = ", ".join(f"{list(shape)} {dtype}" for dtype, shape in specs)
     if any(0 in shape for _, shape in specs):
@@ -116,7 +116,7 @@ def write_layer(
     """Bundle one layer: its plain matrices become `key` [d_ff, unit.numbers] in `path`.
 
     Args:
-        names, matrices: one for each part. A matrix with a neuron in a column is in memory, or read once if it is mapped.
+        names, matrices: one for each part. A matrix with a neuron in each column is a tensor, in memory or mapped.
         origin: metadata that says where the weights come from.
     """
     unit, d_ff = plain_unit(parts, [(matrix.dtype, tuple(matrix.shape)) for matrix in matrices], names)
@@ -131,7 +131,7 @@ def write_layer(
 def _bundle(
     unit: UnitLayout, d_ff: int, names: Sequence[str], matrices: Sequence[Rows | torch.Tensor]
 ) -> Iterator[torch.Tensor]:
-    """Rows of bundles, some MiB at a time. The same buffer is yielded again and again."""
+    """Yield rows of bundles, some MiB at a time. All pieces share one buffer."""
     rows = min(d_ff, max(1, PIECE_BYTES // unit.row_bytes))
     buffer = aligned_empty((rows, unit.numbers), unit.dtype)
     sources = [_neurons(part, matrix, rows) for part, matrix in zip(unit.parts, matrices, strict=True)]
@@ -139,7 +139,7 @@ def _bundle(
         block = buffer[: len(neurons[0])]
         for role, rows_of_part in zip(unit.roles, neurons, strict=True):
             block[:, unit.columns(role)] = rows_of_part
-        if not all(math.isfinite(value) for value in torch.aminmax(block)):  # of a NaN both are one
+        if not all(math.isfinite(value) for value in torch.aminmax(block)):  # with a NaN, both are NaN
             finite = [bool(torch.isfinite(block[:, unit.columns(role)]).all()) for role in unit.roles]
             raise InvalidWeightsError(
                 "the source weights contain NaN or infinite values",
@@ -150,7 +150,7 @@ def _bundle(
 
 
 def _neurons(part: Part, matrix: Rows | torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
-    """One part of every neuron, [up to `rows`, width], so many neurons at a time. What is yielded may be overwritten."""
+    """Yield one part of every neuron, [up to `rows`, width] at a time. The next piece may overwrite it."""
     units = part.units(matrix.shape)
     pieces = (slice(at, min(at + rows, units.stop)) for at in range(units.start, units.stop, rows))
     if isinstance(matrix, torch.Tensor) and part.stored == COLUMN:
@@ -162,12 +162,12 @@ def _neurons(part: Part, matrix: Rows | torch.Tensor, rows: int) -> Iterator[tor
 
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:
-    """A copy of some MiB, contiguous. torch is eight times faster where what it transposes is contiguous too."""
+    """Make a contiguous transposed copy of some MiB. torch transposes a contiguous matrix eight times faster."""
     return matrix.contiguous().T.contiguous()
 
 
 def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
-    """The matrices of a plain checkpoint in the order of the parts, contiguous, one in memory at a time."""
+    """Yield a layer's matrices as in the plain checkpoint, in the order of the parts, contiguous, one in memory at a time."""
     for name, (dtype, shape) in layer.plain_specs.items():
         matrix = new_tensor(shape, dtype)
         for part in layer.parts_of(name):
@@ -176,7 +176,7 @@ def unbundle(layer: LayerStore) -> Iterator[torch.Tensor]:
 
 
 def _fill(by_unit: torch.Tensor, rows: Rows, step: int) -> None:
-    """Copy rows to a view of the matrix that they are of, so many at a time."""
+    """Copy rows into `by_unit`, a view of the matrix that they belong to, `step` rows at a time."""
     by_column = not by_unit.is_contiguous()
     for at in range(0, len(by_unit), step):
         some = rows[at : at + step]
@@ -187,13 +187,13 @@ def _fill(by_unit: torch.Tensor, rows: Rows, step: int) -> None:
 
 
 def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
-    """Write a layer file again with neuron `i` in row `place[i]`. It is the old file until it is the new one, whole.
+    """Write a layer file again with neuron `i` in row `place[i]`. One step replaces the old file, once the new one is complete.
 
     Args:
-        place: [d_ff], a permutation.
+        place: int32 [d_ff], a permutation.
 
     Raises:
-        StoreFormatError: the old file is damaged: a new checksum would hide that.
+        StoreFormatError: the old file is damaged, which a new checksum would hide.
     """
     order = np.argsort(place)  # the neuron of each row
     source = order if layer.place is None else layer.place[order]
@@ -220,17 +220,17 @@ def place_layer(layer: LayerStore, place: npt.NDArray[np.int32]) -> None:
 
 
 def predictor_metadata(variant: str, store: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of a predictor file: what it is, and the checkpoint it was made from, as the store's metadata has it."""
+    """Make the metadata of a predictor file: its variant, and the checkpoint it was made from, which is the store's."""
     return _metadata(predictor=variant, fingerprint=store["fingerprint"], revision=store["revision"])
 
 
 def calibration_metadata(report: str, store: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of a calibration file: what was measured, as JSON, and the checkpoint it was measured on."""
+    """Make the metadata of a calibration file: what was measured, as JSON, and the checkpoint it was measured on."""
     return _metadata(calibration=report, fingerprint=store["fingerprint"], revision=store["revision"])
 
 
 def rest_metadata() -> dict[str, str]:
-    """Metadata of a file with the weights that are not FFN matrices."""
+    """Make the metadata of a file with the weights that are not FFN matrices."""
     return _metadata(rest="1")
 
 

@@ -142,7 +142,7 @@ def test_speed_is_told_from_a_report_on_this_model_only(here: Hub, mixture: Path
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(report))
     hf_flash.push(tmp_path / "saved", "me/x", bench=path)
-    assert "tok/s" in card(here, "me/x")
+    assert "tokens/s" in card(here, "me/x")
     report["model"]["experts"] = 9
     path.write_text(json.dumps(report))
     with pytest.raises(ConfigError, match="bench"):

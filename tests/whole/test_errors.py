@@ -168,7 +168,7 @@ HOSTILE_FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str
         lambda f: by_another_tool(layer(f, 1), metadata=False), StoreMissingError, (*ALL, "expected: 3 layers", "layers [1]")),
     "a layer file is of a newer version": (
         lambda f: write_again(layer(f, 1), format_version="9"), StoreVersionError,
-        (*ALL, "flash-layer-00001", "up to 4", "got: 9", "pip install -U hf-flash")),
+        (*ALL, "flash-layer-00001", "up to 4", "got: 9", "update hf_flash")),
     "neurons have places, which older versions would pass over": (
         lambda f: place_again(layer(f, 1), IN_ORDER, version="1"), StoreFormatError,
         (*ALL, "flash-layer-00001", "fc1.place", "format version 1", "repack the model")),
@@ -199,7 +199,7 @@ HOSTILE_FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], tuple[str
         ("where", "flash-layer-00000", "flash-layer-00001", "same layer")),
     "config.json is of a newer version": (
         lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"].update(format_version=2, warp="fast")),
-        StoreVersionError, (*ALL, "quantization_config", "up to 1", "got: 2", "pip install -U hf-flash")),
+        StoreVersionError, (*ALL, "quantization_config", "up to 1", "got: 2", "update hf_flash")),
     "config.json has a format version that is no number": (
         lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"].update(format_version="two")),
         ConfigError, ("format_version", "two")),
@@ -368,9 +368,15 @@ def test_a_repacked_source_is_not_repacked_again(packed: Path, tmp_path: Path) -
 
 
 def test_a_source_that_is_nothing_is_said_to_be_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither a folder nor") as caught:
+    with pytest.raises(StoreMissingError, match="no such folder") as caught:
         hf_flash.repack(tmp_path / "no" / "such" / "folder", tmp_path / "out")
     names_all(caught.value, "such")
+    (tmp_path / "a-model").mkdir()
+    with pytest.raises(StoreMissingError, match=r"did you mean .*a-model"):
+        hf_flash.repack(tmp_path / "a-modle", tmp_path / "out")
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(ConfigError, match="a file, and not the folder"):
+        hf_flash.repack(tmp_path / "weights.bin", tmp_path / "out")
 
 
 def pickled(folder: Path, **how: Any) -> Path:

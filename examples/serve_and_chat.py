@@ -1,6 +1,6 @@
 """Serve a flash model and talk to it with the `openai` client.
 
-    pip install 'hf-flash[serve]'
+    pip install ".[serve]"
     python examples/serve_and_chat.py                                      # the small model beside this file
     python examples/serve_and_chat.py facebook/opt-1.3b --memory-budget 2GiB
 

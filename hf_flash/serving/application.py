@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
+from hf_flash._version import __version__
 from hf_flash.errors import ConfigError, HfFlashError
 from hf_flash.runtime.counters import FlashStats
 from hf_flash.serving.guard import failure
@@ -30,9 +31,28 @@ def make_application(
         enable_cors: tell browsers that web pages from anywhere may call.
     """
     app = build_application(models, generations, enable_cors=enable_cors)
+    _add_front_page(app, models)
     _add_counters(app, read_stats)
     _add_failures(app)
     return app
+
+
+def _add_front_page(app: FastAPI, models: OneModel) -> None:
+    """Say at `/` what this is."""
+
+    @app.get("/")
+    def front_page() -> JSONResponse:
+        chat = ["/v1/chat/completions"] if models.chat_template() is not None else []
+        return JSONResponse(
+            {
+                "server": f"hf_flash {__version__}: a language model with its weights on flash, for OpenAI's clients",
+                "model": models.name,
+                "base_url": "/v1",
+                "answers": [*chat, "/v1/completions", "/v1/responses", "/v1/models"],
+                "counters": ["/flash/stats", "/metrics"],
+                "health": "/health",
+            }
+        )
 
 
 def _add_counters(app: FastAPI, read_stats: Callable[[], FlashStats]) -> None:

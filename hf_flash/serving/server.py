@@ -17,12 +17,16 @@ A request passes guard.py, fields.py through admission.py, the routes of applica
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Final
 
+from jinja2 import Environment, TemplateSyntaxError
+from rich.table import Table
 from transformers import ContinuousBatchingConfig
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.base.tables import facts
 from hf_flash.errors import ConfigError, HfFlashError, UsageError
 from hf_flash.runtime.counters import FlashStats
 from hf_flash.runtime.model import stats
@@ -33,7 +37,9 @@ from hf_flash.serving.context import context_length
 from hf_flash.serving.guard import Guard, is_local
 from hf_flash.serving.listening import HttpServer, open_socket
 from hf_flash.serving.transformers_serving import Generations, OneModel, names_gguf_file
+from hf_flash.store.checkpoint import resolve_folder
 
+_GENERATION: Final = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # transformers' own tag
 _PAGE_TOKENS: Final = 256  # of the KV cache in continuous batching; transformers' default
 _BATCH_TOKENS: Final = 512  # through the model at once, prompts in parts of it
 _BODY_BYTES: Final = 1 << 20  # every body may have so many,
@@ -86,7 +92,7 @@ class Server:
         self._generations = Generations(batching)
         self._models.drain = self._generations.drain
         self._admission = Admission(self._models)
-        self._http = HttpServer(self._guard(host, enable_cors), self._generations.stop, log_level)
+        self._http = HttpServer(self._guard(host, enable_cors), self._generations.stop, self._generations.shutdown, log_level)
         self._socket.listen()  # clients that come before `run` wait
 
     def stats(self) -> FlashStats:
@@ -99,21 +105,20 @@ class Server:
             raise UsageError("the model is not loaded at the moment", hint="the next request loads it")
         return stats(loaded[0])
 
-    def describe(self) -> str:
-        """Describe what is served where, for a terminal."""
+    def describe(self) -> Table:
+        """Describe what is served where, to be printed by rich."""
         found, chat = self.stats(), "/chat/completions, /completions, /responses"
         if self._models.chat_template() is None:
             chat = "/completions; the model has no chat template: --chat-template FILE for /chat/completions"
         dram, budget, dense = map(format_bytes, (found.dram_bytes, found.budget_bytes, found.dense_bytes))
-        rows = [
+        return facts([
             ("model", self._models.name),
             ("base URL", self.url),
             ("answers", chat),
             ("counters", "/flash/stats (JSON), /metrics (Prometheus), beside the base URL's /v1"),
             ("weights in DRAM", f"{dram} of a budget of {budget}; the dense model: {dense}"),
             ("on flash", f"{found.what_fits}; reader {found.reader}"),
-        ]
-        return "\n".join(f"{name:<20}{value}" for name, value in rows)
+        ])  # fmt: skip
 
     def run(self) -> None:
         """Serve until Ctrl-C or SIGTERM. Answers under way end with the token they are at."""
@@ -146,9 +151,15 @@ class Server:
 
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", text))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("cannot read the chat template", where=path, got=error) from error
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            "the chat template is no Jinja template", where=f"{path}, line {error.lineno}", got=error.message
+        ) from error
+    return text
 
 
 def _check_model(model: str) -> None:
@@ -157,6 +168,8 @@ def _check_model(model: str) -> None:
         raise ConfigError("GGUF weights cannot be served", where="MODEL", got=model, hint="name a plain or repacked model")
     if "@" in model and Path(model).exists():
         raise ConfigError("what follows @ is a revision", where="MODEL", got=model, hint="rename the folder, or link to it")
+    name, _, revision = model.partition("@")
+    resolve_folder(name, revision=revision or None, config_only=True)  # at once: loading asks the Hub for every file, and again
 
 
 def _load(model: str, *settings: Any) -> OneModel:

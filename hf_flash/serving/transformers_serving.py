@@ -30,6 +30,7 @@ of this list by its name, so that a release that breaks one fails there first.
                                       and so `stopping_criteria` can be put into them
         submit                        runs a function on that thread, after the answers that wait there
     CBGenerateManager             generates answers together, by continuous batching. The same two methods, and
+        _cb.stop                      ends all of them
         _cb.cancel_request            ends the answer of a client that left. Answers are kept by the request's id there
 
     streamer                      the keyword of `model.generate` that marks a streamed answer. The text of its error is put
@@ -61,13 +62,15 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState, _GenerationCancelled, split_model_id
 
 from hf_flash.config import FlashOffloadConfig
-from hf_flash.errors import ConfigError
+from hf_flash.errors import ConfigError, UsageError
 from hf_flash.serving.context import check_length, context_length
 from hf_flash.serving.guard import gone
 
 logger = logging.getLogger("hf_flash")
 
 TEMPLATE_NAMES: Final = ("messages", "load_audio_from_video")
+_LOOK_S: Final = 0.1  # between looks at whether a request of continuous batching must end
+_STOP_S: Final = 1  # for the step that continuous batching is at when the server stops
 _DRAIN_S: Final = 60  # for the token that an answer is at when the model is unloaded
 
 
@@ -209,6 +212,15 @@ class Generations(GenerationState):
         """Wrap the manager for the request under way."""
         return _BoundedManager(super().get_manager(model_id, use_cb=use_cb), self.stop)
 
+    def shutdown(self) -> None:
+        """Stop continuous batching. Once `stop` is set its answers fail, instead of being finished first."""
+        manager: Any = self._cb_manager  # type: ignore[has-type]
+        if manager is None or manager._cb is None or not self.stop.is_set():
+            super().shutdown()
+            return
+        self._cb_manager = None
+        manager._cb.stop(block=True, timeout=_STOP_S, hard_stop=True)
+
     def drain(self) -> None:
         """Return when no answer is under way. The clients of those that wait have left."""
         self.shutdown()  # of continuous batching, which holds a model
@@ -223,13 +235,14 @@ class _ClientLeft(Exception):
 class _BoundedManager:
     """A generation manager of transformers for one request, which is never asked for positions that the model does not have.
 
-    Its answer ends when the server is told to stop, and when the client leaves.
+    Its answer ends when the client leaves. When the server is told to stop, the request fails, so that no client takes what was
+    generated so far for the whole answer.
     """
 
     def __init__(self, manager: Any, stop: threading.Event) -> None:
         self._manager = manager
         self._batched = not isinstance(manager, GenerateManager)
-        self._ends = [event for event in (stop, gone.get()) if event is not None]
+        self._stop, self._gone = stop, gone.get()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
@@ -274,22 +287,25 @@ class _BoundedManager:
         return torch.full((len(ids),), self._must_end(), dtype=torch.bool, device="cpu")
 
     def _must_end(self) -> bool:
-        return any(event.is_set() for event in self._ends)
+        """Whether the client is gone. Raises `UsageError`: the server stops."""
+        if self._stop.is_set():
+            raise UsageError("the server is stopping, and this answer is not whole", hint="ask again when it is back")
+        return self._gone is not None and self._gone.is_set()
 
     def _watched(self, model: Any) -> Any:
         return model if self._batched else _WatchedModel(model, self._must_end)
 
     async def _wait_or_cancel(self, answer: asyncio.Future[Any], request_id: str) -> None:
-        """Wait for an answer of continuous batching, and cancel it when the client leaves."""
-        if (left := gone.get()) is None:
-            return
-        leaving = asyncio.ensure_future(left.wait())
-        await asyncio.wait([answer, leaving], return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if not answer.done():
+        """Wait for an answer of continuous batching, and cancel it when the client leaves or the server stops."""
+        try:
+            while not answer.done():
+                await asyncio.wait([answer], timeout=_LOOK_S)
+                if self._must_end() and not answer.done():
+                    raise _ClientLeft
+        except (UsageError, _ClientLeft):
             answer.cancel()
             self._manager._cb.cancel_request(request_id)
-            raise _ClientLeft
+            raise
 
 
 class _WatchedModel:
@@ -305,11 +321,11 @@ class _WatchedModel:
         return getattr(self._model, name)
 
     def generate(self, **kwargs: Any) -> Any:
-        if self._must_end():
-            raise _ClientLeft
         try:
+            if self._must_end():
+                raise _ClientLeft
             return self._model.generate(**kwargs)
-        except _GenerationCancelled:
+        except (_GenerationCancelled, _ClientLeft):
             raise
         except Exception as error:
             if "streamer" not in kwargs:

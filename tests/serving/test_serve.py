@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 
 import hf_flash
 from hf_flash import ConfigError, FlashOffloadConfig
+from hf_flash.base.tables import printed
 from hf_flash.commands import main as cli
 from hf_flash.serving.server import Server
 from tests.conftest import ROOT, TINY_OPT, torch_threads
@@ -179,7 +180,7 @@ def test_answers_end_where_the_context_does(talk: openai.OpenAI, tokenizer: Any)
 
 def test_a_model_without_a_template_says_so_and_completes(packed_tiny: Path) -> None:
     with serving(packed_tiny, chat_template=None) as server, client(server.url) as talk:
-        assert "--chat-template" in server.describe()
+        assert "--chat-template" in printed(server.describe())
         with pytest.raises(openai.BadRequestError, match="chat_template is not set"):
             talk.chat.completions.create(model=str(packed_tiny), messages=[{"role": "user", "content": "x"}])
         assert talk.completions.create(model=str(packed_tiny), prompt="In the", max_tokens=3).choices[0].text
@@ -309,9 +310,8 @@ def test_the_command_serves_transformers_chat_and_ends_with_ctrl_c(packed_tiny: 
                 stream = talk.completions.create(model=str(packed_tiny), prompt="In the", max_tokens=240, stream=True)
                 next(iter(stream))
                 server.send_signal(signal.SIGINT)
-                last = list(stream)[-1]
-            assert last.usage is not None
-            assert 0 < last.usage.completion_tokens < 240
+                with pytest.raises(openai.APIError):  # or an answer that was cut off would look whole
+                    list(stream)
             assert server.wait(timeout=30) == 0
         finally:
             server.kill()

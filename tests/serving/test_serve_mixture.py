@@ -12,6 +12,7 @@ import requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_flash
+from hf_flash.base.tables import printed
 from hf_flash.planner import needs
 from hf_flash.serving.server import Server
 from tests.conftest import torch_threads
@@ -105,4 +106,4 @@ def test_its_counters_are_those_of_experts(folder: Path, server: Server, talk: o
     assert after["counters"]["selected"] > before["counters"]["selected"]
     metrics = requests.get(f"{root}/metrics", timeout=30).text
     assert "experts" in metrics
-    assert "8 experts a layer" in server.describe()
+    assert "8 experts a layer" in printed(server.describe())

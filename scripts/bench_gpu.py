@@ -33,6 +33,7 @@ from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.report import describe
 from hf_flash.bench.run import bench
 from hf_flash.bench.systems import System
+from hf_flash.commands.arguments import say
 
 SCRIPTS = Path(__file__).resolve().parent
 PEERS = ("stock-ram", "accelerate", "naive")
@@ -77,7 +78,7 @@ def compare(args: argparse.Namespace, folder: Path, systems: list[str | System],
         folder, systems=systems, device=args.device, memory=args.memory, tokens=args.tokens, repeats=args.repeats,
         calls=[(1, 1), (4, 1), (1, 256)], **arguments,
     )  # fmt: skip
-    print(describe(report))
+    say(describe(report))
     print("\n".join(summary(report)), flush=True)
     return report
 

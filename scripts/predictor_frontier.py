@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import torch
 
 import hf_flash
+from hf_flash.bench.plots import COLOURS, legend_beside, new_figure, style, write
 from hf_flash.evaluation.compare import evaluate
 
 RANKS = (32, 64, 128)
@@ -55,44 +56,56 @@ def measure(folder: Path, tests: list[Path], tokens: int, wanted: Any, name: str
     return found
 
 
+MARKS = {  # a predictor of the frontier, as the drawing has it
+    "int4-g64, assumed margin": ("int4, assumed margin (needs no data)", "^", COLOURS[0]),
+    "int8, assumed margin": ("int8, assumed margin (needs no data)", "v", COLOURS[0]),
+    "int4-g64, measured margin": ("int4, measured margin", "s", COLOURS[2]),
+    "int8, measured margin": ("int8, measured margin", "D", COLOURS[2]),
+    "lowrank 32": ("low rank 32 in all layers", "o", COLOURS[3]),
+    "lowrank 64": ("low rank 64 in all layers", "h", COLOURS[3]),
+    "lowrank 128": ("low rank 128 in all layers", "p", COLOURS[3]),
+    "lowrank, rank by layer": ("low rank, chosen by layer", "*", COLOURS[5]),
+}
+PANELS = (  # heading, field, factor, ticks
+    ("What it costs: change in perplexity, %", "change", 100, (0.00001, 0.0001, 0.001, 0.01, 0.1, 1)),
+    ("What it reads: neurons for each one that is active", "selected", 1, (1, 1.5, 2, 3, 4, 5, 7)),
+)
+
+
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Bytes against the change in perplexity, and against the neurons that are read for nothing."""
-    figure = matplotlib.figure.Figure(figsize=(9, 3.8), layout="constrained")
-    first = found[0]["text"]
-    for axes, key, label in zip(
-        figure.subplots(1, 2),
-        ("change", "selected"),
-        ("change in perplexity, %", "predicted neurons per active one"),
-        strict=True,
-    ):
-        groups = {"lowrank, rank by layer": "k*", "lowrank": "C0o-", "measured": "C2s-", "assumed": "C1^-"}
-        for group, style in groups.items():
-            rows = sorted(
-                (r for r in found if r["text"] == first and group_of(r["predictor"]) == group), key=lambda r: r["bytes"]
-            )
-            scale = 100 if key == "change" else 1
-            axes.plot([r["bytes"] / 1024 for r in rows], [scale * r[key] for r in rows], style, label=legend(group))
+    """Bytes against the change in perplexity, and against the neurons that are read for nothing; of the first text."""
+    with style("predictors"):
+        write(frontier(found), path)
+
+
+def frontier(found: list[dict[str, Any]]) -> Any:
+    """The drawing. A predictor that changes nothing has no place on a logarithmic scale: it is left out there."""
+    figure = new_figure(7.2)
+    rows = [row for row in found if row["text"] == found[0]["text"]]
+    for axes, (heading, key, factor, ticks) in zip(figure.subplots(2, 1, sharex=True), PANELS, strict=True):
+        for kind, (label, mark, colour) in MARKS.items():
             for row in rows:
-                axes.annotate(row["predictor"].split(",")[0].removeprefix("lowrank "), (row["bytes"] / 1024, scale * row[key]),
-                              fontsize=7, xytext=(3, 3), textcoords="offset points")  # fmt: skip
-        axes.set(xlabel="predictors of all layers, KiB", ylabel=label, yscale="log")
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
-    figure.suptitle(f"Predictors on the shipped model, {first}", fontsize=10)
-    figure.savefig(path, metadata={"Date": None})
+                if kind_of(row["predictor"]) == kind and row[key] > 0:
+                    size = 14 if mark == "*" else 8
+                    axes.plot(row["bytes"] / 1024, factor * row[key], mark, color=colour, markersize=size, label=label)
+        axes.margins(0.08, 0.12)
+        axes.set(yscale="log")
+        low, high = axes.get_ylim()
+        axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+        axes.yaxis.set_major_formatter("{x:.7g}")
+        axes.minorticks_off()
+        axes.grid(alpha=0.8, linewidth=0.6)
+        axes.set_title(heading)
+    axes.set_xlabel("memory for the predictors of all layers, KiB")
+    legend_beside(figure, "predictor")
+    title = f"Predictors on the shipped model (tiny-opt), text: {rows[0]['text']}\nlower is better, and so is further left"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    return figure
 
 
-def group_of(name: str) -> str:
-    """Which curve a predictor belongs to."""
-    if name.startswith("lowrank"):
-        return name if "," in name else "lowrank"
-    return "measured" if name.endswith("measured margin") else "assumed"
-
-
-def legend(group: str) -> str:
-    """What the plot calls a curve."""
-    return {"lowrank": "low rank, the same in all layers", "measured": "quantized, measured margin",
-            "assumed": "quantized, assumed margin"}.get(group, "low rank, chosen by layer")  # fmt: skip
+def kind_of(name: str) -> str:
+    """Which mark a predictor has: a margin that was assumed is named with its size by `evaluate`."""
+    return re.sub(r"margin [\d.]+$", "assumed margin", name)
 
 
 def main() -> None:

@@ -1,40 +1,66 @@
-"""A bench report as one HTML file: figures, drawings and tables, light or dark as the reader's system is. It loads nothing."""
+"""A bench report as one HTML file: figures, drawings and tables, light or dark as the reader's system is. It loads nothing.
+
+It is for people who have never seen the project: what each row is, what each drawing shows, and what each column is in.
+"""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Final
 
 from hf_flash._version import __version__
 from hf_flash.base.sizes import format_bytes
-from hf_flash.bench.plots import bench_drawings
-from hf_flash.bench.report import call_names, cells, check_lines, columns, conditions, disk_table, generated, step_name
+from hf_flash.bench.drawings import bench_drawings
+from hf_flash.bench.names import ROWS, row_names, setting
+from hf_flash.bench.page_style import STYLE
+from hf_flash.bench.report import call_names, step_name
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #fbfbfd; --card: #fff; --text: #1c2130; --soft: #667085; --lines: #d9dde5;
-        --accent: #d9730d; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #11141b; --card: #191d27; --text: #e4e8f1; --soft: #96a0b5; --lines: #353c4c; --accent: #ffa826; } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 64rem; background: var(--page); color: var(--text);
-       font: 15px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-h1 { margin: 0; font-size: 1.7rem; letter-spacing: -.01em } h2 { margin: 2.6rem 0 .8rem; font-size: 1.1rem }
-p { margin: .35rem 0; color: var(--soft) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .8rem; margin-top: 1.6rem }
-.card, figure, .table { background: var(--card); border: 1px solid var(--lines); border-radius: .7rem }
-.card { padding: .9rem 1.1rem } .card b { display: block; white-space: nowrap; font-size: 1.45rem; line-height: 1.25;
-        color: var(--accent); font-variant-numeric: tabular-nums } .card span { color: var(--soft); font-size: .85rem }
-figure { margin: 0; padding: 1rem } svg { display: block; width: 100%; height: auto }
-.table { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .82rem;
-         font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: .5rem .7rem; text-align: right; border-bottom: 1px solid var(--lines) } tr:last-child td { border-bottom: 0 }
-th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
-     background: var(--card) } td.failed { text-align: left; white-space: normal; color: var(--soft) }
-tr.ours td:first-child { color: var(--accent); font-weight: 600 }
-pre { margin: 0; padding: 1rem; font: .78rem/1.5 ui-monospace, "SF Mono", Consolas, monospace }
-"""
+_SPEED: Final = (  # heading, field of a row or of its parts, digits, unit
+    ("tokens a second", "tokens_per_s", 2, 1),
+    ("mean, ms", "mean_ms", 1, 1),
+    ("median, ms", "median_ms", 1, 1),
+    ("95 % are below, ms", "p95_ms", 1, 1),
+    ("I/O, ms", "io", 2, 1),
+    ("window management, ms", "manage", 2, 1),
+    ("predictor, ms", "predict", 2, 1),
+    ("FFN products, ms", "compute", 2, 1),
+    ("the rest, ms", "rest", 2, 1),
+)
+_READS: Final = (
+    ("read, MB", "bytes", 2, 1e6),
+    ("reads", "reads", 0, 1),
+    ("size of a read, KiB", "run_bytes", 1, 1024),
+    ("speed of reading, GB/s", "read_gb_per_s", 2, 1),
+    ("were in memory, %", "hit_rate", 1, 0.01),
+    ("first token after, s", "first_token_s", 2, 1),
+    ("loading, s", "load_s", 1, 1),
+    ("memory at most, MB", "peak_anonymous_bytes", 0, 1e6),
+)
+_ON_A_DEVICE: Final = (
+    ("over the bus, MB", "bus_bytes", 2, 1e6),
+    ("the bus takes, ms", "bus_ms", 2, 1),
+    ("device memory at most, MB", "device_peak_bytes", 0, 1e6),
+)
+_SAYS_SPEED: Final = (
+    "All times are of one {one}. Tokens a second and the parts are means (the parts add up to the mean); the median {one} is "
+    "the one in the middle. I/O: waiting for the disk. Window management: deciding what stays in memory. FFN products: "
+    "multiplying the feed-forward weights. The rest: attention, the output matrix, Python."
+)
+_SAYS_READS: Final = (
+    "Read: bytes from disk for one {one}, as hf_flash asked for them, or else as the disk delivered them. Were in memory: of "
+    "the units that a {one} used, those that were not read for it. Memory at most: anonymous memory, which the kernel cannot "
+    "take back."
+)
+_SAYS_CALLS: Final = (
+    "Milliseconds of one call of the model with rows x tokens: 8x1 is a batch of eight sequences, 1x8 a draft of eight tokens, "
+    "1x256 a prompt."
+)
+_SAYS_CHECKS: Final = (
+    "How much hf_flash reads beside what the paper's window would have read, how fast beside the disk's own rate for reads of "
+    "this size, and a floor for the time: what memory and disk take if nothing else does, one after the other or overlapped."
+)
 
 
 def page(report: dict[str, Any]) -> str:
@@ -46,18 +72,21 @@ def page(report: dict[str, Any]) -> str:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    model = report["model"]
-    title = f"{escape(str(model['source']))}: decode speed"
+    title = f"Decode speed of {escape(str(report['model']['source']))}"
+    one = step_name(report["settings"])
     parts = [
         "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{title}</h1>", *_about(report), *_cards(report),
-        *(f"<h2>{title}</h2><figure>{drawing}</figure>" for title, drawing in bench_drawings(report)),
-        "<h2>All figures</h2>", *_table(report, step_name(report["settings"])),
-        *_calls(report["rows"], call_names(report["settings"])),
-        *_lines("What hf_flash is held against", check_lines(report["rows"])),
-        *_lines("The disk's curve", disk_table(report["disk"])),
+        f"<title>{title}</title><style>{STYLE}</style></head><body>",
+        f'<h1>{title}</h1><p class="setting">{escape(setting(report))}</p>', *_about(report), *_cards(report), *_rows(report),
+        *(
+            f'<h2>{drawing.title}</h2><p>{escape(drawing.says)}</p><figure>{drawing.svg}</figure>'
+            for drawing in bench_drawings(report)
+        ),
+        *_figures(report, "Speed", _SAYS_SPEED.format(one=one), _SPEED),
+        *_figures(report, "Reads, loading and memory", _SAYS_READS.format(one=one),
+                  (*_READS, *(_ON_A_DEVICE if "device" in report["machine"] else ()))),
+        *_calls(report), *_checks(report), *_disk(report["disk"]),
         f"<p>hf_flash {__version__}. Every system ran in a process of its own, in turn, from a cold page cache, greedy.</p>",
         "</body></html>",
     ]  # fmt: skip
@@ -66,17 +95,22 @@ def page(report: dict[str, Any]) -> str:
 
 def _about(report: dict[str, Any]) -> Iterator[str]:
     """What the figures depend on."""
-    host, model, settings = report["machine"], report["model"], report["settings"]
+    host, model = report["machine"], report["model"]
     yield (
-        f"<p>{format_bytes(model['dense_bytes'])} in {model['dtype']}, {model['layers']} layers, d_model {model['d_model']}, "
-        f"d_ff {model['d_ff']}; {generated(settings)}</p>"
+        "<p>How fast a language model writes when its weights do not all fit into memory. hf_flash keeps feed-forward weights "
+        "on disk and reads those that a token needs. Other rows are what it is compared with; each says which cap on memory it "
+        "ran under.</p>"
+    )
+    yield (
+        f"<p>The model: {format_bytes(model['dense_bytes'])} in {model['dtype']}, {model['layers']} layers, d_model "
+        f"{model['d_model']}, d_ff {model['d_ff']}. "
     )
     versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
     yield (
-        f"<p>{escape(host['cpu'])}, {host['cores']} cores, {host['torch_threads']} torch threads, "
-        f"DRAM {host['dram_gb_per_s']:.1f} GB/s; {escape(host['disk'])}; {escape(host['kernel'])}</p>"
+        f"The machine: {escape(host['cpu'])}, {host['cores']} cores, {host['torch_threads']} torch threads, "
+        f"DRAM {host['dram_gb_per_s']:.1f} GB/s; {escape(host['disk'])}; {escape(host['kernel'])}; {versions}; "
+        f"{host['date']}.</p>"
     )
-    yield f"<p>{versions}; {host['date']}</p>"
     yield from (f"<p>{escape(note)}</p>" for note in report["notes"])
     if report.get("same_tokens") is not None:
         yield f"<p>Same tokens as without a cap: {'yes' if report['same_tokens'] else '<b>NO</b>'}</p>"
@@ -84,53 +118,133 @@ def _about(report: dict[str, Any]) -> Iterator[str]:
 
 def _cards(report: dict[str, Any]) -> Iterator[str]:
     """The figures that most people want, of the row "flash" or else the first of hf_flash."""
-    done = {row["system"]: row for row in report["rows"] if "failed" not in row}
-    ours = done.get("flash") or next((row for row in done.values() if row["kind"] == "flash"), None)
+    done = {row["system"]: (row, name) for row, name in _named(report) if "failed" not in row}
+    ours, name = done.get("flash") or next((found for found in done.values() if found[0]["kind"] == "flash"), (None, ""))
     if ours is None:
         return
-    figures = [(f"{ours['tokens_per_s']:.3g}", f"tokens a second: {ours['system']}")]
-    names = {"stock-ram": "stock, all in memory, no cap", "stock-cap": "stock under the same cap", "accelerate": "accelerate"}
-    for name, words in names.items():
-        if name in done:
-            figures.append((f"{ours['tokens_per_s'] / done[name]['tokens_per_s']:.2g}x", f"as fast as {words}"))
+    figures = [(f"{ours['tokens_per_s']:.3g}", f"tokens a second: {name}")]
+    for other in ("stock-ram", "stock-cap", "accelerate"):
+        if other in done:
+            row, words = done[other]
+            figures.append((f"{ours['tokens_per_s'] / row['tokens_per_s']:.2g}x", f"as fast as {words}"))
     if ours["memory_bytes"]:
-        figures.append((f"{ours['memory_bytes'] / report['model']['dense_bytes']:.0%}", "of the weights fit into DRAM"))
+        figures.append((f"{ours['memory_bytes'] / report['model']['dense_bytes']:.0%}", "of the weights fit into memory"))
     read, one = f"{ours['read_bytes'] / 1e6:.3g} MB", step_name(report["settings"])
-    figures.append((read, f"read for a {one}; {ours['hit_rate']:.0%} of its neurons were there"))
+    figures.append((read, f"read for a {one}; {ours['hit_rate']:.0%} of what it used was in memory"))
     yield '<div class="cards">'
     yield from (f'<div class="card"><b>{number}</b><span>{escape(words)}</span></div>' for number, words in figures)
     yield "</div>"
 
 
-def _table(report: dict[str, Any], one: str) -> Iterator[str]:
-    rows, shown = report["rows"], columns(report)
-    yield f'<div class="table"><table><tr><th>a {one}</th>'
-    yield "".join(f"<th>{heading}</th>" for heading, *_ in shown) + "<th>with</th></tr>"
-    for row in rows:
-        name, ours = escape(row["system"]), ' class="ours"' if row["system"] == "flash" else ""
+def _rows(report: dict[str, Any]) -> Iterator[str]:
+    """What the rows are, in words."""
+    yield "<h2>What is compared</h2><dl>"
+    for row, name in _named(report):
+        if row["sweep"]:
+            says = "hf_flash with this much memory for weights, and a cap that follows it"
+        else:
+            says = ROWS[row["system"]][1] if row["system"] in ROWS else "hf_flash with arguments of its own"
+        yield f"<dt>{escape(name)}</dt><dd>{escape('; '.join([says, *_conditions(row)]))}</dd>"
+    yield "</dl>"
+
+
+def _conditions(row: dict[str, Any]) -> Iterator[str]:
+    """With what a row ran."""
+    found = row.get("stats", {})
+    if "predictor" in found:
+        yield f"predictor: {found['predictor']}"
+    if "experts" in found:
+        yield f"room for {found['capacity']} of {found['experts']} experts of a layer"
+    yield "no cap" if row["cap_bytes"] is None else f"cap: {format_bytes(row['cap_bytes'])} by {row['cap']}"
+
+
+def _named(report: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows, and what they are called."""
+    return zip(report["rows"], row_names(report), strict=True)
+
+
+# --- tables --------------------------------------------------------------------------------------------------------------
+
+
+def _figures(report: dict[str, Any], title: str, says: str, columns: Sequence[tuple[str, str, int, float]]) -> Iterator[str]:
+    """A table with a line for every row of the report."""
+    lines = []
+    for row, name in _named(report):
         if "failed" in row:
-            reason = f'<td class="failed" colspan="{len(shown)}">failed: {escape(textwrap.shorten(row["failed"], 400))}</td>'
-            yield f"<tr><td>{name}</td>{reason}<td>{conditions(row)}</td></tr>"
+            reason = textwrap.shorten(row["failed"], 400) if columns is _SPEED else "see above"
+            lines.append((row["system"], name, [f"failed: {reason}"]))
             continue
-        found = "".join(f"<td>{cell}</td>" for cell in cells(row, report))
-        yield f"<tr{ours}><td>{name}</td>{found}<td>{conditions(row)}</td></tr>"
-    yield "</table></div>"
+        values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
+        lines.append((row["system"], name, [_number(values.get(key), digits, unit) for _, key, digits, unit in columns]))
+    yield from _table(title, says, f"a {step_name(report['settings'])}", [heading for heading, *_ in columns], lines)
 
 
-def _calls(rows: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
+def _calls(report: dict[str, Any]) -> Iterator[str]:
     """Calls of several tokens."""
-    if not names:
-        return
-    yield '<h2>Calls of several tokens, rows x tokens: ms</h2><div class="table"><table><tr><th>a call</th>'
-    yield "".join(f"<th>{name}</th>" for name in names) + "</tr>"
-    for row in rows:
-        if "calls_ms" in row:
-            found = "".join(f"<td>{row['calls_ms'][name]:.1f}</td>" for name in names)
-            yield f"<tr><td>{escape(row['system'])}</td>{found}</tr>"
+    if names := call_names(report["settings"]):
+        lines = [
+            (row["system"], name, [f"{row['calls_ms'][call]:.1f}" for call in names])
+            for row, name in _named(report)
+            if "calls_ms" in row
+        ]
+        yield from _table("Calls of several tokens", _SAYS_CALLS, "a call, ms", names, lines)
+
+
+def _checks(report: dict[str, Any]) -> Iterator[str]:
+    """What the rows of hf_flash are held against (bench/checks.py)."""
+    headings = ["read, MB", "the window law, MB", "read of it, %", "of the disk's rate, %", "floor: memory, ms",
+                "floor: disk, ms", "overlapped, ms", "in turn, ms", "measured mean, ms"]  # fmt: skip
+    lines = []
+    for row, name in _named(report):
+        if "floor_ms" in row:
+            floor = [row["floor_ms"][part] for part in ("dram", "disk", "overlapped", "in_turn")]
+            found = [_number(row["read_bytes"], 2, 1e6), _number(row["expected_bytes"], 2, 1e6),
+                     _number(row["expected_ratio"], 0, 0.01), _number(row["disk_rate_share"], 0, 0.01)]  # fmt: skip
+            lines.append((row["system"], name, [*found, *(f"{ms:.1f}" for ms in [*floor, row["mean_ms"]])]))
+    if lines:
+        one = f"a {step_name(report['settings'])}"
+        yield from _table("What hf_flash is held against", _SAYS_CHECKS, one, headings, lines)
+
+
+def _disk(points: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The curve: GB/s by size of a read and reads at a time."""
+    random = {(point["depth"], point["size"]): point["gb_per_s"] for point in points if point["pattern"] == "random"}
+    sizes = sorted({size for _, size in random})
+    lines = [
+        ("", f"random, {depth} at a time", [_number(random.get((depth, size)), 3) for size in sizes])
+        for depth in sorted({depth for depth, _ in random})
+    ]
+    in_turn = [
+        f"{point['gb_per_s']:.3f} GB/s in turn, in reads of {format_bytes(point['size'])}"
+        for point in points
+        if point["pattern"] == "sequential"
+    ]
+    how = "past the page cache" if points[0]["direct"] else "through the page cache: there is no direct I/O here"
+    says = f"GB/s of random reads of these sizes, {how}. " + "; ".join(in_turn)
+    yield from _table("The disk's curve", says, "GB/s", [format_bytes(size) for size in sizes], lines)
+
+
+def _table(
+    title: str, says: str, first: str, headings: Sequence[str], lines: Sequence[tuple[str, str, Sequence[str]]]
+) -> Iterator[str]:
+    """A table in a box that scrolls.
+
+    Args:
+        first: the heading of the first column.
+        lines: the short name of a row or `""`, what it is called, and its cells; a single one goes over all columns.
+    """
+    yield f'<h2>{title}</h2><p>{escape(says)}</p><div class="table"><table><tr><th>{first}</th>'
+    yield "".join(f"<th>{escape(heading)}</th>" for heading in headings) + "</tr>"
+    for short, name, cells in lines:
+        ours = ' class="ours"' if short == "flash" else ""
+        known = f"<small>{escape(short)}</small>" if short not in ("", name) else ""
+        if len(cells) < len(headings):
+            found = f'<td class="failed" colspan="{len(headings)}">{escape(cells[0])}</td>'
+        else:
+            found = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        yield f"<tr{ours}><td>{escape(name)}{known}</td>{found}</tr>"
     yield "</table></div>"
 
 
-def _lines(title: str, lines: Iterator[str]) -> Iterator[str]:
-    text = "\n".join(lines).strip("\n")
-    if text:
-        yield f'<h2>{title}</h2><div class="table"><pre>{escape(text)}</pre></div>'
+def _number(value: float | None, digits: int, unit: float = 1) -> str:
+    return "-" if value is None else f"{value / unit:.{digits}f}"

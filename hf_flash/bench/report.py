@@ -11,9 +11,12 @@ from typing import Any, Final
 
 import psutil
 import torch
+from rich.console import Group, RenderableType
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.base.tables import Figures, Paragraph, facts, items, section
 from hf_flash.bench.device import about_device
+from hf_flash.bench.names import row_names, setting
 from hf_flash.compute.dram_speed import dram_gb_per_s
 from hf_flash.machine.about import cpu_name, mount_of
 
@@ -36,59 +39,98 @@ def machine(folder: Path, device: str | None = None) -> dict[str, Any]:
     return found if device is None else found | {"device": about_device(device)}
 
 
-def describe(report: dict[str, Any]) -> str:
-    """A report as tables."""
-    host, model, settings = report["machine"], report["model"], report["settings"]
-    memory = f"weights {format_bytes(settings['memory_bytes'])}, cap {format_bytes(settings['cap_bytes'])}"
-    if all(row["sweep"] for row in report["rows"]):
-        memory = "weights and cap as each row says"
-    lines = [
-        f"{model['source']}: {format_bytes(model['dense_bytes'])}, {model['dtype']}; {generated(settings)}; {memory}",
-        f"{host['cpu']}, {host['cores']} cores, {host['torch_threads']} torch threads, "
-        f"DRAM {host['dram_gb_per_s']:.1f} GB/s; {host['disk']}; {host['kernel']}; {host['date']}",
-        *([device_line(host["device"])] if "device" in host else []),
-        *report["notes"],
-        "",
-        *_speed_table(report, step_name(settings)),
-        *_calls_table(report["rows"], call_names(settings)),
-        *check_lines(report["rows"]),
-        "",
-        *disk_table(report["disk"]),
-    ]
+def describe(report: dict[str, Any]) -> Group:
+    """A report as tables, to be printed by rich."""
+    host, model = report["machine"], report["model"]
+    names = [f"{name} ({row['system']})" for name, row in zip(row_names(report), report["rows"], strict=True)]
+    done = [(name, row) for name, row in zip(names, report["rows"], strict=True) if "failed" not in row]
+    failed = [(name, row["failed"]) for name, row in zip(names, report["rows"], strict=True) if "failed" in row]
+    return Group(
+        Paragraph(f"{model['source']}: {format_bytes(model['dense_bytes'])} in {model['dtype']}; {setting(report)}", "bold"),
+        Paragraph(
+            f"{host['cpu']}, {host['cores']} cores, {host['torch_threads']} torch threads, DRAM {host['dram_gb_per_s']:.1f} "
+            f"GB/s; {host['disk']}; {host['kernel']}; {host['date']}"
+        ),
+        *([Paragraph(device_line(host["device"]))] if "device" in host else []),
+        *map(Paragraph, report["notes"]),
+        *(section(title, _figures(done, columns, report)) for title, columns in _tables(report) if done),
+        *([section("Calls of several tokens, rows x tokens: ms", _calls(done, names_of_calls))]
+          if (names_of_calls := call_names(report["settings"])) else []),
+        *([section("What failed", facts(failed))] if failed else []),
+        *([section("What hf_flash is held against", items(held))] if (held := list(check_lines(report["rows"]))) else []),
+        section("The disk, in GB/s", disk_figures(report["disk"])),
+        *_same_tokens(report),
+    )  # fmt: skip
+
+
+def _same_tokens(report: dict[str, Any]) -> Iterator[RenderableType]:
     if "same_tokens" in report:
         answer = {True: "yes", False: "NO", None: "not known, a row failed"}[report["same_tokens"]]
-        lines += ["", f"flash generates the same tokens without a cap: {answer}"]
-    return "\n".join(lines)
+        yield ""
+        yield Paragraph(f"hf_flash generates the same tokens without a cap: {answer}", "bold")
 
 
-COLUMNS: Final = (  # heading, width, field, digits, unit
-    ("tok/s", 8, "tokens_per_s", 2, 1),
-    ("median", 9, "median_ms", 1, 1),
-    ("p95 ms", 9, "p95_ms", 1, 1),
-    ("I/O ms", 9, "io", 2, 1),
-    ("manage", 8, "manage", 2, 1),
-    ("predict", 8, "predict", 2, 1),
-    ("compute", 9, "compute", 2, 1),
-    ("rest", 9, "rest", 2, 1),
-    ("MB", 9, "bytes", 2, 1e6),
-    ("reads", 8, "reads", 0, 1),
-    ("KiB/read", 9, "run_bytes", 1, 1024),
-    ("GB/s", 6, "read_gb_per_s", 2, 1),
-    ("hits %", 7, "hit_rate", 1, 0.01),
-    ("first s", 9, "first_token_s", 2, 1),
-    ("load s", 8, "load_s", 1, 1),
-    ("anon MB", 9, "peak_anonymous_bytes", 0, 1e6),
+Columns = tuple[tuple[str, str, int, float], ...]  # heading, field, digits, unit
+
+_SPEED: Final[Columns] = (
+    ("tokens/s", "tokens_per_s", 2, 1),
+    ("median ms", "median_ms", 1, 1),
+    ("p95 ms", "p95_ms", 1, 1),
+    ("read MB", "bytes", 2, 1e6),
+    ("hits %", "hit_rate", 1, 0.01),
 )
-_DEVICE_COLUMNS: Final = (  # of rows that compute on a device
-    ("bus MB", 9, "bus_bytes", 2, 1e6),
-    ("bus ms", 8, "bus_ms", 2, 1),
-    ("peak MB", 9, "device_peak_bytes", 0, 1e6),
+_TIMES: Final[Columns] = (
+    ("read", "io", 2, 1),
+    ("manage", "manage", 2, 1),
+    ("predict", "predict", 2, 1),
+    ("FFN", "compute", 2, 1),
+    ("rest", "rest", 2, 1),
+)
+_READING: Final[Columns] = (
+    ("reads", "reads", 0, 1),
+    ("KiB a read", "run_bytes", 1, 1024),
+    ("GB/s", "read_gb_per_s", 2, 1),
+)
+_BEFORE: Final[Columns] = (
+    ("load s", "load_s", 1, 1),
+    ("first s", "first_token_s", 2, 1),
+    ("anon MB", "peak_anonymous_bytes", 0, 1e6),
+)
+_DEVICE: Final[Columns] = (  # of rows that compute on a device
+    ("bus MB", "bus_bytes", 2, 1e6),
+    ("bus ms", "bus_ms", 2, 1),
+    ("peak MB", "device_peak_bytes", 0, 1e6),
 )
 
 
-def columns(report: dict[str, Any]) -> tuple[tuple[str, int, str, int, float], ...]:
-    """The columns of a report's table of rows."""
-    return (*COLUMNS, *(_DEVICE_COLUMNS if "device" in report["machine"] else ()))
+def _tables(report: dict[str, Any]) -> Iterator[tuple[str, Columns]]:
+    one = step_name(report["settings"])
+    yield f"Speed, for a {one}", _SPEED
+    yield f"Where the time of a {one} goes, in ms (mean)", _TIMES
+    yield f"Reading, for a {one}", _READING
+    yield "Loading, the first token, and memory of the process at its most", _BEFORE
+    if "device" in report["machine"]:
+        yield f"The device, for a {one}", _DEVICE
+
+
+def _figures(done: list[tuple[str, dict[str, Any]]], columns: Columns, report: dict[str, Any]) -> Figures:
+    """Rows that have any of the figures; those of speed say what they ran with, too."""
+    with_conditions = columns is _SPEED
+    rows = []
+    for name, row in done:
+        values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
+        cells = [_number(values.get(key), digits, unit) for _, key, digits, unit in columns]
+        if set(cells) != {"-"}:
+            rows.append((name, *cells, *([f"{conditions(row)}{_spread(row)}"] if with_conditions else [])))
+    headings = [heading for heading, *_ in columns]
+    if with_conditions:
+        return Figures(["system", *headings, "with"], rows, notes=frozenset((len(headings) + 1,)))
+    return Figures(["system", *headings], rows)
+
+
+def _calls(done: list[tuple[str, dict[str, Any]]], names: list[str]) -> Figures:
+    rows = [(name, *(_number(row["calls_ms"].get(call), 1) for call in names)) for name, row in done if "calls_ms" in row]
+    return Figures(["system", *names], rows)
 
 
 def device_line(device: dict[str, Any]) -> str:
@@ -100,29 +142,9 @@ def device_line(device: dict[str, Any]) -> str:
     )
 
 
-def generated(settings: dict[str, Any]) -> str:
-    """What was generated."""
-    which = "given tokens" if settings.get("forced") else "tokens"
-    found = f"{settings['tokens']} {which} after a prompt of {settings['prompt_tokens']}"
-    return found + (f", {settings['batch_size']} sequences at once" if step_name(settings) == "step" else "")
-
-
 def step_name(settings: dict[str, Any]) -> str:
     """What figures are per: a token, or a step that makes one of every sequence. Old reports say nothing of batches."""
     return "step" if settings.get("batch_size", 1) > 1 else "token"
-
-
-def _speed_table(report: dict[str, Any], one: str) -> Iterator[str]:
-    """One system a line; all but the last columns are per token or step. MB: asked of the reader, or else of the disk."""
-    rows, shown = report["rows"], columns(report)
-    wide = max(len(row["system"]) for row in rows) + 2
-    yield f"{f'a {one}:':<{wide}}" + "".join(f"{heading:>{width}}" for heading, width, *_ in shown) + "  with"
-    for row in rows:
-        if "failed" in row:
-            yield f"{row['system']:<{wide}}  failed ({conditions(row)}): {row['failed'][:200]}"
-            continue
-        found = "".join(f"{cell:>{width}}" for cell, (_, width, *_) in zip(cells(row, report), shown, strict=True))
-        yield f"{row['system']:<{wide}}{found}  {conditions(row)}{_spread(row)}"
 
 
 def conditions(row: dict[str, Any]) -> str:
@@ -137,39 +159,20 @@ def call_names(settings: dict[str, Any]) -> list[str]:
     return [f"{rows}x{tokens}" for rows, tokens in settings.get("calls", ())]
 
 
-def _calls_table(rows: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
-    """What calls take in ms, one system a line."""
-    if not names:
-        return
-    wide = max(len(row["system"]) for row in rows) + 2
-    yield from ("", f"{'a call, ms:':<{wide}}" + "".join(f"{name:>9}" for name in names))
-    for row in rows:
-        if "calls_ms" in row:
-            yield f"{row['system']:<{wide}}" + "".join(f"{_number(row['calls_ms'].get(name), 1):>9}" for name in names)
-
-
-def cells(row: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
-    """A row's figures, by the report's `columns`."""
-    values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
-    return (_number(values.get(key), digits, unit) for _, _, key, digits, unit in columns(report))
-
-
 def check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """What the rows of hf_flash are held against (bench/checks.py), two lines each."""
-    held = [row for row in rows if "floor_ms" in row]
-    yield from [""] if held else []
-    for row in held:
-        floor, window = row["floor_ms"], row["window_tokens"]
-        law, read = "", f"read {row['read_bytes'] / 1e6:.2f} MB"
+    """What the rows of hf_flash are held against (bench/checks.py): a window as in the paper, and a floor of the time."""
+    for row in (row for row in rows if "floor_ms" in row):
+        floor, window, rate = row["floor_ms"], row["window_tokens"], row["disk_rate_share"]
+        read = f"read {row['read_bytes'] / 1e6:.2f} MB"
         if row["expected_bytes"] is not None:
-            law = f"{row['expected_bytes'] / 1e6:.2f} MB a token by the window law"
-            law += "; " if window is None else f", {window:.1f} tokens kept; "
-            read = f"read {row['read_bytes'] / 1e6:.2f}: {_number(row['expected_ratio'], 2)} of it"
-        rate = row["disk_rate_share"]
-        yield f"{row['system']}: {law}{read}" + ("" if rate is None else f", at {rate:.0%} of the disk's rate")
+            kept = "" if window is None else f" that keeps {window:.1f} tokens"
+            read += (
+                f"; a window{kept} would read {row['expected_bytes'] / 1e6:.2f} MB, {_number(row['expected_ratio'], 2)} to 1"
+            )
+        at = "" if rate is None else f", at {rate:.0%} of the disk's rate"
         yield (
-            f"  floor: DRAM {floor['dram']:.1f} ms, disk {floor['disk']:.1f}; {floor['overlapped']:.1f} overlapped, "
-            f"{floor['in_turn']:.1f} in turn; measured {row['mean_ms']:.1f} (mean)"
+            f"{row['system']}: {read}{at}. DRAM alone would take {floor['dram']:.1f} ms, the disk alone {floor['disk']:.1f}: "
+            f"{floor['overlapped']:.1f} at once, {floor['in_turn']:.1f} in turn; measured: {row['mean_ms']:.1f} (mean)"
         )
 
 
@@ -182,15 +185,15 @@ def _spread(row: dict[str, Any]) -> str:
     return f", {min(speeds):.2f}-{max(speeds):.2f} tok/s in {len(speeds)} runs" if len(row["runs_tokens_per_s"]) > 1 else ""
 
 
-def disk_table(points: list[dict[str, Any]]) -> Iterator[str]:
-    """A curve as a table: GB/s by size of a read and reads at a time."""
+def disk_figures(points: list[dict[str, Any]]) -> RenderableType:
+    """A curve as a table: GB/s by size of a read and reads at a time, and in sequence."""
     random = [point for point in points if point["pattern"] == "random"]
     sizes, depths = (sorted({point[key] for point in random}) for key in ("size", "depth"))
-    how = "" if points[0]["direct"] else " (through the page cache: no direct I/O here)"
-    yield f"{f'disk, GB/s{how}':<22}" + "".join(f"{format_bytes(size):>11}" for size in sizes)
+    rows = []
     for depth in depths:
         at = {point["size"]: point["gb_per_s"] for point in random if point["depth"] == depth}
-        yield f"{f'random, {depth} at a time':<22}" + "".join(f"{_number(at.get(size), 3):>11}" for size in sizes)
-    for point in points:
-        if point["pattern"] == "sequential":
-            yield f"{'sequential':<22}{_number(point['gb_per_s'], 3):>11} in reads of {format_bytes(point['size'])}"
+        rows.append([f"random, {depth} at a time", *(_number(at.get(size), 2) for size in sizes)])
+    long = {point["size"]: point["gb_per_s"] for point in points if point["pattern"] == "sequential"}
+    rows.append(["sequential", *(f"{long[size]:.2f}" if size in long else "" for size in sizes)])
+    notes = [] if points[0]["direct"] else [Paragraph("Through the page cache: this file system has no direct I/O.")]
+    return Group(Figures(["reads of", *map(format_bytes, sizes)], rows), *notes)

@@ -23,6 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_flash.base.tables import printed
 from hf_flash.bench import child as bench_job
 from hf_flash.bench import clock
 from hf_flash.bench import report as bench_report
@@ -30,6 +31,7 @@ from hf_flash.bench import run as bench
 from hf_flash.bench import worker as bench_worker
 from hf_flash.bench.calls import time_calls
 from hf_flash.bench.checks import add_checks, window_law
+from hf_flash.bench.names import row_names
 from hf_flash.bench.report import describe
 from hf_flash.bench.systems import (
     ABLATION,
@@ -99,8 +101,8 @@ def test_calls_of_several_tokens_are_timed(made: tuple[int, dict[str, Any], Path
         assert sorted(row(report, name)["calls_ms"]) == sorted(names)
         assert all(ms > 0 for ms in row(report, name)["calls_ms"].values())
     assert report["settings"]["calls"] == [[2, 1], [1, 3], [1, 6]]
-    text = describe(report)
-    assert re.search(r"\na call, ms: +2x1 +1x3 +1x6\nstock-ram +[\d.]+ +[\d.]+ +[\d.]+\nflash ", text)
+    text = printed(describe(report))
+    assert re.search(r"\nsystem +2x1 +1x3 +1x6\n.*\n.* \(stock-ram\) +[\d.]+ +[\d.]+ +[\d.]+\nhf_flash \(flash\) ", text)
     assert f"{row(report, 'flash')['calls_ms']['1x3']:.1f}" in text
     assert "<th>1x6</th>" in (folder / "out.html").read_text()
 
@@ -109,9 +111,10 @@ def test_every_row_of_hf_flash_names_its_predictor(made: tuple[int, dict[str, An
     _, report, folder = made
     found = row(report, "flash")
     assert found["stats"]["predictor"] == "int4-g64"
-    assert describe(report).count(f"  int4-g64, {found['cap']}\n") == 1
-    assert f"<td>int4-g64, {found['cap']}</td>" in (folder / "out.html").read_text()
-    assert f"  {row(report, 'stock-ram')['cap']}\n" in describe(report)
+    text = printed(describe(report))
+    assert text.count(f"  int4-g64, {found['cap']}\n") == 1
+    assert "<dd>hf_flash as it comes; predictor: int4-g64; " in (folder / "out.html").read_text()
+    assert f"  {row(report, 'stock-ram')['cap']}\n" in text
 
 
 @pytest.mark.usefixtures("in_process")
@@ -168,20 +171,19 @@ def test_rows_of_hf_flash_are_held_against_law_disk_and_floor(made: tuple[int, d
         floor = found["floor_ms"]
         assert 0 < floor["dram"] <= floor["overlapped"] <= floor["in_turn"] == floor["dram"] + floor["disk"]
         assert found["stats"]["resident_bytes"] * 0.8 < found["touched_bytes"] < found["stats"]["dense_bytes"] * 1.2
-        assert f"\n{name}: {found['expected_bytes'] / 1e6:.2f} MB a token by the window law" in describe(report)
+        assert re.search(rf"\n- {name}: .* would read {found['expected_bytes'] / 1e6:.2f} MB", printed(describe(report)))
     assert (
         row(report, "flash")["window_tokens"] < row(report, "flash-uncapped")["window_tokens"] == 7
     )  # 4 to 10, prompt and all
     assert "floor_ms" not in row(report, "stock-ram")
-    assert describe(report).count("\n  floor: DRAM") == 2
+    assert printed(describe(report)).count("DRAM alone would take") == 2
 
 
 def test_a_system_that_fails_is_a_row_with_its_reason(made: tuple[int, dict[str, Any], Path]) -> None:
     _, report, _ = made
     failed = row(report, "too little")["failed"]
     assert failed.startswith("BudgetError: the memory budget is too small for this model; where: memory_budget; expected: ")
-    assert "too little" in describe(report)
-    assert "BudgetError" in describe(report)
+    assert re.search(r"\nWhat failed\ntoo little .*BudgetError", printed(describe(report)))
 
 
 def test_the_report_says_on_what_it_ran_and_draws(made: tuple[int, dict[str, Any], Path]) -> None:
@@ -190,9 +192,9 @@ def test_the_report_says_on_what_it_ran_and_draws(made: tuple[int, dict[str, Any
     assert {"torch", "transformers", "python"} <= set(report["machine"]["versions"])
     assert report["settings"]["cap_bytes"] > report["settings"]["memory_bytes"]
     assert {point["pattern"] for point in report["disk"]} == {"random", "sequential"}
-    assert "same tokens without a cap: yes" in describe(report)
-    assert "\nslow & <today>\n" in describe(report)
-    assert "whole token" in (folder / "out.svg").read_text()
+    assert "same tokens without a cap: yes" in printed(describe(report))
+    assert "\nslow & <today>\n" in printed(describe(report))
+    assert "a whole token" in (folder / "out.svg").read_text()
 
 
 def test_the_steps_of_the_paper_read_less_and_less(packed: Path) -> None:
@@ -265,7 +267,7 @@ def test_the_page_is_whole_and_loads_nothing(made: tuple[int, dict[str, Any], Pa
     assert "slow &amp; &lt;today&gt;" in text
     assert not re.search(r"<(script|link|img|iframe)|@import|(src|href)=[\"'](?!#)|url\((?!#)", text)
     assert "prefers-color-scheme: dark" in text
-    titles = re.findall(r"<h2>(.*?)</h2><figure>", text)
+    titles = re.findall(r"<h2>([^<]*)</h2><p>[^<]*</p><figure>", text)
     assert titles == ["Where the time of a token goes", "Token by token", "Memory", "The disk, as it was in this run"]
     targets: list[str] = []  # of references, which must not be another drawing's
     for title, drawing in zip(titles, re.findall(r"<svg.*?</svg>", text, re.DOTALL), strict=True):
@@ -277,9 +279,11 @@ def test_the_page_is_whole_and_loads_nothing(made: tuple[int, dict[str, Any], Pa
         assert own <= set(re.findall(r'\bid="([^"]+)"', drawing))
         targets += own
     assert len(targets) == len(set(targets))
-    systems = [row["system"] for row in report["rows"]]
-    assert re.findall(r"<tr[^>]*><td>(.*?)</td>", text) == [*systems, *(name for name in systems if name != "too little")]
-    assert text.count('class="failed"') == 1
+    names = row_names(report)
+    tables = [re.findall(r"<tr[^>]*><td>([^<]*)", table) for table in re.findall(r"<table>.*?</table>", text, re.DOTALL)]
+    assert tables[:2] == [names, names]
+    assert tables[2] == [name for name in names if name != "too little"]
+    assert text.count('class="failed"') == 2
     assert f"<b>{row(report, 'flash')['tokens_per_s']:.3g}</b>" in text
 
 
@@ -298,9 +302,11 @@ def test_a_sweep_is_a_row_for_every_budget(packed: Path, tmp_path: Path) -> None
     assert much["missing_bytes"] < little["missing_bytes"]
     assert much["tokens"] == little["tokens"]
     assert "BudgetError: the memory budget is too small" in nothing["failed"]
-    assert "weights and cap as each row says" in describe(report)
+    assert main(["bench", str(packed), "--tokens", "2", "--sweep", "1"]) == 1  # nothing of hf_flash ran
+    assert "weights in memory, and cap, as each row says" in printed(describe(report))
     drawn = (tmp_path / "a.svg").read_text()
-    assert "budget for weights in DRAM" in drawn
+    assert "hf_flash, 1 % of the weights" in drawn
+    assert "failed" in drawn
     assert "whole token" not in drawn
 
 
@@ -321,14 +327,14 @@ def test_a_batch_is_measured_by_the_step(packed: Path, tmp_path: Path) -> None:
     assert sum(batch["parts_ms"].values()) == pytest.approx(batch["mean_ms"])
     assert batch["touched_bytes"] > alone["touched_bytes"]
     assert (batch["expected_bytes"], batch["window_tokens"], batch["expected_ratio"]) == (None, None, None)
-    text = describe(reports[1])
-    assert "6 tokens after a prompt of 16, 3 sequences at once; " in text
-    assert "\na step: " in text
-    assert f"\nflash: read {batch['read_bytes'] / 1e6:.2f} MB" in text
+    text = printed(describe(reports[1]))
+    assert "6 tokens after a prompt of 16, 3 sequences at once\n" in text
+    assert "\nSpeed, for a step\n" in text
+    assert f"\n- flash: read {batch['read_bytes'] / 1e6:.2f} MB" in text
     assert "3 sequences at once</p>" in (tmp_path / "a.html").read_text()
     assert "ms a step" in (tmp_path / "a.svg").read_text()
     reports[0]["settings"].pop("batch_size")  # as reports of old
-    assert "\na token: " in describe(reports[0])
+    assert "\nSpeed, for a token\n" in printed(describe(reports[0]))
 
 
 @pytest.mark.usefixtures("in_process")
@@ -336,8 +342,8 @@ def test_systems_and_a_sweep_are_two_plots_of_one_figure(packed: Path, tmp_path:
     arguments = ["--tokens", "3", "--memory", "5MB", "--systems", "flash", "--sweep", "6MB", "--system", "more: window=9"]
     assert main(["bench", str(packed), *arguments, "--plot", str(tmp_path / "a.svg")]) == 0
     drawn = (tmp_path / "a.svg").read_text()
-    assert "budget for weights in DRAM" in drawn
-    assert "whole token" in drawn
+    assert "All systems" in drawn
+    assert "hf_flash with more or less of the weights in memory" in drawn
 
 
 @pytest.mark.parametrize("arguments", [
@@ -353,8 +359,6 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "either a repacked MODEL or --preset tiny"),
-    (["folder", "--preset", "tiny"], "either a repacked MODEL or --preset tiny"),
     (["/nowhere"], "not a folder"),
     (["PACKED", "--systems", "fast"], "no such system"),
     (["PACKED", "--systems", "stock-cap"], "needs the plain checkpoint"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hf_flash.base.tables import printed
 from hf_flash.bench.page import page
 from hf_flash.bench.report import describe
 from tests.conftest import load_script
@@ -40,10 +41,10 @@ def test_it_measures_a_mixture_with_one_tier_and_with_two(
         assert stats["dram_bytes"] <= stats["budget_bytes"]
     assert rows["flash, host"]["stats"]["host_bytes"] > rows["flash"]["stats"]["host_bytes"]
     assert report["machine"]["device"]["to_gb_per_s"] > 0
-    text = describe(report)
+    text = printed(describe(report))
     assert "bus MB" in text
     assert "GB/s there" in text
-    assert "bus MB" in page(report)
-    printed = capsys.readouterr().out
-    assert "no peer to compare with" in printed
-    assert "of weights in a budget of" in printed
+    assert "<th>over the bus, MB</th>" in page(report)
+    said = capsys.readouterr().out
+    assert "no peer to compare with" in said
+    assert "of weights in a budget of" in said

@@ -32,6 +32,8 @@ TINY_OPT = ROOT / "examples" / "tiny-opt"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background; what tests start would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.environ.pop("COLUMNS", None)  # of xdist's own terminal: what tests read is not wrapped
+
 SHAPES: dict[str, dict[str, Any]] = {
     "pre_ln": {},
     "post_ln": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},  # as opt-350m

@@ -1,4 +1,4 @@
 """Budget: what a number of bytes holds: the demand of tokens, the division among layers, the memory plan.
 
-`divide_memory` in `divide.py` is the way in; what it returns is a `MemoryPlan` (`plan.py`).
+The entry point is `divide_memory` in `divide.py`. It returns a `MemoryPlan` (`plan.py`).
 """

@@ -1,4 +1,4 @@
-"""`Beside`: what of a model is on another device than its units are, where these compute on the CPU and the rest on a GPU."""
+"""`Beside`: the part of a model that is on a GPU while the model's units are in host memory and compute on the CPU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hf_flash.budget.too_small import too_small
 
 @dataclass(frozen=True)
 class Beside:
-    """Everything that is no unit, in bytes.
+    """All weights that are not units, in bytes.
 
     Attributes:
-        device: where it is.
-        budget_bytes: at most.
-        resident_bytes: it takes.
+        device: the device that holds them.
+        budget_bytes: the most they may take.
+        resident_bytes: what they take.
     """
 
     device: str
@@ -22,10 +22,10 @@ class Beside:
     resident_bytes: int
 
     def check(self) -> None:
-        """Refuse a budget that does not hold it.
+        """Refuse a budget that does not hold these weights.
 
         Raises:
-            BudgetError: it is too small.
+            BudgetError: the budget is too small.
         """
         if self.budget_bytes < self.resident_bytes:
             raise too_small(
@@ -38,5 +38,5 @@ class Beside:
 
     @property
     def row(self) -> tuple[str, int]:
-        """A name and bytes, for people."""
+        """A label and the bytes, for printed tables."""
         return f"on {self.device}: all that is no unit", self.resident_bytes

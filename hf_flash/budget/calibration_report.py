@@ -1,4 +1,4 @@
-"""The report that `calibrate` stores as metadata: checked value by value before anything is made of it."""
+"""The report that `calibrate` stores as metadata: every value is checked before any of it is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Check = Callable[[Any], bool]
 
 
 def is_whole(value: Any) -> bool:
-    """Whether this is a number of things."""
+    """Whether this is a count: a non-negative integer below 2 ** 62."""
     return type(value) is int and 0 <= value < 1 << 62
 
 
@@ -29,12 +29,12 @@ def _flag(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    """Whether this is a text."""
+    """Whether this is a string."""
     return isinstance(value, str)
 
 
 def is_text_or_none(value: Any) -> bool:
-    """Whether this is a text, or nothing."""
+    """Whether this is a string or `None`."""
     return value is None or isinstance(value, str)
 
 
@@ -43,7 +43,7 @@ def _amounts(value: Any) -> bool:
 
 
 def _use(value: Any) -> bool:
-    """Aggregated use: for 1, 2 ... tokens, and for some numbers of tokens beyond."""
+    """Aggregated use: `mean` for 1, 2, ... tokens, and `far` for some larger numbers of tokens."""
     if not isinstance(value, dict) or not _amounts(value.get("mean")) or not value["mean"]:
         return False
     tokens, far = value.get("far_tokens", []), value.get("far", [])
@@ -60,7 +60,7 @@ def _reads(value: Any) -> bool:
     return not value["worth"] or (value["before"] > 0 and value["after"] > 0)
 
 
-# What has to be there, as the values that are used of it; `?`: only in newer reports.
+# Required keys, with a check for each value. A key that ends in `?` is only in newer reports.
 _REPORT: Final[Mapping[str, Check]] = {"reached": _flag, "placement?": _flag}
 _TEXT: Final[Mapping[str, Check]] = {
     "tokens": is_whole, "held_out": is_whole, "context": is_whole, "sha256": is_text, "name?": is_text_or_none
@@ -72,13 +72,15 @@ _MEASURED: Final[Mapping[str, Check]] = {"recall": _amount, "selected": _amount,
 
 
 def parse_report(text: str, where: object, layers: int) -> dict[str, Any]:
-    """A stored report.
+    """Parse and check a stored calibration report.
 
     Args:
-        layers: how many the model has.
+        text: the report, as JSON.
+        where: the file it comes from, for messages.
+        layers: how many layers the model has.
 
     Raises:
-        StoreFormatError: it is no JSON, or a value in it is missing or of another kind.
+        StoreFormatError: the text is not JSON, or a value in it is missing or not valid.
     """
     report = parse_json(text, where)
     check_values(report, _REPORT, where, "the report")
@@ -96,7 +98,11 @@ def parse_report(text: str, where: object, layers: int) -> dict[str, Any]:
 
 
 def check_layer(layer: Any, where: object) -> None:
-    """Refuse what is no layer's part of a report."""
+    """Check one layer's part of a report.
+
+    Raises:
+        StoreFormatError: with the first value that is wrong.
+    """
     check_values(layer, _LAYER, where, "a layer")
     check_values(layer.get("lowrank"), _LOWRANK, where, "lowrank")
     for name in filter(is_predictor, layer):
@@ -104,14 +110,15 @@ def check_layer(layer: Any, where: object) -> None:
 
 
 def check_values(value: Any, checks: Mapping[str, Check], where: object, what: str) -> None:
-    """Refuse what is no object with values that these checks accept.
+    """Check that a value is an object, and that each of its values passes its check.
 
     Args:
-        checks: by key; one that ends in `?` may be missing.
-        what: it is, for the message.
+        checks: one check per key; a key that ends in `?` may be missing.
+        where: the file the value comes from, for messages.
+        what: a name for the value, for messages.
 
     Raises:
-        StoreFormatError: with the first that is wrong.
+        StoreFormatError: with the first value that is wrong.
     """
     if not isinstance(value, dict):
         raise _wrong(where, f"{what}, an object", value)

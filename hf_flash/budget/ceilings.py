@@ -1,14 +1,14 @@
-"""Whose memory a budget is of: this machine's, that of the device that computes, or one for each (contract C5).
+"""Whose memory a budget limits: this machine's, that of the device that computes, or one for each (contract C5).
 
     memory_budget            on the CPU       with a device such as "cuda:0"
-    "8GiB"                   of this machine  of the device; this machine holds buffers alone
+    "8GiB"                   of this machine  of the device; this machine holds only buffers
     None                     what is free     most of what is free on the device, and half of what is free here
-    {"cuda:0": a}            refused          a of the device; this machine holds buffers alone
-    {"cuda:0": a, "cpu": b}  refused          a of the device, b of this machine: units that left the device stay there
+    {"cuda:0": a}            refused          a of the device; this machine holds only buffers
+    {"cuda:0": a, "cpu": b}  refused          a of the device, b of this machine, which keeps units that left the device
     {"cpu": b}               b                what is free on the device, b of this machine
 
-With `units_on="cpu"` a device has everything that is no unit: one number is of this machine then, where the units are, and the
-device may be filled as far as it is free.
+With `units_on="cpu"` the device holds everything except the units. A single number then limits this machine's memory, where the
+units are, and the device may use most of what it has free.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from hf_flash.errors import ConfigError
 from hf_flash.machine.free_memory import available_memory
 
 HEADROOM: Final = 0.9  # share of the free memory that a budget of None takes: activations and the KV cache need the rest
-LEFT_ON_DEVICE: Final = 3 << 29  # bytes at least: also for its libraries, and kernels that are loaded when they first run
-PINNED: Final = 0.5  # share of the free memory behind a device: what is pinned cannot be paged out
+LEFT_ON_DEVICE: Final = 3 << 29  # bytes at least, but never more than half: also for libraries, and kernels loaded on first use
+PINNED: Final = 0.5  # share of free host memory that a budget of None takes with a device: pinned memory cannot be paged out
 HOST: Final = "cpu"
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes of weights, at most.
+    """The most bytes of weights that each memory may hold.
 
     Attributes:
-        device: where the model computes, if that is not this machine's processor. device_bytes: there.
-        host_bytes: in this machine's memory; with a device, `None`: only buffers.
-        is_given: whether somebody named the first that counts: the device's, if there is one.
+        device: where the model computes; `None`: on the CPU.
+        device_bytes: the ceiling on that device; 0 without a device.
+        host_bytes: the ceiling in this machine's memory; with a device, `None` means only buffers.
+        is_given: whether the user set the budget of the memory that holds the units.
     """
 
     device: str | None
@@ -45,14 +46,15 @@ class Ceilings:
 
 
 def ceilings_of(budget: Any, device: object | None, *, units_here: bool = False) -> Ceilings:
-    """A budget, as `FlashOffloadConfig` takes it, in bytes.
+    """The ceilings, in bytes, that a budget sets.
 
     Args:
-        device: where the model computes, or its name with its number; `None`: on the CPU.
-        units_here: whether units are in this machine's memory although the rest is on a device.
+        budget: as `FlashOffloadConfig` takes it.
+        device: where the model computes, a `torch.device` or its name with its index; `None`: on the CPU.
+        units_here: whether the units are in this machine's memory although the rest is on a device.
 
     Raises:
-        ConfigError: it names a device where this model has nothing.
+        ConfigError: the budget names a device that holds no part of this model.
     """
     places, name, free = parse_places(budget), str(device), available_memory()
     if device is None:

@@ -39,18 +39,20 @@ def divide_memory(
     """Divide a memory budget over what a model holds.
 
     Args:
-        budget: as `FlashOffloadConfig` takes it; `None` for most of what is free.
-        resident_bytes: of all weights that are not FFN matrices, in the dtype of compute.
-        fmt: the predictor; `None` for none.
-        unit: a neuron on flash.
-        dtype: of compute.
+        budget: as `FlashOffloadConfig` takes it; `None`: most of what is free.
+        resident_bytes: bytes of all weights that are not FFN matrices, in the compute dtype.
+        fmt: the predictor's format; `None`: no predictor.
+        shape: the model's width and the neurons of each layer.
+        unit: the layout of a neuron on flash.
+        dtype: the compute dtype.
         reader, io_threads: as in `FlashOffloadConfig`.
-        demand: what tokens need, by which windows are divided; `None`: evenly.
-        device: where the model computes, if that is not this machine's processor.
-        units_here: whether its units compute here nevertheless.
+        demand: how many neurons tokens need, which decides how windows are divided; `None`: evenly.
+        device: where the model computes; `None`: on the CPU.
+        units_here: whether the units compute on the CPU although the model is on a device.
 
     Raises:
         BudgetError: the budget is below the minimum.
+        ConfigError: the budget names a device that holds no part of this model.
     """
     in_memory = unit.as_dtype(dtype)
     scratch, buffers = Arithmetic.size(shape.d_ff, in_memory), reader_buffer_bytes(unit, dtype, reader, io_threads)
@@ -74,14 +76,21 @@ def divide_memory(
 
 
 def stored_report(store: FlashStore) -> dict[str, Any] | None:
-    """What `calibrate` returned when it was run on this store, if it was."""
+    """The report that `calibrate` left in this store; `None` if it was never run.
+
+    Raises:
+        StoreFormatError: the report is damaged.
+    """
     if store.calibration is None:
         return None
     return parse_report(read_header(store.calibration)[1][META + "calibration"], store.calibration, len(store.layers))
 
 
 def expected_demand(fmt: PredictorFormat | None, shape: Shape, store: FlashStore | None) -> Demand | None:
-    """What tokens need, as calibrated or else assumed; `None`: everything."""
+    """How many neurons tokens need, from the store's calibration if it has one, else from assumed shares.
+
+    `None` without a predictor: every token needs every neuron.
+    """
     if fmt is None:
         return None
     report = None if store is None else stored_report(store)

@@ -15,9 +15,9 @@ from hf_flash.compute.expert_products import decoded_rows, decoded_size
 from hf_flash.reading.experts import ExpertPlaces, reader_bytes
 from hf_flash.store.experts import ExpertLayer
 
-PASSING_SLOTS: Final = 3  # one is computed with, two are read into
-RING_SLOTS: Final = 5  # of host memory that experts for a device are read into: four, and one that is copied
-_WIDE: Final = 1 << 22  # numbers that rows are widened into, at most, if a row is not longer
+PASSING_SLOTS: Final = 3  # for experts that do not stay: one is computed with while two are read into
+RING_SLOTS: Final = 5  # slots in host memory for experts on the way to a device: four are read into, one is copied
+_WIDE: Final = 1 << 22  # most numbers in the buffer that rows are widened into, unless a single row is longer
 _LEAST_WIDE: Final = 1 << 16
 
 
@@ -33,13 +33,15 @@ def divide_experts(
     reader: str,
     io_threads: int,
 ) -> ExpertPlan:
-    """Divide a memory budget. It may be too small for the plan: ask its `minimum_bytes`.
+    """Divide a memory budget over a mixture. Nothing is refused: compare the plan's `minimum_bytes`, or call `checked_plan`.
 
     Args:
-        resident_bytes: of all weights that are not experts, in the dtype of compute.
-        table_bytes: of these, what may stay on flash.
-        slot_bytes: what a slot takes in each layer.
-        dtype: of compute.
+        budget_bytes: the budget.
+        resident_bytes: bytes of all weights that are not experts, in the compute dtype.
+        table_bytes: how many of these are the table of embeddings, which may stay on flash.
+        layers: the layers with experts.
+        slot_bytes: size of a slot in each of these layers.
+        dtype: the compute dtype.
         used: experts that a token uses in a layer.
         reader, io_threads: as in `FlashOffloadConfig`.
     """
@@ -82,10 +84,12 @@ def divide_experts_on_device(
     reader: str,
     io_threads: int,
 ) -> ExpertPlan:
-    """Divide a memory budget for a device, and one for this machine. They may be too small: `checked_plan` says it.
+    """Divide a memory budget for a device, and one for this machine. Nothing is refused: `checked_plan` does that.
 
     Args:
-        ceilings: of both. The others as in [`divide_experts`].
+        ceilings: both budgets.
+        places: where the layers' experts lie on flash.
+        resident_bytes, table_bytes, dtype, used, reader, io_threads: as in [`divide_experts`].
     """
     layers = places.layers
     slot_bytes = [layer.packed_bytes for layer in layers]
@@ -99,30 +103,30 @@ def divide_experts_on_device(
 
 
 def _host_tier(budget_bytes: int | None, buffer_bytes: int, plan: ExpertPlan) -> HostTier:
-    """Slots for what the device has no room for: equally many for each layer, of which one is always free."""
+    """Slots in host memory for experts that do not fit on the device: equally many for each layer, one of them always free."""
     if budget_bytes is None:
         return HostTier(None, buffer_bytes, (0,) * plan.layers, plan.slot_bytes)
     each = max(0, budget_bytes - buffer_bytes) // sum(plan.slot_bytes)
     rest = (experts - there for experts, there in zip(plan.experts, plan.capacities, strict=True))
     slots = tuple(min(each, left + 1) if min(each, left) else 0 for left in rest)
-    slots = tuple(count if count > 1 else 0 for count in slots)  # one that is always free is of no use alone
+    slots = tuple(count if count > 1 else 0 for count in slots)  # a single slot, always free, would hold nothing
     return HostTier(budget_bytes, buffer_bytes, slots, plan.slot_bytes)
 
 
 def decoded_bytes(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:
-    """Of plain numbers, made of some rows of numbers with scales at a time."""
+    """Size of the buffer in which some rows at a time of numbers with scales become plain numbers."""
     scaled = (piece for layer in layers for piece in layer.pieces if piece.scales)
     return max((decoded_rows(piece, dtype) * piece.columns * decoded_size(piece, dtype) for piece in scaled), default=0)
 
 
 def _converted_bytes(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:
-    """Of a piece on a device as numbers of the dtype of compute; with scales, of its codes and of fp32 before that, too."""
+    """Scratch to convert the largest piece on a device to the compute dtype; with scales, for its codes and fp32 values."""
     pieces = (piece for layer in layers for piece in layer.pieces if piece.dtype != dtype)
     return max((p.rows * p.columns * (dtype.itemsize + (8 if p.scales else 0)) for p in pieces), default=0)
 
 
 def wide_numbers(layers: Sequence[ExpertLayer], dtype: torch.dtype) -> int:
-    """Numbers in the buffer that rows are widened into: a matrix, or some rows; next to nothing where nothing is widened."""
+    """Numbers in the buffer that rows are widened into: a matrix, or some rows of it; 1 in fp32, where nothing is widened."""
     if dtype == torch.float32:
         return 1
     pieces = [piece for layer in layers for piece in layer.pieces]

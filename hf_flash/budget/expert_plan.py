@@ -4,11 +4,11 @@
   + scratch    a buffer that rows are widened into, and slots for experts that pass by, both shared by all layers
   + slots      whatever the budget leaves: equally many for each layer, at most as many as it has experts
 
-A table of embeddings of which only rows are looked up is in memory if everything else fits there, too; else it stays on flash.
-The first two without it are the minimum; a budget below that is an error before anything is loaded.
+A table of embeddings that is only used to look up rows is in memory if everything else fits as well; else it stays on flash.
+The minimum is the first two without that table; a budget below it is an error before anything is loaded.
 
-With a device such as a GPU all of this is there, and in this machine's memory there are buffers that experts are read into, and
-what its own budget leaves for experts that left the device ([`HostTier`]).
+With a device such as a GPU all of this is on the device. This machine's memory then has the buffers that experts are read into,
+and, as far as its own budget goes, slots for experts that left the device ([`HostTier`]).
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ class ExpertPlan:
     """What a budget holds, in bytes. Made by `divide_experts`.
 
     Attributes:
-        slot_bytes: of each layer with experts; a slot has room for the sectors around an expert.
-        experts: of each such layer.
-        expert_bytes: of one expert of each, in the dtype of compute.
+        budget_bytes: the budget.
+        all_resident_bytes: everything that is not an expert.
+        table_bytes: how many of these are the table of embeddings, which may stay on flash; 0 if it may not.
+        scratch_bytes: buffers shared by all layers.
+        slot_bytes: size of a slot in each layer with experts; on the CPU a slot has room for the sectors around an expert.
+        experts: number of experts in each such layer.
+        expert_bytes: size of one expert of each such layer, in the compute dtype.
         used: experts that a token uses in a layer.
-        all_resident_bytes: of everything that is not an expert. table_bytes: of these, what may stay on flash.
-        device: where it is; of a device such as a GPU there is a `host`, too.
+        device: where all of this is.
+        host: what is in this machine's memory, if `device` is one such as a GPU.
     """
 
     budget_bytes: int
@@ -45,7 +49,7 @@ class ExpertPlan:
     used: int
     device: str = "cpu"
     host: HostTier | None = None
-    beside: Beside | None = None  # what is no unit, if it is on another device
+    beside: Beside | None = None  # everything that is not a unit, if it is on another device
 
     @property
     def layers(self) -> int:
@@ -58,13 +62,13 @@ class ExpertPlan:
 
     @property
     def is_table_on_flash(self) -> bool:
-        """Whether rows of the table are read when they are looked up."""
+        """Whether the table of embeddings stays on flash, and its rows are read when they are looked up."""
         slots = sum(count * size for count, size in zip(self.experts, self.slot_bytes, strict=True))
         return 0 < self.table_bytes and self.budget_bytes < self.all_resident_bytes + self.scratch_bytes + slots
 
     @property
     def resident_bytes(self) -> int:
-        """Of what is in memory and no expert."""
+        """Everything in memory that is not an expert."""
         return self.all_resident_bytes - (self.table_bytes if self.is_table_on_flash else 0)
 
     @cached_property
@@ -74,7 +78,7 @@ class ExpertPlan:
         each = left // sum(self.slot_bytes)
         found = [min(experts, each) for experts in self.experts]
         left -= sum(count * size for count, size in zip(found, self.slot_bytes, strict=True))
-        for layer, size in enumerate(self.slot_bytes):  # what is left of the budget: one more, from the first layer on
+        for layer, size in enumerate(self.slot_bytes):  # the rest of the budget: one slot more, from the first layer on
             if size <= left and found[layer] < self.experts[layer]:
                 found[layer] += 1
                 left -= size
@@ -97,10 +101,10 @@ class ExpertPlan:
         return self.all_resident_bytes + beside + units
 
     def shortage(self, tokens: int) -> str | None:
-        """What to say of slots that do not hold what one token uses; `None` if they do.
+        """A warning if a layer's slots do not even hold the experts that one token uses; else `None`.
 
         Args:
-            tokens: as `MemoryPlan.shortage` takes them; of no matter here.
+            tokens: not used; `MemoryPlan.shortage` takes it.
         """
         if min(self.capacities) >= self.used:
             return None
@@ -110,9 +114,14 @@ class ExpertPlan:
             f"{self.used}: most of them are read again for every token. {format_bytes(enough)} would hold what two tokens use"
         )
 
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """What the memory is for: names and bytes."""
+        return [*self._rows, *(self.host.rows if self.host else ()), *([self.beside.row] if self.beside else ())]
+
     def describe(self) -> str:
         """The parts, one a line."""
-        return table([*self._rows, *(self.host.rows if self.host else ()), *([self.beside.row] if self.beside else ())])
+        return table(self.parts)
 
     @property
     def _rows(self) -> list[tuple[str, int]]:
@@ -126,18 +135,18 @@ class ExpertPlan:
 
     @property
     def least(self) -> str:
-        """What the minimum consists of, one a line."""
+        """The parts of the minimum, one a line."""
         return table(self._rows[:-1])
 
 
 def checked_plan(plan: ExpertPlan, *, is_given: bool) -> ExpertPlan:
-    """The plan, if the budget that it was made for is enough.
+    """Return the plan if its budgets are large enough.
 
     Args:
-        is_given: whether the user named that budget.
+        is_given: whether the user set the budget, rather than leaving it to what is free.
 
     Raises:
-        BudgetError: the budget is below the minimum; the message lists what takes it.
+        BudgetError: a budget is below its minimum; the message lists what the minimum is for.
     """
     where = "memory_budget" if plan.host is None else f"memory_budget of {plan.device}"
     if plan.budget_bytes < plan.minimum_bytes:

@@ -1,4 +1,4 @@
-"""`HostTier`: what is in this machine's memory of a model that computes on a device such as a GPU (contract C5)."""
+"""`HostTier`: the part in this machine's memory of a model that computes on a device such as a GPU (contract C5)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ _WHERE = "in this machine's memory"
 
 @dataclass(frozen=True)
 class HostTier:
-    """Buffers, and units that left the device or have not got there; sizes in bytes.
+    """Buffers, and units that left the device or have not reached it; sizes in bytes.
 
     Attributes:
-        budget_bytes: at most; `None`: nothing but buffers.
-        buffer_bytes: that units are read into.
-        slots: units of each layer that there is room for. slot_bytes: of one of each.
+        budget_bytes: the most that all of it may take; `None`: only buffers.
+        buffer_bytes: the buffers that units are read into.
+        slots: how many units of each layer there is room for.
+        slot_bytes: size of one such unit of each layer.
     """
 
     budget_bytes: int | None
@@ -27,7 +28,7 @@ class HostTier:
 
     @property
     def window_bytes(self) -> int:
-        """Of the slots."""
+        """Bytes of all slots."""
         return sum(count * size for count, size in zip(self.slots, self.slot_bytes, strict=True))
 
     @property
@@ -36,7 +37,7 @@ class HostTier:
 
     @property
     def rows(self) -> list[tuple[str, int]]:
-        """The parts, for people: a name and bytes each."""
+        """The parts, a label and bytes each, for printed tables."""
         rows = [(f"{_WHERE}: buffers", self.buffer_bytes)]
         if low_to_high := spread(self.slots):
             rows.append((f"{_WHERE}: room for {low_to_high} a layer", self.window_bytes))
@@ -46,7 +47,7 @@ class HostTier:
         """Refuse a budget that does not hold the buffers.
 
         Raises:
-            BudgetError: it is too small.
+            BudgetError: the budget is too small.
         """
         if self.budget_bytes is not None and self.budget_bytes < self.buffer_bytes:
             raise too_small(
@@ -60,11 +61,11 @@ class HostTier:
 
 
 def spread(counts: tuple[int, ...]) -> str:
-    """`"3"` or `"3 to 4"`, for people; nothing if all are 0."""
+    """Smallest and largest count as text, `"3"` or `"3 to 4"`; empty if all are 0."""
     low, high = min(counts), max(counts)
     return "" if not high else f"{low}" if low == high else f"{low} to {high}"
 
 
 def table(rows: list[tuple[str, int]]) -> str:
-    """Names and sizes, one a line."""
+    """Labels and formatted sizes, one a line."""
     return "\n".join(f"{name:<44}{format_bytes(size):>12}" for name, size in rows)

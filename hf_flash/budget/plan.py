@@ -1,12 +1,12 @@
 """From a number of bytes to what stays in DRAM (contract C5).
 
-`memory_budget` is a ceiling on every *weight* byte the process holds, counted in the dtype of compute:
+`memory_budget` is a ceiling on every *weight* byte the process holds, counted in the compute dtype:
 
     resident   embeddings, attention, norms, biases: everything that is not an FFN matrix
   + predictor  the packed predictor of every layer
   + scratch    block buffers shared by all layers (`Arithmetic`) and bounce buffers of the reader
-  + windows    whatever the budget leaves: room for equally many tokens in each layer if the model was calibrated (demand.py),
-               else for equally many neurons; at most d_ff
+  + windows    whatever the budget leaves: room for equally many tokens in each layer (demand.py), or for equally many neurons
+               without a predictor; at most d_ff
 
 The first three are the minimum; a budget below it is an error before anything is loaded. Interpreter, libraries,
 activations and the KV cache come on top: about 0.3 GB plus the KV cache.
@@ -27,7 +27,7 @@ from hf_flash.budget.too_small import too_small
 
 
 def ceiling_bytes(budget: Any) -> int:
-    """A budget for a model that computes on the CPU, in bytes; `None` takes most of what is free on this machine."""
+    """The bytes of a budget for a model that computes on the CPU; `None` takes most of what is free on this machine."""
     return ceilings_of(budget, None).host_bytes or 0
 
 
@@ -40,13 +40,11 @@ class MemoryPlan:
     predictor_bytes: int
     scratch_bytes: int
     widths: tuple[int, ...]  # neurons of each layer
-    bundle_bytes: int  # one neuron in the dtype of compute
-    demand: Demand | None = field(
-        default=None, repr=False, compare=False
-    )  # what tokens need, where they do not need everything
+    bundle_bytes: int  # one neuron in the compute dtype
+    demand: Demand | None = field(default=None, repr=False, compare=False)  # how many neurons tokens need; None: all of them
     device: str = "cpu"  # where all of this is
-    beside: Beside | None = None  # what is no unit, if it is on another device
-    host: HostTier | None = None  # what is in this machine's memory, where that is a device such as a GPU
+    beside: Beside | None = None  # everything that is not a unit, if it is on another device
+    host: HostTier | None = None  # what is in this machine's memory, if `device` is one such as a GPU
 
     @property
     def layers(self) -> int:
@@ -59,7 +57,7 @@ class MemoryPlan:
 
     @property
     def minimum_bytes(self) -> int:
-        """The smallest budget this model runs in: nothing kept in windows."""
+        """The smallest budget this model runs in: windows hold nothing."""
         return self.resident_bytes + self.predictor_bytes + self.scratch_bytes
 
     @cached_property
@@ -68,7 +66,7 @@ class MemoryPlan:
         return self.divided(max(0, self.budget_bytes - self.minimum_bytes) // self.bundle_bytes)
 
     def divided(self, total: int) -> tuple[int, ...]:
-        """How many of so many neurons each layer has room for."""
+        """Divide room for `total` neurons among the layers."""
         if self.demand is not None:
             return self.demand.divide(total)
         return tuple(min(d_ff, total // self.layers) for d_ff in self.widths)
@@ -89,10 +87,10 @@ class MemoryPlan:
         return self.resident_bytes + beside + sum(self.widths) * self.bundle_bytes
 
     def shortage(self, tokens: int) -> str | None:
-        """What to say of windows that do not hold even what one token uses; `None` if they do.
+        """A warning if the windows do not even hold the neurons that one token uses; else `None`.
 
         Args:
-            tokens: that windows are meant to hold.
+            tokens: how many tokens' neurons windows are meant to hold.
         """
         need = self.demand
         if need is None or sum(self.capacities) >= need.held(1) - self.layers:
@@ -104,9 +102,14 @@ class MemoryPlan:
             f"{format_bytes(enough)} would hold what {tokens} tokens use"
         )
 
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """What the memory is for: names and bytes."""
+        return [*self._rows, *(self.host.rows if self.host else ()), *([self.beside.row] if self.beside else ())]
+
     def describe(self) -> str:
         """The parts, one a line."""
-        return table([*self._rows, *(self.host.rows if self.host else ()), *([self.beside.row] if self.beside else ())])
+        return table(self.parts)
 
     @property
     def _rows(self) -> list[tuple[str, int]]:
@@ -122,7 +125,7 @@ class MemoryPlan:
 
     @property
     def least(self) -> str:
-        """What the minimum consists of, one a line."""
+        """The parts of the minimum, one a line."""
         return table(self._rows[:-1])
 
 
@@ -142,12 +145,15 @@ def plan_memory(
     """Divide a budget; `None` takes most of what is free on this machine, or on the device.
 
     Args:
-        device: where the model computes, if that is not this machine's processor. buffer_bytes: here, then.
-        units_here: whether units, and all that computes them, are in this machine's memory nevertheless.
+        budget: as `FlashOffloadConfig` takes it.
+        resident_bytes, predictor_bytes, scratch_bytes, widths, bundle_bytes, demand: as in [`MemoryPlan`].
+        device: where the model computes; `None`: on the CPU.
+        buffer_bytes: with a device, the buffers in this machine's memory.
+        units_here: whether units and what computes them are in this machine's memory although the rest is on a device.
 
     Raises:
-        BudgetError: the budget is below the minimum, its `minimum_bytes`; the message lists what takes it.
-        ConfigError: it is for another device.
+        BudgetError: a budget is below the minimum, which it has as `minimum_bytes`; the message lists what the minimum is for.
+        ConfigError: the budget names a device that holds no part of this model.
     """
     ceilings = ceilings_of(budget, device, units_here=units_here)
     beside = Beside(device, ceilings.device_bytes, resident_bytes) if device is not None and units_here else None
@@ -176,7 +182,7 @@ def plan_memory(
 
 
 def _host_tier(budget_bytes: int | None, buffer_bytes: int, plan: MemoryPlan) -> HostTier:
-    """Room for equally many tokens, or neurons, of each layer in this machine's memory."""
+    """Room in this machine's memory for equally many tokens, or neurons, of each layer."""
     total = max(0, (budget_bytes or 0) - buffer_bytes) // plan.bundle_bytes
     slots = plan.divided(total) if min(plan.capacities) < plan.d_ff else (0,) * plan.layers
     return HostTier(budget_bytes, buffer_bytes, slots, (plan.bundle_bytes,) * plan.layers)

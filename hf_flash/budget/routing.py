@@ -1,7 +1,7 @@
 """`Routing`: what the routers of a mixture of experts did on text, as `hf_flash.calibrate` measures it.
 
-It lies beside the weights, in a file of its own, since a mixture's checkpoint stays as it is. Nothing that is computed depends
-on it: it says how often experts will be found in memory, before the model has run.
+It is stored beside the weights in a file of its own, since a mixture's checkpoint is never changed. No output of the model
+depends on it: it only predicts, before the model has run, how often experts will be found in memory.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ logger = logging.getLogger("hf_flash")
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """One layer. All are shares of the experts that tokens used.
+    """One layer. All numbers are shares of the experts that tokens used.
 
     Attributes:
-        reuse: those that the token before used, too.
-        hits: those in memory, with 0 slots, 1 slot and so on, up to as many as there are experts.
+        reuse: share that the token before had used as well.
+        hits: share found in memory, with 0 slots, 1 slot and so on, up to as many as there are experts.
     """
 
     reuse: float
@@ -39,12 +39,14 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class Routing:
-    """All layers.
+    """The routing of all layers.
 
     Attributes:
-        text: what the text is called; `None`: it was given as token ids.
-        sha256: of its token ids.
-        tokens: that the model has seen. counted: of these, the ones whose experts were counted.
+        text: the name of the text; `None`: it was given as token ids.
+        sha256: SHA-256 of its token ids.
+        tokens: how many tokens the model has seen.
+        counted: for how many of these the experts were counted.
+        layers: one entry per layer with experts.
     """
 
     text: str | None
@@ -55,16 +57,19 @@ class Routing:
 
     @property
     def name(self) -> str:
-        """For people: what is not to be printed of a name is replaced."""
+        """The text's name, for printing: unprintable characters are replaced."""
         return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in self.text or "token ids")
 
     def hit_rate(self, slots: Sequence[int]) -> float:
-        """With so many slots in each layer. Layers count alike, as a token uses equally many experts of each."""
+        """Share of the used experts that are in memory, given the slots of each layer.
+
+        Layers count alike, since a token uses equally many experts of each.
+        """
         return sum(layer.hits[have] for layer, have in zip(self.layers, slots, strict=True)) / len(self.layers)
 
     @property
     def reuse(self) -> float:
-        """Of all layers."""
+        """The mean over all layers of `LayerRouting.reuse`."""
         return sum(layer.reuse for layer in self.layers) / len(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,12 +78,12 @@ class Routing:
 
 
 def write_routing(folder: Path, found: Routing) -> None:
-    """Write `flash-routing.json` into a folder. Raises `RepackError`: it cannot be written."""
+    """Write `flash-routing.json` into a folder. Raises `RepackError` if it cannot be written."""
     write_json(folder / ROUTING_FILE, found.to_dict())
 
 
 def check_writable(folder: Path) -> None:
-    """Find out whether [`write_routing`] can write into a folder, before there is anything to write.
+    """Check that [`write_routing`] can write into a folder, before there is anything to write.
 
     Raises:
         RepackError: it cannot.
@@ -93,10 +98,10 @@ def check_writable(folder: Path) -> None:
 
 
 def copy_routing(source: Path, target: Path, experts: Sequence[int]) -> None:
-    """Let a folder have what was measured of the mixture in another; of any other mixture it has nothing then.
+    """Copy the routing of the mixture in `source` to `target`. If there is none, remove what `target` has of another mixture.
 
     Args:
-        experts: of each layer.
+        experts: number of experts in each layer.
     """
     try:
         found = routing_in(source, experts)
@@ -110,13 +115,13 @@ def copy_routing(source: Path, target: Path, experts: Sequence[int]) -> None:
 
 
 def routing_in(folder: Path, experts: Sequence[int]) -> Routing | None:
-    """What was measured of the mixture in a folder; `None`: nothing.
+    """The routing that was measured of the mixture in a folder; `None` if there is none.
 
     Args:
-        experts: of each layer.
+        experts: number of experts in each layer.
 
     Raises:
-        StoreFormatError: the file lies elsewhere, holds something else, or was made of a model with other layers.
+        StoreFormatError: the file is a link to outside the folder, is not a routing file, or is of a model with other layers.
     """
     path = folder / ROUTING_FILE
     if not path.is_file():
@@ -139,7 +144,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _are_hits(experts: int, value: Any) -> bool:
-    """Whether these are shares for every number of slots, and no fewer with more of them."""
+    """Whether these are shares for every number of slots, and never fall with more slots."""
     if not _is_list_of(experts + 1, value) or not all(map(_is_share, value)):
         return False
     return all(fewer <= more for fewer, more in pairwise(value))

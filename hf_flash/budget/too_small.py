@@ -1,4 +1,4 @@
-"""`too_small`: the error for a budget that does not hold what has to be in it."""
+"""`too_small`: the error for a budget that does not hold the minimum."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from hf_flash.errors import BudgetError
 
 
 def too_small(what: str, *, where: str, minimum_bytes: int, budget_bytes: int, hint: str, least: str = "") -> BudgetError:
-    """The error to raise.
+    """Make the error to raise.
 
     Args:
-        what: is wrong, for people.
-        where: the budget was named.
-        minimum_bytes: that it has to hold. budget_bytes: that it holds.
-        least: what the minimum is for; or what it consists of, one a line, which then comes below it.
+        what: what is wrong.
+        where: which setting the budget comes from.
+        minimum_bytes: the least the budget must be.
+        budget_bytes: what it is.
+        hint: what to do.
+        least: what the minimum is for, a phrase; or its parts, one a line, which are then printed below it.
     """
     parts = least if "\n" not in least else ":\n    " + least.replace("\n", "\n    ")
     return BudgetError(

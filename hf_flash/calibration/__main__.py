@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from hf_flash.commands.arguments import say
 from hf_flash.commands.calibration_table import describe
 from hf_flash.commands.run_calibrate import add_calibration_arguments, calibration_report
 from hf_flash.errors import HfFlashError
@@ -21,7 +22,7 @@ def main() -> int:
         print(f"hf-flash: {error}", file=sys.stderr)  # noqa: T201
         return 1
     if int(os.environ.get("RANK", "0")) == 0:
-        print(table)  # noqa: T201
+        say(table)
     return 0
 
 

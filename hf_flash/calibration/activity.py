@@ -1,5 +1,5 @@
-"""What a layer's neurons do on real text: recorded activations, and what predictors, windows, placement and planning are
-worked out from (paper: section 3.1)."""
+"""What a layer's neurons do on real text: recorded activations, and the statistics that predictors, windows, placement and
+planning are based on (paper: section 3.1)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ import torch
 
 from hf_flash.errors import CalibrationError
 
-LONGEST_MEASURED: Final = 16  # tokens, the longest window whose every length is measured
-FAR: Final = (20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # and of these, in tokens
-_EVERY: Final = 4  # token is looked at for these: neighbours say the same
-PARTNERS: Final = 8  # neighbours kept per neuron
+LONGEST_MEASURED: Final = 16  # tokens: use is measured for every window up to this length
+FAR: Final = (20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # longer windows, in tokens
+_EVERY: Final = 4  # for longer windows only every fourth token is counted: its neighbours give the same result
+PARTNERS: Final = 8  # partners kept per neuron
 _TOKENS: Final = 4096  # tokens that co-activation is counted on
-_ROWS: Final = 1024
-CHUNK: Final = 256  # tokens looked at at a time, as many as predictors take: sums are rounded alike
+_ROWS: Final = 1024  # neurons whose co-activation is counted at a time
+CHUNK: Final = 256  # tokens processed at a time, as many as predictors take, so that sums are rounded alike
 _BINS: Final = 1 << 16
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What one layer did on text, in files that are mapped.
+    """What one layer did on text, in mapped files.
 
-    x [tokens, d_model] bfloat16: the FFN's input as a predictor sees it. bits [tokens, d_ff / 8] uint8: which neurons were
-    active. The last `held_out` tokens are never trained on.
+    Attributes:
+        x: bfloat16 [tokens, d_model], the FFN's input as a predictor sees it.
+        bits: uint8 [tokens, d_ff / 8, rounded up], which neurons were active.
+        d_ff: number of neurons.
+        held_out: how many tokens at the end are never trained on.
     """
 
     x: torch.Tensor
@@ -37,7 +40,7 @@ class Activations:
     held_out: int
 
     def active(self, rows: slice | torch.Tensor) -> torch.Tensor:
-        """bool [rows, d_ff]."""
+        """Which neurons were active for some of the tokens, bool [rows, d_ff]."""
         bits = np.unpackbits(self.bits[rows].numpy(), axis=-1, count=self.d_ff, bitorder="little")
         return torch.from_numpy(bits).bool()
 
@@ -53,7 +56,11 @@ class Activations:
         return self.chunks(self.trained_on, len(self.x))
 
     def judge(self, select: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, int, int]:
-        """Neurons over all held-out tokens: active, selected, and both. `select` is given x [tokens, d_model]."""
+        """How many neurons are active, selected, and both, summed over all held-out tokens.
+
+        Args:
+            select: gets x [tokens, d_model], and returns the selected neurons, bool [tokens, d_ff].
+        """
         counts = [0, 0, 0]
         for rows in self.held_out_chunks:
             active, selected = self.active(rows), select(self.x[rows])
@@ -71,7 +78,7 @@ def moments(data: Activations) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean [d_model] and covariance [d_model, d_model] of the inputs that are trained on, float32.
 
     Raises:
-        CalibrationError: NaN or infinite activations.
+        CalibrationError: the activations contain NaN or infinite values.
     """
     count, d_model = data.trained_on, data.x.shape[1]
     mean, products = (
@@ -81,7 +88,7 @@ def moments(data: Activations) -> tuple[torch.Tensor, torch.Tensor]:
     for rows in data.chunks(0, count):
         mean += data.x[rows].sum(0, dtype=torch.float64) / count
     for rows in data.chunks(0, count):
-        x = (data.x[rows] - mean).float()  # before the products: a mean may be large beside the spread
+        x = (data.x[rows] - mean).float()  # subtracted before the products: a mean may be much larger than the spread
         products.addmm_(x.T, x)
     products.div_(count)
     if not torch.isfinite(products).all():
@@ -92,10 +99,11 @@ def moments(data: Activations) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reached_by(share: float, values: Callable[[], Iterable[torch.Tensor]]) -> float | None:
-    """The largest threshold (almost) that at least `share` of all values reach; `None` if there are none.
+    """The largest threshold (almost) that at least `share` of all values reach; `None` if there are no values.
 
     Args:
-        values: gives the values, in parts, as often as it is called. They are counted, not kept.
+        share: from 0 to 1.
+        values: returns all values, in parts; called twice. They are counted, not kept.
     """
     low, high, count = math.inf, -math.inf, 0
     for part in values():
@@ -109,15 +117,16 @@ def reached_by(share: float, values: Callable[[], Iterable[torch.Tensor]]) -> fl
         bins += torch.bincount(((part.double() - low) / width).long().clamp_(0, _BINS - 1), minlength=_BINS)
     above = bins.flip(0).cumsum(0).flip(0)  # values in a bin and all higher ones
     last = int((above >= math.ceil(share * count)).nonzero()[-1])
-    return low + (last - 0.01) * width  # a little lower: values on the edge count
+    return low + (last - 0.01) * width  # a little lower, so that values on the edge count
 
 
 @dataclass
 class AggregatedUse:
     """Counts aggregated use s_agg(k): how many different neurons the last k tokens used (paper: figure 4a).
 
-    Feed it sequences; `mean` and `most` are lists by k = 1 to 16. `most[k - 1]` is what a window of k tokens needs, the paper's
-    Req_i. `far` goes on to 256 tokens, `far_tokens` says to which: as far as the sequences are long.
+    Add sequences, then call `to_dict`. Its `mean` and `most` are lists for k = 1 to 16; `most[k - 1]` is the room that a window
+    of k tokens needs, the paper's Req_i. `far` has the mean for larger k, listed in `far_tokens`: up to 256 tokens, as far as
+    the sequences are long enough.
     """
 
     tokens: int = 0
@@ -143,7 +152,7 @@ class AggregatedUse:
             self.far_count[number] += len(rows)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """Neurons: `mean` and `most` by k, `far` by `far_tokens`."""
+        """Numbers of neurons: `mean` and `most` for each k from 1 on, `far` for each of `far_tokens`."""
         far = {k: total / count for k, total, count in zip(FAR, self.far_total, self.far_count, strict=True) if count}
         return {
             "mean": [round(float(v), 2) for v in self.total / max(1, self.tokens)],
@@ -163,13 +172,14 @@ def frequency(masks: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def partners(masks: Iterable[torch.Tensor], d_ff: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The neurons that are most often active together with each one.
+    """For each neuron, the neurons that are most often active together with it.
 
     Args:
         masks: bool [tokens, d_ff]; only the first 4096 tokens are counted.
+        d_ff: number of neurons.
 
     Returns:
-        ids int32 [d_ff, 8] and in how many tokens, int16 [d_ff, 8], most first.
+        Their ids, int32 [d_ff, 8], and the number of tokens that use both, int16 [d_ff, 8]; the most frequent first.
     """
     packed, count = [], 0
     for mask in masks:

@@ -1,7 +1,7 @@
 """The forward pass of a calibration: hidden states from disk, through a group of decoder layers, and back to disk.
 
-On the way the FFN's inputs and a bit per active neuron are recorded. A group has as many layers as there are processes; each
-process runs its share of the windows through all of them.
+On the way the FFN's inputs, and one bit per neuron that says whether it is active, are recorded. A group has as many layers as
+there are processes; each process runs its share of the windows through all of them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from hf_flash.runtime.model import find_runtime
 from hf_flash.runtime.observing import observed
 from hf_flash.runtime.transformers_model import first_layer_call, run_layer
 
-BATCH_TOKENS: Final = 1024  # that go through a layer at a time
+BATCH_TOKENS: Final = 1024  # tokens that go through a layer at a time
 
 
 @dataclass(frozen=True)
 class _Recorder:
-    """Writes what one layer's FFN is given, and which of its neurons become active."""
+    """Writes the inputs of one layer's FFN, and which of its neurons are active."""
 
     inputs: RowFile
     bits: RowFile
@@ -44,7 +44,11 @@ class _Recorder:
 
         Args:
             row: number of the batch's first token.
-            x: [tokens, d_model]. found: of every neuron.
+            x: the FFN's input, [tokens, d_model].
+            found: the values of every neuron.
+
+        Raises:
+            CalibrationError: `x` contains NaN or infinite values.
         """
         if not torch.isfinite(x).all():
             raise CalibrationError(
@@ -62,11 +66,15 @@ def run_forward(
 ) -> None:
     """Run this process's share of the windows through the layers of `group`.
 
-    Batches are cut by position alone, so that their arithmetic is the same whoever runs them.
+    Batches are cut by position alone, so that their arithmetic is the same in whichever process they run.
 
     Args:
-        model: with predictor "none": its layers compute every neuron.
-        progress: is told how many tokens all processes together got through a layer.
+        model: loaded with predictor "none", so that its layers compute every neuron.
+        group: the layers to run.
+        settings: what is calibrated, on which text.
+        work: the folder for hidden states and recorded tables.
+        processes: the processes that share the calibration.
+        progress: called for each batch and layer with the tokens that all processes together have advanced.
     """
     layers, ffns = decoder_layers(model, family_of(model.config)), find_runtime(model).ffns
     windows, context = settings.windows, settings.context

@@ -1,25 +1,25 @@
-"""Calibration: what a model's neurons do on text, and predictors trained on it (paper: section 3.1, appendix B).
+"""Calibration: measure what a model's neurons do on text, and train predictors on that (paper: section 3.1, appendix B).
 
-A model that does not fit into memory does not fit its activations on disk either (OPT-6.7B: 330 KB a token). So calibration
-goes through the model layer by layer, all tokens at each, as post-training quantization does:
+When a model does not fit into memory, its activations do not fit on the disk either (OPT-6.7B: 330 KB a token). So calibration
+goes through the model layer by layer, with all tokens at each, as post-training quantization does:
 
-    forward   hidden states of all tokens from disk, through one decoder layer (its FFN streamed from flash, every neuron),
-              and back to disk; the FFN's inputs and a bit per active neuron are recorded on the way (forward.py)
-    result    of a layer (layer_result.py), one file each; recorded activations and old hidden states are removed then:
-        measure   mean and covariance of the inputs; which neurons are used how often, by how many tokens in a row, together
-                  with which others (activity.py); what rounding really does to the quantized predictors (margin.py)
+    forward   read the hidden states of all tokens from disk, run them through one decoder layer (its FFN streamed from flash,
+              every neuron), and write them back; record the FFN's inputs and which neurons are active (forward.py)
+    result    make one result file per layer (layer_result.py), then remove its recorded activations and old hidden states:
+        measure   mean and covariance of the inputs; how often neurons are used, by how many tokens in a row, and together
+                  with which others (activity.py); the real rounding error of the quantized predictors (margin.py)
         train     the layer's low-rank predictor (training.py)
-        place     which neurons should be neighbours on flash (placement.py)
-    publish   the results of all layers into the folder; layer files are written again where neurons move (publishing.py)
+        place     decide which neurons should be neighbours on flash (placement.py)
+    publish   put the results of all layers into the folder, and rewrite layer files where neurons move (publishing.py)
 
-Disk, for each token: two hidden states in the dtype of compute, and for every layer at once an input in bfloat16 and a bit a
-neuron. Memory: the budget holds the weights outside the FFN, the stream's buffers and the training. All of it lies in
-`.calibration` in the model's folder until the end (work_folder.py); a run that was killed goes on after the last finished layer
+Disk, for each token: two hidden states in the compute dtype, and for each layer of a group an input in bfloat16 and one bit per
+neuron. Memory: the budget holds the weights outside the FFN, the stream's buffers and the training. All files are in
+`.calibration` in the model's folder until the end (work_folder.py). A run that was killed resumes after the last finished layer
 and ends with the same bytes.
 
-Several processes, on one machine or on several that share the folder, take as many layers at once: each runs a part of the
-tokens through them, then trains one. Their number changes nothing in the result: batches are cut by position, and a layer's
-training depends on its recorded data and the seed. accelerate starts them (its flag says GPU; none is used):
+Several processes, on one machine or on several that share the folder, take a group of as many layers: each runs a part of the
+tokens through all of them, then trains one. Their number does not change the result: batches are cut by position, and a layer's
+training depends on its recorded data and the seed. accelerate starts the processes (its flag says GPU, but none is used):
 
     accelerate launch --multi_gpu --num_processes 4 --mixed_precision no -m hf_flash.calibration FOLDER --text FILE
 """
@@ -76,42 +76,43 @@ def calibrate(
     placement: bool = True,
     memory_budget: int | str | None = None,
 ) -> dict[str, Any]:
-    """Train low-rank predictors for a repacked model and measure its neurons on text. Paper: section 3.1, appendix B.
-
-    Of a mixture of experts it measures how often experts are used again, which `hf-flash plan` then goes by, and writes
-    `flash-routing.json` (calibration/routing.py). Nothing is trained, so `recall`, `extra`, `rank`, `max_rank`, `epochs` and
-    `placement` have to be left out.
+    """Measure a repacked model's neurons on text, and train low-rank predictors for it. Paper: section 3.1, appendix B.
 
     Writes `flash-predictor-lowrank.safetensors` and `flash-calibration.safetensors` into the folder and lists them in its
-    index. The low-rank predictor becomes the folder's own if every layer reached its targets and it is smaller than the
-    quantized one. A run that was interrupted goes on where it was when it is started again with the same arguments.
+    index. The low-rank predictor becomes the folder's default if every layer reached its targets and it is smaller than every
+    quantized one. If a run was interrupted, starting it again with the same arguments resumes it.
+
+    For a mixture of experts it measures how often experts are used again, for `hf-flash plan`, and writes `flash-routing.json`
+    (calibration/routing.py). Nothing is trained, so `recall`, `extra`, `rank`, `max_rank`, `epochs` and `placement` have to be
+    left out.
 
     Args:
-        folder: a repacked checkpoint, with its tokenizer. Of a mixture its own checkpoint, which may be a Hub repository: then
-            the result lies in the Hub's cache, where `plan` finds it.
+        folder: a repacked checkpoint, with its tokenizer. For a mixture its plain checkpoint, which may be a Hub repository:
+            then the result is written into the Hub's cache, where `plan` finds it.
         text: a UTF-8 file (documents separated by form feeds), the name of a dataset (`name`, `name:config` or
             `name:config:split`, needs the `datasets` library), or token ids.
-        samples: windows of text; one in eight is held out of the training and used to choose and to measure. Default: 256, or
-            16 for a mixture.
+        samples: windows of text; one in eight is held out of the training, to choose and to measure on. Default: 256, or 16
+            for a mixture.
         context: tokens in a window. Default: 256, or the model's maximum if that is less.
         recall: share of the active neurons that must be predicted; sets each layer's threshold.
         extra: share of the inactive neurons that may be predicted too; sets each layer's rank, the smallest that reaches it.
         rank: take this rank in every layer instead.
         max_rank: the largest rank to try. Default: half of d_model, 1024 at most.
         epochs: passes over the text.
-        seed: of the choice of text and the order of training.
-        placement: write layer files again, each with neurons that are used together side by side, where that saves reads. It
-            takes room on the disk for one layer more; what is computed stays the same, bit for bit.
-        memory_budget: ceiling on weights and training state in DRAM, of each process. Default: most of what is free.
+        seed: for the choice of text and the order of training.
+        placement: rewrite layer files so that neurons that are used together are side by side, where that saves reads. This
+            needs disk space for one layer more; results stay the same, bit for bit.
+        memory_budget: ceiling on weights and training state in DRAM, for each process. Default: most of what is free.
 
     Returns:
-        What was measured, as stored in the folder: `text`, `targets`, `layers`, `reached`; of a mixture
+        The measurements, as stored in the folder: `text`, `targets`, `reached`, `default`, `placement`, `layers`; for a mixture
             [`hf_flash.budget.routing.Routing`], as plain values.
 
     Raises:
-        CalibrationError: the text is empty, too short or does not fit the model, or activations are NaN.
-        ConfigError: an argument is out of range. BudgetError: the budget is too small.
-        StoreError: the folder is no repacked checkpoint, or a layer file is damaged.
+        CalibrationError: the text is empty, too short or does not fit the model, or activations are NaN or infinite.
+        ConfigError: an argument is out of range.
+        BudgetError: the budget is too small.
+        StoreError: the folder is not a repacked checkpoint, or a layer file is damaged.
         DiskSpaceError: no room for the activations, or for a second copy of a layer.
         UnsupportedModelError: the activation leaves no exact zeros.
     """
@@ -145,16 +146,20 @@ def calibrate(
 
 
 def _folder_of(model: str | os.PathLike[str]) -> Path:
-    """A folder as it was given; or that of a mixture in the Hub's cache, where it is downloaded to."""
+    """The folder that was given; for a mixture on the Hub its folder in the Hub's cache, to which it is downloaded."""
     if not Path(model).exists():
-        with suppress(ConfigError):  # no name of a repository either: whoever opens it says so
+        with suppress(ConfigError):  # not a repository's name either: opening the folder will raise the error
             if mixture_in(resolve_folder(model, config_only=True)) is not None:
                 return resolve_folder(model)
     return Path(model).resolve()
 
 
 def _check_nothing_is_trained(**given: Any) -> None:
-    """Refuse what only predictors and neurons have, for a mixture; one process alone measures it."""
+    """For a mixture, refuse arguments that only apply to neurons and predictors, and several processes.
+
+    Raises:
+        ConfigError: one was given another value than its default, or there are several processes.
+    """
     defaults = {name: inspect.signature(calibrate).parameters[name].default for name in given}
     wrong = {name: value for name, value in given.items() if value != defaults[name]}
     if Processes.of_environment().count > 1:
@@ -169,11 +174,11 @@ def _check_nothing_is_trained(**given: Any) -> None:
 
 
 def _run_layers(settings: Settings, work: WorkFolder, processes: Processes, budget: int) -> None:
-    """Everything up to one result file a layer, within `budget` bytes of memory."""
+    """Do all work up to one result file per layer, within `budget` bytes of memory."""
     model = _load(settings, budget)
     layers, ffns, first = settings.store.layers, find_runtime(model).ffns, processes.first
     begin = work.next_layer()
-    processes.wait()  # before anyone changes what the others look at
+    processes.wait()  # all have looked at the work folder before anyone changes it
     with tqdm(total=2 * settings.tokens * len(layers), initial=2 * settings.tokens * begin, unit="token", unit_scale=True,
               desc="Calibrating", disable=not first or None) as bar:  # fmt: skip
         for group in _groups(begin, len(layers), processes.count):
@@ -197,12 +202,12 @@ def _run_layers(settings: Settings, work: WorkFolder, processes: Processes, budg
 
 
 def _groups(begin: int, end: int, size: int) -> Iterator[range]:
-    """The layers from `begin` to before `end`, `size` at a time."""
+    """The layers from `begin` up to but not including `end`, `size` at a time."""
     return (range(at, min(at + size, end)) for at in range(begin, end, size))
 
 
 def _load(settings: Settings, budget: int) -> Any:
-    """The model without a predictor, in what training leaves of the budget."""
+    """Load the model without a predictor, into the part of the budget that training leaves."""
     training = settings.training_bytes
     try:
         quantization = FlashOffloadConfig(predictor="none", memory_budget=max(1, budget - training))

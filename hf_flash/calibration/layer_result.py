@@ -1,6 +1,6 @@
 """The result of one layer: its low-rank predictor, and what its neurons do.
 
-A layer's result depends on what was recorded of it, on its weights and on the settings alone, so that any process may make it.
+A layer's result depends only on its recorded activations, its weights and the settings, so that any process may make it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from hf_flash.predictors.quantized import quantized_formats
 from hf_flash.store.layer_file import LayerStore
 from hf_flash.store.writer import write_safetensors
 
-_USE_WINDOWS: Final = 64  # aggregated use is counted on so many windows, the last ones
+_USE_WINDOWS: Final = 64  # aggregated use is counted on the last so many windows
 
 
 def make_layer_result(layer: LayerStore, bias: torch.Tensor | None, settings: Settings, work: WorkFolder) -> None:
-    """Train and measure one layer, and write its result.
+    """Train and measure one layer, and write its result file.
 
     Args:
-        bias: [d_ff] of the up projection, if it has one.
+        layer: the layer's weights on flash.
+        bias: bias [d_ff] of the projection that decides (up, or the gate), if it has one.
+        settings: what is calibrated, and how.
+        work: the folder with the recorded activations.
     """
     report, tensors = _train_and_measure(layer, bias, settings, work.activations(layer))
     write_safetensors(
@@ -59,7 +62,7 @@ def _train_and_measure(
     report["active"] = int(counts["frequency"].sum()) / settings.tokens
     predictor = LowRankPredictor(packed)
     report["use"] = _aggregated_use(data.active, settings)
-    # Neurons that are predicted and not active are the same ones from token to token, so this is not `use` times a factor.
+    # Neurons that are predicted but not active tend to be the same from token to token, so this is not `use` times a factor.
     report["lowrank"]["use"] = _aggregated_use(lambda rows: predictor.select(data.x[rows]), settings)
     place = place_neurons(data)
     report["reads"] = count_reads(data, place).to_dict()
@@ -68,14 +71,19 @@ def _train_and_measure(
 
 
 def _counts(data: Activations) -> dict[str, torch.Tensor]:
-    """How often each neuron is active, and together with which others."""
+    """How often each neuron is active (`frequency`), and with which others (`partners`) in how many tokens (`together`)."""
     masks = partial(map, data.active, data.chunks(0, len(data.x)))
     used, ids, together = frequency(masks()), *partners(masks(), data.d_ff)
     return {"frequency": used, "partners": ids, "together": together}
 
 
 def _aggregated_use(used: Callable[[slice], torch.Tensor], settings: Settings) -> dict[str, list[float]]:
-    """Aggregated use over the last windows. `used`: rows of the recorded tokens to bool [tokens, d_ff]."""
+    """Aggregated use over the last windows.
+
+    Args:
+        used: returns the neurons in use, bool [tokens, d_ff], for some rows of the recorded tokens.
+        settings: says where windows begin and end.
+    """
     use, windows, context = AggregatedUse(), len(settings.windows), settings.context
     for window in range(max(0, windows - _USE_WINDOWS), windows):
         use.add(used(slice(window * context, (window + 1) * context)))

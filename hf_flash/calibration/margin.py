@@ -1,8 +1,8 @@
 """The measured margin: how far below zero a quantized predictor must look to find nearly all active neurons of real text.
 
-Rounding adds an error to what a quantized predictor says of a neuron. Without calibration its size is assumed; here its mean
+Rounding adds an error to a quantized predictor's score of a neuron. Without calibration its size is assumed; here its mean
 (`shift`) and its standard deviation (`spread`) follow from the mean and the covariance of the layer's real inputs. Held-out
-text then says how many spreads the margin must have.
+text then tells how many spreads wide the margin must be.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ MEASURED_RECALL: Final = 0.999  # share of the active neurons that a measured ma
 def rounding(
     store: FlashStore, layer: LayerStore, fmt: QuantizedFormat, mean: torch.Tensor, covariance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What rounding does to the sums of real inputs: its mean `shift` and standard deviation `spread`, float32 [d_ff].
+    """Mean `shift` and standard deviation `spread` of the rounding error in each neuron's score, float32 [d_ff] each.
 
     Args:
+        store, layer: the weights, and the predictor that is stored with them.
+        fmt: the predictor's format.
         mean, covariance: of the layer's inputs, [d_model] and [d_model, d_model].
     """
     tensors = read_tensors(find_predictor(store, fmt), f"{layer.prefix}.predictor")
@@ -49,10 +51,14 @@ def measure_margin(
     mean: torch.Tensor,
     covariance: torch.Tensor,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """The margin that finds nearly all active neurons of held-out tokens, and how far rounding is from what was assumed.
+    """Measure the margin that finds nearly all active neurons of held-out tokens, and compare rounding with what was assumed.
 
     Args:
-        data: what the layer did on text; `mean` and `covariance` are of its inputs.
+        store, layer: the weights, and the predictor that is stored with them.
+        fmt: the predictor's format.
+        bias: bias [d_ff] of the projection that decides, if it has one.
+        data: the layer's recorded activations.
+        mean, covariance: of the layer's inputs, [d_model] and [d_model, d_model].
 
     Returns:
         A report, and the tensors that [`read_measured`] gives back.
@@ -65,7 +71,7 @@ def measure_margin(
     lacking = reached_by(
         MEASURED_RECALL, lambda: ((predictor.score(data.x[rows]) / spread)[data.active(rows)] for rows in chunks)
     )
-    margin = DEFAULT_MARGIN[8] if lacking is None else max(0.0, -lacking)  # the default: for a silent layer
+    margin = DEFAULT_MARGIN[8] if lacking is None else max(0.0, -lacking)  # the default if no neuron is ever active
     positives, selected, found = data.judge(lambda x: predictor.score(x) + margin * spread > 0)
     size = covariance.diagonal() + mean.square()  # mean square of each input
     assumed = stored["error"].square().mean() * size.mean()
@@ -73,7 +79,7 @@ def measure_margin(
         "margin": margin,
         "recall": found / positives if positives else 1.0,
         "selected": selected / max(1, positives),
-        "shift_in_spreads": float((shift.abs() / spread).mean()),  # how constant the error is
+        "shift_in_spreads": float((shift.abs() / spread).mean()),  # large if the error is mostly constant
         "real_over_assumed": float(((spread.square() + shift.square()).mean() / assumed).sqrt()),
         "largest_input_over_typical": float((size.max() / size.median().clamp(min=1e-12)).sqrt()),
     }

@@ -2,16 +2,17 @@
 
 A read costs several microseconds whatever its size, so what counts is how many neurons one read brings: the *run length*. If
 neurons u and v are neighbours, every token that misses both saves a read. The order that saves most is a path through all
-neurons whose steps weigh as much as possible, which is taken greedily: the strongest link that still fits, again and again.
+neurons whose links weigh as much as possible. It is built greedily: the strongest link that still fits is added, again and
+again.
 
     weight(u, v) = tokens that use both / sqrt(tokens that use u * tokens that use v)
 
-It is relative because the neurons that are used all the time are in DRAM and never read. Counting what a window of some size
-really misses instead is as good at that size, and no better (docs/experiments.md).
+The weight is relative because neurons that are used all the time are in DRAM and never read. Counting the neurons that a window
+of some size really misses instead is as good at that size, and no better (docs/experiments.md).
 
 Neurons only move within a *block*, the neurons that a call of several tokens works on at a time (compute/arithmetic.py). A
-prompt needs most of a block, and still finds it in one piece; were neurons to move freely, prefill would take a read for every
-neuron. Ids stay as they are (store/layout.py), so that nothing that is computed changes, not even by rounding.
+prompt needs most of a block, and still finds it in one piece. If neurons moved freely, prefill would need a read for every
+neuron. Ids stay as they are (store/layout.py), so that no result changes, not even by rounding.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from hf_flash.compute.arithmetic import block_rows
 from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.runtime.window import ResidentWindow
 
-_TOKENS: Final = 8192  # counted; 36 000 save another 0.5 % of the reads
+_TOKENS: Final = 8192  # tokens that links are counted on; 36 000 save another 0.5 % of the reads
 _WINDOW: Final[int] = ARGUMENTS["window"].default  # tokens
-_SHARE: Final = 3  # reads are counted with room for one neuron in so many
-_LEAST_SAVED: Final = 0.02  # of the reads must be saved for a file to be written again
+_SHARE: Final = 3  # reads are counted with a window that has room for one neuron in three
+_LEAST_SAVED: Final = 0.02  # share of the reads that must be saved for a file to be rewritten
 _DECODED: Final = 2048  # tokens that reads are counted on
-_EDGES: Final = 4096  # looked at at a time
+_EDGES: Final = 4096  # links processed at a time
 
 Place = npt.NDArray[np.int32]
 
@@ -44,13 +45,13 @@ class Reads:
     """What a window of `capacity` neurons has to read on held-out tokens."""
 
     capacity: int
-    missing: float  # neurons a token
-    before: float  # reads a token in the order of ids
-    after: float  # reads a token as placed
+    missing: float  # missing neurons per token
+    before: float  # reads per token, with neurons in the order of ids
+    after: float  # reads per token, with neurons as placed
 
     @property
     def saves_enough(self) -> bool:
-        """Whether enough is saved to write a layer's file again."""
+        """Whether enough reads are saved to rewrite a layer's file."""
         return self.after <= (1 - _LEAST_SAVED) * self.before and self.before > 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,10 +59,10 @@ class Reads:
 
 
 def place_neurons(data: Activations) -> Place:
-    """The row of each neuron, int32 [d_ff], from the tokens that are trained on."""
+    """The row on flash that each neuron should have, int32 [d_ff], based on the tokens that are trained on."""
     d_ff, place = data.d_ff, np.empty(data.d_ff, dtype=np.int32)
     chunks = list(data.chunks(0, data.trained_on))
-    step = max(1, len(chunks) * (chunks[0].stop - chunks[0].start) // _TOKENS)  # from all over the text
+    step = max(1, len(chunks) * (chunks[0].stop - chunks[0].start) // _TOKENS)  # spreads the tokens over the whole text
     size = block_rows(d_ff, tokens=2)
     for start in range(0, d_ff, size):
         count = min(size, d_ff - start)
@@ -76,9 +77,12 @@ def place_neurons(data: Activations) -> Place:
 
 
 def chain(weight: npt.NDArray[np.float32]) -> Ids:
-    """All of 0 to n - 1 in an order in which neighbours weigh much: a path through `weight` [n, n], symmetric.
+    """The numbers 0 to n - 1 in an order in which neighbours have strong links.
 
-    Of equal links the one between the nearest numbers comes first, so that what is never used stays in order.
+    Among equal links, those between the nearest numbers come first, so that neurons that are never used stay in order.
+
+    Args:
+        weight: [n, n] the strength of each link, symmetric.
     """
     count = len(weight)
     first, second = np.triu_indices(count, 1)
@@ -104,7 +108,7 @@ def chain(weight: npt.NDArray[np.float32]) -> Ids:
 
 
 def count_reads(data: Activations, place: Place) -> Reads:
-    """Decode the held-out tokens one by one, with a window as a model has it, and count what is read."""
+    """Decode the held-out tokens one by one, with a window like a model's, and count the reads."""
     start = max(data.trained_on, len(data.x) - _DECODED)
     used = [np.flatnonzero(row) for rows in data.chunks(start, len(data.x)) for row in data.active(rows).numpy()]
     capacity = max(1, data.d_ff // _SHARE, *map(len, used))
@@ -122,5 +126,5 @@ def count_reads(data: Activations, place: Place) -> Reads:
 
 
 def _runs(rows: Ids | Place) -> int:
-    """Reads that fetch these rows, ascending."""
+    """Number of reads that fetch these rows, which are ascending."""
     return int(np.count_nonzero(np.diff(rows) != 1)) + 1 if len(rows) else 0

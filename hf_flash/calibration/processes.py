@@ -1,7 +1,7 @@
 """`Processes`: the processes that share one calibration.
 
-accelerate starts them and says in the environment how many there are; without it there is one. A barrier keeps them in step.
-The first process is the one that changes shared files; the others only write their own part.
+accelerate starts them and sets their number in the environment; without it there is one. A barrier keeps them in step. The
+first process changes shared files; the others only write their own parts.
 """
 
 from __future__ import annotations

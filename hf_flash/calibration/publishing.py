@@ -1,6 +1,7 @@
 """The end of a calibration: the results of all layers become part of the repacked folder.
 
-The index is written last. Until then the folder works as before, and the next run goes on where a killed one stopped.
+The index is written after all files that it lists. Until then the folder works as before, and the next run goes on where a
+killed one stopped.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ from hf_flash.store.writer import calibration_metadata, place_layer, predictor_m
 
 
 def publish(settings: Settings, work: WorkFolder, processes: Processes, config: dict[str, Any]) -> dict[str, Any]:
-    """Put the results into the model's folder and remove the working folder.
+    """Put the results into the model's folder and remove the work folder.
 
     Args:
-        config: the folder's config.json. The predictor that becomes the default is entered and it is written.
+        settings: what was calibrated.
+        work: the folder with the results of all layers.
+        processes: the processes that share the calibration.
+        config: the folder's config.json. It is written again, with the new default predictor.
 
     Returns:
-        The report, as the folder has it.
+        The report, as stored in the folder.
     """
     report = _report(settings, work, config["quantization_config"].get("predictor"))
-    processes.wait()  # all have read before the first clears up
+    processes.wait()  # all have read the results before the first process removes them
     if processes.first:
         _place_layers(settings, work, [layer["reads"]["worth"] and settings.placement for layer in report["layers"]])
         _gather(
@@ -60,7 +64,11 @@ def publish(settings: Settings, work: WorkFolder, processes: Processes, config: 
 
 
 def _report(settings: Settings, work: WorkFolder, predictor_before: str | None) -> dict[str, Any]:
-    """What goes into the calibration file."""
+    """The report for the calibration file.
+
+    Raises:
+        StoreFormatError: a layer's result is damaged.
+    """
     layers = []
     for layer in settings.store.layers:
         path = work.result(layer.index)
@@ -81,7 +89,7 @@ def _report(settings: Settings, work: WorkFolder, predictor_before: str | None) 
 
 
 def _default_predictor(settings: Settings, before: str | None, reached: bool, lowrank_bytes: int) -> str | None:
-    """The low-rank predictor where it reached its targets and is smaller than every copy, else the one before."""
+    """The new default: the low-rank predictor if it reached its targets and is smaller than every copy, else the one before."""
 
     def size(fmt: PredictorFormat) -> int:
         return settings.store.predictors[fmt.variant].stat().st_size
@@ -89,13 +97,13 @@ def _default_predictor(settings: Settings, before: str | None, reached: bool, lo
     smallest = min(copies_in(settings.store), key=size, default=None)
     if reached and (smallest is None or lowrank_bytes < size(smallest)):
         return LowRankFormat.kind
-    if before == LowRankFormat.kind:  # of an earlier calibration, whose predictor is replaced
+    if before == LowRankFormat.kind:  # the default is from an earlier calibration, whose predictor is replaced
         return str(stored_choice(smallest)["predictor"])
     return before
 
 
 def _place_layers(settings: Settings, work: WorkFolder, chosen: Sequence[bool]) -> None:
-    """Write the chosen layers again with their neurons placed. A killed run has done some of them, each of them whole."""
+    """Rewrite the chosen layers with their neurons placed. A killed run may have finished some, which are skipped."""
     todo = []
     for layer in settings.store.layers:
         place = read_tensors(work.result(layer.index), layer.prefix)["place"].numpy()
@@ -113,8 +121,11 @@ def _gather(
     """Write one file of the store, from the tensors of all results.
 
     Args:
-        name: of the file.
-        part: the tensors that are taken, `"predictor"` or `"calibration"`.
+        settings: what was calibrated.
+        work: the folder with the results of all layers.
+        name: the file's name.
+        part: which tensors to take, `"predictor"` or `"calibration"`.
+        metadata: the file's metadata.
         text: [`quotations`] of the text that was trained on, to be added.
     """
     specs: dict[str, TensorSpec] = {}

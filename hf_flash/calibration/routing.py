@@ -1,9 +1,9 @@
 """Calibration of a mixture of experts: how often experts are used again, measured on text. Nothing is trained.
 
-The model runs over windows of the text, as over prompts: each expert is read once for many tokens. What the routers say is put
-through the rule of the slots, for every number of slots at once: an expert is in memory if fewer others than there are slots
-were used after it (Mattson's stack distance; runtime/expert_slots.py has the rule). The first half of a window fills the slots,
-as a prompt does, and only the second half is counted, as what is decoded after it.
+The model runs over windows of the text as over prompts: each expert is read once for many tokens. The rule of the slots is then
+applied to the routers' choices, for every number of slots at once: an expert is in memory if fewer others than there are slots
+were used after it (Mattson's stack distance; runtime/expert_slots.py has the rule). The first half of a window stands for a
+prompt and only fills the slots; the second half stands for the tokens decoded after it, and is counted.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from hf_flash.families.base import longest_sequence
 from hf_flash.runtime.experts import FlashExperts
 from hf_flash.runtime.model import close
 
-SAMPLES: Final = 16
-_AT_ONCE: Final = 4096  # tokens: of each, some hidden states are in memory
+SAMPLES: Final = 16  # windows
+_AT_ONCE: Final = 4096  # tokens in a call of the model: for each, a few hidden states are in memory
 
 
 class LayerHits:
-    """Counts what the slots of one layer would have hit.
+    """Counts how often the experts of one layer would have been found in its slots.
 
     Args:
-        experts: of the layer.
+        experts: number of experts in the layer.
     """
 
     def __init__(self, experts: int) -> None:
         self._experts = experts
-        self._last: Ids = np.zeros(experts, np.int64)  # the token that used each expert last, from 1 on
-        self._clock = 0
-        self._deep: Ids = np.zeros(experts + 1, np.int64)  # uses, by how many slots make them hits, less one; the last: by none
-        self._again = 0  # uses of experts that the token before used
+        self._last: Ids = np.zeros(experts, np.int64)  # the last token that used each expert, from 1 on; 0: none
+        self._clock = 0  # tokens seen
+        self._deep: Ids = np.zeros(experts + 1, np.int64)  # number of uses that n + 1 slots or more turn into hits; last: never
+        self._again = 0  # uses of experts that the token before had used as well
 
     def add(self, window: Ids) -> None:
-        """Follow the tokens of a window, and count those of its second half.
+        """Process the tokens of a window, and count the uses in its second half.
 
         Args:
-            window: int64 [tokens, k], the experts of each. What is not among them does not count.
+            window: int64 [tokens, k], the experts of each token. Indices outside the layer's experts do not count.
         """
         for number, named in enumerate(window):
             used = np.unique(named[(named >= 0) & (named < self._experts)])
@@ -66,11 +66,11 @@ class LayerHits:
 
     @property
     def uses(self) -> int:
-        """Of experts, by the tokens that were counted."""
+        """Uses of experts by the counted tokens."""
         return int(self._deep.sum())
 
     def found(self) -> LayerRouting:
-        """The shares, if there were any uses."""
+        """The shares. There must be at least one use."""
         hits = np.concatenate([[0], self._deep[:-1].cumsum()]) / self.uses
         return LayerRouting(self._again / self.uses, tuple(hits.tolist()))
 
@@ -78,14 +78,14 @@ class LayerHits:
 def calibrate_mixture(
     mixture: Any, folder: Path, text: Text, samples: int | None, context: int | None, seed: int, memory_budget: int | str | None
 ) -> dict[str, Any]:
-    """Measure how often a mixture's experts are used again, and write that into its folder as `flash-routing.json`.
+    """Measure how often a mixture's experts are used again, and write `flash-routing.json` into its folder.
 
     Args:
-        mixture: the model in the folder, without memory.
+        mixture: the model in the folder, on the meta device.
         folder, text, samples, context, seed, memory_budget: as in [`hf_flash.calibrate`].
 
     Returns:
-        What was written, as [`Routing.to_dict`] has it.
+        The contents of that file, as [`Routing.to_dict`] returns them.
 
     Raises:
         CalibrationError, ConfigError, BudgetError, StoreError: as in [`hf_flash.calibrate`].
@@ -129,7 +129,11 @@ def _windows(config: Any, folder: Path, text: Text, samples: int | None, context
 
 @contextmanager
 def _listening(layers: Sequence[FlashExperts], counts: Sequence[LayerHits], context: int) -> Iterator[Any]:
-    """While the block runs, count what the routers say. Yields the bar, of tokens times layers."""
+    """A context in which the routers' choices are counted. Yields the progress bar, which counts tokens times layers.
+
+    Raises:
+        UnsupportedModelError: the experts of a layer do not see every token.
+    """
 
     def note(count: LayerHits, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         index = [*args, *kwargs.values()][1]  # hidden_states, top_k_index, top_k_weights

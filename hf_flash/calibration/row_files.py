@@ -1,4 +1,4 @@
-"""Large tables on disk, one row a token: several processes write them, and they are read as mapped tensors."""
+"""Large tables on disk, one row per token: several processes write them, and they are read as mapped tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from hf_flash.base.files import writing
 
 
 class RowFile:
-    """A file of rows that several processes write at different places. A context manager: at its end the rows are on disk."""
+    """A file of rows that several processes write at different places.
+
+    It is a context manager: when it exits, the rows are on disk.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -21,7 +24,7 @@ class RowFile:
             self._file = open(path, "r+b")
 
     def write(self, row: int, rows: torch.Tensor) -> None:
-        """Write `rows` [n, columns], the first of which is row number `row` of the file."""
+        """Write `rows` [n, columns] to the file, from row number `row` on."""
         data = rows.contiguous().view(torch.uint8).numpy()
         with writing(self.path):
             self._file.seek(row * data.shape[1])
@@ -37,6 +40,6 @@ class RowFile:
 
 
 def map_rows(path: Path, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
-    """A file as a tensor. It takes no memory of its own: the kernel may drop its pages and read them again."""
+    """Map a file as a tensor. It takes no memory of its own: the kernel may drop its pages and read them again."""
     raw = np.memmap(path, dtype=np.uint8, mode="c")
     return torch.from_numpy(raw).view(dtype).view(shape)

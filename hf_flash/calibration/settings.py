@@ -1,4 +1,4 @@
-"""`Settings`: everything that decides what a calibration gives, checked before anything is written."""
+"""`Settings`: everything that decides the result of a calibration, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hf_flash.store.layout import FlashStore
 
 LEAST_WINDOWS: Final = 8
 SAMPLES: Final = 256  # windows
-_HELD_OUT: Final = 8  # one window in so many is kept from training
-_RESULTS: Final = 2  # version of a layer's result file
+_HELD_OUT: Final = 8  # one window in eight is held out of the training
+_RESULTS: Final = 2  # format version of a layer's result file
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Settings:
     """What is calibrated, on which text, and how.
 
     Attributes:
-        folder: the repacked checkpoint, and `store` what lies in it.
-        windows: the text, token ids [windows, context].
-        text_name: what the text is called, for the report alone: the same text may be called otherwise.
-        samples: windows that were asked for; a short text has fewer.
+        folder: the repacked checkpoint.
+        store: its store.
+        windows: the text, int64 token ids [windows, context].
+        text_name: the text's name, only for the report: the same text may have several names.
+        samples: the number of windows that was asked for; a short text has fewer.
         targets, epochs, seed, placement: as in [`calibrate`].
     """
 
@@ -54,12 +55,12 @@ class Settings:
 
     @property
     def held_out(self) -> int:
-        """Tokens at the end that are never trained on."""
+        """How many tokens at the end are never trained on."""
         return max(1, len(self.windows) // _HELD_OUT) * self.context
 
     @property
     def training_bytes(self) -> int:
-        """Memory that training one layer takes at most."""
+        """The most memory that training one layer takes."""
         d_model = self.store.unit.width
         return training_bytes(self.targets.limit(d_model), max(self.store.widths), d_model)
 
@@ -69,7 +70,7 @@ class Settings:
         return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """What the result of a layer depends on: work is gone on with only where all of it is the same."""
+        """Everything that a layer's result depends on: a calibration is only resumed if all of it is the same."""
         return asdict(self.targets) | {
             "samples": self.samples,
             "context": self.context,
@@ -85,11 +86,12 @@ class Settings:
 def check_arguments(
     targets: Targets, samples: int, context: int, epochs: int, seed: int, placement: bool, *, d_model: int, longest: int
 ) -> None:
-    """Refuse arguments of [`calibrate`] that are out of range.
+    """Check that the arguments of [`calibrate`] are in range.
 
     Args:
-        d_model: of the model, the largest rank there can be.
-        longest: tokens that the model takes at most.
+        targets, samples, context, epochs, seed, placement: as in [`calibrate`].
+        d_model: the model's width, which is the largest possible rank.
+        longest: the most tokens that the model takes.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -110,10 +112,13 @@ def check_arguments(
 
 
 def check_ranges(ranges: Mapping[str, tuple[Any, float, float]]) -> None:
-    """Refuse arguments of [`calibrate`], each given with its least and its largest value, that are out of range.
+    """Check that arguments of [`calibrate`] are in range.
+
+    Args:
+        ranges: by argument name: its value, the smallest and the largest value allowed.
 
     Raises:
-        ConfigError: with the name of the first.
+        ConfigError: with the name of the first argument that is out of range, or not a number.
     """
     for name, (value, low, high) in ranges.items():
         numbers = float | int if name in ("recall", "extra") else int

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,16 +15,17 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from hf_flash.base.installing import with_extra
 from hf_flash.errors import CalibrationError, ConfigError
 
 Text = str | os.PathLike[str] | torch.Tensor | Sequence[int]
 _PART: Final = 100_000  # characters tokenized at a time
-_GRAM: Final = 32  # tokens that are taken for a quotation
-_KEPT: Final = 16  # one in so many of these is remembered
+_GRAM: Final = 32  # tokens in a quotation
+_KEPT: Final = 16  # one quotation in sixteen is kept
 
 
 def text_name(text: Text) -> str | None:
-    """What a text is called: a dataset's name, a file's without its folder; `None` for token ids."""
+    """A text's name: that of its dataset, or of its file without the folder; `None` for token ids."""
     if not isinstance(text, str | os.PathLike):
         return None
     return Path(text).name if Path(text).is_file() else str(text)
@@ -32,16 +34,19 @@ def text_name(text: Text) -> str | None:
 def token_windows(
     folder: Path, text: Text, context: int, vocab_size: int, *, most: int, seed: int | None = None, least: int = 1
 ) -> torch.Tensor:
-    """Disjoint windows of tokens, int64 [windows, context].
+    """Cut a text into disjoint windows of tokens, int64 [windows, context].
 
     Args:
-        folder: where the tokenizer is.
-        most: windows to return at most.
+        folder: the folder with the tokenizer.
+        text: the text; see the module.
+        context: tokens in a window.
+        vocab_size: the model's; token ids must be below it.
+        most: the most windows to return.
         seed: take windows from all over the text, shuffled; `None`: from its beginning, in order.
         least: fewer windows are an error.
 
     Raises:
-        CalibrationError: the text is empty or too short, or the tokenizer does not fit the model.
+        CalibrationError: the text cannot be read, is empty or too short, or its tokens do not fit the model.
         ConfigError: there is no such text.
     """
     wanted = most * context
@@ -79,8 +84,12 @@ def token_windows(
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer in a checkpoint's folder; an error if there is none."""
-    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):  # transformers would make up an empty one
+    """The tokenizer in a checkpoint's folder.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):  # transformers would make an empty one
         hint = "save the model's tokenizer there, or give token ids"
         raise CalibrationError("there is no tokenizer for the text", where=folder, hint=hint)
     return AutoTokenizer.from_pretrained(folder)
@@ -98,7 +107,7 @@ def _tokenize(folder: Path, parts: Iterator[str], wanted: int) -> Any:
 
 
 def _parts(text: str | os.PathLike[str], random: np.random.Generator | None) -> Iterator[str]:
-    """The documents of a text, long ones in parts; shuffled when `random` is given."""
+    """The documents of a text, long ones in parts. Those of a file are shuffled if `random` is given."""
     path = Path(text)
     if path.is_dir() or not str(text):
         raise ConfigError("not a text", where="text", expected="a file, or the name of a dataset", got=repr(str(text)))
@@ -113,14 +122,39 @@ def _parts(text: str | os.PathLike[str], random: np.random.Generator | None) -> 
     yield from parts if random is None else (parts[i] for i in random.permutation(len(parts)))
 
 
+def check_text(text: str | os.PathLike[str]) -> None:
+    """Look at the first words of a text, before work that takes long.
+
+    Raises:
+        ConfigError, CalibrationError: there is no such text, or it cannot be read.
+    """
+    next(_parts(text, None), None)
+
+
+def _names_file(name: str) -> bool:
+    """Whether a text that is no file was meant to be one, and not a dataset: datasets are `name` or `owner/name`, and so on."""
+    path = Path(name.partition(":")[0])
+    return bool(path.suffix) or path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
+
+
+def _nearest(path: Path) -> str:
+    """What to do about a file that is not there."""
+    folder = path.expanduser().parent
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    near = get_close_matches(path.name, [other.name for other in folder.iterdir() if other.is_file()], 1)
+    return f"did you mean {folder / near[0]}?" if near else "name a UTF-8 file, or a dataset as name:config:split"
+
+
 def _dataset(name: str) -> Iterator[str]:
     """The texts of a dataset: `name`, `name:config` or `name:config:split`, streamed."""
+    if _names_file(name):
+        raise ConfigError("no such file", where="text", got=name, hint=_nearest(Path(name)))
     try:
         import datasets
     except ImportError as error:
-        hint = 'pip install "hf-flash[eval]"'
         raise ConfigError(
-            "no such file, and the datasets library is not installed", where="text", got=name, hint=hint
+            "no such file; a dataset of that name needs the datasets library", where="text", got=name, hint=with_extra("eval")
         ) from error
     path, config, split = [*name.split(":"), "", ""][:3]
     try:
@@ -134,7 +168,7 @@ def _dataset(name: str) -> Iterator[str]:
 
 
 def quotations(windows: torch.Tensor) -> torch.Tensor:
-    """Fingerprints of a sample of all runs of 32 tokens in `windows` [windows, context], int64, sorted.
+    """Fingerprints of a sample of the quotations, runs of 32 tokens, in `windows` [windows, context]; int64, sorted.
 
     The sample depends on the tokens alone: two texts that share a passage share its fingerprints.
     """
@@ -151,6 +185,6 @@ def quotations(windows: torch.Tensor) -> torch.Tensor:
 
 
 def seen_share(windows: torch.Tensor, before: torch.Tensor) -> float:
-    """Share of the passages in `windows` that are among the [`quotations`] `before`."""
+    """Share of the quotations in `windows` [windows, context] that are among `before`, the [`quotations`] of other text."""
     mine = quotations(windows).numpy()
     return float(np.isin(mine, before.numpy()).mean()) if len(mine) else 0.0

@@ -1,14 +1,14 @@
-"""Training one layer's low-rank predictor (paper: section 3.1, appendix B; predictors/lowrank.py has what comes out).
+"""Training one layer's low-rank predictor (paper: section 3.1, appendix B; predictors/lowrank.py defines the predictor).
 
-    start   the closed form that gets the pre-activations themselves as right as a rank allows. With inputs of mean m and
+    start   a closed form that approximates the pre-activations as well as a rank allows. With inputs of mean m and
             covariance C = R R', the best rank-r approximation of W on real inputs keeps the r leading eigenvectors V of
             R' W' W R:  A = V' R^-1,  B = W R V.  One eigenproblem of size d_model serves every rank.
     train   signs matter, not values: logistic loss over all neurons, positives and negatives weighted to count the same
-            (the paper's balanced loss), Adam, a few epochs. This cuts what is wrongly predicted by half to nine tenths.
-    choose  on held-out tokens, with the 8-bit weights that will run: the threshold that finds the wanted share of the active
-            neurons, and the smallest rank at which few enough inactive ones come along.
+            (the paper's balanced loss), Adam, a few epochs. This cuts wrong predictions by half to nine tenths.
+    choose  on held-out tokens, with the 8-bit weights that will be used: the threshold that finds the wanted share of the
+            active neurons, and the smallest rank at which few enough inactive ones are predicted as well.
 
-Layers do not know of each other, and a layer's result depends on its data and the seed alone.
+Layers are independent, and a layer's result depends on its data and the seed alone.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from hf_flash.calibration.activity import CHUNK, Activations, reached_by
 from hf_flash.predictors.lowrank import LowRankPredictor, lowrank_bytes, pack_lowrank
 from hf_flash.store.safetensors_files import Rows
 
-_SEGMENT: Final = 16  # neighbouring tokens that stay together when tokens are shuffled: reads of some size
-_BATCH: Final = 512  # tokens a step
-_HOPELESS: Final = 5.0  # training has never cut what is wrongly predicted to less than a fifth
+_SEGMENT: Final = 16  # neighbouring tokens that stay together when tokens are shuffled, so that reads are not too small
+_BATCH: Final = 512  # tokens per step
+_HOPELESS: Final = 5.0  # a start with more than this many times `extra` is not trained: training has never gained more
 _LEARNING_RATE: Final = 1e-2
-_STEP: Final = 16  # ranks are multiples of it
-_EXACT: Final = 1024  # width up to which all eigenvectors are worked out
-_SPARE: Final = 32  # vectors more than asked for, for those at the end to be right
+_STEP: Final = 16  # ranks are multiples of this
+_EXACT: Final = 1024  # width up to which all eigenvectors are computed
+_SPARE: Final = 32  # extra vectors to compute, so that the last ones wanted are accurate
 _LOGIT: Final = 4.0  # standard deviation of the logits at the start
 
 
@@ -41,8 +41,8 @@ class Targets:
     Args:
         recall: share of the active neurons that must be predicted.
         extra: share of the inactive neurons that may be predicted too.
-        rank: take this rank in every layer; unset: the smallest that reaches `extra`.
-        max_rank: the largest to try; unset: half of d_model, 1024 at most.
+        rank: take this rank in every layer; `None`: the smallest that reaches `extra`.
+        max_rank: the largest rank to try; `None`: half of d_model, 1024 at most.
     """
 
     recall: float = 0.96
@@ -58,10 +58,10 @@ class Targets:
 
 
 def training_bytes(rank: int, d_ff: int, d_model: int) -> int:
-    """Memory that [`train_layer`] takes at most, in bytes."""
+    """The most memory that [`train_layer`] takes, in bytes."""
     matrices = 6 * d_model * d_model  # covariance, its factor, the eigenproblem and its workspace
     weights = 5 * (rank * (d_ff + d_model) + d_ff)  # with gradients, both moments of Adam, and the packed result
-    batch = 4 * 1024 * d_ff  # logits, slopes and weights of a batch, or the co-activation of as many rows
+    batch = 4 * 1024 * d_ff  # logits, slopes and weights of a batch, or co-activation (activity.py)
     return 4 * (matrices + weights + batch)
 
 
@@ -70,7 +70,7 @@ class LayerResult:
     """One layer's predictor and how it did on held-out tokens."""
 
     rank: int
-    threshold: float  # logit from which a neuron is called active
+    threshold: float  # logit above which a neuron is predicted to be active
     recall: float  # share of the active neurons that are predicted
     extra: float  # share of the inactive neurons that are predicted
     extra_untrained: float  # the same for the closed-form start, at the same recall
@@ -92,12 +92,16 @@ def train_layer(
     epochs: int,
     seed: int,
 ) -> tuple[LayerResult, dict[str, torch.Tensor]]:
-    """Train and choose one layer's predictor.
+    """Train one layer's predictor, and choose its rank and threshold.
 
     Args:
-        up: [d_ff, d_model], the up projection; may be memory-mapped.
-        bias: [d_ff] or `None`.
+        data: the layer's recorded activations.
+        up: [d_ff, d_model], the projection that decides (up, or the gate); may be memory-mapped.
+        bias: its bias [d_ff] or `None`.
         mean, covariance: of the inputs, from [`moments`].
+        targets: what the predictor has to reach.
+        epochs: passes over the tokens that are trained on.
+        seed: for their order.
 
     Returns:
         What was chosen and measured, and the tensors as [`pack_lowrank`] makes them.
@@ -114,7 +118,7 @@ def train_layer(
             return False
         packed = pack_lowrank(*_train(data, matrices, epochs, seed))
         after = _judge(data, packed, targets.recall)
-        if after["extra"] > before["extra"]:  # too little text to learn from
+        if after["extra"] > before["extra"]:  # there was too little text to learn from
             packed, after = plain, before
         packed["offset"] -= after["threshold"]
         size = lowrank_bytes(rank, data.d_ff, up.shape[1])
@@ -136,7 +140,7 @@ def train_layer(
 
 
 class _Start:
-    """The closed form, for every rank up to `limit`."""
+    """The closed-form start, for every rank up to `limit`."""
 
     def __init__(
         self,
@@ -162,7 +166,7 @@ class _Start:
         return (slice(at, at + CHUNK) for at in range(0, self._up.shape[0], CHUNK))
 
     def matrices(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A [rank, d_model], B [d_ff, rank] and offset [d_ff], scaled so that every neuron's logits spread alike."""
+        """A [rank, d_model], B [d_ff, rank] and offset [d_ff], scaled so that every neuron's logits have the same spread."""
         vectors = self._vectors[:, :rank]
         a = torch.linalg.solve_triangular(self._factor, vectors.T.contiguous(), upper=False, left=False)
         through = self._factor @ vectors
@@ -179,7 +183,7 @@ class _Start:
 
 
 def _root(covariance: torch.Tensor) -> torch.Tensor:
-    """Its Cholesky factor, with as much added to the diagonal as that takes: a few tokens do not fill all dimensions."""
+    """Cholesky factor of a covariance, with as much added to the diagonal as needed: few tokens do not span all dimensions."""
     ridge = 1e-5 * float(covariance.diagonal().mean()) + 1e-12
     while True:
         factor, failed = torch.linalg.cholesky_ex(
@@ -191,7 +195,7 @@ def _root(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def _leading(gram: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` leading eigenvectors [n, count] of a symmetric matrix [n, n]: exactly, or approximately if it is large."""
+    """The `count` leading eigenvectors [n, count] of a symmetric matrix [n, n]; approximate ones if it is large."""
     if len(gram) <= _EXACT:
         exact: torch.Tensor = torch.linalg.eigh(gram)[1]
         return exact.flip(1)[:, :count]
@@ -204,11 +208,11 @@ def _leading(gram: torch.Tensor, count: int) -> torch.Tensor:
 def _train(
     data: Activations, start: tuple[torch.Tensor, torch.Tensor, torch.Tensor], epochs: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Minimise the balanced logistic loss from `start`. The gradient is written out: nothing large is kept for autograd."""
+    """Minimise the balanced logistic loss from `start`. Gradients are computed by hand: autograd would keep large tensors."""
     a, b, offset = (torch.nn.Parameter(t) for t in start)
     share = _active_share(data)
     adam = torch.optim.Adam([a, b, offset], lr=_LEARNING_RATE, fused=True)
-    weights = [0.5 / (count * _BATCH * data.d_ff) for count in (1 - share, share)]  # of inactive and active ones
+    weights = [0.5 / (count * _BATCH * data.d_ff) for count in (1 - share, share)]  # of inactive and of active neurons
     segments = data.trained_on // _SEGMENT
     size = max(1, min(_BATCH // _SEGMENT, segments))
     steps = epochs * (segments // size)
@@ -223,7 +227,7 @@ def _train(
                 )
                 x, active = data.x[rows].float(), data.active(rows).float()
                 hidden = x @ a.T  # [tokens, rank]
-                slope = torch.addmm(offset, hidden, b.T).sigmoid_().sub_(active)  # of the loss, by logit
+                slope = torch.addmm(offset, hidden, b.T).sigmoid_().sub_(active)  # derivative of the loss by each logit
                 slope.mul_(active.mul_(weights[1] - weights[0]).add_(weights[0]))
                 b.grad, offset.grad = slope.T @ hidden, slope.sum(0)
                 a.grad = (slope @ b).T @ x
@@ -233,18 +237,18 @@ def _train(
 
 
 def _active_share(data: Activations) -> float:
-    """Share of the neurons that are active, over the tokens that are trained on; inside (0, 1)."""
+    """Share of the neurons that are active, over the tokens that are trained on; strictly between 0 and 1."""
     count = sum(int(np.bitwise_count(data.bits[rows].numpy()).sum()) for rows in data.chunks(0, data.trained_on))
     total = data.trained_on * data.d_ff
     return min(max(count, 1), total - 1) / total
 
 
 def _judge(data: Activations, packed: dict[str, torch.Tensor], recall: float) -> dict[str, float]:
-    """The threshold that reaches `recall` on held-out tokens, and what comes along with it."""
+    """The threshold that reaches `recall` on held-out tokens, with the recall, extra and selected neurons that it gives."""
     predictor = LowRankPredictor(packed)
     chunks = list(data.held_out_chunks)
     threshold = reached_by(recall, lambda: (predictor.score(data.x[rows])[data.active(rows)] for rows in chunks))
-    if threshold is None:  # a silent layer
+    if threshold is None:  # no neuron is ever active
         threshold = max(float(predictor.score(data.x[rows]).max()) for rows in chunks)
     positives, selected, found = data.judge(lambda x: predictor.score(x) > threshold)
     return {

@@ -1,15 +1,15 @@
-"""`WorkFolder`: the files of a calibration that is under way, and where to go on after it was killed.
+"""`WorkFolder`: the files of a calibration that is under way, and where to resume it after it was killed.
 
-They lie in `.calibration` in the model's folder until the end:
+They are in `.calibration` in the model's folder until the end:
 
-    job.json        what the work is for; work for anything else is thrown away
-    hidden-N.bin    hidden states that go into layer N, [tokens, d_model] in the dtype of compute
-    hidden-N.done   says that hidden-N.bin is whole
+    job.json        the settings of the calibration; files of other settings are deleted
+    hidden-N.bin    hidden states that go into layer N, [tokens, d_model] in the compute dtype
+    hidden-N.done   marks hidden-N.bin as complete
     x-N.bin         inputs of layer N's FFN, bfloat16 [tokens, d_model]
-    bits-N.bin      its active neurons, one bit each, [tokens, d_ff / 8]
+    bits-N.bin      which of its neurons are active, one bit each, [tokens, d_ff / 8]
     layer-N.safetensors   the result of layer N: what was measured and trained
 
-A result file is written whole or not at all, so that a layer with a result is finished.
+A result file is written whole or not at all, so a layer with a result is finished.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _NAME: Final = ".calibration"
 
 
 class WorkFolder:
-    """The files of one calibration. Creating it touches nothing.
+    """The files of one calibration. Creating this object touches no files.
 
     Args:
-        settings: what the work is for.
+        settings: the calibration's settings.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -47,7 +47,7 @@ class WorkFolder:
     # --- the folder as a whole
 
     def prepare(self) -> None:
-        """Make the folder. Throw away one that was made for other settings. For the first process only."""
+        """Make the folder, and delete one that was made for other settings. For the first process only."""
         wanted = self._settings.to_dict()
         with writing(self.path):
             if not _is_working_folder(self.path) or _read_job(self.path / "job.json") != wanted:
@@ -56,7 +56,7 @@ class WorkFolder:
         write_json(self.path / "job.json", wanted)
 
     def check_room(self, processes: int) -> None:
-        """Raise `DiskSpaceError` where the disk has no room for the work of so many processes."""
+        """Raise `DiskSpaceError` if the disk has no room for the work of so many processes."""
         d_model, widest = self._layers[0].d_model, max(layer.d_ff for layer in self._layers)
         recorded = torch.bfloat16.itemsize * d_model + (widest + 7) // 8
         with writing(self.path):
@@ -76,13 +76,13 @@ class WorkFolder:
         return {layer.index for layer in self._layers if self.result(layer.index).exists()}
 
     def next_layer(self) -> int:
-        """The layer to go on with: the last whose hidden states are whole, with all layers before it finished."""
+        """The layer to resume with: the last one with complete hidden states and all layers before it finished."""
         finished = self.finished()
         whole = [0] + [n for n in range(1, len(self._layers)) if self._mark(n).exists()]
         return max(n for n in whole if finished >= set(range(n)))
 
     def mark_hidden_whole(self, layer: int) -> None:
-        """Say that all processes have written the hidden states that go into a layer."""
+        """Record that all processes have written the hidden states that go into a layer."""
         self._mark(layer).touch()
 
     def clear(self, group: range) -> None:
@@ -95,15 +95,15 @@ class WorkFolder:
     # --- the tables, one row a token
 
     def open_inputs(self, layer: int) -> RowFile:
-        """The inputs of a layer's FFN, to write."""
+        """Open the table of the inputs of a layer's FFN, to write."""
         return RowFile(self._table("x", layer))
 
     def open_bits(self, layer: int) -> RowFile:
-        """The active neurons of a layer, to write."""
+        """Open the table of a layer's active neurons, to write."""
         return RowFile(self._table("bits", layer))
 
     def open_hidden(self, layer: int) -> RowFile:
-        """The hidden states that go into a layer, to write."""
+        """Open the table of the hidden states that go into a layer, to write."""
         return RowFile(self._table("hidden", layer))
 
     def hidden(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
@@ -111,7 +111,7 @@ class WorkFolder:
         return map_rows(self._table("hidden", layer), dtype, (self._tokens, self._layers[0].d_model))
 
     def activations(self, layer: LayerStore) -> Activations:
-        """What was recorded of a layer, mapped."""
+        """The recorded activations of a layer, mapped."""
         x = map_rows(self._table("x", layer.index), torch.bfloat16, (self._tokens, layer.d_model))
         bits = map_rows(self._table("bits", layer.index), torch.uint8, (self._tokens, (layer.d_ff + 7) // 8))
         return Activations(x, bits, layer.d_ff, self._settings.held_out)
@@ -124,12 +124,12 @@ class WorkFolder:
 
 
 def _is_working_folder(path: Path) -> bool:
-    """Whether it is what a run of ours leaves: a folder of regular files, through none of which anything else is written."""
+    """Whether a path is a folder that holds only regular files, so that writing into it changes nothing elsewhere."""
     return not path.is_symlink() and path.is_dir() and all(entry.is_file(follow_symlinks=False) for entry in os.scandir(path))
 
 
 def _read_job(path: Path) -> dict[str, Any] | None:
-    """What a working folder was made for; `None` where it does not say so."""
+    """The settings that a work folder was made for; `None` if they cannot be read."""
     try:
         return read_json(path)
     except StoreError:

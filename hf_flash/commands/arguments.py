@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hf_flash.base import dtypes
 from hf_flash.base.sizes import parse_bytes
 from hf_flash.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 WIKITEXT: Final = "Salesforce/wikitext:wikitext-2-raw-v1"
 DTYPES: Final = ("auto", *dtypes.DTYPES)
@@ -21,13 +25,18 @@ DTYPES: Final = ("auto", *dtypes.DTYPES)
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json`, which means the same in every command that has it."""
-    parser.add_argument("--json", type=json_target, metavar="FILE",
-                        help="write all figures there, or - to print them instead of tables")  # fmt: skip
+    parser.add_argument("--json", type=json_target, nargs="?", const="-", metavar="FILE",
+                        help="print all figures as JSON instead of tables; with FILE, write them there, too")  # fmt: skip
 
 
 def json_target(text: str) -> str:
     """A file that can be written, or `-`; for argparse."""
-    return text if text == "-" else str(file_target(text))
+    if text == "-":
+        return text
+    try:
+        return str(file_target(text))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; to print the JSON, put --json last, or write --json=-") from error
 
 
 def file_target(text: str) -> Path:
@@ -38,25 +47,38 @@ def file_target(text: str) -> Path:
     return path
 
 
-def say(text: object = "") -> None:
-    """Print to stdout at once, because the next step may take hours."""
-    print(text, flush=True)  # noqa: T201
+def say(what: RenderableType = "") -> None:
+    """Print for people to stdout, at once, because the next step may take hours. Text is wrapped between words."""
+    from hf_flash.base.tables import Paragraph, printing
+
+    if sys.stdout is not None:  # it is closed otherwise
+        printing().print(Paragraph(what) if isinstance(what, str) else what, crop=False)
+        sys.stdout.flush()
 
 
-def tell(args: argparse.Namespace, text: object) -> None:
+def tell(args: argparse.Namespace, what: RenderableType) -> None:
     """Print for people, unless stdout is reserved for JSON."""
     if args.json != "-":
-        say(text)
+        say(what)
 
 
 def finish(args: argparse.Namespace, report: Mapping[str, Any]) -> None:
     """Write what `--json` asks for."""
     if args.json == "-":
-        say(json.dumps(report, indent=2))
+        print(json.dumps(report, indent=2), flush=True)  # noqa: T201
     elif args.json:
-        from hf_flash.base.files import write_json
+        write_target(Path(args.json), json.dumps(report, indent=2, sort_keys=True) + "\n")
 
-        write_json(Path(args.json), report)
+
+def write_target(path: Path, text: str) -> None:
+    """Write a file that the command line names, whole or not at all; a device or a pipe is written to, and not replaced."""
+    from hf_flash.base.files import write_text
+
+    is_stream = path.exists() and not path.is_file()
+    if is_stream or path.absolute().parts[1:2] in (("dev",), ("proc",)):
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_text(path, text)
 
 
 def forgiving(*streams: Any) -> None:
@@ -87,6 +109,14 @@ def at_least_two(text: str) -> int:
     number = positive(text)
     if number < 2:
         raise argparse.ArgumentTypeError("must be at least 2: the first token is the prompt's")
+    return number
+
+
+def port(text: str) -> int:
+    """A port of TCP; 0 is any that is free."""
+    number = int(text)
+    if not 0 <= number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, not {number}")
     return number
 
 

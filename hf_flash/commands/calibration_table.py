@@ -1,45 +1,64 @@
-"""A calibration report as text. It works on the plain values of the report and imports nothing heavy."""
+"""A calibration report for people. It works on the plain values of the report and imports nothing heavy."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
+from rich.console import Group
+from rich.text import Text
+
 from hf_flash.base.sizes import format_bytes
+from hf_flash.base.tables import Figures, Paragraph
 
 
-def describe(report: dict[str, Any]) -> str:
-    """A calibration report as a table, one layer a row."""
+def describe(report: dict[str, Any]) -> Group:
+    """A calibration report as a table, one layer a row, to be printed by rich."""
     if "counted" in report:
         return describe_routing(report)
-    rows = ["layer   active   rank   recall    extra  untrained  predicted/active       bytes   missing  reads, placed"]
+    headings = ("layer", "active", "rank", "recall", "extra", "chosen", "size", "reads", "placed")
+    rows = []
     for index, layer in enumerate(report["layers"]):
         low, reads = layer["lowrank"], layer["reads"]
         rows.append(
-            f"{index:5d} {layer['active']:8.1f} {low['rank']:6d} {low['recall']:8.2%} {low['extra']:8.2%} "
-            f"{low['extra_untrained']:10.2%} {low['selected']:17.2f} {format_bytes(low['nbytes']):>11s} "
-            f"{reads['missing']:9.1f} {reads['before']:6.1f} {reads['after']:7.1f}"
-        )
+            (
+                f"{index}", f"{layer['active']:.1f}", f"{low['rank']}", f"{low['recall']:.1%}", f"{low['extra']:.1%}",
+                f"{low['selected']:.2f}", format_bytes(low["nbytes"]), f"{reads['before']:.1f}", f"{reads['after']:.1f}",
+            )
+        )  # fmt: skip
     reached = "in every layer" if report["reached"] else "NOT in every layer"
-    rows.append(f"\nmeasured on {report['text']['held_out']} held-out tokens; targets reached {reached}")
-    rows.append(f"the folder's predictor is now: {report['default']}")
-    rows.append(f"neurons placed: {describe_placement(report)}")
-    return "\n".join(rows)
+    return Group(
+        Figures(headings, rows),
+        Paragraph(_HEADINGS),
+        Text(),
+        Paragraph(f"Measured on {report['text']['held_out']} held-out tokens; targets reached {reached}."),
+        Paragraph(f"The folder's predictor is now: {report['default']}."),
+        Paragraph(f"Neurons placed: {describe_placement(report)}."),
+    )
 
 
+_HEADINGS: Final = (
+    "active: neurons of a token; recall: of these, chosen by the low-rank predictor; extra: of the others, chosen; chosen: "
+    "neurons for one that is active; reads: for a token, and once neurons that are active together are neighbours."
+)
 _SLOTS: Final = (10, 25, 50, 75)  # percent of a layer's experts
 
 
-def describe_routing(report: dict[str, Any]) -> str:
-    """What a mixture's routers did as a table, one layer a row."""
-    rows = [f"layer  experts    reuse {''.join(f'{share:8d} %' for share in _SLOTS)}"]
+def describe_routing(report: dict[str, Any]) -> Group:
+    """What a mixture's routers did as a table, one layer a row, to be printed by rich."""
+    rows = []
     for index, layer in enumerate(report["layers"]):
         experts = len(layer["hits"]) - 1
         hits = (layer["hits"][experts * share // 100] for share in _SLOTS)
-        rows.append(f"{index:5d} {experts:8d} {layer['reuse']:8.1%} {''.join(f'{hit:10.1%}' for hit in hits)}")
-    rows.append("\nreuse: of a token's experts, those that the token before used, too")
-    rows.append("the columns: those found in memory if it holds so many percent of a layer's experts")
-    rows.append(f"counted on {report['counted']} of {report['tokens']} tokens; `hf-flash plan` goes by it")
-    return "\n".join(rows)
+        rows.append((f"{index}", f"{experts}", f"{layer['reuse']:.1%}", *(f"{hit:.1%}" for hit in hits)))
+    return Group(
+        Figures(("layer", "experts", "reuse", *(f"{share} %" for share in _SLOTS)), rows),
+        Paragraph(
+            "reuse: of a token's experts, those that the token before used, too; the other columns: those found in memory if "
+            "it holds so many percent of a layer's experts."
+        ),
+        Text(),
+        Paragraph(f"Counted on {report['counted']} of {report['tokens']} tokens; `hf-flash plan` goes by it."),
+    )
 
 
 def describe_placement(report: dict[str, Any]) -> str:

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from hf_flash.base.folders import scratch_folder
+from hf_flash.base.sizes import format_bytes
+from hf_flash.base.tables import Figures, Paragraph, facts, printing, section
 from hf_flash.calibration.text import tokenizer_of
 from hf_flash.commands.live_view import LiveView, view
-from hf_flash.commands.store_facts import describe, describe_experts, expert_facts, facts
+from hf_flash.commands.store_facts import expert_facts, expert_rows, neuron_rows
+from hf_flash.commands.store_facts import facts as store_facts
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError
 from hf_flash.families.base import longest_sequence
@@ -31,6 +34,7 @@ from hf_flash.runtime.observing import TokenSeen, watched
 from hf_flash.store.checkpoint import resolve_folder
 from hf_flash.store.layout import FlashStore
 
+_SHOWN: Final = ("source", "kind", "FFN layers", "bundles", "predictors", "experts", "sizes")  # of what `inspect` says
 _SHARE_TO_WATCH: Final = 0.3  # of the FFN fits into the budget of `watch`, so that neurons, or experts, come and go
 
 
@@ -51,7 +55,8 @@ def demo(
     memory_budget: int | None = None,
     watch: bool = False,
     pace: float = 0.0,
-    tell: Callable[[str], None] = print,
+    short_of_memory: bool = False,
+    tell: Callable[[RenderableType], None],
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Repack a model, generate with its FFN on flash, and compare the tokens of both predictors with the stock model's.
@@ -62,10 +67,11 @@ def demo(
         source: folder or Hub repository of a plain checkpoint, with its tokenizer.
         prompt: text to continue.
         tokens: to generate.
-        memory_budget: bytes for weights in DRAM. Default: what is free; with `watch`, so little that neurons come and go.
+        memory_budget: bytes for weights in DRAM. Default: what is free; with `watch` or `short_of_memory`, so little that
+            neurons come and go.
         watch: show what every token reads and reuses.
         pace: least time to show a token, in seconds, in a terminal.
-        tell: is called with each finding as soon as there is one.
+        tell: is called with what to print as soon as there is something.
         console: where to show tokens.
 
     Returns:
@@ -77,48 +83,107 @@ def demo(
         CalibrationError: there is no tokenizer.
     """
     logging.disable_progress_bar()
+    plain = resolve_folder(source)
+    tokenizer = tokenizer_of(plain)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    _check_room(AutoConfig.from_pretrained(plain), inputs.input_ids.shape[1], tokens)
     with _prepared(source) as (folder, about):
-        tell(f"\n{about}\n")
-        tokenizer = tokenizer_of(folder)
-        inputs = tokenizer(prompt, return_tensors="pt")
-        if watch and memory_budget is None:
+        tell(section("The model", about))
+        if memory_budget is None and (watch or short_of_memory):
             memory_budget = _budget_to_watch(folder)
         model = _load(folder, FlashOffloadConfig(memory_budget=memory_budget))
-        _check_room(model, inputs.input_ids.shape[1], tokens)
         if watch:
             shown = {"about": f"hf_flash: {Path(source).name}, token by token", "found": stats(model), "prompt": prompt,
                      "decode": lambda ids: tokenizer.decode(ids, skip_special_tokens=True), "total": tokens}  # fmt: skip
-            with view(console or Console(), tell, **shown) as show:
+            with view(console or printing(), tell, **shown) as show:
                 flash = _generate_watched(model, inputs, tokens, show, pace)
         else:
             flash = _generate_timed(model, inputs, tokens, lambda: stats(model, reset=True))
         text, snapshot = tokenizer.decode(flash.ids, skip_special_tokens=True), stats(model)
-        tell(f"{text}\n")
+        tell(section("What it says", Paragraph(text)))
         stock = _generate_timed(_load_stock(source), inputs, tokens)
         speed, stock_speed = tokens / flash.seconds, tokens / stock.seconds
-        tell(f"{snapshot}\n{'tokens per second':<20}{speed:.0f}, the stock model in memory {stock_speed:.0f}\n")
         same = {"none": flash.ids == stock.ids}
         if isinstance(snapshot, NeuronStats):
             config = FlashOffloadConfig(memory_budget=memory_budget, predictor="none")
             exact, _ = _generate(_load(folder, config), inputs, tokens)
             same = {"none": exact == stock.ids, snapshot.predictor: flash.ids == stock.ids}
-    answers = ", ".join(f"{name}: {'yes' if yes else 'NO'}" for name, yes in same.items())
-    tell(f"the same tokens as the stock model?  predictor {answers}")
+    rows = [*snapshot.rows(), ("tokens per second", f"{speed:.0f}, the stock model in memory {stock_speed:.0f}")]
+    answers = ", ".join(f"{'exact' if name == 'none' else name}: {'yes' if yes else 'NO'}" for name, yes in same.items())
+    tell(section("What it took", facts([*rows, ("same tokens as stock", answers)])))
     report = {"model": source, "prompt": prompt, "text": text, "tokens_per_s": speed, "stock_tokens_per_s": stock_speed,
               "same_tokens": same, "stats": snapshot.to_dict()}  # fmt: skip
     return report | ({"watched": [token.to_dict() for token in flash.watched]} if watch else {})
 
 
+def shipped_models() -> list[str]:
+    """The small real models of the repository: `examples/tiny-*`, beside this package or in the current folder.
+
+    Raises:
+        ConfigError: they are not there.
+    """
+    for place in (Path(__file__).parents[2] / "examples", Path("examples")):
+        if all((place / name / "config.json").exists() for name in _SHIPPED):
+            return [str(place / name) for name in _SHIPPED]
+    raise ConfigError("no model is named", where="demo", expected="a folder or a Hub repository",
+                      hint="without one it shows three small models, which lie in examples/ of the repository")  # fmt: skip
+
+
+def demo_shipped(models: list[str], prompt: str, tokens: int, tell: Callable[[RenderableType], None]) -> dict[str, Any]:
+    """Let each of the small real models generate, and compare them in a table.
+
+    Args:
+        models: from [`shipped_models`]. prompt, tokens, tell: as in [`demo`].
+
+    Returns:
+        `models`: the report of each, and `same_tokens`, as [`demo`] has it: whether all of them gave the stock model's tokens.
+    """
+    reports = []
+    for source in models:
+        report = demo(source, prompt, tokens, short_of_memory=True, tell=lambda _: None)
+        tell(section(f"{Path(source).name}: {_SHIPPED[Path(source).name]}", Paragraph(report["text"])))
+        reports.append(report)
+    tell(section("With a part of their weights in memory", Figures(_HEADINGS, list(map(_row, reports))), Paragraph(_WHY)))
+    return {"models": reports, "same_tokens": {"none": all(report["same_tokens"]["none"] for report in reports)}}
+
+
+_SHIPPED: Final = {
+    "tiny-opt": "an OPT with ReLU, of whose neurons a predictor chooses a few",
+    "tiny-llama": "a Llama with ReLU on its gate, which is chosen from in the same way",
+    "tiny-moe": "a mixture of experts, whose router says which of them a token needs",
+}
+_HEADINGS: Final = ("model", "weights", "budget", "read", "hits", "tok/s", "stock", "same")
+_WHY: Final = (
+    "budget: memory for weights, buffers included; read: from the disk for a token; hits: of what a token uses, already in "
+    "memory; stock: tokens a second of transformers with everything in memory; same: the same tokens, computed exactly.\n"
+    "Models this small are not faster on flash: they fit into any memory, and a token is mostly Python. They show that the "
+    "answers are right. A model that does not fit is what this is for: `hf-flash plan MODEL` says how fast yours will be."
+)
+
+
+def _row(report: dict[str, Any]) -> tuple[str, ...]:
+    found = report["stats"]
+    return (
+        Path(report["model"]).name, format_bytes(found["dense_bytes"]), format_bytes(found["budget_bytes"]),
+        format_bytes(found["read_bytes_per_token"]), f"{found['hit_rate']:.0%}", f"{report['tokens_per_s']:.0f}",
+        f"{report['stock_tokens_per_s']:.0f}", "yes" if report["same_tokens"]["none"] else "NO",
+    )  # fmt: skip
+
+
+def _brief(rows: list[tuple[str, str]]) -> RenderableType:
+    return facts((name, value) for name, value in rows if name in _SHOWN)
+
+
 @contextmanager
-def _prepared(source: str) -> Iterator[tuple[Path, str]]:
+def _prepared(source: str) -> Iterator[tuple[Path, RenderableType]]:
     """The folder to load, and what is in it: a mixture of experts as it is, everything else repacked for the time being."""
     is_mixture = mixture_in(resolve_folder(source, config_only=True)) is not None
     if is_mixture and (mixture := open_mixture(resolve_folder(source))) is not None:
-        yield mixture.folder, describe_experts(expert_facts(mixture))
+        yield mixture.folder, _brief(expert_rows(expert_facts(mixture)))
         return
     with scratch_folder(Path(tempfile.gettempdir()), "demo") as place:
         packed = repack(source, place / "packed")
-        yield packed, describe(facts(FlashStore.open_folder(packed)))
+        yield packed, _brief(neuron_rows(store_facts(FlashStore.open_folder(packed))))
 
 
 def _generate_watched(model: Any, inputs: Any, tokens: int, show: Callable[[TokenSeen], object], pace: float) -> Generated:
@@ -161,8 +226,8 @@ def _load_stock(source: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(source, config=config)
 
 
-def _check_room(model: Any, prompt: int, tokens: int) -> None:
-    room = longest_sequence(model.config)
+def _check_room(config: Any, prompt: int, tokens: int) -> None:
+    room = longest_sequence(config)
     if prompt + tokens > room:
         raise ConfigError("more tokens than the model has room for", expected=f"at most {room - prompt} after this prompt",
                           got=tokens, hint="lower --max-new-tokens")  # fmt: skip

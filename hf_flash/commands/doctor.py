@@ -20,13 +20,16 @@ from typing import Any, Final
 import psutil
 import torch
 from packaging.requirements import Requirement
+from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
 from hf_flash._version import __version__
 from hf_flash.base.folders import scratch_file
 from hf_flash.base.sizes import format_bytes
+from hf_flash.base.tables import Paragraph, section
 from hf_flash.bench.device import about_device
-from hf_flash.bench.report import device_line, disk_table
+from hf_flash.bench.report import device_line, disk_figures
 from hf_flash.budget.expert_plan import ExpertPlan
 from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.compute import library as native
@@ -38,6 +41,7 @@ from hf_flash.machine.disk import DiskPoint, disk_curve, rate_at
 from hf_flash.machine.free_memory import available_memory
 from hf_flash.packing.flash_cache import cache_folder
 from hf_flash.planning import planner
+from hf_flash.planning.sentences import counted
 from hf_flash.store.layout import FlashStore
 
 GOOD, FAIR, BAD = "good", "could be better", "problem"
@@ -79,22 +83,22 @@ class Diagnosis:
         return {"place": self.place, "works": self.works, "findings": [asdict(finding) for finding in self.findings],
                 "disk": [asdict(point) | {"gb_per_s": point.gb_per_s} for point in self.disk]}  # fmt: skip
 
-    def describe(self) -> Text:
-        """The findings as text, in colours where the terminal has them."""
-        text = Text()
-        wide = max(len(finding.name) for finding in self.findings) + 2
-        for finding in self.findings:
-            text.append(f"{finding.verdict:<17}", style=_COLOURS[finding.verdict]).append(
-                f"{finding.name:<{wide}}{finding.found}\n"
-            )
-            if finding.advice:
-                text.append(f"{'':{17 + wide}}{finding.advice}\n", style="italic")
-        if self.disk:
-            text.append("\n" + "\n".join(disk_table([vars(p) | {"gb_per_s": p.gb_per_s} for p in self.disk])) + "\n")
+    def describe(self) -> Group:
+        """What people read, to be printed by rich: the verdict first, then every finding."""
         count = {verdict: sum(finding.verdict == verdict for finding in self.findings) for verdict in _COLOURS}
+        verdict = "hf_flash works here" if self.works else f"hf_flash does not work here: {counted(count[BAD], 'problem')}"
         better = f"; {count[FAIR]} of {len(self.findings)} findings could be better" if count[FAIR] else ""
-        verdict = "hf_flash works here" if self.works else f"hf_flash does not work here: {count[BAD]} of the findings"
-        return text.append(f"\n{verdict}{better}", style="bold")
+        grid = Table.grid(padding=(0, 2))
+        for _ in range(3):
+            grid.add_column()
+        for finding in self.findings:
+            found = Text(finding.found)
+            if finding.advice:
+                found.append(f"\n{finding.advice}", style="italic")
+            grid.add_row(Text(finding.verdict, style=_COLOURS[finding.verdict]), Text(finding.name), found)
+        curve = [vars(point) | {"gb_per_s": point.gb_per_s} for point in self.disk]
+        disk = [section("The disk, in GB/s", disk_figures(curve))] if curve else []
+        return Group(Paragraph(f"{verdict}{better}.", "bold"), Text(), grid, *disk)
 
 
 def diagnose(folder: str | os.PathLike[str] | None = None, *, disk_seconds: float = 0.1) -> Diagnosis:

@@ -4,7 +4,7 @@ Every layer is a strip of its neurons in the order of their ids, as many lines h
 holds two pixels, one above the other, and a pixel stands for one or more neurons. Neurons in DRAM glow according to how lately
 they were used: the neurons of a token light up, fade while the window moves on, and go dark when others take their slots.
 
-Where stdout is not a terminal, or one without colours, each token is a line of text.
+Where stdout is not a terminal, or one without colours, or `NO_COLOR` is set, each token is a line of text.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class PlainView:
         self._say, self._decode = say, decode
 
     def __enter__(self) -> PlainView:
-        self._say(f"{'token':<7} {'text':<15} {'read from flash':>24} {'reused, of used':>21} {'ms':>8}")
+        self._say(f"{'token':<7} {'text':<14} {'read':>10} {'reads':>6} {'hits':>5} {'ms':>8}")
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -149,14 +149,13 @@ class PlainView:
 
     def __call__(self, token: TokenSeen) -> None:
         number, text = token.number or "prompt", repr(self._decode([token.token]))
-        cost = f"{format_bytes(token.read_bytes):>10} in {token.reads:>4} reads"
-        hits = f"{token.reused:>6} of {token.read + token.reused:>5}, {token.hit_rate:>4.0%}"
-        self._say(f"{number:<7} {text:<15} {cost} {hits} {token.ms:>8.1f}")
+        read = f"{format_bytes(token.read_bytes):>10} {token.reads:>6}"
+        self._say(f"{number:<7} {text:<14} {read} {token.hit_rate:>5.0%} {token.ms:>8.1f}")
 
 
 def view(console: Console, say: Callable[[str], None], **about: Any) -> LiveView | PlainView:
     """The view that this terminal can show."""
-    if console.is_terminal and console.color_system is not None and not console.is_dumb_terminal:
+    if console.is_terminal and console.color_system is not None and not (console.no_color or console.is_dumb_terminal):
         return LiveView(console, **about)
     return PlainView(say, about["decode"])
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -67,8 +68,9 @@ class Command(NamedTuple):
 COMMANDS: Final = {
     "see it": (
         Command(
-            "demo", run_demo, "Repack a small model, generate with its FFN on flash, compare with the stock model.",
-            ("hf-flash demo examples/tiny-opt", "hf-flash demo examples/tiny-opt --watch   # token by token"),
+            "demo", run_demo, "Let small models generate with their weights on flash, and compare them with the stock ones.",
+            ("hf-flash demo                              # three small models of the repository",
+             "hf-flash demo examples/tiny-opt --watch    # token by token"),
         ),
         Command(
             "doctor", run_doctor, "Look at this machine: is it fit for hf_flash, and what would make it fitter?",
@@ -146,7 +148,9 @@ and in Python, where transformers' own code stays as it is:
   import hf_flash
   pipe = transformers.pipeline("text-generation", model="opt-6.7b-flash")
 
-exit codes: 0 done; 1 an error, or a check that failed; 2 wrong usage; 130 interrupted, nothing is half written.
+exit codes: 0 done; 1 an error, or a check that failed; 2 wrong usage; 130 interrupted, nothing is half written;
+  141 the reader of the output went away.
+to complete commands and options with Tab, in bash or zsh:  eval "$(register-python-argcomplete hf-flash)"
 hf-flash COMMAND --help explains a command, with an example."""
 
 
@@ -168,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     forgiving(sys.stdout, sys.stderr)
     try:
         with interrupted_outside_imports(__name__):
-            args = _parser().parse_args(argv)
+            parser = _parser()
+            _complete(parser)
+            args = parser.parse_args(argv)
             code: int = args.run(args)
             if sys.stdout is not None:  # it is closed otherwise
                 sys.stdout.flush()
@@ -192,6 +198,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             advice = "set LANG=C.UTF-8 or PYTHONUTF8=1, or rename what is not valid UTF-8"
             return _failed(f"a name is no text here: {error}\n  to do: {advice}")
         raise
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that wants to complete a command line (argcomplete), and end the process; otherwise do nothing."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
 
 
 def _failed(problem: object) -> int:
@@ -224,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
             command.name, description=command.about, formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog="\n  ".join([f"{title}:", *command.examples]),
         )  # fmt: skip
-        sub.set_defaults(run=command.module.run)
+        sub.set_defaults(run=command.module.run, wrong_usage=sub.error)
         command.module.add_arguments(sub)
     return parser
 

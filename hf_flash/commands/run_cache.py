@@ -14,6 +14,8 @@ from hf_flash.commands.arguments import add_json, finish, say, tell
 from hf_flash.errors import ConfigError, HfFlashError
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from hf_flash.packing.flash_cache import Entry
 
 
@@ -88,18 +90,19 @@ def _confirmed(count: int) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def describe(entries: Sequence[Entry], folder: Path) -> str:
-    """Entries as a table."""
-    head = ("SOURCE", "REVISION", "SIZE", "LAST USED", "STATE", "NAME")
-    rows = [head, *(_row(entry) for entry in entries)]
-    wide = [max(len(row[column]) for row in rows) for column in range(len(head))]
+def describe(entries: Sequence[Entry], folder: Path) -> Group:
+    """Entries as a table, to be printed by rich."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from hf_flash.base.tables import Figures, Paragraph
+
     size = format_bytes(sum(entry.size_bytes for entry in entries))
-    lines = [
-        "  ".join(cell.rjust(n) if at == 2 else cell.ljust(n) for at, (cell, n) in enumerate(zip(row, wide, strict=True)))
-        for row in rows
-    ]
-    total = f"{len(entries)} entr{'y' if len(entries) == 1 else 'ies'}, {size}, in {folder}"
-    return "\n".join([*(line.rstrip() for line in lines if entries), *([""] if entries else []), total])
+    total = Paragraph(f"{len(entries)} entr{'y' if len(entries) == 1 else 'ies'}, {size}, in {folder}")
+    if not entries:
+        return Group(total)
+    headings = ("source", "revision", "size", "last used", "state", "name")
+    return Group(Figures(headings, [_row(entry) for entry in entries], notes=frozenset((1, 3, 4, 5))), Text(), total)
 
 
 def _row(entry: Entry) -> tuple[str, ...]:

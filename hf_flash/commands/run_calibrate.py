@@ -7,7 +7,6 @@ from typing import Any
 
 from hf_flash.base.sizes import parse_bytes
 from hf_flash.commands.arguments import add_json, finish, tell
-from hf_flash.commands.calibration_table import describe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +30,19 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of text and training (default 0)")
     add("--placement", action=argparse.BooleanOptionalAction, default=True,
         help="whether neurons that are used together become neighbours on flash (default yes)")  # fmt: skip
-    add("--memory-budget", metavar="SIZE", help='weights and training in DRAM at most, such as "6GiB"')
+    add(
+        "--memory-budget",
+        "--memory",
+        dest="memory_budget",
+        metavar="SIZE",
+        help='weights and training in DRAM at most, such as "6GiB"',
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """`hf-flash calibrate`. Returns the exit code."""
+    from hf_flash.commands.calibration_table import describe
+
     report = calibration_report(args)
     tell(args, describe(report))
     finish(args, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hf_flash.commands.arguments import add_json, finish
+from hf_flash.commands.arguments import add_json, finish, tell
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,12 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`hf-flash doctor`. Returns the exit code: 1 if something keeps hf_flash from working."""
-    from rich.console import Console
-
     from hf_flash.commands.doctor import diagnose
 
     diagnosis = diagnose(args.folder)
-    if args.json != "-":
-        Console(highlight=False).print(diagnosis.describe(), soft_wrap=True)
+    tell(args, diagnosis.describe())
     finish(args, diagnosis.to_dict())
     return 0 if diagnosis.works else 1

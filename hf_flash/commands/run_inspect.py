@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`hf-flash inspect`. Returns the exit code: 1 if a checksum is wrong, or a file cannot be read."""
-    from hf_flash.commands.store_facts import check_experts, describe, describe_experts, expert_facts, facts
+    from hf_flash.base.tables import facts as as_table
+    from hf_flash.commands.store_facts import check_experts, expert_facts, expert_rows, facts, neuron_rows
     from hf_flash.packing.expert_folder import open_mixture
     from hf_flash.store.layout import FlashStore
 
@@ -27,12 +28,12 @@ def run(args: argparse.Namespace) -> int:
     if mixture is None:
         store = FlashStore.open_folder(args.folder)
         found = facts(store)
-        tell(args, describe(found))
-        right = "checksums         all right"
+        tell(args, as_table(neuron_rows(found)))
+        right = "All checksums are right."
     else:
         found = expert_facts(mixture)
-        tell(args, describe_experts(found))
-        right = "read              all of it; there are no checksums in a plain checkpoint, so changed bytes are not found"
+        tell(args, as_table(expert_rows(found)))
+        right = "All of it can be read. A plain checkpoint has no checksums: changed bytes are not found."
     if args.check:
         problems = store.check(_progress("layer")) if mixture is None else check_experts(mixture, _progress("file"))
         tell(args, "\n".join(problems) if problems else right)

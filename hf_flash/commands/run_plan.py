@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hf-flash plan`."""
     add = parser.add_argument
     add("model", help="folder or Hub repository, repacked or plain; config.json is enough")
-    add("--memory", metavar="SIZE", help='weights in DRAM: a size, or a share of the model such as "50%%"')
+    add("--memory", "--memory-budget", metavar="SIZE", help='weights in DRAM: a size, or a share of the model such as "50%%"')
     add("--predictor", choices=get_args(PredictorName), help="default: the stored one, else quantized")
     add("--dtype", choices=DTYPES[1:], help="of compute (default: the checkpoint's)")
     add("--disk", type=Path, metavar="FOLDER", help="whose disk to measure (default: the model's or the cache's)")

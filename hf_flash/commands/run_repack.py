@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`hf-flash repack`. Returns the exit code."""
-    from hf_flash.commands.store_facts import describe, facts
+    from hf_flash.base.tables import facts as as_table
+    from hf_flash.commands.store_facts import facts, neuron_rows
     from hf_flash.packing.repacking import repack
     from hf_flash.store.layout import FlashStore
 
@@ -39,9 +40,9 @@ def run(args: argparse.Namespace) -> int:
         subfolder=args.subfolder, delete_source=args.delete_source,
     )  # fmt: skip
     found = facts(FlashStore.open_folder(target))
-    tell(args, describe(found))
+    tell(args, as_table(neuron_rows(found)))
     if args.delete_source:
-        tell(args, "\nthe source's weights were found again in it, bit for bit, and removed from the Hub's cache")
-    tell(args, f"\nload it:  import hf_flash; pipeline('text-generation', model={str(target)!r})")
+        tell(args, "\nThe source's weights were found again in it, bit for bit, and removed from the Hub's cache.")
+    tell(args, f"\nLoad it:  import hf_flash; pipeline('text-generation', model={str(target)!r})")
     finish(args, found)
     return 0

@@ -17,5 +17,5 @@ def run(args: argparse.Namespace) -> int:
     """`hf-flash restore`. Returns the exit code."""
     from hf_flash.packing.repacking import restore
 
-    say(restore(args.folder, args.target))
+    say(str(restore(args.folder, args.target)))
     return 0

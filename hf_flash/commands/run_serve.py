@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hf_flash.commands.arguments import DTYPES, say, size
+from hf_flash.base.installing import with_extra
+from hf_flash.commands.arguments import DTYPES, port, say, size
 from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.errors import ConfigError
 
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="folder or Hub repository, repacked or plain; name@revision for another revision")
     add("--host", default="localhost", help="address to listen on (default localhost)")
-    add("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default 8000)")
+    add("--port", type=port, default=8000, help="port to listen on; 0 takes a free one (default 8000)")
     add("--chat-template", type=Path, metavar="FILE", help="Jinja template for a model without one")
     add("--dtype", choices=DTYPES, default="auto", help="of compute")
     add("--attn-implementation", choices=["eager", "sdpa"], help="default: transformers' choice")
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from hf_flash.serving.server import Server
     except ImportError as error:
-        raise ConfigError("serving needs more packages", got=error, hint="pip install 'hf-flash[serve]'") from error
+        raise ConfigError("serving needs more packages", got=error, hint=with_extra("serve")) from error
     configure(**{name: getattr(args, name) for name in ARGUMENTS})
     server = Server(
         args.model, host=args.host, port=args.port, dtype=args.dtype, attn_implementation=args.attn_implementation,

@@ -8,7 +8,6 @@ from typing import Final
 
 from hf_flash.commands import run_eval
 from hf_flash.commands.arguments import WIKITEXT, positive, tell
-from hf_flash.commands.calibration_table import describe
 
 _TRAIN_TEXT: Final = f"{WIKITEXT}:train"
 _TEST_TEXT: Final = f"{WIKITEXT}:test"
@@ -29,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`hf-flash verify`. Returns the exit code. What an earlier run has finished is not done again."""
     from hf_flash.calibration.job import calibrate
+    from hf_flash.calibration.text import check_text
+    from hf_flash.commands.calibration_table import describe
     from hf_flash.packing.expert_folder import refuse_mixture
     from hf_flash.packing.repacking import repack
     from hf_flash.store.checkpoint import resolve_folder
@@ -36,12 +37,16 @@ def run(args: argparse.Namespace) -> int:
 
     folder = Path(args.folder or f"{Path(args.model).name}-flash")
     refuse_mixture(folder if folder.exists() else resolve_folder(args.model, config_only=True), "verify")
+    tasks = run_eval.checked_tasks(args)
+    if not folder.exists() or FlashStore.open_folder(folder).calibration is None:
+        check_text(args.calibration_text)
     if not folder.exists():
         repack(args.model, folder)
     if FlashStore.open_folder(folder).calibration is None:
         report = calibrate(
             folder, args.calibration_text, samples=args.samples, memory_budget=args.memory_budget, context=args.context,
         )  # fmt: skip
-        tell(args, describe(report) + "\n")
+        tell(args, describe(report))
+        tell(args, "")
     args.folder, args.stock = folder, args.model if args.with_stock else None
-    return run_eval.run(args)
+    return run_eval.evaluate_and_report(args, tasks)

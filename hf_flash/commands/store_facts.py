@@ -44,10 +44,10 @@ def facts(store: FlashStore) -> dict[str, Any]:
     }
 
 
-def describe(found: dict[str, Any]) -> str:
-    """[`facts`] as a table."""
+def neuron_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """[`facts`] for people: names and values."""
     predictors = ", ".join(f"{name} ({format_bytes(size)})" for name, size in found["predictors"].items())
-    rows = [
+    return [
         ("source", f"{found['source']} {found['revision']}".rstrip()),
         ("FFN layers", f"{found['layers']}, d_model {found['d_model']}, d_ff {found['d_ff']}, {found['dtype']}"),
         ("bundles", f"{format_bytes(found['bundles_bytes'])}, {format_bytes(found['bundle_bytes'])} a neuron"),
@@ -57,11 +57,6 @@ def describe(found: dict[str, Any]) -> str:
         ("placement", _placement(found)),
         ("files", f"{len(found['files'])}, {found['files'][0]} ..."),
     ]
-    return _table(rows)
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f"{name:<18}{value}" for name, value in rows)
 
 
 def _placement(found: dict[str, Any]) -> str:
@@ -136,13 +131,13 @@ def _where(mixture: Mixture, layer: int, expert: int) -> Iterator[dict[str, Any]
         yield {"file": path.name, "begin": offset + byte, "bytes": nbytes}
 
 
-def describe_experts(found: dict[str, Any]) -> str:
-    """[`expert_facts`] as a table."""
+def expert_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """[`expert_facts`] for people: names and values."""
     expert, active, every, other = (
         format_bytes(found[name]) for name in ("expert_bytes", "active_bytes", "experts_bytes", "other_bytes")
     )
     kind = "a plain checkpoint" if found["plain"] else "saved by hf_flash: a plain checkpoint that says so"
-    rows = [
+    return [
         ("source", f"{found['source']} {found['revision']}".rstrip()),
         ("kind", f"{found['model_type']}, a mixture of experts; {kind}"),
         ("layers", f"{found['layers']} with experts, d_model {found['d_model']}"),
@@ -155,7 +150,6 @@ def describe_experts(found: dict[str, Any]) -> str:
         ("files", f"{len(found['files'])}, {found['files'][0]}" + (" ..." if len(found["files"]) > 1 else "")),
         ("routing", _routing(found["routing"])),
     ]
-    return _table(rows)
 
 
 def _routing(found: dict[str, Any] | None) -> str:

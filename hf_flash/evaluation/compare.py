@@ -15,15 +15,17 @@ experts has no predictor, and gets these two figures alone (mixtures.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
+from rich.console import Group, RenderableType
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.base.tables import Figures, Paragraph, section
 from hf_flash.calibration.text import Text, seen_share, token_windows
 from hf_flash.evaluation.candidates import candidates, install, load_for
 from hf_flash.evaluation.judging import BINS, Tally, judging, mean_use, total
@@ -137,30 +139,54 @@ def _by_layer(tallies: Sequence[Tally]) -> dict[str, Any]:
     }
 
 
-def describe(report: dict[str, Any]) -> str:
-    """A report as a table."""
+def describe(report: dict[str, Any]) -> Group:
+    """A report, to be printed by rich."""
     if "predictors" not in report:
         return describe_mixture(report)
-    text = report["text"]
-    rows = [
-        f"{text['tokens']} tokens in windows of {text['context']}, {report['dtype']}",
-        "",
-        f"{'predictor':<26}{'bytes':>11}{'of model':>10}{'selected':>10}{'missed':>9}{'lost':>9}{'extra':>8}"
-        f"{'perplexity':>12}{'change':>9}{'predict':>9}{'a token':>10}",
+    text, found = report["text"], report["predictors"].items()
+    answers = [
+        (name, f"{one['perplexity']:.3f}", f"{one['change']:+.3%}", f"{one['missed']:.3%}", f"{one['lost']:.4%}")
+        for name, one in found
     ]
-    for name, found in report["predictors"].items():
-        rows.append(
-            f"{name:<26}{format_bytes(found['bytes']):>11}{found['share_of_model']:>10.1%}{found['selected']:>10.2f}"
-            f"{found['missed']:>9.3%}{found['lost']:>9.4%}{found['extra']:>8.2%}{found['perplexity']:>12.3f}"
-            f"{found['change']:>9.3%}{found['predict_ms']:>6.2f} ms{found['ms_per_token']:>7.1f} ms"
+    costs = [
+        (
+            name, format_bytes(one["bytes"]), f"{one['share_of_model']:.1%}", f"{one['selected']:.2f}", f"{one['extra']:.2%}",
+            f"{one['predict_ms']:.2f}", f"{one['ms_per_token']:.1f}",
         )
-    for variant, layers in report["rounding"].items():
+        for name, one in found
+    ]  # fmt: skip
+    return Group(
+        Paragraph(f"{text['tokens']} tokens in windows of {text['context']}, {report['dtype']}"),
+        section("The answers", Figures(("predictor", "perplexity", "change", "missed", "lost"), answers), Paragraph(_ANSWERS)),
+        section(
+            "The cost", Figures(("predictor", "size", "share", "chosen", "extra", "ms", "token"), costs), Paragraph(_COSTS)
+        ),
+        *_rounding(report["rounding"]),
+        *_warnings(text),
+    )
+
+
+_ANSWERS: Final = "missed: of the active neurons, not chosen; lost: their share of the squares of all activations."
+_COSTS: Final = (
+    "share: of the model without its embeddings; chosen: neurons for one that is active; extra: of the inactive, chosen; ms: "
+    "to choose, for a token; token: ms of a whole token."
+)
+
+
+def _rounding(report: dict[str, Any]) -> Iterator[RenderableType]:
+    for variant, layers in report.items():
         worst = max(layers, key=lambda layer: layer["real_over_assumed"])
         beyond = max(layer["beyond_three"] for layer in layers)
-        rows.append(
-            f"\n{variant}: rounding errors are at most {worst['real_over_assumed']:.2f} x what the margin assumes "
+        yield ""
+        yield Paragraph(
+            f"{variant}: rounding errors are at most {worst['real_over_assumed']:.2f} x what the margin assumes "
             f"(mean square, by layer); beyond three deviations: up to {beyond:.2%} (a normal distribution: 0.27%)"
         )
+
+
+def _warnings(text: dict[str, Any]) -> Iterator[RenderableType]:
     if text["seen_in_calibration"] > 0.01:
-        rows.append(f"\nWARNING: the predictors were trained on {text['seen_in_calibration']:.0%} of this text")
-    return "\n".join(rows)
+        yield ""
+        yield Paragraph(
+            f"WARNING: the predictors were trained on {text['seen_in_calibration']:.0%} of this text", "bold yellow"
+        )

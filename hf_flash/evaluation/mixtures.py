@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from rich.console import Group
 from transformers import AutoModelForCausalLM
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.base.tables import Paragraph, facts
 from hf_flash.calibration.text import Text, token_windows
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.evaluation.measuring import perplexity, time_tokens
@@ -55,14 +57,17 @@ def evaluate_mixture(
     return report
 
 
-def describe_mixture(report: dict[str, Any]) -> str:
-    """A report as a table."""
+def describe_mixture(report: dict[str, Any]) -> Group:
+    """A report, to be printed by rich."""
     text = report["text"]
-    rows = [
-        f"{text['tokens']} tokens in windows of {text['context']}, {report['dtype']}",
-        "a mixture of experts: its router is its own, and there is no predictor to judge",
+    return Group(
+        Paragraph(f"{text['tokens']} tokens in windows of {text['context']}, {report['dtype']}"),
+        Paragraph("A mixture of experts has a router of its own: there is no predictor to judge."),
         "",
-        f"{'perplexity':<20}{report['perplexity']:.3f}",
-        f"{'a token':<20}{report['ms_per_token']:.1f} ms, {format_bytes(report['read_bytes_per_token'])} read",
-    ]
-    return "\n".join(rows)
+        facts(
+            [
+                ("perplexity", f"{report['perplexity']:.3f}"),
+                ("a token", f"{report['ms_per_token']:.1f} ms, {format_bytes(report['read_bytes_per_token'])} read"),
+            ]
+        ),
+    )

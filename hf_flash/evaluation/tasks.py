@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_flash.base.installing import with_extra
+from hf_flash.base.tables import Figures
 from hf_flash.errors import ConfigError
 from hf_flash.evaluation.candidates import candidates, install, load_for
 from hf_flash.evaluation.mixtures import load_mixture
@@ -34,7 +36,7 @@ class TaskRunner:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ConfigError("zero-shot tasks need lm-eval", hint='pip install "hf-flash[eval]"') from error
+            raise ConfigError("zero-shot tasks need lm-eval", hint=with_extra("eval")) from error
         self._tasks, self._limit = list(tasks), limit
         self._manager = TaskManager(include_path=include_path, include_defaults=False)
         if not set(tasks) <= set(self._manager.all_subtasks):  # reading lm-eval's own 13 000 files takes half a minute
@@ -60,18 +62,16 @@ class TaskRunner:
 
 def evaluate_tasks(
     folder: str | os.PathLike[str],
-    tasks: Sequence[str],
+    tasks: TaskRunner,
     *,
     stock: str | os.PathLike[str] | None = None,
-    limit: int | None = None,
-    include_path: str | None = None,
     memory_budget: int | str | None = None,
     dtype: str | torch.dtype = "auto",
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Run lm-evaluation-harness tasks with every predictor of a repacked model, and with the stock model beside it.
 
     Args:
-        tasks, limit, include_path: as in [`TaskRunner`].
+        tasks: what runs them.
         stock: the plain checkpoint; unset: the dense figures are those of predictor "none", whose logits are the same.
 
     Returns:
@@ -80,28 +80,25 @@ def evaluate_tasks(
     folder = Path(folder).resolve()
     store = FlashStore.open_folder(folder) if mixture_in(folder) is None else None
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    runner = TaskRunner(tasks, limit=limit, include_path=include_path)
     results = {}
     if stock is not None:
-        results["stock"] = runner.run(AutoModelForCausalLM.from_pretrained(stock, dtype=dtype).eval(), tokenizer)
+        results["stock"] = tasks.run(AutoModelForCausalLM.from_pretrained(stock, dtype=dtype).eval(), tokenizer)
     if store is None:
         model = load_mixture(folder, memory_budget, dtype)
-        results["none"] = runner.run(model, tokenizer)
+        results["none"] = tasks.run(model, tokenizer)
     else:
         every = candidates(store)
         model = load_for(every, folder, store, memory_budget, dtype)
         for candidate in every:
             install(candidate, model, store)
-            results[candidate.name] = runner.run(model, tokenizer)
+            results[candidate.name] = tasks.run(model, tokenizer)
     close(model)
     return results
 
 
-def describe_tasks(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Task results as a table, one predictor a row."""
+def describe_tasks(results: dict[str, dict[str, dict[str, float]]]) -> Figures:
+    """Task results as a table, one predictor a row, to be printed by rich."""
     columns = [(task, metric) for task, metrics in next(iter(results.values())).items() for metric in metrics]
     columns = [column for column in columns if not column[1].endswith("stderr")]
-    rows = [" " * 26 + "".join(f"{f'{task} {metric}':>28}" for task, metric in columns)]
-    for name, found in results.items():
-        rows.append(f"{name:<26}" + "".join(f"{found[task][metric]:>28.4f}" for task, metric in columns))
-    return "\n".join(rows)
+    rows = [(name, *(f"{found[task][metric]:.4f}" for task, metric in columns)) for name, found in results.items()]
+    return Figures(["predictor", *(f"{task} {metric}" for task, metric in columns)], rows)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
+
+from rich.console import Group
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.base.tables import Figures, Paragraph, facts, items, section
 from hf_flash.budget.expert_plan import ExpertPlan
 from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.planning.measuring import Speeds
+from hf_flash.planning.sentences import NOT_COUNTED, budget_advice, counted, memory_section, speed, verdict
+
+_HEADINGS: Final = (
+    "experts: those that a layer has slots for; worst: tokens a second if no expert is used more than others; hits: of the "
+    "experts that a token uses, already in memory; read each: for a token."
+)
 
 
 @dataclass(frozen=True)
@@ -79,57 +88,77 @@ class ExpertOutlook:
                 plain[routing]["token_ms"] = getattr(point, routing).token_ms
         return found | {"experts_per_token": self.memory.used, "dense_fits": self.dense_fits}
 
-    def describe(self) -> str:
-        """What people read."""
-        return "\n".join([*self._head(), "", *self._division(), "", *self._table(), "", *self._advice()])
-
-    def _head(self) -> Iterator[str]:
-        size, here = self.memory, self.speeds
+    def describe(self) -> Group:
+        """What people read, to be printed by rich."""
+        size = self.memory
         low, high = min(size.experts), max(size.experts)
         experts = f"{low}" if low == high else f"{low} to {high}"
-        yield (
-            f"{self.model}: {self.model_type}, {size.layers} layers with {experts} experts, {size.used} a token; {self.dtype}, "
-            f"{format_bytes(size.dense_bytes)} in all"
-        )
-        yield (
-            f"an expert has {format_bytes(self.expert_bytes)}, all have {format_bytes(self.experts_bytes)}; a token uses "
-            f"{format_bytes(self.active_bytes)} of them, and {format_bytes(self.touched_bytes)} of everything else"
-        )
-        yield (
-            f"machine (measured): {here.disk}, {here.disk_gb_per_s:.2f} GB/s in reads of {format_bytes(here.read_size)}; DRAM "
-            f"{here.dram_gb_per_s:.1f} GB/s with {here.torch_threads} threads; {format_bytes(self.free_bytes)} free"
+        return Group(
+            Paragraph(self._verdict, "bold"),
+            Paragraph(
+                f"{self.model_type}, {size.layers} layers with {experts} experts each, of which a token uses {size.used}; "
+                f"{self.dtype}, {format_bytes(size.dense_bytes)} of weights"
+            ),
+            memory_section(size.parts, self.kv_cache_bytes_per_token),
+            section("Where the time of a token goes", facts(self._times())),
+            section("Other budgets", self._table(), Paragraph(_HEADINGS)),
+            section("What would help", items(self._advice())),
+            section("What this rests on", items(self._basis())),
         )
 
-    def _division(self) -> Iterator[str]:
-        yield self.memory.describe()
-        yield f"{'minimum: all but the slots':<44}{format_bytes(self.memory.minimum_bytes):>12}"
+    @property
+    def _verdict(self) -> str:
+        times = [self.point.typical.token_ms, self.point.uniform.token_ms]
+        return verdict(self.model, self.point.budget_bytes, ceiling_bytes(None), times[:1] if self.measured_on else times)
 
-    def _table(self) -> Iterator[str]:
-        parts = "ms a token = resident + max(reading, hits) + missing"
-        typical = "typical routing, as others measured it" if self.measured_on is None else "routing as measured"
-        yield f"{typical:>76}{'uniform routing':>52}"
-        yield f"predicted:  budget  of dense  experts   hits %  MB read  {parts}   hits %  ms a token"
-        for p in self.points:
-            share, usual, even = p.budget_bytes / self.memory.dense_bytes, p.typical, p.uniform
-            yield (
-                f"{'>' if p is self.point else ' ':<7}{format_bytes(p.budget_bytes):>11}{share:>10.0%}{p.capacity:>9}"
-                f"{usual.hit_rate:>9.1%}{usual.read_bytes / 1e6:>9.0f}{usual.token_ms:>12.1f} ={usual.resident_ms:>9.1f}"
-                f"{usual.read_ms:>14.1f}{usual.hits_ms:>6.1f}{usual.missing_ms:>11.1f}"
-                f"{even.hit_rate:>9.1%}{even.token_ms:>12.1f}"
+    def _times(self) -> Iterator[tuple[str, str]]:
+        at = self.point.typical
+        yield "all that is not an expert", f"{at.resident_ms:.1f} ms for {format_bytes(self.touched_bytes)}"
+        yield "reading experts", f"{at.read_ms:.1f} ms for {format_bytes(round(at.read_bytes))}"
+        yield "  meanwhile, those in memory", f"{at.hits_ms:.1f} ms"
+        yield "the experts that were read", f"{at.missing_ms:.1f} ms"
+
+    def _table(self) -> Figures:
+        rows = [
+            (
+                format_bytes(p.budget_bytes), f"{p.capacity}", speed(p.token_ms),
+                *(() if self.measured_on else (speed(p.uniform.token_ms),)),
+                f"{p.typical.hit_rate:.0%}", format_bytes(round(p.typical.read_bytes)),
             )
+            for p in self.points
+        ]  # fmt: skip
+        worst = [] if self.measured_on else ["worst"]
+        return Figures(["budget", "experts", "tokens/s", *worst, "hits", "read each"], rows, self.points.index(self.point))
 
     def _advice(self) -> Iterator[str]:
-        if self.measured_on is None:
-            yield "hit rates are assumed: `hf-flash calibrate` measures them on text, stats(model) says what a model does"
-        else:
-            yield f"hit rates were measured by `hf-flash calibrate`, on {self.measured_on}"
-        yield "Python comes on top of the times"
-        yield f"on top of a budget come about 0.3 GB and {format_bytes(self.kv_cache_bytes_per_token)} of KV cache a token"
+        at = self.point.typical
+        yield from budget_advice(self.suggested_bytes, self._token_ms, self.point.budget_bytes, self.memory.minimum_bytes)
         if shortage := self.memory.shortage(FlashOffloadConfig().window):
-            yield shortage
-        if self.suggested_bytes is None:
-            yield f"the model does not run here: it needs {format_bytes(self.memory.minimum_bytes)} at least"
-        else:
-            yield f'suggested: memory_budget="{self.suggested_bytes / 1e9:.2f}GB", the least within a tenth of the best speed'
+            yield f"{shortage}."
+        if at.read_ms > at.resident_ms + at.hits_ms + at.missing_ms:
+            yield "Reading takes the largest part: more memory or a faster disk helps."
         if self.dense_fits:
-            yield "the dense model fits into what is free, and may be faster without hf_flash"
+            yield "The whole model fits into what is free, and may be faster without hf_flash."
+
+    def _token_ms(self, budget_bytes: float) -> float:
+        return next(point.token_ms for point in self.points if point.budget_bytes >= budget_bytes)
+
+    def _basis(self) -> Iterator[str]:
+        here = self.speeds
+        yield (
+            f"Measured on this machine: {here.disk_gb_per_s:.2f} GB/s in reads of {format_bytes(here.read_size)} from "
+            f"{here.disk}, {here.dram_gb_per_s:.1f} GB/s from DRAM on {counted(here.torch_threads, 'thread')}. "
+            f"{format_bytes(self.free_bytes)} are free."
+        )
+        yield (
+            f"An expert has {format_bytes(self.expert_bytes)}, all have {format_bytes(self.experts_bytes)}; a token uses "
+            f"{format_bytes(self.active_bytes)} of them."
+        )
+        if self.measured_on is None:
+            yield (
+                "Assumed: tokens use the same experts again as often as others have measured. At worst, every expert is as "
+                "likely as any other. `hf-flash calibrate` measures it on your text."
+            )
+        else:
+            yield f"How often experts are used again was measured by `hf-flash calibrate`, on {self.measured_on}."
+        yield f"{NOT_COUNTED} Python takes some ms a token on top."

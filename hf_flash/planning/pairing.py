@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+from rich.console import Group
+from rich.text import Text
 
 from hf_flash.base.sizes import format_bytes, parse_share
+from hf_flash.base.tables import facts, section
 from hf_flash.budget.plan import MemoryPlan, ceiling_bytes
 from hf_flash.errors import BudgetError, ConfigError
 from hf_flash.planning.planner import needs, plan
@@ -60,21 +63,26 @@ class Pair:
         )}  # fmt: skip
         return figures | {"target": self.target.to_dict(), "assistant": self.assistant.to_dict()}
 
-    def describe(self) -> str:
-        """What people read."""
+    def describe(self) -> Group:
+        """What people read, to be printed by rich."""
         drafts = f"{self.draft_tokens} x {self.draft_token_ms:.1f}"
-        return "\n".join(
-            [
-                self.target.describe(),
-                "",
-                f"the assistant, {self.assistant.describe()}",
-                "",
-                f"together in {format_bytes(self.target_bytes + self.assistant_bytes)}: "
-                f'memory_budget="{format_size(self.target_bytes)}" for the model, '
-                f'"{format_size(self.assistant_bytes)}" for the assistant',
-                f"a round takes {drafts} + {self.call_ms:.1f} = {self.round_ms:.1f} ms; "
-                f"worth it where it brings more than {self.worth_from:.1f} tokens",
-            ]
+        together = format_bytes(self.target_bytes + self.assistant_bytes)
+        return Group(
+            Text("The model", style="bold underline"),
+            self.target.describe(),
+            Text("\nThe assistant", style="bold underline"),
+            self.assistant.describe(),
+            section(
+                f"Together in {together}",
+                facts(
+                    [
+                        ("the model", f'memory_budget="{format_size(self.target_bytes)}"'),
+                        ("the assistant", f'memory_budget="{format_size(self.assistant_bytes)}"'),
+                        ("a round", f"{drafts} + {self.call_ms:.1f} = {self.round_ms:.1f} ms"),
+                        ("worth it", f"where a round brings more than {self.worth_from:.1f} tokens"),
+                    ]
+                ),
+            ),
         )
 
 

@@ -7,12 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from rich.console import Group
 
 from hf_flash.base.sizes import format_bytes
+from hf_flash.base.tables import Figures, Paragraph, facts, items, section
 from hf_flash.budget.demand import Demand
 from hf_flash.budget.plan import MemoryPlan, ceiling_bytes
 from hf_flash.config import FlashOffloadConfig
 from hf_flash.planning.measuring import Measured
+from hf_flash.planning.sentences import HEADINGS, NOT_COUNTED, SOURCES, budget_advice, counted, memory_section, speed, verdict
+
+READING, CHOOSING, REST = "reading from the disk", "choosing neurons", "attention and the output matrix"
 
 
 @dataclass(frozen=True)
@@ -76,47 +81,75 @@ class Plan:
             plain["token_ms"] = point.token_ms
         return found | {"dense_fits": self.dense_fits}
 
-    def describe(self) -> str:
-        """What people read."""
-        return "\n".join([*self._head(), "", self.memory.describe(), "", *self._table(), "", *self._advice()])
+    def describe(self) -> Group:
+        """What people read, to be printed by rich."""
+        return Group(
+            Paragraph(self._verdict, "bold"),
+            Paragraph(
+                f"{self.model_type}, {self.memory.layers} layers of {self.memory.d_ff} neurons, {self.dtype}, "
+                f"{format_bytes(self.memory.dense_bytes)} of weights; predictor: {self.predictor}"
+            ),
+            memory_section(self.memory.parts, self.kv_cache_bytes_per_token),
+            section("Where the time of a token goes", facts(self._times())),
+            section("Other budgets", self._table(), Paragraph(HEADINGS)),
+            section("What would help", items(self._advice())),
+            section("What this rests on", items(self._basis())),
+        )
 
-    def _head(self) -> Iterator[str]:
-        size, act, here = self.memory, self.activity, self.measured
-        yield (
-            f"{self.model}: {self.model_type}, {size.layers} layers, d_ff {size.d_ff}, {self.dtype}, "
-            f"{format_bytes(size.dense_bytes)} in all; predictor {self.predictor}"
-        )
-        yield (
-            f"activations ({act.source}): {act.active:.1%} of a layer active, {act.predicted:.2f} predicted for one, "
-            f"{act.selected:.0f} neurons a token"
-        )
-        yield (
-            f"machine (measured): {here.disk}; stock FFN {here.dram_gb_per_s:.1f} GB/s with {here.torch_threads} threads; "
-            f"{format_bytes(self.free_bytes)} free"
-        )
-        reads = ", ".join(f"{count}: {ms:.2f}" for count, ms in zip(here.misses, here.io_ms, strict=True))
-        yield f"reading neurons of a layer takes, in ms: {reads}"
+    @property
+    def _verdict(self) -> str:
+        return verdict(self.model, self.point.budget_bytes, ceiling_bytes(None), [self.point.token_ms])
 
-    def _table(self) -> Iterator[str]:
-        yield "predicted:  budget  of dense  neurons   hits %  MB read    ms a token = I/O + manage + predict + compute + rest"
-        for p in self.points:
-            share = p.budget_bytes / self.memory.dense_bytes
-            yield (
-                f"{'>' if p is self.point else ' ':<7}{format_bytes(p.budget_bytes):>11}{share:>10.0%}{p.capacity:>9}"
-                f"{p.hit_rate:>9.1%}{p.read_bytes / 1e6:>9.1f}{p.token_ms:>14.1f} ={p.io_ms:>6.1f}{p.manage_ms:>9.1f}"
-                f"{p.predict_ms:>10.1f}{p.compute_ms:>10.1f}{p.rest_ms:>7.1f}"
+    def _times(self) -> Iterator[tuple[str, str]]:
+        for name, ms in self._parts_ms.items():
+            yield name, f"{ms:.1f} ms, {ms / self.point.token_ms:.0%}"
+
+    @property
+    def _parts_ms(self) -> dict[str, float]:
+        at = self.point
+        return {
+            READING: at.io_ms, CHOOSING: at.predict_ms, "managing the windows": at.manage_ms,
+            "the neurons' products": at.compute_ms, REST: at.rest_ms,
+        }  # fmt: skip
+
+    def _table(self) -> Figures:
+        dense = self.memory.dense_bytes
+        rows = [
+            (
+                format_bytes(p.budget_bytes), f"{p.budget_bytes / dense:.0%}", speed(p.token_ms), f"{p.token_ms:.1f}",
+                f"{p.hit_rate:.0%}", format_bytes(round(p.read_bytes)),
             )
-        yield f"       {format_bytes(self.memory.dense_bytes):>11}{'the dense model':>28}{self.dense_token_ms:>23.1f}"
+            for p in self.points
+        ]  # fmt: skip
+        without = ("without hf_flash", "100%", speed(self.dense_token_ms), f"{self.dense_token_ms:.1f}", "", "")
+        headings = ("budget", "share", "tokens/s", "ms each", "hits", "read each")
+        return Figures(headings, [*rows, without], self.points.index(self.point))
 
     def _advice(self) -> Iterator[str]:
-        yield f"on top of a budget come about 0.3 GB and {format_bytes(self.kv_cache_bytes_per_token)} of KV cache a token"
+        at, most = self.point, max(self._parts_ms, key=self._parts_ms.__getitem__)
+        yield from budget_advice(self.suggested_bytes, self.token_ms, at.budget_bytes, self.memory.minimum_bytes)
         if shortage := self.memory.shortage(FlashOffloadConfig().window):
-            yield shortage
-        fastest = min(p.token_ms for p in self.points)
-        if self.suggested_bytes is None:
-            yield f"the model does not run here: it needs {format_bytes(self.memory.minimum_bytes)} at least"
-        else:
-            yield f'suggested: memory_budget="{self.suggested_bytes / 1e9:.2f}GB", the least within a tenth of the best speed'
+            yield f"{shortage}."
+        if most == CHOOSING and self.predictor == "quantized":
+            yield "Choosing neurons takes the largest part: `hf-flash calibrate` trains a predictor that is smaller and faster."
+        elif most == READING:
+            yield "Reading takes the largest part: more memory or a faster disk helps."
+        elif most == REST:
+            yield "Attention and the output matrix take the largest part. They are in memory with any budget."
         if self.dense_fits:
-            verdict = "and would be faster" if self.dense_token_ms < fastest else "but would not be faster"
-            yield f"the dense model fits into what is free, {verdict}"
+            would = "would" if self.dense_token_ms < min(p.token_ms for p in self.points) else "would not"
+            yield f"The whole model fits into what is free; without hf_flash it {would} be faster."
+
+    def _basis(self) -> Iterator[str]:
+        act, here = self.activity, self.measured
+        yield (
+            f"Measured on this machine: {here.dram_gb_per_s:.1f} GB/s from DRAM in the stock model's products on "
+            f"{counted(here.torch_threads, 'thread')}; reads from {here.disk}. {format_bytes(self.free_bytes)} are free."
+        )
+        chosen = act.selected / self.memory.d_ff
+        used = f"{act.active:.1%} of the neurons are active for a token, and the predictor chooses {chosen:.1%}"
+        if self.predictor == "none":
+            yield "Every token uses every neuron."
+        else:
+            yield f"{SOURCES[act.source]}: {used}."
+        yield NOT_COUNTED

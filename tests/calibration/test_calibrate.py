@@ -612,7 +612,7 @@ def test_several_processes_share_the_layers(crew: SimpleNamespace) -> None:
 
 def test_every_process_ends_well_and_the_first_prints_the_table(crew: SimpleNamespace) -> None:
     assert crew.done.returncode == 0
-    assert crew.done.stdout.count("the folder's predictor is now") == 1
+    assert crew.done.stdout.count("The folder's predictor is now") == 1
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -765,7 +765,7 @@ def test_a_text_shorter_than_eight_windows(spoken: Path, tmp_path: Path) -> None
 def test_a_text_that_is_not_there(with_tokenizer: Path, tmp_path: Path, kind: Callable[[Path], Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         hf_flash.calibrate(with_tokenizer, kind(tmp_path / "missing.txt"), **QUICK)
-    names_all(caught.value, "neither a file nor a dataset", "where: text", f"got: {tmp_path / 'missing.txt'}")
+    names_all(caught.value, "no such file", "where: text", f"got: {tmp_path / 'missing.txt'}")
 
 
 @pytest.mark.parametrize("name", ["", "a folder"])
@@ -817,7 +817,7 @@ def test_the_command_says_what_is_wrong_and_ends_with_one(
     monkeypatch.setattr(sys, "argv", ["calibrate", str(with_tokenizer), "--text", str(with_tokenizer / "nothing.txt")])
     assert main() == 1
     said = capsys.readouterr()
-    assert said.err.startswith("hf-flash: neither a file nor a dataset")
+    assert said.err.startswith("hf-flash: no such file")
     assert not said.out
 
 

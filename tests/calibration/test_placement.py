@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import ConfigError, DiskSpaceError, FlashOffloadConfig, StoreFormatError
+from hf_flash.base.tables import printed
 from hf_flash.budget.divide import stored_report
 from hf_flash.calibration import job, placement, publishing, work_folder
 from hf_flash.calibration.activity import Activations, pack_bits
@@ -238,13 +239,13 @@ def test_a_layer_is_placed_again_from_where_it_lies(copy: Path) -> None:
 def test_inspect_and_the_command_say_what_it_brings(placed: Path, unplaced: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(placed), "--check"]) == 0
     shown = capsys.readouterr().out
-    for part in ("3 of 3 layers; ", "neurons a read instead of", "all right"):
+    for part in ("3 of 3 layers; ", "neurons a read instead of", "All checksums are right"):
         assert part in shown
     assert cli.main(["inspect", str(unplaced)]) == 0
     assert "none: neurons lie in the order of their ids" in capsys.readouterr().out
     report = stored_report(FlashStore.open_folder(placed))
     assert report is not None
-    assert "neurons placed: 3 of 3 layers" in calibration_table.describe(report)
+    assert "Neurons placed: 3 of 3 layers" in printed(calibration_table.describe(report))
 
 
 # --- what can go wrong -----------------------------------------------------------------------------------------------

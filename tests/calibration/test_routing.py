@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen
 
 import hf_flash
 from hf_flash import BudgetError, CalibrationError, ConfigError, FlashOffloadConfig, RepackError, StoreFormatError
+from hf_flash.base.tables import printed
 from hf_flash.budget.routing import routing_in
 from hf_flash.calibration import job
 from hf_flash.calibration.routing import LayerHits
@@ -141,7 +142,7 @@ def test_plan_goes_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["calibrate", str(folder), "--text", str(TEXT), "--samples", "4"]) == 0
     said = capsys.readouterr().out
     assert len(said.splitlines()) == 9
-    assert "counted on 512 of 1024 tokens" in said
+    assert "Counted on 512 of 1024 tokens" in said
     found = outlook(folder, memory="4MiB")
     routing = routing_in(folder, found.memory.experts)
     assert routing is not None
@@ -152,8 +153,8 @@ def test_plan_goes_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found.point.typical.hit_rate == pytest.approx(routing.hit_rate(found.memory.capacities))
     assert found.point.typical.hit_rate != before.point.typical.hit_rate
     assert found.point.uniform == before.point.uniform
-    assert f"hit rates were measured by `hf-flash calibrate`, on {TEXT.name}" in found.describe()
-    assert "hit rates are assumed" in before.describe()
+    assert f"was measured by `hf-flash calibrate`, on {TEXT.name}" in printed(found.describe())
+    assert "Assumed: tokens use the same experts again" in printed(before.describe())
     assert main(["inspect", str(folder)]) == 0
     assert f"the token before used {routing.reuse:.1%}; 512 tokens of {TEXT.name}" in capsys.readouterr().out
 
@@ -252,7 +253,7 @@ def test_names_of_texts_cannot_write_to_the_terminal(copy: Path, capsys: pytest.
     hf_flash.calibrate(copy, some_tokens(512), samples=1)
     damaged(lambda found: found.update(text="a\x1b[31mb\nc"))(copy / ROUTING_FILE)
     assert main(["inspect", str(copy)]) == 0
-    said = capsys.readouterr().out + outlook(copy).describe()
+    said = capsys.readouterr().out + printed(outlook(copy).describe())
     assert said.count("a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}c") == 2
 
 

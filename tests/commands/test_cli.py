@@ -95,6 +95,19 @@ def test_json_is_printed_instead_of_tables_or_written_beside_them(
     assert main(["inspect", str(tmp_path / "packed"), "--json", str(tmp_path / "out.json")]) == 0
     assert capsys.readouterr().out.startswith("source  ")
     assert json.loads((tmp_path / "out.json").read_text()) == facts | {"checked": False, "problems": []}
+    assert main(["inspect", str(tmp_path / "packed"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts | {"checked": False, "problems": []}
+
+
+def test_a_pipe_that_json_is_written_to_stays_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert main(["cache", "ls", "--json", str(tmp_path / "pipe")]) == 0
+    assert "entries" in json.loads(os.read(reader, 1 << 16))
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    assert main(["cache", "ls", "--json", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
 
 
 def test_demo_as_json(tiny_opt: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,9 +122,59 @@ def test_demo_as_json(tiny_opt: Path, capsys: pytest.CaptureFixture[str]) -> Non
 # --- exit codes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["inspect"], ["demo", "x", "--max-new-tokens", "0"], ["demo", "x", "--pace", "-1"]]
-)
+def test_the_demo_without_a_model_shows_the_shipped_ones(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["demo", "--max-new-tokens", "4", "--json", str(tmp_path / "out.json")]) == 0
+    said, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert [Path(found["model"]).name for found in report["models"]] == ["tiny-opt", "tiny-llama", "tiny-moe"]
+    for found in report["models"]:
+        assert found["same_tokens"]["none"] is True
+        assert 0 < found["stats"]["hit_rate"] < 1  # so little memory that something is read
+        assert found["text"] in said
+    assert "they fit into any memory" in said
+
+
+def test_the_demo_says_where_models_are_if_none_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hf_flash.commands.demo.__file__", str(tmp_path / "a" / "b" / "demo.py"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 1
+    assert "examples/ of the repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize("command", [
+    ["doctor"], ["plan", "TINY", "--memory", "90%"], ["plan", "MOE"], ["inspect", "MOE"],
+    ["demo", "TINY", "--max-new-tokens", "2"], ["demo", "TINY", "--watch", "--max-new-tokens", "2"],
+    ["bench", "--preset", "tiny", "--tokens", "2", "--systems", "flash"],
+], ids=lambda command: " ".join(command[:3]))  # fmt: skip
+def test_nothing_is_wider_than_the_terminal(
+    command: list[str], columns: int, tiny_opt: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    places = {"TINY": str(tiny_opt), "MOE": str(ROOT / "examples" / "tiny-moe")}
+    assert main([places.get(word, word) for word in command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    too_wide = [line for line in lines if len(line.rstrip()) > columns and " " in line.strip("- ").strip()]
+    assert not too_wide
+
+
+def test_a_shell_completes_commands_and_options(tmp_path: Path) -> None:
+    for line, wanted in (("hf-flash insp", b"inspect"), ("hf-flash plan --dra", b"--draft-tokens")):
+        environment = os.environ | {
+            "_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "PYTHONPATH": str(ROOT),
+            "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"),
+        }  # fmt: skip
+        subprocess.run([sys.executable, "-m", "hf_flash"], env=environment, check=True, timeout=60)
+        assert wanted in (tmp_path / "out").read_bytes()
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["fly"], ["inspect"], ["demo", "x", "--max-new-tokens", "0"], ["demo", "x", "--pace", "-1"], ["bench"],
+    ["bench", "x", "--preset", "tiny"], ["serve", "x", "--port", "65536"], ["serve", "x", "--port", "-1"],
+    ["serve", "x", "--port", "http"], ["plan", "--json", "facebook/opt-125m"],
+])  # fmt: skip
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_flash
+from hf_flash.base.tables import printed
 from hf_flash.commands import doctor
 from hf_flash.commands.doctor import BAD, FAIR, GOOD, Diagnosis, Finding, diagnose
 from hf_flash.commands.main import main
@@ -71,7 +72,7 @@ def test_a_model_that_cannot_be_loaded_is_a_problem_and_an_exit_code(
     assert wrong["name"] == "model"
     assert "flash-layer-00001" in wrong["advice"]
     assert main(["doctor", str(folder)]) == 1
-    assert "hf_flash does not work here: 1 of the findings" in capsys.readouterr().out
+    assert "hf_flash does not work here: 1 problem" in capsys.readouterr().out
 
 
 def test_a_model_that_does_not_fit_is_a_problem(tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +104,7 @@ def test_what_a_machine_lacks_could_be_better_and_is_no_problem(tmp_path: Path, 
     assert "not permitted" in named(found)["io_uring"].found
     assert "AVX2" in named(found)["compiled part"].found
     assert f"OMP_NUM_THREADS={doctor.usable_cores()}" in str(named(found)["threads"].advice)
-    assert "findings could be better" in found.describe().plain
+    assert "findings could be better" in printed(found.describe())
 
 
 def test_a_library_that_is_too_old_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +151,8 @@ def test_no_folder(tmp_path: Path) -> None:
 
 def test_json_has_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(tmp_path), "--json", str(tmp_path / "out.json")]) == 0
-    printed, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert all(finding["found"] in printed for finding in report["findings"])
-    assert "random, 32 at a time" in printed
+    said, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert all(finding["found"] in said for finding in report["findings"])
+    assert "random, 32 at a time" in said
     keys = {key for point in report["disk"] for key in point}
     assert keys == {"pattern", "direct", "size", "depth", "nbytes", "seconds", "gb_per_s"}

@@ -47,7 +47,7 @@ def test_what_is_in_8_bits_is_shown_with_its_scales(in_8_bits: Path, capsys: pyt
     assert main(["inspect", str(in_8_bits), "--check"]) == 0
     said = capsys.readouterr().out
     for line in (
-        "kind              qwen3_moe, a mixture of experts; a plain checkpoint",
+        "kind         qwen3_moe, a mixture of experts; a plain checkpoint",
         "experts.0.down_proj.weight: 32 x 48 float8_e4m3fn, of down_proj",
         "experts.0.down_proj.weight_scale_inv: 2 x 3 float32, of down_proj, scales",
     ):
@@ -73,12 +73,12 @@ def test_inspect_shows_what_an_expert_is_and_where_it_lies(folder: Path, capsys:
     assert main(["inspect", str(folder), "--check"]) == 0
     said = capsys.readouterr().out
     for line in (
-        "kind              qwen3_moe, a mixture of experts; a plain checkpoint",
-        "layers            3 with experts, d_model 32",
-        "experts           8 a layer, 48 neurons each; a token uses 2",
-        "sizes             18.0 KiB an expert, 108.0 KiB a token, 432.0 KiB all",
+        "kind         qwen3_moe, a mixture of experts; a plain checkpoint",
+        "layers       3 with experts, d_model 32",
+        "experts      8 a layer, 48 neurons each; a token uses 2",
+        "sizes        18.0 KiB an expert, 108.0 KiB a token, 432.0 KiB all",
         "model.layers.0.mlp.experts.0.down_proj.weight: 32 x 48 float32, of down_proj",
-        "no checksums in a plain checkpoint",
+        "A plain checkpoint has no checksums",
     ):
         assert line in said
 
@@ -103,11 +103,11 @@ def test_inspect_of_what_was_saved_says_so(folder: Path, tmp_path: Path, capsys:
     model.save_pretrained(tmp_path / "saved")
     assert main(["inspect", str(tmp_path / "saved"), "--check"]) == 0
     said = capsys.readouterr().out
-    assert "source            mixture" in said
+    assert "source       mixture" in said
     assert "saved by hf_flash" in said
     assert main(["restore", str(tmp_path / "saved"), str(tmp_path / "plain")]) == 0
     assert main(["inspect", str(tmp_path / "plain")]) == 0
-    assert "experts; a plain checkpoint\n" in capsys.readouterr().out
+    assert "experts; a plain checkpoint" in capsys.readouterr().out
 
 
 def test_files_that_cannot_be_read_are_a_failed_check(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 import hf_flash
 from hf_flash import FlashOffloadConfig
 from hf_flash.compute import library as native
+from hf_flash.store.names import NOTICES
 from tests.conftest import ROOT, TINY_OPT
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -34,7 +35,8 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 PACKAGE = ROOT / "hf_flash"
 MODULES = {f"hf_flash/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
 C_SOURCES = {f"hf_flash/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.[ch]")}
-OPTIONAL = ("hf_flash/serving/", "hf_flash/bench/plots.py")  # imported only where an extra is asked for
+# imported only where an extra is asked for
+OPTIONAL = ("hf_flash/serving/", "hf_flash/bench/plots.py", "hf_flash/bench/drawings.py")
 STDLIB = sys.stdlib_module_names
 ON_LINUX_X86 = sys.platform == "linux" and platform.machine() == "x86_64"
 
@@ -84,7 +86,8 @@ def test_everything_required_has_a_version_that_development_uses() -> None:
 
 def test_hints_name_extras_that_exist() -> None:
     text = "".join((ROOT / module).read_text(encoding="utf-8") for module in MODULES)
-    named = set(re.findall(r"hf-flash\[(\w+)\]", text))
+    assert "install hf-flash" not in text.replace(NOTICES[1], "")  # it is on no index
+    named = set(re.findall(r'with_extra\("(\w+)"\)', text))
     assert named
     assert named <= PROJECT["optional-dependencies"].keys()
 

@@ -102,6 +102,7 @@ def test_the_window_knows_neither_reader_nor_predictor() -> None:
 
 
 PRIVATE = {  # names of libraries that begin with an underscore, or are as private: only in these files
+    "commands/main.py": {"_ARGCOMPLETE"},
     "commands/interrupts.py": {"_exit"},
     "compute/expert_gate.py": {"_apply_gate"},
     "families/decoder.py": {"get_decoder"},
@@ -127,7 +128,7 @@ PRIVATE = {  # names of libraries that begin with an underscore, or are as priva
         "_get_dtype_plan",
     },
     "serving/fields.py": {"_from_model_config"},
-    "serving/transformers_serving.py": {"_GenerationCancelled", "_generate_managers", "_cb", "_model_locks"},
+    "serving/transformers_serving.py": {"_GenerationCancelled", "_generate_managers", "_cb", "_cb_manager", "_model_locks"},
 }  # fmt: skip
 AS_PRIVATE = {
     "all_tied_weights_keys", "get_decoder", "hidden_states", "_metadata", "__class__", "REGEX_YAML_BLOCK",

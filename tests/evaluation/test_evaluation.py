@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_flash
 from hf_flash import CalibrationError
+from hf_flash.base.tables import printed
 from hf_flash.calibration.text import seen_share, token_windows
 from hf_flash.commands import calibration_table
 from hf_flash.commands import main as cli
 from hf_flash.evaluation import compare
 from hf_flash.evaluation.compare import evaluate
-from hf_flash.evaluation.tasks import evaluate_tasks
+from hf_flash.evaluation.tasks import TaskRunner
 from hf_flash.store.layout import FlashStore
 from tests.conftest import ROOT
 
@@ -105,7 +106,7 @@ def test_text_that_was_trained_on_is_recognised(calibrated: Path, halves: dict[s
     assert seen_share(again, quoted) == 1.0
     found = evaluate(calibrated, again[:2].reshape(-1), new_tokens=1)
     assert found["text"]["seen_in_calibration"] == 1.0
-    assert "WARNING: the predictors were trained on 100% of this text" in compare.describe(found)
+    assert "WARNING: the predictors were trained on 100% of this text" in printed(compare.describe(found))
 
 
 # --- outlier features ----------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def test_verify_repacks_calibrates_and_compares_on_text_and_tasks(
     assert {path.name for path in plots.iterdir()} == {"sparsity.svg", "preactivations.svg", "aggregated-use.svg"}
     assert all(path.read_text().startswith("<?xml") for path in plots.iterdir())
     said = capsys.readouterr().out
-    assert all(word in said for word in (*names, "next_words acc", "rounding errors are at most", "untrained"))
+    assert all(word in said for word in (*names, "next_words acc", "rounding errors are at most", "recall"))
     before = (folder / "flash-predictor-lowrank.safetensors").stat().st_mtime_ns
     assert run(*arguments[:9], "--tokens", 256, "--tasks", "") == 0  # what is there is used again
     assert (folder / "flash-predictor-lowrank.safetensors").stat().st_mtime_ns == before
@@ -180,7 +181,7 @@ def test_verify_repacks_calibrates_and_compares_on_text_and_tasks(
 @pytest.mark.filterwarnings("ignore")
 def test_an_unknown_task_is_an_error(calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(hf_flash.ConfigError, match="no such tasks") as caught:
-        evaluate_tasks(calibrated, ["next_wrods"], include_path=str(TASKS))
+        TaskRunner(["next_wrods"], include_path=str(TASKS))
     assert "next_wrods" in str(caught.value)
 
 
@@ -190,7 +191,7 @@ def test_calibrating_again_with_the_command_replaces_what_was_there(
     folder = tmp_path / "copy"
     shutil.copytree(calibrated, folder)
     assert run("calibrate", folder, "--text", halves["sotu"], "--samples", 16, "--rank", 32, "--epochs", 1) == 0
-    assert "measured on 512 held-out tokens" in capsys.readouterr().out
+    assert "Measured on 512 held-out tokens" in capsys.readouterr().out
     sizes = [path.stat().st_size for path in (calibrated / "flash-predictor-lowrank.safetensors",
                                               folder / "flash-predictor-lowrank.safetensors")]  # fmt: skip
     assert sizes[1] < sizes[0]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import hf_flash
 from hf_flash import FlashOffloadConfig
 from hf_flash.base.sizes import format_bytes
+from hf_flash.base.tables import printed
 from hf_flash.budget.expert_plan import ExpertPlan
 from hf_flash.commands.main import main
 from hf_flash.errors import BudgetError, ConfigError
@@ -125,10 +126,10 @@ def test_a_model_that_is_known_by_others_figures(tmp_path: Path) -> None:
     assert found.memory.all_resident_bytes == pytest.approx(2 * table + 48 * 2048 * (2 * 4096 + 2 * 512 + 128) * 2, rel=1e-3)
     assert found.kv_cache_bytes_per_token == 2 * 48 * 4 * 128 * 2
     assert found.point.capacity == found.memory.capacity == 13
-    said = found.describe()
-    assert "48 layers with 128 experts, 8 a token; bfloat16, 56.87 GiB in all" in said
-    assert "hit rates are assumed" in said
-    assert f"minimum: all but the slots{format_bytes(found.memory.minimum_bytes):>30}" in said
+    said = printed(found.describe())
+    assert "48 layers with 128 experts each, of which a token uses 8; bfloat16, 56.87 GiB of weights" in said
+    assert "Assumed: tokens use the same experts again" in said
+    assert all(format_bytes(size) in said for _, size in found.memory.parts)
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -222,22 +223,24 @@ def test_weights_that_are_there_are_read(saved: Any, monkeypatch: pytest.MonkeyP
 def test_a_budget_is_suggested_of_what_is_free(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plenty = outlook(bare)
     assert plenty.dense_fits
-    assert "the dense model fits" in plenty.describe()
+    assert "The whole model fits" in printed(plenty.describe())
     assert plenty.point is plenty.points[-1]
     free = plenty.memory.minimum_bytes + 12 * sum(plenty.memory.slot_bytes)
     for place in (mixture, report):
         monkeypatch.setattr(place, "ceiling_bytes", lambda budget: free)
     tight = outlook(bare, memory="40%")
     assert tight.suggested_bytes == max(point.budget_bytes for point in tight.points if point.budget_bytes <= free) == free
-    assert "the dense model fits" not in tight.describe()
+    assert "The whole model fits" not in printed(tight.describe())
     for place in (mixture, report):
         monkeypatch.setattr(place, "ceiling_bytes", lambda budget: 1000)
-    assert "the model does not run here" in outlook(bare, memory="40%").describe()
+    said = printed(outlook(bare, memory="40%").describe())
+    assert "does not fit here" in said
+    assert "does not run here" in said
 
 
 @pytest.mark.usefixtures("unmeasured")
 def test_slots_that_do_not_hold_what_a_token_uses_are_told_of(bare: Path) -> None:
-    said = outlook(bare, memory=held(bare).minimum_bytes + 1).describe()
+    said = printed(outlook(bare, memory=held(bare).minimum_bytes + 1).describe())
     assert "leaves room for 0 experts a layer, and a token uses 2" in said
 
 
@@ -288,12 +291,12 @@ def test_no_mixture_is_planned_with_an_assistant(bare: Path, plain: Path) -> Non
 def test_the_command(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     assert main(["plan", str(bare), "--memory", "50%", "--json", str(out)]) == 0
-    found, printed = json.loads(out.read_text()), capsys.readouterr().out
+    found, said = json.loads(out.read_text()), capsys.readouterr().out
     assert found["experts_per_token"] == 2
     assert found["memory"]["capacity"] == found["point"]["capacity"] == sum(found["memory"]["capacities"]) // 4
     for point in (found["point"], *found["points"]):
         assert point["token_ms"] == point["typical"]["token_ms"] <= point["uniform"]["token_ms"] + 1e-9
-    assert "slots for" in printed
-    assert "2 a token; float32" in printed
+    assert "slots for" in said
+    assert "a token uses 2; float32" in said
     assert main(["plan", str(bare), "--active", "0.1"]) == 1
     assert "leave it out" in capsys.readouterr().err

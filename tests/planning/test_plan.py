@@ -18,6 +18,7 @@ import hf_flash
 from hf_flash import FlashOffloadConfig
 from hf_flash.base import folders
 from hf_flash.base.sizes import parse_bytes
+from hf_flash.base.tables import printed
 from hf_flash.budget import divide
 from hf_flash.commands.main import main
 from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
@@ -179,7 +180,7 @@ def test_a_budget_that_makes_windows_useless_is_told_of(
     (said,) = [record.getMessage() for record in caplog.records if record.name == "hf_flash"]
     assert "leaves room for 1 neurons a layer, and a token uses 6 (assumed)" in said
     assert "would hold what 5 tokens use" in said
-    assert said.removeprefix("hf_flash: ") in planner.plan(packed, memory=minimum + 1024).describe()
+    assert said.removeprefix("hf_flash: ") in printed(planner.plan(packed, memory=minimum + 1024).describe())
     caplog.clear()
     for arguments in ({"memory_budget": minimum + 64 * 1024}, {"predictor": "none", "memory_budget": minimum + 1024}, {}):
         AutoModelForCausalLM.from_pretrained(packed, quantization_config=FlashOffloadConfig(**arguments))
@@ -198,12 +199,13 @@ def test_the_least_budget_that_is_nearly_as_fast() -> None:
 
 @pytest.mark.usefixtures("unmeasured")
 def test_the_dense_model_is_named_when_it_fits(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "the dense model fits into what is free" in planner.plan(bare, memory="80%").describe()
+    assert "The whole model fits into what is free" in printed(planner.plan(bare, memory="80%").describe())
     for place in (planner, planner_report):
         monkeypatch.setattr(place, "ceiling_bytes", lambda budget: 1000)
-    said = planner.plan(bare, memory="80%").describe()
-    assert "the dense model fits" not in said
-    assert "the model does not run here" in said
+    said = printed(planner.plan(bare, memory="80%").describe())
+    assert "The whole model fits" not in said
+    assert "does not fit here" in said
+    assert "does not run here" in said
 
 
 # --- the command ---------------------------------------------------------------------------------------------------------
@@ -212,10 +214,10 @@ def test_the_dense_model_is_named_when_it_fits(bare: Path, monkeypatch: pytest.M
 @pytest.mark.usefixtures("unmeasured")
 def test_json(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(bare), "--memory", "80%", "--json", "-"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    shown = json.loads(capsys.readouterr().out)
     assert main(["plan", str(bare), "--memory", "80%", "--json", str(tmp_path / "out.json")]) == 0
     written = json.loads((tmp_path / "out.json").read_text())
-    for found in (printed, written):
+    for found in (shown, written):
         assert found["activity"] == {
             "source": "assumed",
             "active": 0.03,
@@ -225,7 +227,8 @@ def test_json(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert found["memory"]["capacity"] == found["point"]["capacity"]
         assert found["point"]["token_ms"] == pytest.approx(sum(found["point"][part] for part in PARTS))
     table = capsys.readouterr().out
-    assert "activations (assumed): 3.0% of a layer active, 1.50 predicted for one" in table
+    assert "Assumed, as the paper has it" in table
+    assert "3.0% of the neurons are active for a token, and the predictor chooses 4.5%" in table
     assert "windows, " in table
 
 
@@ -253,7 +256,7 @@ def test_models_that_are_none(tmp_path: Path, bare: Path, capsys: pytest.Capture
     with pytest.raises(ConfigError, match="quantized in another way"):
         planner.plan(tmp_path)
     assert main(["plan", "/no/where"]) == 1
-    assert "neither a folder nor the name" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_no_room_for_a_scratch_file(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,9 +332,9 @@ def test_the_command_divides_a_budget(bare: Path, draft: Path, tmp_path: Path, c
     out = tmp_path / "pair.json"
     arguments = ["--assistant", str(draft), "--draft-tokens", "3", "--memory", "80%", "--disk", str(tmp_path)]
     assert main(["plan", str(bare), *arguments, "--json", str(out)]) == 0
-    printed, found = capsys.readouterr().out, json.loads(out.read_text())
+    said, found = capsys.readouterr().out, json.loads(out.read_text())
     assert found["draft_tokens"] == 3
     assert found["round_ms"] == pytest.approx(3 * found["draft_token_ms"] + found["call_ms"])
-    budgets = [parse_bytes(size) for size in re.findall(r'"(\d+[KM]B)"', printed.splitlines()[-2])]
+    budgets = [parse_bytes(size) for size in re.findall(r'"(\d+[KM]B)"', said.partition("Together in")[2])]
     for size, exact in zip(budgets, (found["target_bytes"], found["assistant_bytes"]), strict=True):
         assert exact - 10**6 < size <= exact

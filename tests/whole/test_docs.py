@@ -7,12 +7,14 @@ store format has a test of its own, tests/store/test_store_format.py.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 import hf_flash
 from hf_flash import BudgetError, FlashOffloadConfig, families
+from hf_flash.bench.names import row_name
+from hf_flash.bench.plots import wrapped
 from hf_flash.commands.main import _parser
 from hf_flash.config_arguments import ARGUMENTS
 from hf_flash.families.base import Shape
@@ -27,7 +31,7 @@ from hf_flash.planning import planner
 from hf_flash.planning.model import open_model
 from hf_flash.predictors.lowrank import LowRankFormat
 from hf_flash.predictors.quantized import DEFAULT_MARGIN, QuantizedFormat
-from tests.conftest import ROOT, TINY_OPT
+from tests.conftest import ROOT, TINY_OPT, load_script
 from tests.docs import PAGES, anchors, blocks, prose, tables
 from tests.hub_server import Hub
 
@@ -193,6 +197,134 @@ def test_the_table_of_the_readme_is_part_of_the_one_it_is_from() -> None:
     for system, speed, times, read in short:
         assert rows[system][1:3] == [speed, times], system
         assert rows[system][4].startswith(read), system
+
+
+# --- charts, and the figures that they are drawn from -----------------------------------------------------------------------
+
+
+def stored(name: str) -> list[dict[str, Any]]:
+    """The rows of a file of docs/data."""
+    rows: list[dict[str, Any]] = json.loads((DOCS / "data" / name).read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def numbers(cell: str) -> list[float]:
+    """The numbers of a cell of a table, in which thousands stand apart."""
+    return [float(found) for found in re.findall(r"[-+]?[\d.]+", re.sub(r"(?<=\d) (?=\d{3})", "", cell))]
+
+
+def test_the_table_of_decoding_has_the_figures_of_its_chart() -> None:
+    (table,) = [rows for head, rows in tables(DOCS / "speed.md") if head[1:3] == ["tokens/s", "ms a token, median / p95"]]
+    cells = {row[0].strip("*"): row[1:] for row in table}
+    for found in stored("decode.json"):
+        if found["sweep"]:
+            continue
+        speed, times, parts, read = cells.pop(row_name(found))
+        assert numbers(speed) == [found["tokens_per_s"]]
+        assert numbers(times) == [found["median_ms"], found["p95_ms"]]
+        assert numbers(parts) == list(found.get("parts_ms", {}).values())
+        assert not parts or sum(found["parts_ms"].values()) == pytest.approx(found["mean_ms"], abs=1.5), "parts are means"
+        nbytes = found.get("read_bytes", found.get("disk_bytes"))
+        unit = 1e9 if "GB" in read else 1e6
+        assert numbers(read) == [x for x in (nbytes and nbytes / unit, found.get("reads")) if x]
+    sweep = [found for found in stored("decode.json") if found["sweep"]]
+    ((name, (speeds, times, _, read)),) = cells.items()
+    assert name == f"hf_flash, {' / '.join(found['sweep'].rstrip('%') for found in sweep)} % of the weights"
+    assert numbers(speeds) == [found["tokens_per_s"] for found in sweep]
+    assert numbers(times) == [found["median_ms"] for found in sweep]
+    assert numbers(read) == [found["read_bytes"] / 1e6 for found in sweep]
+
+
+def test_the_table_of_predictors_has_the_figures_of_its_chart() -> None:
+    (dense, *table), *_ = [rows for head, rows in tables(DOCS / "predictors.md") if head[1:3] == ["bytes", "selected / active"]]
+    rows = stored("predictors.json")
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    by_text = [[row for row in rows if row["text"] == text] for text in texts]
+    assert len(texts) == 2
+    for line, (bible, sotu) in zip(table, zip(*by_text, strict=True), strict=True):
+        kind = re.sub(r"low rank( \d+)?", r"lowrank\1", re.sub(r"^int4, groups of (\d+)", r"int4-g\1", line[0]))
+        assert re.match(r"lowrank \d+|lowrank|\S+ (assumed|measured) margin", kind)[0] in bible["predictor"]  # type: ignore[index]
+        assert numbers(line[1]) == [bible["bytes"] / 1024]
+        assert numbers(line[2]) == [bible["selected"]]
+        missed = numbers(line[3])  # one for both, or one each
+        assert [100 * row["missed"] for row in (bible, sotu)] == pytest.approx([missed[0], missed[-1]])
+        for row, cell, first in ((bible, line[5], dense[5]), (sotu, line[6], dense[6])):
+            assert numbers(first) == [row["dense"]]
+            assert numbers(cell) == pytest.approx([row["perplexity"], 100 * row["change"]])
+
+
+@pytest.mark.parametrize("name", ["decode.svg", "predictors.svg"])
+def test_a_chart_is_what_the_script_draws(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="it draws")
+    load_script("draw_docs").draw_all(tmp_path)
+    texts, drawn = (
+        ["".join(text.itertext()) for text in ElementTree.parse(folder / name).iter("{http://www.w3.org/2000/svg}text")]
+        for folder in (DOCS, tmp_path)
+    )
+    assert texts == drawn
+    if name == "decode.svg":
+        shown = " ".join(texts)
+        for found in stored("decode.json"):
+            assert all(line in texts for line in wrapped(row_name(found), 30).splitlines())
+            assert f"{found['median_ms']} ({found['mean_ms']})" in shown
+
+
+@pytest.mark.parametrize("chart", ["decode", "predictors"])
+def test_titles_and_legends_of_charts_overlap_nothing(chart: str) -> None:
+    pytest.importorskip("matplotlib", reason="it draws")
+    from hf_flash.bench.drawings import bench_figure
+    from hf_flash.bench.plots import style
+
+    with style("test"):
+        if chart == "decode":
+            figure = bench_figure(json.loads((DOCS / "data" / "decode.json").read_text(encoding="utf-8")))
+        else:
+            figure = load_script("predictor_frontier").frontier(stored("predictors.json"))
+        figure.draw_without_rendering()
+        legend, title = figure.axes[0].get_legend().get_window_extent(), figure._suptitle.get_window_extent()
+        plots = [axes.get_tightbbox() for axes in figure.axes[1:]] + [axes.get_window_extent() for axes in figure.axes]
+    assert not legend.overlaps(title)
+    assert not [box for box in plots if legend.overlaps(box) or title.overlaps(box)]
+    assert max(legend.x1, title.x1) <= figure.bbox.x1
+
+
+def test_a_margin_that_was_assumed_has_one_mark_whatever_its_size() -> None:
+    kinds = load_script("predictor_frontier").kind_of
+    assert (kinds("int4-g64, margin 1.5"), kinds("lowrank 32")) == ("int4-g64, assumed margin", "lowrank 32")
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.svg")), ids=lambda path: path.name)
+def test_pictures_are_readable_on_light_and_on_dark_pages(path: Path) -> None:
+    """The first thing that is painted is a light ground for the whole picture; and nothing is fetched from elsewhere."""
+    root = ElementTree.parse(path).getroot()
+    width, height = (float(x) for x in root.get("viewBox", "").split()[2:])
+    first = next(item for item in root.iter() if item.tag.endswith(("}rect", "}path")))
+    style = first.get("style", "") + (first.get("fill") or "")
+    assert re.search("#f[0-9a-f]f[0-9a-f]f[0-9a-f]", style)
+    if first.tag.endswith("}rect"):
+        assert (float(first.get("width", 0)), float(first.get("height", 0))) >= (width - 4, height - 4)
+    assert not re.search(r"(href|src)=\"(?!#)|url\((?!#)|@import", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["flow.svg", "idea.svg"])
+def test_text_of_pictures_that_are_drawn_by_hand_stays_in_its_box(name: str) -> None:
+    """Even in a font as wide as DejaVu Sans: what a page is read with is not known."""
+    paths = pytest.importorskip("matplotlib.textpath", reason="it knows how wide text is")
+    fonts = pytest.importorskip("matplotlib.font_manager")
+    root = ElementTree.parse(DOCS / name).getroot()
+    boxes = [
+        [float(box.get(key, 0)) for key in ("x", "y", "width", "height")] for box in root.iter() if box.tag.endswith("}rect")
+    ]
+    for item in (item for item in root.iter() if item.tag.endswith("}text")):
+        x, y, size = (float(item.get(key) or root.get(key) or 0) for key in ("x", "y", "font-size"))
+        font = fonts.FontProperties(family="DejaVu Sans", weight=item.get("font-weight", "normal"), size=size)
+        width = paths.TextPath((0, 0), item.text, prop=font).get_extents().width
+        begin = x - width / 2 if item.get("text-anchor") == "middle" else x
+        around = [box for box in boxes if box[0] <= x <= box[0] + box[2] and box[1] <= y <= box[1] + box[3]]
+        left, top, wide, high = min(around, key=lambda box: box[2] * box[3])
+        assert left < begin, item.text
+        assert begin + width < left + wide, item.text
+        assert top + size * 0.7 < y < top + high - 2, item.text
 
 
 # --- figures that follow from the code ----------------------------------------------------------------------------------

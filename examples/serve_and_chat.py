@@ -9,6 +9,7 @@ What follows the model goes to `hf-flash serve`. That model needs no chat templa
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import subprocess
@@ -59,4 +60,7 @@ def chat(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or [str(HERE / "tiny-opt"), "--memory-budget=10MB"]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder or Hub repository (default: the small model beside this file)")
+    found, others = parser.parse_known_args()
+    main(*([found.model, *others] if found.model else [str(HERE / "tiny-opt"), "--memory-budget=10MB", *others]))

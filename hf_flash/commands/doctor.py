@@ -42,6 +42,7 @@ from hf_flash.machine.free_memory import available_memory
 from hf_flash.packing.flash_cache import cache_folder
 from hf_flash.planning import planner
 from hf_flash.planning.sentences import counted
+from hf_flash.store.checkpoint import Checkpoint
 from hf_flash.store.layout import FlashStore
 
 GOOD, FAIR, BAD = "good", "could be better", "problem"
@@ -301,6 +302,8 @@ def _model(folder: Path) -> Iterator[Finding]:
     try:
         needed = planner.needs(folder)
         store = FlashStore.open_folder(folder) if any(folder.glob("flash-layer-*.safetensors")) else None
+        if store is None:
+            Checkpoint.open_folder(folder)  # its files are there, and begin as they should
     except HfFlashError as error:
         yield Finding("model", BAD, "cannot be loaded", " ".join(str(error).split()))
         return

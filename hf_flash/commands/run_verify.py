@@ -8,6 +8,7 @@ from typing import Final
 
 from hf_flash.commands import run_eval
 from hf_flash.commands.arguments import WIKITEXT, positive, tell
+from hf_flash.errors import ConfigError
 
 _TRAIN_TEXT: Final = f"{WIKITEXT}:train"
 _TEST_TEXT: Final = f"{WIKITEXT}:test"
@@ -40,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     tasks = run_eval.checked_tasks(args)
     if not folder.exists() or FlashStore.open_folder(folder).calibration is None:
         check_text(args.calibration_text)
-    if not folder.exists():
+    if folder.exists():
+        _check_source(FlashStore.open_folder(folder).metadata["source"], args.model, folder)
+    else:
         repack(args.model, folder)
     if FlashStore.open_folder(folder).calibration is None:
         report = calibrate(
@@ -50,3 +53,16 @@ def run(args: argparse.Namespace) -> int:
         tell(args, "")
     args.folder, args.stock = folder, args.model if args.with_stock else None
     return run_eval.evaluate_and_report(args, tasks)
+
+
+def _check_source(repacked: str, model: str, folder: Path) -> None:
+    """Refuse a folder that another model was repacked into."""
+    wanted = Path(model).resolve().name if Path(model).is_dir() else model
+    if repacked != wanted:
+        raise ConfigError(
+            "the folder was repacked from another model",
+            where=folder,
+            expected=wanted,
+            got=repacked,
+            hint="name another FOLDER",
+        )

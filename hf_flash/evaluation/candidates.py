@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_flash.base.sizes import format_bytes
 from hf_flash.budget.plan import ceiling_bytes
 from hf_flash.config import FlashOffloadConfig
+from hf_flash.errors import BudgetError
 from hf_flash.families import family_of
 from hf_flash.packing.checkpoint_folder import repacked_config
 from hf_flash.predictors.base import NoPredictor, PredictorFormat, find_predictor
@@ -67,12 +69,28 @@ def load_for(
     memory_budget: int | str | None,
     dtype: str | torch.dtype,
 ) -> Any:
-    """The model without a predictor, with room left in the budget for all candidates at once."""
+    """Load the model without a predictor, with room left in the budget for all candidates at once.
+
+    Raises:
+        BudgetError: the budget is too small for that. Others as in `from_pretrained`.
+    """
     shape = family_of(config := repacked_config(folder)).shape(config)
     formats = {c.fmt.variant: c.fmt for c in every if c.fmt is not None}
     room = sum(fmt.dram_bytes(shape) for fmt in formats.values())
-    quantization = FlashOffloadConfig(predictor="none", memory_budget=max(1, ceiling_bytes(memory_budget) - room))
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype).eval()
+    budget = ceiling_bytes(memory_budget)
+    quantization = FlashOffloadConfig(predictor="none", memory_budget=max(1, budget - room))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype).eval()
+    except BudgetError as error:
+        least = (error.minimum_bytes or 0) + room
+        raise BudgetError(
+            "the memory budget is too small to compare the predictors",
+            minimum_bytes=least,
+            where="memory_budget",
+            expected=f"at least {format_bytes(least)} ({least} bytes): the model, and {format_bytes(room)} for all of them",
+            got=f"{format_bytes(budget)} ({budget} bytes)",
+            hint="raise memory_budget",
+        ) from None
     find_runtime(model).engine.sequences.predict_always = True  # every token of a text stands for one that is decoded
     return model
 

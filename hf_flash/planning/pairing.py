@@ -66,6 +66,10 @@ class Pair:
     def describe(self) -> Group:
         """What people read, to be printed by rich."""
         drafts = f"{self.draft_tokens} x {self.draft_token_ms:.1f}"
+        target, assistant = (
+            format_size(size, plan.memory.minimum_bytes)
+            for size, plan in ((self.target_bytes, self.target), (self.assistant_bytes, self.assistant))
+        )
         together = format_bytes(self.target_bytes + self.assistant_bytes)
         return Group(
             Text("The model", style="bold underline"),
@@ -76,8 +80,11 @@ class Pair:
                 f"Together in {together}",
                 facts(
                     [
-                        ("the model", f'memory_budget="{format_size(self.target_bytes)}"'),
-                        ("the assistant", f'memory_budget="{format_size(self.assistant_bytes)}"'),
+                        ("the model", f'memory_budget="{target}"'),
+                        (
+                            "the assistant",
+                            f'memory_budget="{assistant}"',
+                        ),
                         ("a round", f"{drafts} + {self.call_ms:.1f} = {self.round_ms:.1f} ms"),
                         ("worth it", f"where a round brings more than {self.worth_from:.1f} tokens"),
                     ]
@@ -86,9 +93,11 @@ class Pair:
         )
 
 
-def format_size(nbytes: int) -> str:
-    """As `FlashOffloadConfig` takes it, not above `nbytes`."""
-    return f"{nbytes // 10**6}MB" if nbytes >= 10**8 else f"{nbytes // 10**3}KB"
+def format_size(nbytes: int, least: int) -> str:
+    """As `FlashOffloadConfig` takes it, not above `nbytes` and not below `least`."""
+    power, unit = (6, "MB") if nbytes >= 10**8 else (3, "KB")
+    rounded = nbytes // 10**power
+    return f"{rounded}{unit}" if rounded * 10**power >= least else f"{nbytes}B"
 
 
 def plan_pair(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,19 @@ def test_huge_pages(text: str, verdict: str, tmp_path: Path) -> None:
     (found,) = doctor._huge_pages(tmp_path / "enabled")
     assert found.verdict == verdict
     assert list(doctor._huge_pages(tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "model.safetensors").unlink(),
+    lambda folder: (folder / "model.safetensors").write_bytes(b"no header"),
+])  # fmt: skip
+def test_a_plain_checkpoint_without_weights_is_a_problem(
+    damage: Callable[[Path], object], tiny_opt: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_opt, tmp_path / "model"))
+    assert look(folder).works
+    damage(folder)
+    assert named(look(folder))["model"].verdict == BAD
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ model = AutoModelForCausalLM.from_pretrained({str(TINY_OPT)!r}, quantization_con
 print(hf_flash.__file__)
 print(model.generate(**model.dummy_inputs, max_new_tokens=12, do_sample=False).tolist())
 sys.argv[1:] = ["--version"]
-runpy.run_module("hf_flash")
+runpy.run_module("hf_flash", run_name="__main__")
 """
 
 

@@ -185,6 +185,30 @@ def test_an_unknown_task_is_an_error(calibrated: Path, monkeypatch: pytest.Monke
     assert "next_wrods" in str(caught.value)
 
 
+@pytest.mark.parametrize("context", [1, 257])
+def test_windows_that_the_model_does_not_have_are_refused(calibrated: Path, context: int) -> None:
+    with pytest.raises(hf_flash.ConfigError, match="2 to 256"):
+        evaluate(calibrated, ROOT / "examples" / "text" / "bible.valid.txt", context=context)
+
+
+def test_the_least_budget_that_an_error_names_does(calibrated: Path) -> None:
+    text = ROOT / "examples" / "text" / "bible.valid.txt"
+    with pytest.raises(hf_flash.BudgetError, match=r"at least [^:]*: the model, and .* for all of them") as caught:
+        evaluate(calibrated, text, tokens=256, new_tokens=1, memory_budget="1MB")
+    assert "got: 976.6 KiB (1000000 bytes)" in str(caught.value)
+    assert evaluate(calibrated, text, tokens=256, new_tokens=1, memory_budget=caught.value.minimum_bytes)["perplexity"] > 1
+
+
+def test_verify_refuses_a_folder_of_another_model(
+    calibrated: Path, tiny_opt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(tiny_opt, tmp_path / "another"))
+    text = str(ROOT / "examples" / "text" / "bible.valid.txt")
+    arguments = ["--text", text, "--calibration-text", text, "--tasks", ""]
+    assert run("verify", other, calibrated, *arguments) == 1
+    assert "repacked from another model" in capsys.readouterr().err
+
+
 def test_calibrating_again_with_the_command_replaces_what_was_there(
     calibrated: Path, halves: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import hf_flash
@@ -24,6 +26,7 @@ from hf_flash.commands.main import main
 from hf_flash.errors import BudgetError, ConfigError, DiskSpaceError, RepackError, StoreMissingError, UnsupportedModelError
 from hf_flash.planning import budgets, measuring, pairing, planner
 from hf_flash.planning import report as planner_report
+from hf_flash.planning.sentences import at_least
 from hf_flash.runtime.model import find_runtime
 from hf_flash.store.layout import FlashStore
 
@@ -335,6 +338,13 @@ def test_the_command_divides_a_budget(bare: Path, draft: Path, tmp_path: Path, c
     said, found = capsys.readouterr().out, json.loads(out.read_text())
     assert found["draft_tokens"] == 3
     assert found["round_ms"] == pytest.approx(3 * found["draft_token_ms"] + found["call_ms"])
-    budgets = [parse_bytes(size) for size in re.findall(r'"(\d+[KM]B)"', said.partition("Together in")[2])]
+    budgets = [parse_bytes(size) for size in re.findall(r'"(\d+[KM]?B)"', said.partition("Together in")[2])]
     for size, exact in zip(budgets, (found["target_bytes"], found["assistant_bytes"]), strict=True):
         assert exact - 10**6 < size <= exact
+
+
+@given(st.integers(1000, 1 << 40))
+def test_a_suggested_size_can_be_typed_back(nbytes: int) -> None:
+    assert nbytes <= parse_bytes(at_least(nbytes)) <= 1.01 * nbytes + 10
+    assert parse_bytes(pairing.format_size(nbytes, nbytes)) == nbytes
+    assert 0 <= nbytes - parse_bytes(pairing.format_size(nbytes, nbytes // 2)) < max(1000, nbytes / 100)

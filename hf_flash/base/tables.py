@@ -55,7 +55,7 @@ class Figures:
         """Columns of the terminal that the table needs, with names and words wrapped as far as they can be."""
         columns = enumerate(zip(self.headings, *self.rows, strict=True))
         cells = (" ".join(column).split() if self._is_words(number) else column for number, column in columns)
-        return sum(max(map(cell_len, column)) for column in cells) + _BETWEEN * (len(self.headings) - 1)
+        return sum(max(map(cell_len, column), default=0) for column in cells) + _BETWEEN * (len(self.headings) - 1)
 
     def _is_words(self, number: int) -> bool:
         return number == 0 or number in self.notes

@@ -6,6 +6,7 @@ Text is a file (documents separated by form feeds), the name of a dataset for th
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -134,7 +135,8 @@ def check_text(text: str | os.PathLike[str]) -> None:
 def _names_file(name: str) -> bool:
     """Whether a text that is no file was meant to be one, and not a dataset: datasets are `name` or `owner/name`, and so on."""
     path = Path(name.partition(":")[0])
-    return bool(path.suffix) or path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
+    is_suffix = re.fullmatch(r"\.[a-z]{2,5}", path.suffix) is not None  # and not that of a version, as in datasets' names
+    return is_suffix or path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
 
 
 def _nearest(path: Path) -> str:

@@ -35,6 +35,7 @@ from hf_flash import (
 )
 from hf_flash.base.sizes import format_bytes, parse_bytes
 from hf_flash.calibration import job as calibration
+from hf_flash.calibration import text as text_module
 from hf_flash.calibration.__main__ import main
 from hf_flash.calibration.forward import BATCH_TOKENS
 from hf_flash.calibration.text import token_windows
@@ -766,6 +767,15 @@ def test_a_text_that_is_not_there(with_tokenizer: Path, tmp_path: Path, kind: Ca
     with pytest.raises(ConfigError) as caught:
         hf_flash.calibrate(with_tokenizer, kind(tmp_path / "missing.txt"), **QUICK)
     names_all(caught.value, "no such file", "where: text", f"got: {tmp_path / 'missing.txt'}")
+
+
+@pytest.mark.parametrize(("name", "is_file"), [
+    ("notes.txt", True), ("./notes", True), ("~/notes", True), ("/notes", True), ("a/b/c", True), ("a/notes.jsonl", True),
+    ("wikitext", False), ("Salesforce/wikitext:wikitext-2-raw-v1:train", False),
+    ("me/chat.200k", False), ("me/text-v1.5", False),
+])  # fmt: skip
+def test_names_of_datasets_are_not_taken_for_files(name: str, is_file: bool) -> None:
+    assert text_module._names_file(name) is is_file
 
 
 @pytest.mark.parametrize("name", ["", "a folder"])

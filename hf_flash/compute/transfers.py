@@ -30,7 +30,9 @@ from hf_flash.machine.free_memory import available_memory
 
 logger = logging.getLogger("hf_flash")
 _PORTABLE: Final = 1  # cudaHostRegisterPortable: pinned for all devices
-_NEEDED: Final = ("Stream", "Event", "stream", "current_stream")  # attributes of a device's module in torch
+_NEEDED: Final = (  # attributes of a device's module in torch
+    "Stream", "Event", "stream", "current_stream", "set_stream", "current_device", "set_device",
+)  # fmt: skip
 _WITHOUT_STREAMS: Final = ("cpu", "mps")
 
 
@@ -79,14 +81,23 @@ class Transfers:
     def turn(self) -> Iterator[None]:
         """Run a layer's call inside this context: its work begins after that of the previous call, even on another stream.
 
+        Afterwards the caller's stream is the current one, wherever an interrupt came.
+
         Hold the engine's lock: all callers share buffers and slots.
         """
-        if self._last is not None and self._module is not None:
-            self._module.current_stream(self.device).wait_event(self._last)
+        if self._module is None:
+            yield
+            return
+        device, stream = self._module.current_device(), self._module.current_stream(self.device)
+        if self._last is not None:
+            stream.wait_event(self._last)
         try:
             yield
         finally:
-            self._last = self.mark()
+            if self._module.current_stream(self.device) != stream:  # an interrupt came while `copy` changed streams
+                self._module.set_stream(stream)
+                self._module.set_device(device)
+            self._last = self._recorded(stream)
 
     def mark(self) -> Any:
         """A mark behind all work that the current stream has been given so far, for [`follow`]."""

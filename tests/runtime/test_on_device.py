@@ -348,6 +348,34 @@ def test_after_an_interruption_answers_are_right(mixture: Any, opt: Callable[...
             assert torch.equal(logits(model, ids), wanted), (folder, turn)
 
 
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_an_interrupt_while_streams_are_changed_leaves_the_callers(
+    number: int, mixture: Any, opt: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or all that comes later runs on the stream of copies, and nothing waits for what the caller's still computes."""
+    place = torch.device(DEVICE)
+    if place.type == "cpu":
+        pytest.skip("this device has no streams")
+    module = torch.get_device_module(place.type)
+    for folder, arguments, ids in both(mixture, opt):
+        model = load(folder, {DEVICE: least(folder, **arguments) + 50_000, "cpu": "9MB"}, **arguments)
+        wanted, before, left = logits(model, ids), module.current_stream(place), [number]
+
+        def interrupted(stream: Any, left: list[int] = left, change: Any = module.stream) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                module.set_stream(stream)
+                raise KeyboardInterrupt
+            return change(stream)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "stream", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                [logits(model, ids) for _ in range(number)]
+        assert module.current_stream(place) == before
+        assert torch.equal(logits(model, ids), wanted), folder
+
+
 def forget_everything(model: Any) -> None:
     """Make the next call find nothing in memory, as after an interruption."""
     for ffn in runtime_of(model).ffns:

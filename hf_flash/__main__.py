@@ -1,20 +1,14 @@
 """`python -m hf_flash` and the command `hf-flash`: Ctrl-C while the commands are imported is one line, too."""
 
-import os
 import signal
 import threading
-from typing import NoReturn
 
-
-def _interrupted(*_: object) -> NoReturn:
-    os.write(2, b"hf-flash: interrupted\n")
-    os._exit(130)
-
+from hf_flash.commands.interrupts import end_at_once
 
 _is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
 _may_handle = _is_default and threading.current_thread() is threading.main_thread()
 if _may_handle:
-    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGINT, end_at_once)
 from hf_flash.commands.main import program  # noqa: E402
 
 if _may_handle:

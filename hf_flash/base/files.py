@@ -15,8 +15,9 @@ import os
 import re
 import stat
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -184,6 +185,20 @@ def exists(path: Path) -> bool:
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
+
+
+def nearest(path: Path, is_wanted: Callable[[Path], bool]) -> str | None:
+    """What to do about a path that is not there: the one beside it with the most similar name; `None` if none is similar.
+
+    Args:
+        is_wanted: whether a path beside it may be meant.
+    """
+    try:
+        names = [other.name for other in path.expanduser().parent.iterdir() if is_wanted(other)]
+    except OSError:
+        return None
+    near = get_close_matches(path.name, names, 1)
+    return f"did you mean {path.parent / near[0]}?" if near else None
 
 
 def list_folder(folder: Path) -> list[Path]:

@@ -15,9 +15,9 @@ from hf_flash.base.sizes import format_bytes
 from hf_flash.bench.drawings import bench_drawings
 from hf_flash.bench.names import ROWS, row_names, setting
 from hf_flash.bench.page_style import STYLE
-from hf_flash.bench.report import call_names, step_name
+from hf_flash.bench.report import Columns, call_names, cells, number, random_curve, step_name
 
-_SPEED: Final = (  # heading, field of a row or of its parts, digits, unit
+_SPEED: Final[Columns] = (  # heading, field of a row or of its parts, digits, unit
     ("tokens a second", "tokens_per_s", 2, 1),
     ("mean, ms", "mean_ms", 1, 1),
     ("median, ms", "median_ms", 1, 1),
@@ -28,7 +28,7 @@ _SPEED: Final = (  # heading, field of a row or of its parts, digits, unit
     ("FFN products, ms", "compute", 2, 1),
     ("the rest, ms", "rest", 2, 1),
 )
-_READS: Final = (
+_READS: Final[Columns] = (
     ("read, MB", "bytes", 2, 1e6),
     ("reads", "reads", 0, 1),
     ("size of a read, KiB", "run_bytes", 1, 1024),
@@ -38,7 +38,7 @@ _READS: Final = (
     ("loading, s", "load_s", 1, 1),
     ("memory at most, MB", "peak_anonymous_bytes", 0, 1e6),
 )
-_ON_A_DEVICE: Final = (
+_ON_A_DEVICE: Final[Columns] = (
     ("over the bus, MB", "bus_bytes", 2, 1e6),
     ("the bus takes, ms", "bus_ms", 2, 1),
     ("device memory at most, MB", "device_peak_bytes", 0, 1e6),
@@ -166,7 +166,7 @@ def _named(report: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 # --- tables --------------------------------------------------------------------------------------------------------------
 
 
-def _figures(report: dict[str, Any], title: str, says: str, columns: Sequence[tuple[str, str, int, float]]) -> Iterator[str]:
+def _figures(report: dict[str, Any], title: str, says: str, columns: Columns) -> Iterator[str]:
     """A table with a line for every row of the report."""
     lines = []
     for row, name in _named(report):
@@ -174,8 +174,7 @@ def _figures(report: dict[str, Any], title: str, says: str, columns: Sequence[tu
             reason = textwrap.shorten(row["failed"], 400) if columns is _SPEED else "see above"
             lines.append((row["system"], name, [f"failed: {reason}"]))
             continue
-        values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
-        lines.append((row["system"], name, [_number(values.get(key), digits, unit) for _, key, digits, unit in columns]))
+        lines.append((row["system"], name, cells(row, columns)))
     yield from _table(title, says, f"a {step_name(report['settings'])}", [heading for heading, *_ in columns], lines)
 
 
@@ -198,8 +197,8 @@ def _checks(report: dict[str, Any]) -> Iterator[str]:
     for row, name in _named(report):
         if "floor_ms" in row:
             floor = [row["floor_ms"][part] for part in ("dram", "disk", "overlapped", "in_turn")]
-            found = [_number(row["read_bytes"], 2, 1e6), _number(row["expected_bytes"], 2, 1e6),
-                     _number(row["expected_ratio"], 0, 0.01), _number(row["disk_rate_share"], 0, 0.01)]  # fmt: skip
+            found = [number(row["read_bytes"], 2, 1e6), number(row["expected_bytes"], 2, 1e6),
+                     number(row["expected_ratio"], 0, 0.01), number(row["disk_rate_share"], 0, 0.01)]  # fmt: skip
             lines.append((row["system"], name, [*found, *(f"{ms:.1f}" for ms in [*floor, row["mean_ms"]])]))
     if lines:
         one = f"a {step_name(report['settings'])}"
@@ -208,12 +207,8 @@ def _checks(report: dict[str, Any]) -> Iterator[str]:
 
 def _disk(points: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The curve: GB/s by size of a read and reads at a time."""
-    random = {(point["depth"], point["size"]): point["gb_per_s"] for point in points if point["pattern"] == "random"}
-    sizes = sorted({size for _, size in random})
-    lines = [
-        ("", f"random, {depth} at a time", [_number(random.get((depth, size)), 3) for size in sizes])
-        for depth in sorted({depth for depth, _ in random})
-    ]
+    sizes, rows = random_curve(points, 3)
+    lines = [("", name, found) for name, *found in rows]
     in_turn = [
         f"{point['gb_per_s']:.3f} GB/s in turn, in reads of {format_bytes(point['size'])}"
         for point in points
@@ -235,16 +230,12 @@ def _table(
     """
     yield f'<h2>{title}</h2><p>{escape(says)}</p><div class="table"><table><tr><th>{first}</th>'
     yield "".join(f"<th>{escape(heading)}</th>" for heading in headings) + "</tr>"
-    for short, name, cells in lines:
+    for short, name, row in lines:
         ours = ' class="ours"' if short == "flash" else ""
         known = f"<small>{escape(short)}</small>" if short not in ("", name) else ""
-        if len(cells) < len(headings):
-            found = f'<td class="failed" colspan="{len(headings)}">{escape(cells[0])}</td>'
+        if len(row) < len(headings):
+            found = f'<td class="failed" colspan="{len(headings)}">{escape(row[0])}</td>'
         else:
-            found = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            found = "".join(f"<td>{escape(cell)}</td>" for cell in row)
         yield f"<tr{ours}><td>{escape(name)}{known}</td>{found}</tr>"
     yield "</table></div>"
-
-
-def _number(value: float | None, digits: int, unit: float = 1) -> str:
-    return "-" if value is None else f"{value / unit:.{digits}f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -42,9 +42,9 @@ def machine(folder: Path, device: str | None = None) -> dict[str, Any]:
 def describe(report: dict[str, Any]) -> Group:
     """A report as tables, to be printed by rich."""
     host, model = report["machine"], report["model"]
-    names = [f"{name} ({row['system']})" for name, row in zip(row_names(report), report["rows"], strict=True)]
-    done = [(name, row) for name, row in zip(names, report["rows"], strict=True) if "failed" not in row]
-    failed = [(name, row["failed"]) for name, row in zip(names, report["rows"], strict=True) if "failed" in row]
+    named = [(f"{name} ({row['system']})", row) for name, row in zip(row_names(report), report["rows"], strict=True)]
+    done = [(name, row) for name, row in named if "failed" not in row]
+    failed = [(name, row["failed"]) for name, row in named if "failed" in row]
     return Group(
         Paragraph(f"{model['source']}: {format_bytes(model['dense_bytes'])} in {model['dtype']}; {setting(report)}", "bold"),
         Paragraph(
@@ -53,7 +53,7 @@ def describe(report: dict[str, Any]) -> Group:
         ),
         *([Paragraph(device_line(host["device"]))] if "device" in host else []),
         *map(Paragraph, report["notes"]),
-        *(section(title, _figures(done, columns, report)) for title, columns in _tables(report) if done),
+        *(section(title, _figures(done, columns)) for title, columns in _tables(report) if done),
         *([section("Calls of several tokens, rows x tokens: ms", _calls(done, names_of_calls))]
           if (names_of_calls := call_names(report["settings"])) else []),
         *([section("What failed", facts(failed))] if failed else []),
@@ -113,15 +113,20 @@ def _tables(report: dict[str, Any]) -> Iterator[tuple[str, Columns]]:
         yield f"The device, for a {one}", _DEVICE
 
 
-def _figures(done: list[tuple[str, dict[str, Any]]], columns: Columns, report: dict[str, Any]) -> Figures:
+def cells(row: dict[str, Any], columns: Columns) -> list[str]:
+    """A row's figures, those of its parts too. Bytes are what hf_flash asked for, or else what the disk delivered."""
+    values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
+    return [number(values.get(key), digits, unit) for _, key, digits, unit in columns]
+
+
+def _figures(done: list[tuple[str, dict[str, Any]]], columns: Columns) -> Figures:
     """Rows that have any of the figures; those of speed say what they ran with, too."""
     with_conditions = columns is _SPEED
     rows = []
     for name, row in done:
-        values = row | row.get("parts_ms", {}) | {"bytes": row.get("read_bytes", row["disk_bytes"])}
-        cells = [_number(values.get(key), digits, unit) for _, key, digits, unit in columns]
-        if set(cells) != {"-"}:
-            rows.append((name, *cells, *([f"{conditions(row)}{_spread(row)}"] if with_conditions else [])))
+        found = cells(row, columns)
+        if set(found) != {"-"}:
+            rows.append((name, *found, *([f"{conditions(row)}{_spread(row)}"] if with_conditions else [])))
     headings = [heading for heading, *_ in columns]
     if with_conditions:
         return Figures(["system", *headings, "with"], rows, notes=frozenset((len(headings) + 1,)))
@@ -129,7 +134,7 @@ def _figures(done: list[tuple[str, dict[str, Any]]], columns: Columns, report: d
 
 
 def _calls(done: list[tuple[str, dict[str, Any]]], names: list[str]) -> Figures:
-    rows = [(name, *(_number(row["calls_ms"].get(call), 1) for call in names)) for name, row in done if "calls_ms" in row]
+    rows = [(name, *(number(row["calls_ms"].get(call), 1) for call in names)) for name, row in done if "calls_ms" in row]
     return Figures(["system", *names], rows)
 
 
@@ -166,9 +171,7 @@ def check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         read = f"read {row['read_bytes'] / 1e6:.2f} MB"
         if row["expected_bytes"] is not None:
             kept = "" if window is None else f" that keeps {window:.1f} tokens"
-            read += (
-                f"; a window{kept} would read {row['expected_bytes'] / 1e6:.2f} MB, {_number(row['expected_ratio'], 2)} to 1"
-            )
+            read += f"; a window{kept} would read {row['expected_bytes'] / 1e6:.2f} MB, {number(row['expected_ratio'], 2)} to 1"
         at = "" if rate is None else f", at {rate:.0%} of the disk's rate"
         yield (
             f"{row['system']}: {read}{at}. DRAM alone would take {floor['dram']:.1f} ms, the disk alone {floor['disk']:.1f}: "
@@ -176,7 +179,8 @@ def check_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def _number(value: float | None, digits: int, unit: float = 1) -> str:
+def number(value: float | None, digits: int, unit: float = 1) -> str:
+    """A figure with so many digits, in a unit; `-` where there is none."""
     return "-" if value is None else f"{value / unit:.{digits}f}"
 
 
@@ -185,15 +189,19 @@ def _spread(row: dict[str, Any]) -> str:
     return f", {min(speeds):.2f}-{max(speeds):.2f} tok/s in {len(speeds)} runs" if len(row["runs_tokens_per_s"]) > 1 else ""
 
 
+def random_curve(points: Sequence[dict[str, Any]], digits: int) -> tuple[list[int], list[list[str]]]:
+    """The sizes of random reads, and a row for every number of reads at a time: its name, and GB/s by size."""
+    at = {(point["depth"], point["size"]): point["gb_per_s"] for point in points if point["pattern"] == "random"}
+    sizes, depths = sorted({size for _, size in at}), sorted({depth for depth, _ in at})
+    return sizes, [
+        [f"random, {depth} at a time", *(number(at.get((depth, size)), digits) for size in sizes)] for depth in depths
+    ]
+
+
 def disk_figures(points: list[dict[str, Any]]) -> RenderableType:
     """A curve as a table: GB/s by size of a read and reads at a time, and in sequence."""
-    random = [point for point in points if point["pattern"] == "random"]
-    sizes, depths = (sorted({point[key] for point in random}) for key in ("size", "depth"))
-    rows = []
-    for depth in depths:
-        at = {point["size"]: point["gb_per_s"] for point in random if point["depth"] == depth}
-        rows.append([f"random, {depth} at a time", *(_number(at.get(size), 2) for size in sizes)])
+    sizes, rows = random_curve(points, 2)
     long = {point["size"]: point["gb_per_s"] for point in points if point["pattern"] == "sequential"}
-    rows.append(["sequential", *(f"{long[size]:.2f}" if size in long else "" for size in sizes)])
+    in_sequence = ["sequential", *(f"{long[size]:.2f}" if size in long else "" for size in sizes)]
     notes = [] if points[0]["direct"] else [Paragraph("Through the page cache: this file system has no direct I/O.")]
-    return Group(Figures(["reads of", *map(format_bytes, sizes)], rows), *notes)
+    return Group(Figures(["reads of", *map(format_bytes, sizes)], [*rows, in_sequence]), *notes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,11 +15,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from hf_flash.base.files import nearest
 from hf_flash.base.installing import with_extra
 from hf_flash.errors import CalibrationError, ConfigError
 
 Text = str | os.PathLike[str] | torch.Tensor | Sequence[int]
 _PART: Final = 100_000  # characters tokenized at a time
+_KINDS: Final = "name a UTF-8 file, or a dataset as name:config:split"
 _GRAM: Final = 32  # tokens in a quotation
 _KEPT: Final = 16  # one quotation in sixteen is kept
 
@@ -139,19 +140,12 @@ def _names_file(name: str) -> bool:
     return is_suffix or path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
 
 
-def _nearest(path: Path) -> str:
-    """What to do about a file that is not there."""
-    folder = path.expanduser().parent
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    near = get_close_matches(path.name, [other.name for other in folder.iterdir() if other.is_file()], 1)
-    return f"did you mean {folder / near[0]}?" if near else "name a UTF-8 file, or a dataset as name:config:split"
-
-
 def _dataset(name: str) -> Iterator[str]:
     """The texts of a dataset: `name`, `name:config` or `name:config:split`, streamed."""
     if _names_file(name):
-        raise ConfigError("no such file", where="text", got=name, hint=_nearest(Path(name)))
+        folder = Path(name).expanduser().parent
+        other = _KINDS if folder.is_dir() else f"there is no folder {folder}"
+        raise ConfigError("no such file", where="text", got=name, hint=nearest(Path(name), Path.is_file) or other)
     try:
         import datasets
     except ImportError as error:

@@ -25,7 +25,7 @@ from hf_flash.config import FlashOffloadConfig
 from hf_flash.errors import ConfigError
 from hf_flash.families.base import longest_sequence
 from hf_flash.families.quantized import quantization_of
-from hf_flash.packing.expert_folder import mixture_in, open_mixture
+from hf_flash.packing.expert_folder import open_mixture
 from hf_flash.packing.repacking import repack
 from hf_flash.planning.planner import needs
 from hf_flash.runtime.counters import NeuronStats
@@ -87,7 +87,7 @@ def demo(
     tokenizer = tokenizer_of(plain)
     inputs = tokenizer(prompt, return_tensors="pt")
     _check_room(AutoConfig.from_pretrained(plain), inputs.input_ids.shape[1], tokens)
-    with _prepared(source) as (folder, about):
+    with _prepared(source, plain) as (folder, about):
         tell(section("The model", about))
         if memory_budget is None and (watch or short_of_memory):
             memory_budget = _budget_to_watch(folder)
@@ -175,10 +175,13 @@ def _brief(rows: list[tuple[str, str]]) -> RenderableType:
 
 
 @contextmanager
-def _prepared(source: str) -> Iterator[tuple[Path, RenderableType]]:
-    """The folder to load, and what is in it: a mixture of experts as it is, everything else repacked for the time being."""
-    is_mixture = mixture_in(resolve_folder(source, config_only=True)) is not None
-    if is_mixture and (mixture := open_mixture(resolve_folder(source))) is not None:
+def _prepared(source: str, plain: Path) -> Iterator[tuple[Path, RenderableType]]:
+    """The folder to load, and what is in it: a mixture of experts as it is, everything else repacked for the time being.
+
+    Args:
+        source: the model's name, or its folder. plain: its folder.
+    """
+    if (mixture := open_mixture(plain)) is not None:
         yield mixture.folder, _brief(expert_rows(expert_facts(mixture)))
         return
     with scratch_folder(Path(tempfile.gettempdir()), "demo") as place:

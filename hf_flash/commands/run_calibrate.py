@@ -30,13 +30,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of text and training (default 0)")
     add("--placement", action=argparse.BooleanOptionalAction, default=True,
         help="whether neurons that are used together become neighbours on flash (default yes)")  # fmt: skip
-    add(
-        "--memory-budget",
-        "--memory",
-        dest="memory_budget",
-        metavar="SIZE",
-        help='weights and training in DRAM at most, such as "6GiB"',
-    )
+    add("--memory-budget", metavar="SIZE", help='weights and training in DRAM at most, such as "6GiB"')
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,14 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="?", help="folder or Hub repository of a plain checkpoint (default: the repository's small models)")
     add("--prompt", default="In the beginning God created", help="text to continue")
     add("--max-new-tokens", type=positive, default=48, metavar="N", help="tokens to generate (default 48)")
-    add(
-        "--memory-budget",
-        "--memory",
-        dest="memory_budget",
-        type=size,
-        metavar="SIZE",
-        help='weights in DRAM at most, such as "6GiB"',
-    )
+    add("--memory-budget", type=size, metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
     add("--watch", action="store_true", help="show what every token reads and reuses, layer by layer")
     add("--pace", type=seconds, default=0.25, metavar="SECONDS", help="a token is shown so long (default 0.25)")
     add_json(parser)

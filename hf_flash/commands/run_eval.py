@@ -32,14 +32,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, text: str | None =
     add("--tokens", type=positive, default=40_960, metavar="N", help="of the text (default 40960)")
     add("--context", type=positive, metavar="N", help="tokens in a window (default 256)")
     add("--dtype", choices=DTYPES, default="auto", help="of compute")
-    add(
-        "--memory-budget",
-        "--memory",
-        dest="memory_budget",
-        type=size,
-        metavar="SIZE",
-        help='weights in DRAM at most, such as "6GiB"',
-    )
+    add("--memory-budget", type=size, metavar="SIZE", help='weights in DRAM at most, such as "6GiB"')
     add("--tasks", default=tasks, metavar="A,B", help="lm-evaluation-harness tasks to run" + default(tasks))
     add("--include-path", metavar="DIR", help="a folder with further tasks")
     add("--limit", type=positive, metavar="N", help="questions per task")

@@ -38,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
 
     folder = Path(args.folder or f"{Path(args.model).name}-flash")
     refuse_mixture(folder if folder.exists() else resolve_folder(args.model, config_only=True), "verify")
+    store = FlashStore.open_folder(folder) if folder.exists() else None
+    if store is not None:
+        _check_source(store.metadata["source"], args.model, folder)
     tasks = run_eval.checked_tasks(args)
-    if not folder.exists() or FlashStore.open_folder(folder).calibration is None:
+    if store is None or store.calibration is None:
         check_text(args.calibration_text)
-    if folder.exists():
-        _check_source(FlashStore.open_folder(folder).metadata["source"], args.model, folder)
-    else:
-        repack(args.model, folder)
-    if FlashStore.open_folder(folder).calibration is None:
+        if store is None:
+            repack(args.model, folder)
         report = calibrate(
             folder, args.calibration_text, samples=args.samples, memory_budget=args.memory_budget, context=args.context,
         )  # fmt: skip

@@ -27,10 +27,9 @@ from rich.console import Group, RenderableType
 from hf_flash.base.sizes import format_bytes
 from hf_flash.base.tables import Figures, Paragraph, section
 from hf_flash.calibration.text import Text, seen_share, token_windows
-from hf_flash.errors import ConfigError
 from hf_flash.evaluation.candidates import candidates, install, load_for
 from hf_flash.evaluation.judging import BINS, Tally, judging, mean_use, total
-from hf_flash.evaluation.measuring import perplexity, time_tokens
+from hf_flash.evaluation.measuring import perplexity, time_tokens, window_length
 from hf_flash.evaluation.mixtures import describe_mixture, evaluate_mixture
 from hf_flash.families.base import longest_sequence
 from hf_flash.packing.checkpoint_folder import repacked_config
@@ -81,7 +80,7 @@ def evaluate(
     every = candidates(store)
     model = load_for(every, folder, store, memory_budget, dtype)
     longest = longest_sequence(model.config)
-    context = _context(context, longest)
+    context = window_length(context, longest)
     windows = token_windows(folder, text, context, model.config.vocab_size, most=max(1, tokens // context))
     with judging(find_runtime(model).ffns, store, every, context) as judges:
         dense_perplexity = perplexity(model, windows)
@@ -108,16 +107,6 @@ def evaluate(
     report["bins"] = BINS.tolist()
     close(model)
     return report
-
-
-def _context(asked: int | None, longest: int) -> int:
-    """Tokens in a window. Raises `ConfigError`: the model has no such windows."""
-    context = min(256, longest) if asked is None else asked
-    if not 2 <= context <= longest:
-        raise ConfigError(
-            "no such window", where="context", expected=f"2 to {longest} tokens, the model's longest", got=context
-        )
-    return context
 
 
 def _about(model: Any, store: FlashStore, windows: torch.Tensor) -> dict[str, Any]:

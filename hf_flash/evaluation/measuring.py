@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 
+from hf_flash.errors import ConfigError
 from hf_flash.runtime.counters import Counters
 from hf_flash.runtime.model import stats
 
@@ -18,6 +19,18 @@ _LOGITS: Final = 1 << 26  # of one call, if a window does not have more
 
 
 @torch.no_grad()
+def window_length(asked: int | None, longest: int) -> int:
+    """Tokens in a window of text: what was asked for, else 256 or the model's longest sequence if that is less.
+
+    Raises:
+        ConfigError: the model has no such windows.
+    """
+    context = min(256, longest) if asked is None else asked
+    if not 2 <= context <= longest:
+        raise ConfigError("no such window", where="context", expected=f"2 to {longest} tokens", got=context)
+    return context
+
+
 def perplexity(model: Any, windows: torch.Tensor) -> float:
     """exp of the mean loss of every token but the first of each window.
 

@@ -13,7 +13,7 @@ from hf_flash.base.sizes import format_bytes
 from hf_flash.base.tables import Paragraph, facts
 from hf_flash.calibration.text import Text, token_windows
 from hf_flash.config import FlashOffloadConfig
-from hf_flash.evaluation.measuring import perplexity, time_tokens
+from hf_flash.evaluation.measuring import perplexity, time_tokens, window_length
 from hf_flash.families.base import longest_sequence
 from hf_flash.runtime.model import close, runtime_of
 
@@ -42,7 +42,7 @@ def evaluate_mixture(
     """
     model = load_mixture(folder, memory_budget, dtype)
     longest = longest_sequence(model.config)
-    context = min(256, longest) if context is None else context
+    context = window_length(context, longest)
     windows = token_windows(folder, text, context, model.config.get_text_config().vocab_size, most=max(1, tokens // context))
     reached, plan = perplexity(model, windows), runtime_of(model).plan
     prompt, new_tokens = windows[0, : min(_PROMPT, context - 1)], min(new_tokens, longest - _PROMPT)

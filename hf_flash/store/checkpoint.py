@@ -14,7 +14,6 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +27,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_flash.base.buffers import copy_to_memory
-from hf_flash.base.files import StoredFile, absolute, check_inside, exists, is_plain_name, listed_files, reading
+from hf_flash.base.files import StoredFile, absolute, check_inside, exists, is_plain_name, listed_files, nearest, reading
 from hf_flash.errors import ConfigError, RepackError, StoreFormatError, StoreMissingError
 from hf_flash.store.names import FORMAT_VERSION, ROUTING_FILE
 from hf_flash.store.safetensors_files import DTYPE_NAMES, Rows, TensorSpec, read_header, read_pieces, read_tensor
@@ -304,16 +303,6 @@ def given_files(folder: str, files: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _nearest_folder(folder: Path) -> str | None:
-    """What to do about a folder that is not there; `None` where nothing is like it."""
-    try:
-        names = [other.name for other in folder.expanduser().parent.iterdir() if other.is_dir()]
-    except OSError:
-        return None
-    near = get_close_matches(folder.name, names, 1)
-    return f"did you mean {folder.parent / near[0]}?" if near else None
-
-
 def resolve_folder(
     source: str | os.PathLike[str],
     *,
@@ -344,7 +333,7 @@ def resolve_folder(
     if folder.exists():
         raise ConfigError("a file, and not the folder of a model", where=source, hint="name the folder that it is in")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
-        raise StoreMissingError("no such folder", where=source, hint=_nearest_folder(folder) or "check the name")
+        raise StoreMissingError("no such folder", where=source, hint=nearest(folder, Path.is_dir) or "check the name")
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     inside = f"{subfolder.strip('/')}/" if subfolder.strip("/") else ""
 
@@ -370,5 +359,5 @@ def resolve_folder(
             "no such folder, and no such repository or revision on the Hub, or the Hub cannot be reached",
             where=source,
             got=str(error).splitlines()[0].removeprefix("Got: "),
-            hint=_nearest_folder(folder) or "check the name, the connection, and `token` for a private repository",
+            hint=nearest(folder, Path.is_dir) or "check the name, the connection, and `token` for a private repository",
         ) from error

@@ -102,7 +102,6 @@ def test_the_window_knows_neither_reader_nor_predictor() -> None:
 
 
 PRIVATE = {  # names of libraries that begin with an underscore, or are as private: only in these files
-    "__main__.py": {"_exit"},
     "commands/main.py": {"_ARGCOMPLETE"},
     "commands/interrupts.py": {"_exit"},
     "compute/expert_gate.py": {"_apply_gate"},

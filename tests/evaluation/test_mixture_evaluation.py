@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_flash import ConfigError
 from hf_flash.base.tables import printed
 from hf_flash.calibration.text import token_windows
 from hf_flash.commands.main import main
@@ -39,6 +40,12 @@ def test_its_perplexity_is_that_of_the_stock_model(folder: Path) -> None:
     assert report["read_bytes_per_token"] > 0
     assert "predictors" not in report
     assert "no predictor to judge" in printed(describe(report))
+
+
+@pytest.mark.parametrize("context", [1, 10**6])
+def test_windows_that_the_model_does_not_have_are_refused(folder: Path, context: int) -> None:
+    with pytest.raises(ConfigError, match="no such window"):
+        evaluate(folder, TEXT, context=context)
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm-eval and what it brings

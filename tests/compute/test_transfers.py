@@ -53,6 +53,15 @@ class Streams:
     def current_stream(self, device: Any = None) -> Any:
         return self.Stream(self.current)
 
+    def set_stream(self, stream: Any) -> None:
+        self.current = stream.name
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: int) -> None:
+        pass
+
     @contextmanager
     def stream(self, stream: Any) -> Any:
         before, self.current = self.current, stream.name
